@@ -1,0 +1,153 @@
+"""Plan level: where every buffer lives and which kernels run in which order.
+
+A program (`func.func @decode`) names its inputs and sizes, its weights in the artifact, its slices of the arena and
+the KV cache, and then lists launches with the barriers between them. All threads of the team run the whole list.
+"""
+
+from __future__ import annotations
+
+from ir.attributes import SymbolRef
+from ir.diagnostics import DiagnosticSink
+from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.traits import Pure, Synchronizes, WritesMemory
+from ir.types import INDEX, BufferType, IndexType, Type
+
+INPUTS = ("ids", "positions", "slots", "rows", "logits")
+SIZES = ("tokens", "rows", "ctx", "slots")
+
+
+@register_op
+class InputOp(Op):
+    """A buffer the caller passes to the step: ids, positions, slots [tokens], rows [rows], logits [rows, vocab].
+
+    %ids = plan.input {which = "ids"} : () -> buffer<i32>
+    """
+
+    name = "plan.input"
+    traits = (Pure,)
+    which = attr(str, "ids, positions, slots, rows or logits")
+    out = result("buffer; the type is given")
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        if self.which not in INPUTS:
+            diag.error(self.location, f"'plan.input' expected one of {', '.join(INPUTS)}, got {self.which!r}")
+
+
+@register_op
+class SizeOp(Op):
+    """A size of this run: tokens and rows of the step, ctx positions and slots of the KV cache.
+
+    %tokens = plan.size {which = "tokens"} : () -> index
+    """
+
+    name = "plan.size"
+    traits = (Pure,)
+    which = attr(str, "tokens, rows, ctx or slots")
+    scale = attr(int, "times this", default=1)
+    out = result("index")
+
+    @staticmethod
+    def infer_types(which: str, scale: int) -> Type:
+        expect(which in SIZES, f"expected one of {', '.join(SIZES)}, got {which!r}")
+        return INDEX
+
+
+@register_op
+class WeightOp(Op):
+    """A stored tensor of the artifact.
+
+    %w = plan.weight {symbol = @layers.0.mlp.down_proj, offset = 4096, bytes = 8192} : () -> buffer<bf16>
+    """
+
+    name = "plan.weight"
+    traits = (Pure,)
+    symbol = attr(SymbolRef, "its name in the weights index")
+    offset = attr(int, "bytes from the start of the weights file")
+    bytes = attr(int, "stored bytes")
+    out = result("buffer; the type is given")
+
+
+@register_op
+class KVOp(Op):
+    """The KV cache of one layer: every slot, every kv head.
+
+    %kv = plan.kv {layer = 0, heads = 4, dim = 64} : () -> buffer<bf16>
+    """
+
+    name = "plan.kv"
+    traits = (Pure,)
+    layer = attr(int, "which")
+    heads = attr(int, "kv heads")
+    dim = attr(int, "stored width of a head")
+    out = result("buffer; the type is given")
+
+
+@register_op
+class ReserveOp(Op):
+    """Takes bytes [offset, offset + bytes) of the arena until `plan.release`.
+
+    %b = plan.reserve {offset = 0, bytes = 8192} : () -> buffer<f32>
+    """
+
+    name = "plan.reserve"
+    traits = (WritesMemory,)
+    offset = attr(int, "bytes from the start of the arena")
+    bytes = attr(int, "size")
+    out = result("buffer; the type is given")
+
+
+@register_op
+class ReleaseOp(Op):
+    """Ends the life of a reserved buffer.
+
+    plan.release %b : (buffer<f32>) -> ()
+    """
+
+    name = "plan.release"
+    traits = (WritesMemory,)
+    buffer = operand("a reserved buffer")
+
+    @staticmethod
+    def infer_types(buffer: Type) -> tuple[Type, ...]:
+        expect(isinstance(buffer, BufferType), f"expected a buffer, got {buffer}")
+        return ()
+
+
+@register_op
+class LaunchOp(Op):
+    """Runs a kernel on the whole team. It writes its arguments numbered in `writes` and reads the other buffers.
+
+    plan.launch %x, %w, %y, %tokens {kernel = @gemm_2048x2048, writes = [2], reads = [0, 1]}
+        : (buffer<bf16>, buffer<bf16>, buffer<f32>, index) -> ()
+    """
+
+    name = "plan.launch"
+    traits = (WritesMemory,)
+    arguments = operand("buffers and sizes, in the order of the kernel's parameters", variadic=True)
+    kernel = attr(SymbolRef, "which")
+    writes = attr(tuple, "numbers of the arguments that are written")
+    reads = attr(tuple, "numbers of the arguments that are read")
+
+    @staticmethod
+    def infer_types(*arguments: Type, kernel: SymbolRef, writes: tuple[int, ...], reads: tuple[int, ...]) -> tuple[Type, ...]:
+        for a in arguments:
+            expect(isinstance(a, BufferType | IndexType), f"expected buffers and indices, got {a}")
+        for i in (*writes, *reads):
+            inside = 0 <= i < len(arguments) and isinstance(arguments[i], BufferType)
+            expect(inside, f"argument {i} is not a buffer of this launch")
+        return ()
+
+
+@register_op
+class BarrierOp(Op):
+    """Waits until every thread has finished the launches before.
+
+    plan.barrier : () -> ()
+    """
+
+    name = "plan.barrier"
+    traits = (Synchronizes,)
+
+    @staticmethod
+    def infer_types() -> tuple[Type, ...]:
+        return ()

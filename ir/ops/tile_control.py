@@ -1,0 +1,163 @@
+"""Tile level: loops, branches, threads.
+
+A kernel is a `func.func` whose arguments are buffers and sizes; it is run by every thread of the team at once (SPMD).
+`tile.thread_id` tells the threads apart; `tile.barrier` orders what they wrote before against what they read after.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ir.core import Op as CoreOp
+from ir.core import Region, Value
+from ir.diagnostics import DiagnosticSink
+from ir.formats import I1
+from ir.op_def import InferenceError, Op, attr, expect, operand, region, register_op, result
+from ir.traits import HasRecursiveEffects, Pure, Synchronizes, Terminator
+from ir.types import INDEX, ScalarType, Type
+
+
+@register_op
+class YieldOp(Op):
+    """Ends the body of `tile.for` and `tile.if`: the values carried on.
+
+    tile.yield %x : (f32) -> ()
+    """
+
+    name = "tile.yield"
+    traits = (Terminator, Pure)
+    values = operand("carried values", variadic=True)
+
+    @staticmethod
+    def infer_types(*values: Type) -> tuple[Type, ...]:
+        return ()
+
+    @staticmethod
+    def reference(*values: Any) -> tuple[()]:
+        return ()
+
+
+def _yielded(body: Region) -> list[Value]:
+    """The operands of the terminator of a body."""
+    end: CoreOp | None = body.block.terminator
+    return list(end.operands) if isinstance(end, YieldOp) else []
+
+
+@register_op
+class ForOp(Op):
+    """Counts from `lower` up to below `upper` by `step`, carrying values from one iteration to the next.
+
+    The body's arguments are the counter and the carried values; `tile.yield` passes them on; the results are the last
+    ones (the initial ones when there is no iteration). `unroll` asks the code generator for that many copies.
+
+    %s = tile.for %lo, %hi, %one, %zero ({ ^(%i: index, %acc: f32):
+      tile.yield %acc : (f32) -> ()
+    }) : (index, index, index, f32) -> f32
+    """
+
+    name = "tile.for"
+    traits = (HasRecursiveEffects,)
+    lower = operand("first value of the counter")
+    upper = operand("the counter stays below it")
+    step = operand("above 0")
+    initial = operand("carried values at the start", variadic=True)
+    unroll = attr(int, "copies of the body, 1 = leave it to the compiler", default=1)
+    body = region("one iteration")
+    out = result("carried values at the end", variadic=True)
+
+    @staticmethod
+    def infer_types(lower: Type, upper: Type, step: Type, *initial: Type, unroll: int) -> tuple[Type, ...]:
+        expect(lower == upper == step == INDEX, f"expected bounds of type index, got {lower}, {upper}, {step}")
+        return initial
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        have = [a.type for a in self.body.block.arguments]
+        want = [INDEX, *(v.type for v in self.initial)]
+        if have != want:
+            diag.error(self.location, f"'tile.for' expected body arguments {_types(want)}, got {_types(have)}")
+        if [v.type for v in _yielded(self.body)] != want[1:]:
+            got = _types([v.type for v in _yielded(self.body)])
+            diag.error(self.location, f"'tile.for' expected its body to yield {_types(want[1:])}, got {got}")
+
+
+@register_op
+class IfOp(Op):
+    """Runs the first body when the condition holds, else the second; both yield the results.
+
+    tile.if %c ({ ^():
+      tile.yield : () -> ()
+    }, { ^():
+      tile.yield : () -> ()
+    }) : (i1) -> ()
+    """
+
+    name = "tile.if"
+    traits = (HasRecursiveEffects,)
+    condition = operand("i1")
+    then = region("when it holds")
+    otherwise = region("when not")
+    out = result("what the bodies yield", variadic=True)
+
+    @classmethod
+    def inferred_types(cls, operand_types: Any, attributes: Any, regions: Any = ()) -> tuple[Type, ...]:
+        (condition,) = operand_types
+        expect(condition == ScalarType(I1), f"expected an i1 condition, got {condition}")
+        if len(regions) != 2:
+            raise InferenceError(f"expected two bodies, got {len(regions)}")
+        return tuple(v.type for v in _yielded(regions[0]))
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        first, second = ([v.type for v in _yielded(r)] for r in self.regions)
+        if first != second:
+            diag.error(self.location, f"'tile.if' bodies yield {_types(first)} and {_types(second)}")
+
+
+def _types(types: list[Type]) -> str:
+    return "(" + ", ".join(str(t) for t in types) + ")"
+
+
+@register_op
+class ThreadIdOp(Op):
+    """The number of this thread in the team, from 0.
+
+    %t = tile.thread_id : () -> index
+    """
+
+    name = "tile.thread_id"
+    traits = (Pure,)
+    out = result("index")
+
+    @staticmethod
+    def infer_types() -> Type:
+        return INDEX
+
+
+@register_op
+class NumThreadsOp(Op):
+    """How many threads the team has.
+
+    %n = tile.num_threads : () -> index
+    """
+
+    name = "tile.num_threads"
+    traits = (Pure,)
+    out = result("index")
+
+    @staticmethod
+    def infer_types() -> Type:
+        return INDEX
+
+
+@register_op
+class BarrierOp(Op):
+    """Waits until every thread of the team is here; what was written before is seen by all after.
+
+    tile.barrier : () -> ()
+    """
+
+    name = "tile.barrier"
+    traits = (Synchronizes,)
+
+    @staticmethod
+    def infer_types() -> tuple[Type, ...]:
+        return ()

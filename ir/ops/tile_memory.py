@@ -1,0 +1,221 @@
+"""Tile level: memory. Buffers are one-dimensional and indexed by element; a vector access touches consecutive elements.
+
+The interpreter holds a buffer as a `BufferView` (`ir.tile_memory_model`), which checks bounds and, when several
+threads run, races.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ir.formats import I1, I32, PlainFormat
+from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.ops.tile import element_of, lanes_of
+from ir.traits import Pure, ReadsMemory, WritesMemory
+from ir.types import INDEX, BufferType, ScalarType, Type, VectorType
+
+
+def _buffer_element(type: Type) -> PlainFormat:
+    expect(isinstance(type, BufferType), f"expected a buffer, got {type}")
+    return type.element  # pyright: ignore
+
+
+def _check_index(type: Type) -> None:
+    expect(type == INDEX, f"expected an index, got {type}")
+
+
+@register_op
+class LoadOp(Op):
+    """`lanes` consecutive elements from `index` on; a scalar when lanes = 1.
+
+    %v = tile.load %b, %i {lanes = 16} : (buffer<f32>, index) -> vector<16 x f32>
+    """
+
+    name = "tile.load"
+    traits = (ReadsMemory,)
+    buffer = operand("buffer")
+    index = operand("first element")
+    lanes = attr(int, "how many", default=1)
+    out = result("scalar or vector of the buffer's element")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type, lanes: int) -> Type:
+        _check_index(index)
+        element = _buffer_element(buffer)
+        return ScalarType(element) if lanes == 1 else VectorType(lanes, element)
+
+    @staticmethod
+    def reference(buffer: Any, index: Any, lanes: int) -> Any:
+        return buffer.load(int(index), lanes)
+
+
+@register_op
+class LoadMaskedOp(Op):
+    """Like `tile.load` where the mask holds; zero in the other lanes, whose memory is not touched.
+
+    %v = tile.load_masked %b, %i, %m : (buffer<f32>, index, vector<16 x i1>) -> vector<16 x f32>
+    """
+
+    name = "tile.load_masked"
+    traits = (ReadsMemory,)
+    buffer = operand("buffer")
+    index = operand("first element")
+    mask = operand("i1 vector")
+    out = result("vector of as many lanes")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type, mask: Type) -> Type:
+        _check_index(index)
+        expect(isinstance(mask, VectorType) and element_of(mask) == I1, f"expected an i1 vector, got {mask}")
+        return VectorType(lanes_of(mask), _buffer_element(buffer))
+
+    @staticmethod
+    def reference(buffer: Any, index: Any, mask: Any) -> Any:
+        return buffer.load_masked(int(index), mask)
+
+
+@register_op
+class StoreOp(Op):
+    """Writes a scalar or the lanes of a vector from `index` on.
+
+    tile.store %b, %i, %v : (buffer<f32>, index, vector<16 x f32>) -> ()
+    """
+
+    name = "tile.store"
+    traits = (WritesMemory,)
+    buffer = operand("buffer")
+    index = operand("first element")
+    value = operand("scalar or vector of the buffer's element")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type, value: Type) -> tuple[Type, ...]:
+        _check_index(index)
+        expect(element_of(value) == _buffer_element(buffer), f"cannot store {value} into {buffer}")
+        return ()
+
+    @staticmethod
+    def reference(buffer: Any, index: Any, value: Any) -> tuple[()]:
+        buffer.store(int(index), value)
+        return ()
+
+
+@register_op
+class StoreMaskedOp(Op):
+    """Writes the lanes where the mask holds; the other elements keep their bytes.
+
+    tile.store_masked %b, %i, %v, %m : (buffer<f32>, index, vector<16 x f32>, vector<16 x i1>) -> ()
+    """
+
+    name = "tile.store_masked"
+    traits = (WritesMemory,)
+    buffer = operand("buffer")
+    index = operand("first element")
+    value = operand("vector of the buffer's element")
+    mask = operand("i1 vector of as many lanes")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type, value: Type, mask: Type) -> tuple[Type, ...]:
+        _check_index(index)
+        expect(element_of(value) == _buffer_element(buffer), f"cannot store {value} into {buffer}")
+        expect(mask == VectorType(lanes_of(value), I1), f"mask {mask} does not fit {value}")
+        return ()
+
+    @staticmethod
+    def reference(buffer: Any, index: Any, value: Any, mask: Any) -> tuple[()]:
+        buffer.store_masked(int(index), value, mask)
+        return ()
+
+
+@register_op
+class PrefetchOp(Op):
+    """Hints that the cache line of element `index` is read soon. Any index is allowed, also outside the buffer.
+
+    tile.prefetch %b, %i : (buffer<bf16>, index) -> ()
+    """
+
+    name = "tile.prefetch"
+    traits = (WritesMemory,)  # kept where it is, never removed as unused
+    buffer = operand("buffer")
+    index = operand("element")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type) -> tuple[Type, ...]:
+        _check_index(index)
+        _buffer_element(buffer)
+        return ()
+
+    @staticmethod
+    def reference(buffer: Any, index: Any) -> tuple[()]:
+        return ()
+
+
+@register_op
+class OffsetOp(Op):
+    """The buffer that begins at element `index` of another.
+
+    %s = tile.offset %b, %i : (buffer<bf16>, index) -> buffer<bf16>
+    """
+
+    name = "tile.offset"
+    traits = (Pure,)
+    buffer = operand("buffer")
+    index = operand("first element of the new one")
+    out = result("buffer of the same type")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type) -> Type:
+        _check_index(index)
+        _buffer_element(buffer)
+        return buffer
+
+    @staticmethod
+    def reference(buffer: Any, index: Any) -> Any:
+        return buffer.offset(int(index))
+
+
+@register_op
+class ViewOp(Op):
+    """The same bytes as elements of another format, e.g. pairs of bf16 as i32.
+
+    %p = tile.view %b {element = i32} : (buffer<bf16>) -> buffer<i32>
+    """
+
+    name = "tile.view"
+    traits = (Pure,)
+    buffer = operand("buffer")
+    element = attr(PlainFormat, "format of the elements", default=I32)
+    out = result("buffer")
+
+    @staticmethod
+    def infer_types(buffer: Type, element: PlainFormat) -> Type:
+        _buffer_element(buffer)
+        return BufferType(element, buffer.space)  # pyright: ignore
+
+    @staticmethod
+    def reference(buffer: Any, element: PlainFormat) -> Any:
+        return buffer.view(element)
+
+
+@register_op
+class ScratchOp(Op):
+    """A buffer of this thread's own on its stack, undefined at first, gone when the kernel returns.
+
+    %s = tile.scratch {size = 64, element = f32} : () -> buffer<f32, private>
+    """
+
+    name = "tile.scratch"
+    traits = (ReadsMemory,)  # two of them are never one
+    size = attr(int, "elements")
+    element = attr(PlainFormat, "format of the elements")
+    out = result("private buffer, 64-byte aligned")
+
+    @staticmethod
+    def infer_types(size: int, element: PlainFormat) -> Type:
+        expect(size > 0, f"expected a size above 0, got {size}")
+        return BufferType(element, "private")
+
+    @staticmethod
+    def reference(size: int, element: PlainFormat) -> Any:
+        from ir.tile_memory_model import BufferView
+
+        return BufferView.undefined(size, element)

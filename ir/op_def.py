@@ -29,8 +29,9 @@ from ir.core import Op as CoreOp
 from ir.core import Region, Value
 from ir.diagnostics import DiagnosticSink
 from ir.location import Location
+from ir.sizes import num_bytes
 from ir.traits import Trait
-from ir.types import Type
+from ir.types import TensorType, Type
 
 _REQUIRED = object()
 
@@ -146,6 +147,11 @@ class Op(CoreOp):
         inferred = cls.infer_types(*operand_types, **attributes)
         return inferred if isinstance(inferred, tuple) else (inferred,)
 
+    @classmethod
+    def infers(cls) -> bool:
+        """Whether result types follow from operands, attributes and regions; False for ops that are given theirs."""
+        return hasattr(cls, "infer_types") or cls.inferred_types.__func__ is not Op.inferred_types.__func__
+
     infer_types: ClassVar[Callable[..., Type | tuple[Type, ...]]]
     reference: ClassVar[Callable[..., Any]]
 
@@ -155,6 +161,19 @@ class Op(CoreOp):
     def flops(self, sizes: dict[str, int]) -> int:
         """Floating-point operations (a multiply-add counts two) with the symbolic dims bound by `sizes`."""
         return 0
+
+    def bytes_moved(self, sizes: dict[str, int]) -> int:
+        """Bytes read and written when every operand is read once and every tensor result is written once."""
+        read = sum(self.operand_bytes(i, sizes) for i in range(len(self.operands)))
+        return read + sum(num_bytes(r.type, sizes) for r in self.results if isinstance(r.type, TensorType))
+
+    def operand_bytes(self, index: int, sizes: dict[str, int]) -> int:
+        """Bytes of operand `index` that are read, or written in place.
+
+        The whole of a tensor unless an op knows better; ops that touch a KV cache say how much of it.
+        """
+        type = self.operands[index].type
+        return num_bytes(type, sizes) if isinstance(type, TensorType) else 0
 
 
 class InferenceError(Exception):

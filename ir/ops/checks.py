@@ -1,0 +1,62 @@
+"""Checks that the ops' `infer_types` share. Each raises InferenceError saying what was expected and what was found."""
+
+from __future__ import annotations
+
+from ir.formats import PlainFormat
+from ir.op_def import InferenceError, expect
+from ir.types import Dim, KVCacheType, SymbolicDim, TensorType, Type
+
+
+def tensor(type: Type, name: str, rank: int | None = None, min_rank: int = 0) -> TensorType:
+    """`type` as a tensor of the wanted rank."""
+    if not isinstance(type, TensorType):
+        raise InferenceError(f"expected {name} to be a tensor, got {type}")
+    if rank is not None:
+        expect(type.rank == rank, f"expected {name} of rank {rank}, got {type}")
+    expect(type.rank >= min_rank, f"expected {name} of rank {min_rank} or more, got {type}")
+    return type
+
+
+def float_tensor(type: Type, name: str, rank: int | None = None, min_rank: int = 0) -> TensorType:
+    """`type` as a tensor of f32, bf16 or f16."""
+    found = tensor(type, name, rank, min_rank)
+    is_float = isinstance(found.element, PlainFormat) and found.element.is_float
+    expect(is_float, f"expected {name} of f32, bf16 or f16, got {found}")
+    return found
+
+
+def i32_tensor(type: Type, name: str, rank: int = 1) -> TensorType:
+    """`type` as a tensor of i32 (ids, positions, slots, offsets)."""
+    found = tensor(type, name, rank)
+    expect(str(found.element) == "i32", f"expected {name} of i32, got {found}")
+    return found
+
+
+def kv_cache(type: Type, name: str = "cache") -> KVCacheType:
+    """`type` as the type of a KV cache."""
+    if not isinstance(type, KVCacheType):
+        raise InferenceError(f"expected {name} to be a kv cache, got {type}")
+    return type
+
+
+def same(what: str, first: object, second: object) -> None:
+    """`what` reads like "k of x and w"."""
+    expect(first == second, f"expected {what} to match, got {first} and {second}")
+
+
+def axis_of(type: TensorType, axis: int) -> int:
+    """`axis`, which must be a dimension of `type` counted from the front."""
+    expect(0 <= axis < type.rank, f"expected 0 <= axis < {type.rank}, got axis = {axis}")
+    return axis
+
+
+def times(dim: Dim, factor: int) -> Dim:
+    """`dim * factor` for numbers and symbols alike."""
+    return dim * factor
+
+
+def divided(dim: Dim, divisor: int, what: str) -> Dim:
+    """`dim / divisor`, which must leave no rest."""
+    value = dim.scale if isinstance(dim, SymbolicDim) else dim
+    expect(divisor > 0 and value % divisor == 0, f"expected {what} to be a multiple of {divisor}, got {dim}")
+    return SymbolicDim(dim.name, value // divisor) if isinstance(dim, SymbolicDim) else value // divisor

@@ -1,0 +1,189 @@
+"""moe.*: a mixture of experts: choose, group the rows by expert, multiply, add up.
+
+A pair (token t, choice s) has the flat index t * top_k + s. "Grouped order" lists the pairs expert by expert, so that
+the rows of one expert are next to each other; an expert without rows is an empty group.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ir.formats import F32, I32
+from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.ops import checks
+from ir.sizes import dim_size, num_elements
+from ir.traits import Pure
+from ir.types import TensorType, Type
+
+
+@register_op
+class RouteOp(Op):
+    """The top_k experts of every token, most probable first; of equal logits the lower expert comes first.
+
+    weights = softmax over all experts, picked at the chosen ones and, if `normalize`, divided by their sum.
+
+    Example:
+        %ids, %weights = moe.route %logits {top_k = 2, normalize = true}
+            : (tensor<tokens x 8 x f32>) -> (tensor<tokens x 2 x i32>, tensor<tokens x 2 x f32>)
+    """
+
+    name = "moe.route"
+    traits = (Pure,)
+    logits = operand("[tokens, E]")
+    top_k = attr(int, "experts per token")
+    normalize = attr(bool, "whether the weights of a token add up to one")
+    ids = result("i32 [tokens, top_k]")
+    weights = result("f32 [tokens, top_k]")
+
+    @staticmethod
+    def infer_types(logits: Type, *, top_k: int, normalize: bool) -> tuple[TensorType, TensorType]:
+        found = checks.float_tensor(logits, "logits", rank=2)
+        tokens, experts = found.shape
+        inside = isinstance(experts, int) and 1 <= top_k <= experts
+        expect(inside, f"expected 1 <= top_k <= {experts} experts, got top_k = {top_k}")
+        return TensorType((tokens, top_k), I32), TensorType((tokens, top_k), F32)
+
+    @staticmethod
+    def reference(logits: np.ndarray, *, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+        wide = logits.astype(np.float64)
+        ids = np.argsort(-wide, axis=-1, kind="stable")[:, :top_k]  # stable: ties keep the lower expert first
+        exponent = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        probability = exponent / exponent.sum(axis=-1, keepdims=True)
+        weights = np.take_along_axis(probability, ids, axis=-1)
+        if normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return ids.astype(np.int32), weights.astype(np.float32)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 4 * num_elements(self.logits.type, sizes)
+
+
+@register_op
+class DispatchOp(Op):
+    """The pairs in grouped order, pairs of one expert in order of their flat index, and where each group starts.
+
+    Example:
+        %order, %offsets = moe.dispatch %ids {num_experts = 8}
+            : (tensor<tokens x 2 x i32>) -> (tensor<tokens*2 x i32>, tensor<9 x i32>)
+    """
+
+    name = "moe.dispatch"
+    traits = (Pure,)
+    ids = operand("i32 [tokens, top_k], each in 0 .. num_experts-1")
+    num_experts = attr(int, "E, the number of experts")
+    order = result("i32 [tokens * top_k]: order[j] is the flat index of the pair in row j of grouped order")
+    offsets = result("i32 [E + 1]: expert e has the rows offsets[e] .. offsets[e+1]-1")
+
+    @staticmethod
+    def infer_types(ids: Type, *, num_experts: int) -> tuple[TensorType, TensorType]:
+        found = checks.i32_tensor(ids, "ids", rank=2)
+        tokens, top_k = found.shape
+        expect(num_experts >= 1, f"expected num_experts >= 1, got {num_experts}")
+        expect(isinstance(top_k, int), f"expected a known number of experts per token, got {found}")
+        return TensorType((checks.times(tokens, top_k),), I32), TensorType((num_experts + 1,), I32)
+
+    @staticmethod
+    def reference(ids: np.ndarray, *, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+        flat = ids.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        counts = [int(np.sum(flat == e)) for e in range(num_experts)]
+        offsets = np.cumsum([0, *counts])
+        return order.astype(np.int32), offsets.astype(np.int32)
+
+
+@register_op
+class GroupedGemmOp(Op):
+    """One matrix product per expert: y[j] = x[i] @ w[e].T, e the expert whose group holds row j of grouped order.
+
+    With gather > 0, x has one row per token and i = order[j] // gather (gather = top_k). With gather = 0, x is in
+    grouped order already and i = j.
+
+    Example:
+        %y = moe.grouped_gemm %x, %w, %order, %offsets {gather = 2}
+            : (tensor<tokens x 16 x f32>, tensor<8 x 32 x 16 x f32>, tensor<tokens*2 x i32>, tensor<9 x i32>)
+            -> tensor<tokens*2 x 32 x f32>
+    """
+
+    name = "moe.grouped_gemm"
+    traits = (Pure,)
+    x = operand("[tokens, k], or [tokens * top_k, k] in grouped order")
+    w = operand("weights [E, n, k], with or without a layout")
+    order = operand("i32 [tokens * top_k], of moe.dispatch")
+    offsets = operand("i32 [E + 1], of moe.dispatch")
+    gather = attr(int, "pairs per row of x; 0 when x is in grouped order")
+    y = result("f32 [tokens * top_k, n] in grouped order")
+
+    @staticmethod
+    def infer_types(x: Type, w: Type, order: Type, offsets: Type, *, gather: int) -> TensorType:
+        left, right = checks.float_tensor(x, "x", rank=2), checks.float_tensor(w, "w", rank=3)
+        pairs, starts = checks.i32_tensor(order, "order"), checks.i32_tensor(offsets, "offsets")
+        experts, n, k = right.shape
+        checks.same("k of x and w", left.shape[1], k)
+        wanted = experts + 1 if isinstance(experts, int) else None
+        expect(starts.shape[0] == wanted, f"expected offsets of {experts} experts + 1, got {starts}")
+        expect(gather >= 0, f"expected gather >= 0, got {gather}")
+        rows = checks.times(left.shape[0], gather or 1)
+        checks.same(
+            "rows of x times gather and rows of order" if gather else "rows of x and order", rows, pairs.shape[0]
+        )
+        return TensorType((pairs.shape[0], n), F32)
+
+    @staticmethod
+    def reference(x: np.ndarray, w: np.ndarray, order: np.ndarray, offsets: np.ndarray, *, gather: int) -> np.ndarray:
+        y = np.zeros((order.shape[0], w.shape[1]), np.float64)
+        for e in range(w.shape[0]):
+            for j in range(int(offsets[e]), int(offsets[e + 1])):
+                row = x[order[j] // gather] if gather else x[j]
+                y[j] = w[e].astype(np.float64) @ row.astype(np.float64)
+        return y.astype(np.float32)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 2 * num_elements(self.y.type, sizes) * dim_size(self.w.type.shape[2], sizes)
+
+    def operand_bytes(self, index: int, sizes: dict[str, int]) -> int:
+        """No more experts are read than there are pairs."""
+        whole = super().operand_bytes(index, sizes)
+        if index != 1:
+            return whole
+        experts = dim_size(self.w.type.shape[0], sizes)
+        return whole // experts * min(experts, num_elements(self.order.type, sizes))
+
+
+@register_op
+class CombineOp(Op):
+    """z[t] = sum over s of weights[t, s] * (the row of pair (t, s)): the experts' answers added up.
+
+    Example:
+        %z = moe.combine %y, %weights, %order
+            : (tensor<tokens*2 x 16 x f32>, tensor<tokens x 2 x f32>, tensor<tokens*2 x i32>)
+            -> tensor<tokens x 16 x f32>
+    """
+
+    name = "moe.combine"
+    traits = (Pure,)
+    y = operand("[tokens * top_k, n] in grouped order")
+    weights = operand("[tokens, top_k]")
+    order = operand("i32 [tokens * top_k], of moe.dispatch")
+    z = result("f32 [tokens, n]")
+
+    @staticmethod
+    def infer_types(y: Type, weights: Type, order: Type) -> TensorType:
+        rows, share = checks.float_tensor(y, "y", rank=2), checks.float_tensor(weights, "weights", rank=2)
+        pairs = checks.i32_tensor(order, "order")
+        tokens, top_k = share.shape
+        expect(isinstance(top_k, int), f"expected a known number of experts per token, got {share}")
+        checks.same("rows of y and order", rows.shape[0], pairs.shape[0])
+        checks.same("tokens * top_k of weights and rows of order", checks.times(tokens, top_k), pairs.shape[0])
+        return TensorType((tokens, rows.shape[1]), F32)
+
+    @staticmethod
+    def reference(y: np.ndarray, weights: np.ndarray, order: np.ndarray) -> np.ndarray:
+        tokens, top_k = weights.shape
+        z = np.zeros((tokens, y.shape[1]), np.float64)
+        for j, pair in enumerate(order.tolist()):
+            t, s = divmod(pair, top_k)
+            z[t] += float(weights[t, s]) * y[j].astype(np.float64)
+        return z.astype(np.float32)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 2 * num_elements(self.y.type, sizes)

@@ -1,0 +1,445 @@
+"""tensor.*: constants, movement of data, casts, embedding and elementwise arithmetic.
+
+Elementwise arithmetic is computed in float64 and rounded once to the element of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ir.attributes import SymbolRef
+from ir.formats import PlainFormat
+from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
+from ir.ops import checks
+from ir.sizes import num_bytes, num_elements
+from ir.traits import Commutative, ConstantLike, Elementwise, Pure
+from ir.types import Dim, Layout, SymbolicDim, TensorType, Type
+
+
+@register_op
+class ConstantOp(Op):
+    """A weight of the checkpoint, by name. Its type is given; its bytes are never part of the IR.
+
+    Example:
+        %w = tensor.constant {symbol = @model.norm.weight} : () -> tensor<64 x bf16>
+    """
+
+    name = "tensor.constant"
+    traits = (ConstantLike, Pure)
+    symbol = attr(SymbolRef, "name of the tensor in the checkpoint")
+    value = result("the weight; shape and element are part of its type")
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (context.weight(self.symbol.name),)
+
+
+@register_op
+class ConstantStackOp(Op):
+    """`count` equally shaped weights stacked along a new first axis: the experts of a layer.
+
+    Example:
+        %w = tensor.constant_stack {symbol = @experts.*.up_proj.weight, count = 8} : () -> tensor<8 x 32 x 16 x bf16>
+    """
+
+    name = "tensor.constant_stack"
+    traits = (ConstantLike, Pure)
+    symbol = attr(SymbolRef, "name in the checkpoint with one `*`, which stands for 0 .. count-1")
+    count = attr(int, "how many tensors are stacked")
+    value = result("[count, ...]")
+
+    def symbols(self) -> tuple[str, ...]:
+        """The names of the stacked tensors, in order."""
+        return tuple(self.symbol.name.replace("*", str(i), 1) for i in range(self.count))
+
+    def verify(self, diag: Any) -> None:
+        if self.symbol.name.count("*") != 1:
+            diag.error(self.location, f"expected one '*' in the symbol of {self.name}, got {self.symbol}")
+        found = self.value.type
+        if not isinstance(found, TensorType) or found.rank < 1 or found.shape[0] != self.count:
+            diag.error(self.location, f"expected a tensor whose first dimension is count = {self.count}, got {found}")
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (np.stack([context.weight(name) for name in self.symbols()]),)
+
+
+@register_op
+class ConcatOp(Op):
+    """The operands one after another along `axis`; all other dimensions and the elements are equal.
+
+    Example:
+        %y = tensor.concat %a, %b {axis = 0} : (tensor<4 x 8 x f32>, tensor<2 x 8 x f32>) -> tensor<6 x 8 x f32>
+    """
+
+    name = "tensor.concat"
+    traits = (Pure,)
+    values = operand("tensors of equal rank", variadic=True)
+    axis = attr(int, "dimension that grows, counted from the front")
+    joined = result("the sizes along `axis` added")
+
+    @staticmethod
+    def infer_types(*values: Type, axis: int) -> TensorType:
+        expect(len(values) > 0, "expected one operand or more, got none")
+        first = checks.tensor(values[0], "operand 0", min_rank=1)
+        checks.axis_of(first, axis)
+        total: Dim = 0
+        for i, value in enumerate(values):
+            found = checks.tensor(value, f"operand {i}", rank=first.rank)
+            checks.same(f"elements of operands 0 and {i}", first.element, found.element)
+            rest, other = (t.shape[:axis] + t.shape[axis + 1 :] for t in (first, found))
+            expect(rest == other, f"expected operands 0 and {i} to agree off axis {axis}, got {first} and {found}")
+            expect(found.layout is None, f"expected operand {i} without a layout, got {found}")
+            total = _sum_of(total, found.shape[axis], i)
+        return first.with_shape(*first.shape[:axis], total, *first.shape[axis + 1 :])
+
+    @staticmethod
+    def reference(*values: np.ndarray, axis: int) -> np.ndarray:
+        return np.concatenate(values, axis=axis)
+
+
+def _sum_of(total: Dim, dim: Dim, index: int) -> Dim:
+    """The size of two joined dimensions: numbers add, multiples of one symbol add, others have no name."""
+    if total == 0:
+        return dim
+    if isinstance(total, int) and isinstance(dim, int):
+        return total + dim
+    if isinstance(total, SymbolicDim) and isinstance(dim, SymbolicDim) and total.name == dim.name:
+        return SymbolicDim(dim.name, total.scale + dim.scale)
+    raise InferenceError(f"expected sizes along the axis that add up, got {total} and {dim} at operand {index}")
+
+
+@register_op
+class SliceOp(Op):
+    """Elements start .. start+size-1 along `axis`, which has a known size.
+
+    Example:
+        %y = tensor.slice %x {axis = 1, start = 8, size = 4} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 4 x f32>
+    """
+
+    name = "tensor.slice"
+    traits = (Pure,)
+    x = operand("any tensor")
+    axis = attr(int, "dimension that is cut, counted from the front")
+    start = attr(int, "first element kept")
+    size = attr(int, "number of elements kept")
+    y = result("x with `axis` of `size` elements")
+
+    @staticmethod
+    def infer_types(x: Type, *, axis: int, start: int, size: int) -> TensorType:
+        found = checks.tensor(x, "x", min_rank=1)
+        checks.axis_of(found, axis)
+        extent = found.shape[axis]
+        if not isinstance(extent, int):
+            raise InferenceError(f"expected a known size along axis {axis}, got {extent}")
+        expect(found.layout is None, f"expected x without a layout, got {found}")
+        inside = start >= 0 and size >= 1 and start + size <= extent
+        expect(inside, f"expected a slice inside of 0 .. {extent}, got start = {start}, size = {size}")
+        return found.with_shape(*found.shape[:axis], size, *found.shape[axis + 1 :])
+
+    @staticmethod
+    def reference(x: np.ndarray, *, axis: int, start: int, size: int) -> np.ndarray:
+        return x.take(range(start, start + size), axis=axis)
+
+
+@register_op
+class ReshapeOp(Op):
+    """The same elements in row-major order under another shape, at most one dimension of which is symbolic.
+
+    Example:
+        %y = tensor.reshape %x {shape = [tokens, 2, 8]} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 2 x 8 x f32>
+    """
+
+    name = "tensor.reshape"
+    traits = (Pure,)
+    x = operand("any tensor without a layout")
+    shape = attr(tuple, "the new dimensions: numbers or symbols")
+    y = result("as many elements as x")
+
+    @staticmethod
+    def infer_types(x: Type, *, shape: tuple[Dim, ...]) -> TensorType:
+        found = checks.tensor(x, "x")
+        expect(found.layout is None, f"expected x without a layout, got {found}")
+        old, new = _count_of(found.shape), _count_of(shape)
+        expect(len(new[1]) <= 1, f"expected one symbolic dimension at most, got {', '.join(new[1])}")
+        wanted = found.with_shape(*shape)
+        expect(old == new, f"expected as many elements before as after, got {found} and {wanted}")
+        return wanted
+
+    @staticmethod
+    def reference(x: np.ndarray, *, shape: tuple[Dim, ...]) -> np.ndarray:
+        return x.reshape([-1 if isinstance(d, SymbolicDim) else d for d in shape])
+
+
+def _count_of(shape: tuple[Dim, ...]) -> tuple[int, tuple[str, ...]]:
+    """(product of the numbers, sorted names of the symbols): equal for shapes of as many elements."""
+    count = 1
+    for dim in shape:
+        count *= dim.scale if isinstance(dim, SymbolicDim) else dim
+    return count, tuple(sorted(d.name for d in shape if isinstance(d, SymbolicDim)))
+
+
+@register_op
+class CastOp(Op):
+    """Every element rounded to the format `to` (nearest, ties to even); floats only.
+
+    Example:
+        %y = tensor.cast %x {to = bf16} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 16 x bf16>
+    """
+
+    name = "tensor.cast"
+    traits = (Pure, Elementwise)
+    x = operand("f32, bf16 or f16")
+    to = attr(PlainFormat, "format of the result: f32, bf16 or f16")
+    y = result("x in format `to`")
+
+    @staticmethod
+    def infer_types(x: Type, *, to: PlainFormat) -> TensorType:
+        found = checks.float_tensor(x, "x")
+        is_float = isinstance(to, PlainFormat) and to.is_float
+        expect(is_float, f"expected a cast to f32, bf16 or f16, got to = {to}")
+        return found.with_element(to)
+
+    @staticmethod
+    def reference(x: np.ndarray, *, to: PlainFormat) -> np.ndarray:
+        return x.astype(to.dtype)
+
+
+@register_op
+class LayoutOp(Op):
+    """A weight laid out in memory for a kernel: the same matrix, its type names where each element lies.
+
+    Example:
+        %p = tensor.layout %w {layout = strips<rows=16, pack=2>}
+            : (tensor<32 x 8 x bf16>) -> tensor<32 x 8 x bf16, strips<rows=16, pack=2>>
+    """
+
+    name = "tensor.layout"
+    traits = (Pure,)
+    w = operand("weight [n, k], or stacked weights [E, n, k]")
+    layout = attr(Layout, "where the elements lie")
+    laid_out = result("w, its type with the layout")
+
+    @staticmethod
+    def infer_types(w: Type, *, layout: Layout) -> TensorType:
+        found = checks.tensor(w, "w")
+        expect(found.rank in (2, 3), f"expected w of rank 2 or 3, got {found}")
+        expect(found.layout is None, f"expected w without a layout, got {found}")
+        expect(found.static, f"expected w of known size, got {found}")
+        sane = layout.rows > 0 and layout.pack > 0 and layout.interleave > 0
+        expect(sane, f"expected positive rows, pack and interleave, got {layout}")
+        n = found.shape[-2]
+        whole = isinstance(n, int) and n % layout.interleave == 0
+        expect(whole, f"expected n of w to be a multiple of interleave = {layout.interleave}, got {n}")
+        return TensorType(found.shape, found.element, layout)
+
+    @staticmethod
+    def reference(w: np.ndarray, *, layout: Layout) -> np.ndarray:
+        return w
+
+
+@register_op
+class EmbedOp(Op):
+    """Row ids[t] of the table for every token.
+
+    Example:
+        %y = tensor.embed %ids, %table : (tensor<tokens x i32>, tensor<100 x 16 x bf16>) -> tensor<tokens x 16 x bf16>
+    """
+
+    name = "tensor.embed"
+    traits = (Pure,)
+    ids = operand("i32 [tokens], each in 0 .. v-1")
+    table = operand("[v, h]")
+    y = result("[tokens, h] in the element of the table")
+
+    @staticmethod
+    def infer_types(ids: Type, table: Type) -> TensorType:
+        rows, found = checks.i32_tensor(ids, "ids"), checks.tensor(table, "table", rank=2)
+        return found.with_shape(rows.shape[0], found.shape[1])
+
+    @staticmethod
+    def reference(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+        return _rows_of(table, ids, "ids")
+
+    def operand_bytes(self, index: int, sizes: dict[str, int]) -> int:
+        return num_bytes(self.y.type, sizes) if index == 1 else super().operand_bytes(index, sizes)
+
+
+@register_op
+class GatherRowsOp(Op):
+    """Row rows[i] of x for every i: the tokens whose logits are wanted.
+
+    Example:
+        %y = tensor.gather_rows %x, %rows : (tensor<tokens x 16 x f32>, tensor<rows x i32>) -> tensor<rows x 16 x f32>
+    """
+
+    name = "tensor.gather_rows"
+    traits = (Pure,)
+    x = operand("[tokens, h]")
+    rows = operand("i32 [rows], each in 0 .. tokens-1")
+    y = result("[rows, h]")
+
+    @staticmethod
+    def infer_types(x: Type, rows: Type) -> TensorType:
+        found, index = checks.tensor(x, "x", rank=2), checks.i32_tensor(rows, "rows")
+        return found.with_shape(index.shape[0], found.shape[1])
+
+    @staticmethod
+    def reference(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return _rows_of(x, rows, "rows")
+
+    def operand_bytes(self, index: int, sizes: dict[str, int]) -> int:
+        return num_bytes(self.y.type, sizes) if index == 0 else super().operand_bytes(index, sizes)
+
+
+def _rows_of(table: np.ndarray, index: np.ndarray, what: str) -> np.ndarray:
+    for i in index.tolist():
+        if not 0 <= i < table.shape[0]:
+            raise IndexError(f"expected {what} in 0 .. {table.shape[0] - 1}, got {i}")
+    return table[index]
+
+
+def _broadcast(a: Type, b: Type) -> TensorType:
+    """The larger of two tensors, the smaller of which has the trailing dimensions of the larger."""
+    first, second = checks.float_tensor(a, "a"), checks.float_tensor(b, "b")
+    checks.same("elements of a and b", first.element, second.element)
+    large, small = (first, second) if first.rank >= second.rank else (second, first)
+    fits = large.shape[large.rank - small.rank :] == small.shape
+    expect(fits, f"expected equal shapes or one being the trailing dimensions of the other, got {first} and {second}")
+    return large
+
+
+class _BinaryOp(Op):
+    """What add and mul share. Unregistered."""
+
+    traits = (Pure, Elementwise, Commutative)
+
+    @staticmethod
+    def infer_types(a: Type, b: Type) -> TensorType:
+        return _broadcast(a, b)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return num_elements(self.results[0].type, sizes)
+
+
+@register_op
+class AddOp(_BinaryOp):
+    """a + b. One of the two may have only the trailing dimensions of the other (a bias).
+
+    Example:
+        %y = tensor.add %a, %b : (tensor<tokens x 16 x f32>, tensor<16 x f32>) -> tensor<tokens x 16 x f32>
+    """
+
+    name = "tensor.add"
+    a = operand("float tensor")
+    b = operand("float tensor of the same element")
+    y = result("the larger shape of the two")
+
+    @staticmethod
+    def reference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.astype(np.float64) + b.astype(np.float64)).astype(a.dtype)
+
+
+@register_op
+class MulOp(_BinaryOp):
+    """a * b. One of the two may have only the trailing dimensions of the other.
+
+    Example:
+        %y = tensor.mul %a, %b : (tensor<tokens x 16 x f32>, tensor<tokens x 16 x f32>) -> tensor<tokens x 16 x f32>
+    """
+
+    name = "tensor.mul"
+    a = operand("float tensor")
+    b = operand("float tensor of the same element")
+    y = result("the larger shape of the two")
+
+    @staticmethod
+    def reference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.astype(np.float64) * b.astype(np.float64)).astype(a.dtype)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x) in float64; arXiv:1702.03118. Written with tanh, which does not overflow."""
+    wide = x.astype(np.float64)
+    return wide * 0.5 * (1.0 + np.tanh(0.5 * wide))
+
+
+@register_op
+class SiluOp(Op):
+    """x * sigmoid(x).
+
+    Example:
+        %y = tensor.silu %x : (tensor<tokens x 16 x f32>) -> tensor<tokens x 16 x f32>
+    """
+
+    name = "tensor.silu"
+    traits = (Pure, Elementwise)
+    x = operand("float tensor")
+    y = result("like x")
+
+    @staticmethod
+    def infer_types(x: Type) -> TensorType:
+        return checks.float_tensor(x, "x")
+
+    @staticmethod
+    def reference(x: np.ndarray) -> np.ndarray:
+        return silu(x).astype(x.dtype)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 4 * num_elements(self.y.type, sizes)  # negate, exp, add, divide
+
+
+@register_op
+class ClipOp(Op):
+    """x limited to low .. high.
+
+    Example:
+        %y = tensor.clip %x {low = -8.0, high = 8.0} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 16 x f32>
+    """
+
+    name = "tensor.clip"
+    traits = (Pure, Elementwise)
+    x = operand("float tensor")
+    low = attr(float, "smallest value that is left")
+    high = attr(float, "largest value that is left")
+    y = result("like x")
+
+    @staticmethod
+    def infer_types(x: Type, *, low: float, high: float) -> TensorType:
+        expect(low <= high, f"expected low <= high, got low = {low}, high = {high}")
+        return checks.float_tensor(x, "x")
+
+    @staticmethod
+    def reference(x: np.ndarray, *, low: float, high: float) -> np.ndarray:
+        return np.clip(x.astype(np.float64), low, high).astype(x.dtype)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 2 * num_elements(self.y.type, sizes)
+
+
+@register_op
+class SwigluOp(Op):
+    """silu(first half) * second half of the last axis: the gate | up pair of a gated MLP (arXiv:2002.05202).
+
+    Example:
+        %y = tensor.swiglu %x : (tensor<tokens x 32 x f32>) -> tensor<tokens x 16 x f32>
+    """
+
+    name = "tensor.swiglu"
+    traits = (Pure,)
+    x = operand("[..., 2n]: gate, then up")
+    y = result("[..., n]")
+
+    @staticmethod
+    def infer_types(x: Type) -> TensorType:
+        found = checks.float_tensor(x, "x", min_rank=1)
+        return found.with_shape(*found.shape[:-1], checks.divided(found.shape[-1], 2, "the last dimension of x"))
+
+    @staticmethod
+    def reference(x: np.ndarray) -> np.ndarray:
+        n = x.shape[-1] // 2
+        return (silu(x[..., :n]) * x[..., n:].astype(np.float64)).astype(x.dtype)
+
+    def flops(self, sizes: dict[str, int]) -> int:
+        return 5 * num_elements(self.y.type, sizes)

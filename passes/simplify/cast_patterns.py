@@ -1,0 +1,64 @@
+"""Patterns of canonicalize about `tensor.cast`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ir.core import Op
+from ir.formats import BF16, F16, F32, NumberFormat
+from ir.ops.tensor import CastOp, ConcatOp, ReshapeOp, SliceOp
+from ir.rewriter import PatternRewriter, RewritePattern
+from passes.analysis.constants import is_constant_expression
+
+_HOLDS_ALL_OF = {F32: (F32, F16, BF16), F16: (F16,), BF16: (BF16,)}
+
+
+def is_exact(source: NumberFormat, to: NumberFormat) -> bool:
+    """Whether every number of format `source` is one of format `to`."""
+    return source in _HOLDS_ALL_OF.get(to, ())
+
+
+class RemoveIdentityCast(RewritePattern):
+    """cast(x) to the element of x --> x"""
+
+    op_type: ClassVar[type[Op]] = CastOp
+
+    def match_and_rewrite(self, op: CastOp, rewriter: PatternRewriter) -> bool:
+        if op.x.type.element != op.to:
+            return False
+        return rewriter.replace_with_values(op, [op.x])
+
+
+class FoldCastOfCast(RewritePattern):
+    """cast(cast(x) to b) to c --> cast(x) to c, when b holds every number of the format of x.
+
+    Rounding once equals rounding an exact copy once. A chain that narrows and widens again is left alone: it rounds.
+    """
+
+    op_type: ClassVar[type[Op]] = CastOp
+
+    def match_and_rewrite(self, op: CastOp, rewriter: PatternRewriter) -> bool:
+        inner = op.x.defining_op()
+        if not isinstance(inner, CastOp):
+            return False
+        source = inner.x.type.element
+        if not is_exact(source, inner.to):
+            return rewriter.no_match(op, f"the inner cast from {source} to {inner.to} rounds")
+        return rewriter.replace(op, CastOp(inner.x, to=op.to))
+
+
+class SinkCastToConstants(RewritePattern):
+    """cast(concat(a, b)) --> concat(cast(a), cast(b)), and the same for slice and reshape, for constant expressions.
+
+    With the casts at the bottom a weight is read once and narrowed at once, and equal casts of one weight are seen.
+    """
+
+    op_type: ClassVar[type[Op]] = CastOp
+
+    def match_and_rewrite(self, op: CastOp, rewriter: PatternRewriter) -> bool:
+        inner = op.x.defining_op()
+        if not isinstance(inner, (ConcatOp, SliceOp, ReshapeOp)) or not is_constant_expression(op.x):
+            return False
+        casts = [rewriter.insert_before(op, CastOp(v, to=op.to, location=inner.location)) for v in inner.operands]
+        moved = type(inner)(*(c.results[0] for c in casts), location=inner.location, **inner.attributes)
+        return rewriter.replace(op, moved)

@@ -1,0 +1,93 @@
+# Everything a person or CI runs. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+CODE := ir frontends hw_targets passes codegen runtime stratum tests examples tools bench
+FOLDERS = $(wildcard $(CODE))
+PYTEST := $(PY) -m pytest
+WORKERS ?= 2
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# --- environment ---------------------------------------------------------------------------------------------------
+
+$(PY):
+	@tools/find-python | { read -r python; "$$python" -m venv $(VENV); } || \
+	  { echo "make: cannot create $(VENV); on Debian and Ubuntu the missing piece is 'apt-get install python3-venv'" >&2; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(PY)
+	$(PIP) install -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(PIP) install -e '.[test,dev]'
+	@touch $@
+
+# transformers only after torch, so that torch is the build asked for and not one drawn in by a range.
+$(VENV)/.installed-reference: pyproject.toml $(VENV)/.installed
+	$(PIP) install torch==2.13.0
+	$(PIP) install -e '.[test,reference]'
+	@touch $@
+
+install: $(VENV)/.installed ## create .venv and install stratum into it
+install-dev: $(VENV)/.installed-dev ## the same with the developers' tools
+
+# --- use -----------------------------------------------------------------------------------------------------------
+
+PROMPT ?= Return the
+demo: $(VENV)/.installed ## install, compile examples/tiny-moe, generate text
+	$(BIN)/compile-model build examples/tiny-moe -o build/tiny-moe --force
+	$(BIN)/compile-model run build/tiny-moe --prompt '$(PROMPT)' -n 96
+
+# --- tests ---------------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.installed ## install and run the suite (no torch needed)
+	$(PYTEST) -n $(WORKERS) --ignore=tests/reference $(ARGS)
+
+test-text: $(VENV)/.installed ## only the text tests: parser, printer, verifier, passes
+	$(PYTEST) -n $(WORKERS) tests/text tests/ir tests/passes $(ARGS)
+
+test-reference: $(VENV)/.installed-reference ## compare with torch and transformers
+	$(PYTEST) tests/reference $(ARGS)
+
+fuzz: $(VENV)/.installed ## the property tests with long random runs
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -n $(WORKERS) --ignore=tests/reference -m hypothesis $(ARGS)
+
+mutants: $(VENV)/.installed ## plant known wrong changes and show that the suite catches each
+	$(PY) tools/mutants.py $(ARGS)
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+format: $(VENV)/.installed-dev ## rewrite the sources in the house format
+	$(BIN)/ruff format $(FOLDERS)
+	$(BIN)/ruff check --fix $(FOLDERS)
+
+lint: $(VENV)/.installed-dev ## format and lint, without changing anything
+	$(BIN)/ruff format --check $(FOLDERS)
+	$(BIN)/ruff check $(FOLDERS)
+
+types: $(VENV)/.installed-dev ## type check
+	$(BIN)/basedpyright --level error
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+bench: $(VENV)/.installed ## llama-bench's rows for MODEL=DIR (default: the demo model)
+	$(BIN)/compile-model bench $(or $(MODEL),examples/tiny-moe) $(ARGS)
+
+docs: $(VENV)/.installed ## regenerate the op pages under docs/ops from the op classes
+	$(PY) tools/op_docs.py
+
+ci: ## what CI runs
+	.ci/run
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help install install-dev demo test test-text test-reference fuzz mutants format lint types bench docs ci clean

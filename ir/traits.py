@@ -52,6 +52,10 @@ class Terminator(Trait):
     """Ends its block."""
 
 
+class NoTerminator(Trait):
+    """The blocks of its regions end with any op."""
+
+
 class HasRecursiveEffects(Trait):
     """Has the effects of the ops in its regions and no others."""
 

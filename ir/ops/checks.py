@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ir.formats import PlainFormat
+from ir.formats import BF16, F16, F32
 from ir.op_def import InferenceError, expect
 from ir.types import Dim, KVCacheType, SymbolicDim, TensorType, Type
+
+FLOATS = (F32, BF16, F16)  # the elements of activations and weights
 
 
 def tensor(type: Type, name: str, rank: int | None = None, min_rank: int = 0) -> TensorType:
@@ -20,8 +22,7 @@ def tensor(type: Type, name: str, rank: int | None = None, min_rank: int = 0) ->
 def float_tensor(type: Type, name: str, rank: int | None = None, min_rank: int = 0) -> TensorType:
     """`type` as a tensor of f32, bf16 or f16."""
     found = tensor(type, name, rank, min_rank)
-    is_float = isinstance(found.element, PlainFormat) and found.element.is_float
-    expect(is_float, f"expected {name} of f32, bf16 or f16, got {found}")
+    expect(found.element in FLOATS, f"expected {name} of f32, bf16 or f16, got {found}")
     return found
 
 

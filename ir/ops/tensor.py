@@ -197,8 +197,7 @@ class CastOp(Op):
     @staticmethod
     def infer_types(x: Type, *, to: PlainFormat) -> TensorType:
         found = checks.float_tensor(x, "x")
-        is_float = isinstance(to, PlainFormat) and to.is_float
-        expect(is_float, f"expected a cast to f32, bf16 or f16, got to = {to}")
+        expect(to in checks.FLOATS, f"expected a cast to f32, bf16 or f16, got to = {to}")
         return found.with_element(to)
 
     @staticmethod

@@ -1,0 +1,91 @@
+"""moe.*: ties, idle experts, all tokens on one expert, top_k = experts, one token, bf16 weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ir.ops.moe import DispatchOp
+from tests.samples.base import BF16, I32, TOKENS, Sample, fault, normal, sample, t
+
+_TIES = np.array([[1.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+
+# label, experts, ids [tokens, top_k]
+ROUTINGS = (
+    ("spread", 4, ((0, 2), (3, 1), (2, 0))),
+    ("one_token", 3, ((2, 0),)),
+    ("all_on_one", 4, ((1,), (1,), (1,), (1,), (1,))),
+    ("idle_first_and_last", 5, ((1, 3), (3, 2), (1, 2))),
+    ("every_expert", 3, ((2, 0, 1), (0, 1, 2))),
+    ("single_expert", 1, ((0,), (0,))),
+)
+_PAIRS2 = t(TOKENS * 2, element=I32)
+
+
+def _arrays(experts: int, ids: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, ...]:
+    chosen = np.array(ids, np.int32)
+    return (chosen, *DispatchOp.reference(chosen, num_experts=experts))
+
+
+def _dispatch(label: str, experts: int, ids: tuple) -> Sample:
+    chosen, _, _ = _arrays(experts, ids)
+    return sample("moe.dispatch", label, chosen, types=(t(TOKENS, chosen.shape[1], element=I32),), num_experts=experts)
+
+
+def _grouped(label: str, experts: int, ids: tuple, gather: bool, element=BF16) -> Sample:
+    chosen, order, offsets = _arrays(experts, ids)
+    top_k = chosen.shape[1]
+    rows = chosen.shape[0] if gather else order.size
+    x, w = normal(rows, 6), normal(experts, 5, 6, element=element)
+    dim = TOKENS if gather else TOKENS * top_k
+    types = (t(dim, 6), t(experts, 5, 6, element=element), t(TOKENS * top_k, element=I32), t(experts + 1, element=I32))
+    name = f"{label}_{'gather' if gather else 'grouped'}"
+    return sample("moe.grouped_gemm", name, x, w, order, offsets, types=types, gather=top_k if gather else 0)
+
+
+def _combine(label: str, experts: int, ids: tuple) -> Sample:
+    chosen, order, _ = _arrays(experts, ids)
+    tokens, top_k = chosen.shape
+    types = (t(TOKENS * top_k, 5), t(TOKENS, top_k), t(TOKENS * top_k, element=I32))
+    return sample("moe.combine", label, normal(order.size, 5), np.abs(normal(tokens, top_k)), order, types=types)
+
+
+SAMPLES = (
+    sample("moe.route", "top2", normal(3, 8), types=(t(TOKENS, 8),), top_k=2, normalize=True),
+    sample("moe.route", "top1", normal(1, 5), top_k=1, normalize=False),
+    sample("moe.route", "ties", _TIES, top_k=2, normalize=False),
+    sample("moe.route", "ties_normalized", _TIES, top_k=3, normalize=True),
+    sample("moe.route", "all_experts", normal(2, 4), top_k=4, normalize=False),
+    sample("moe.route", "large", normal(2, 6, scale=1e3), top_k=2, normalize=True),
+    *(_dispatch(*routing) for routing in ROUTINGS),
+    *(_grouped(*routing, gather) for routing in ROUTINGS for gather in (True, False)),
+    *(_combine(*routing) for routing in ROUTINGS),
+)
+FAULTS = (
+    fault("moe.route", "expected 1 <= top_k <= 8 experts, got top_k = 9", t(3, 8), top_k=9, normalize=True),
+    fault("moe.route", "expected 1 <= top_k <= 8 experts, got top_k = 0", t(3, 8), top_k=0, normalize=True),
+    fault("moe.route", "expected logits of rank 2", t(8), top_k=1, normalize=True),
+    fault("moe.dispatch", "num_experts >= 1, got 0", t(3, 2, element=I32), num_experts=0),
+    fault("moe.dispatch", "a known number of experts per token", t(3, TOKENS, element=I32), num_experts=4),
+    fault(
+        "moe.grouped_gemm", "k of x and w to match, got 7 and 6",
+        t(TOKENS, 7), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=2,
+    ),
+    fault(
+        "moe.grouped_gemm", "offsets of 4 experts + 1, got tensor<4 x i32>",
+        t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(4, element=I32), gather=2,
+    ),
+    fault(
+        "moe.grouped_gemm", "rows of x times gather and rows of order to match, got tokens*3 and tokens*2",
+        t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=3,
+    ),
+    fault(
+        "moe.grouped_gemm", "rows of x and order to match, got tokens and tokens*2",
+        t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=0,
+    ),
+    fault("moe.grouped_gemm", "gather >= 0, got -1", t(3, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=-1),
+    fault("moe.combine", "rows of y and order to match, got 5 and tokens*2", t(5, 6), t(TOKENS, 2), _PAIRS2),
+    fault(
+        "moe.combine", "tokens * top_k of weights and rows of order to match, got tokens*3 and tokens*2",
+        t(TOKENS * 2, 6), t(TOKENS, 3), _PAIRS2,
+    ),
+)  # fmt: skip

@@ -35,9 +35,11 @@ class Location:
 def fuse_origins(*origins: str) -> str:
     """The origin of an op that stands for several: their common prefix with the distinct tails, in order.
 
-    `layers.0.self_attn.q_proj`, `layers.0.self_attn.k_proj` -> `layers.0.self_attn.q_proj+k_proj`.
+    `layers.0.self_attn.q_proj`, `layers.0.self_attn.k_proj` -> `layers.0.self_attn.q_proj+k_proj`. An origin that holds
+    another one says nothing more: `layers.0`, `layers.0.mlp` -> `layers.0.mlp`.
     """
     distinct = list(dict.fromkeys(o for o in origins if o))
+    distinct = [o for o in distinct if not any(other.startswith(o + ".") for other in distinct)]
     if len(distinct) <= 1:
         return distinct[0] if distinct else ""
     parts = [o.split(".") for o in distinct]

@@ -21,10 +21,11 @@ from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.location import Location
 from ir.rewriter import Refusal
+from ir.spelling import did_you_mean
 from passes.clone import clone
 from passes.dump import Dumper
 from passes.pass_base import Pass, PassContext, Remark
-from passes.pipeline_text import near, parse_pipeline, print_pass, print_pipeline
+from passes.pipeline_text import parse_pipeline, print_pass, print_pipeline
 from passes.snapshot import snapshot
 
 
@@ -129,7 +130,7 @@ class PassManager:
             names = [p.name for p in self.passes]
             if stop_after not in names:
                 raise DiagnosticError(
-                    f"cannot stop after {stop_after!r}: no such pass in the pipeline{near(stop_after, names)}",
+                    f"cannot stop after {stop_after!r}: no such pass in the pipeline{did_you_mean(stop_after, names)}",
                     expected="one of " + ", ".join(dict.fromkeys(names)),
                 )
             return names.index(stop_after) + 1

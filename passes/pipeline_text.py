@@ -13,19 +13,20 @@ the fault.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.location import Location
+from ir.spelling import did_you_mean
 from passes.pass_base import Pass, find_pass, registered_passes
 
 _TOKEN = re.compile(r'\s*(?:(?P<punct>[{}=,])|"(?P<string>(?:[^"\\]|\\.)*)"|(?P<word>[^\s{}=,"]+)|(?P<bad>"))')
+_BLANKS = "blanks separate options, commas separate the values of one"
 _PLAIN_WORD = re.compile(r'[^\s{}=,"]+')
 
 
@@ -55,12 +56,6 @@ def print_pass(p: Pass) -> str:
         if value != _default(field):
             options.append(f"{_key(field.name)}={_print_value(value)}")
     return p.name + (f"{{{' '.join(options)}}}" if options else "")
-
-
-def near(word: str, known: Sequence[str]) -> str:
-    """`, did you mean 'x'?` for the nearest of `known`, or nothing."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean {found[0]!r}?" if found else ""
 
 
 class _Reader:
@@ -126,7 +121,8 @@ class _Reader:
         cls = find_pass(token.text)
         if cls is None:
             known = list(registered_passes())
-            raise self.error(token, f"unknown pass {token.text!r}{near(token.text, known)}", "known: " + ", ".join(known))
+            message = f"unknown pass {token.text!r}{did_you_mean(token.text, known)}"
+            raise self.error(token, message, "known: " + ", ".join(known))
         given: dict[str, Any] = {}
         if self.accept("{"):
             while not self.accept("}"):
@@ -141,14 +137,12 @@ class _Reader:
         if token.kind == "end":
             raise self.error(token, f"the options of {cls.name!r} are not closed by '}}'")
         if token.kind != "word":
-            raise self.error(
-                token, f"expected an option of {cls.name!r}, got {token.text!r}", "blanks separate options, commas do not"
-            )
+            raise self.error(token, f"expected an option of {cls.name!r}, got {token.text!r}", _BLANKS)
         fields = {_key(f.name): f for f in dataclasses.fields(cls)}
         field = fields.get(token.text.replace("_", "-"))
         if field is None:
             has = "its options: " + ", ".join(fields) if fields else "it has no options"
-            message = f"pass {cls.name!r} has no option {token.text!r}{near(token.text, list(fields))}"
+            message = f"pass {cls.name!r} has no option {token.text!r}{did_you_mean(token.text, list(fields))}"
             raise self.error(token, message, has)
         if field.name in given:
             raise self.error(token, f"option {token.text!r} is given twice")
@@ -169,7 +163,7 @@ class _Reader:
             raise self.error(token, f"expected a value, got {token.text or 'the end'!r}")
         following = self.tokens[self.at]
         if self.at >= 2 and self.tokens[self.at - 2].text == "," and (following.kind, following.text) == ("punct", "="):
-            raise self.error(token, f"expected a value, got option {token.text!r}", "blanks separate options, commas do not")
+            raise self.error(token, f"expected a value, got option {token.text!r}", _BLANKS)
         return token
 
     def convert(self, key: str, hint: Any, values: list[_Token]) -> Any:
@@ -185,7 +179,7 @@ class _Reader:
             return _convert(hint, token.text, token.kind == "string")
         except ValueError as error:
             choices = [str(a) for a in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
-            message = f"option {key!r} takes {_describe(hint)}, got {token.text!r}{near(token.text, choices)}"
+            message = f"option {key!r} takes {_describe(hint)}, got {token.text!r}{did_you_mean(token.text, choices)}"
             raise self.error(token, message) from error
 
 

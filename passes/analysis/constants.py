@@ -7,7 +7,7 @@ from ir.traits import ConstantLike, has_trait, is_pure
 
 
 def is_constant_expression(value: Value) -> bool:
-    """Whether `value` depends on weights only: a cast of a concat of two constants does, what reads an input does not."""
+    """Whether `value` depends on weights only: a cast of a concat of constants does."""
     worklist, seen = [value], {value}
     while worklist:
         op = worklist.pop().defining_op()

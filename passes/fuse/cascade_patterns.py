@@ -69,7 +69,7 @@ class FoldOnlineSoftmax(RewritePattern):
         sums: list[Op] = []
         for user in (u for e in exponentials for u in e.users):
             if not self._is_sum(user, exponentials):
-                return rewriter.no_match(op, f"the exponentials are read by {user.name}, which is no sum over {self.rank}")
+                return rewriter.no_match(op, f"the exponentials are read by {user.name}, no sum over {self.rank}")
             sums.append(user)
         assert op.parent is not None
         sums = sorted(dict.fromkeys(sums), key=op.parent.ops.index)

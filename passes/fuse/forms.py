@@ -6,6 +6,7 @@ operands are named by their index in `op.operands`. It raises FormError for a re
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class FormError(Exception):
 
 @dataclass(frozen=True)
 class GemmForm:
-    """[norm] [cast] product, then the epilogue in order. `epilogue_operands[i]` belongs to `epilogue[i]`, None if unary."""
+    """[norm] [cast] product, then the epilogue; `epilogue_operands[i]` is that of `epilogue[i]`, None if it is unary."""
 
     norm: RmsNormOp | None
     cast: CastOp | None
@@ -59,6 +60,14 @@ class StreamForm:
     reshape: ReshapeOp
     head_norm: RmsNormOp | None
     rope: RopeOp | None
+
+    def steps(self) -> tuple[Op | None, ...]:
+        """One entry per step of the normal form, in order; None for a step that this stream lacks."""
+        return self.slice, self.row_norm, self.clip, self.reshape, self.head_norm, self.rope
+
+    def ops(self) -> tuple[Op, ...]:
+        """The steps that are there."""
+        return tuple(op for op in self.steps() if op is not None)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def describe(op: Op) -> Form:
     body = op.region.block.ops
     if not body or not isinstance(body[-1], YieldOp):
         raise FormError("the region does not end in tensor.yield")
-    read = {"gemm": _gemm, "rope_append": _rope_append, "attention": _attention, "elementwise": _elementwise}.get(op.kind)
+    read = _READERS.get(op.kind)
     if read is None:
         raise FormError(f"there are no regions of kind {op.kind!r}")
     return read(body[:-1], body[-1])
@@ -135,7 +144,7 @@ def _gemm(body: Sequence[Op], end: Op) -> GemmForm:
     _require(bool(rest) and isinstance(rest[0], PRODUCTS), "expected gemm.matmul or moe.grouped_gemm")
     product = rest.pop(0)
     chain = [op for op in (norm, cast, product, *rest) if op is not None]
-    for before, op in zip(chain, chain[1:], strict=False):
+    for before, op in itertools.pairwise(chain):
         _require(op.operands[0] is before.results[0], f"{op.name} does not continue the chain")
     for op in rest:
         _require(isinstance(op, EPILOGUE_OPS), f"{op.name} is no epilogue op")
@@ -185,7 +194,10 @@ def _gain_of(stream: StreamForm) -> int | None:
 
 
 def read_stream(value: Value) -> StreamForm:
-    """The ops that make `value`, read backwards: rope, head norm, reshape, clip, row norm, slice. Raises FormError."""
+    """The ops that make `value`, read backwards: rope, head norm, reshape, clip, row norm, slice. Raises FormError.
+
+    A clip is met on either side of the reshape; in the normal form it stands in front of it.
+    """
 
     def take(kind: type[Op]) -> Op | None:
         nonlocal value
@@ -196,10 +208,14 @@ def read_stream(value: Value) -> StreamForm:
         return op
 
     rope, head_norm = take(RopeOp), take(RmsNormOp)
-    reshape, clip, row_norm = take(ReshapeOp), take(ClipOp), take(RmsNormOp)
+    clip, reshape = take(ClipOp), take(ReshapeOp)
+    clip, row_norm = clip or take(ClipOp), take(RmsNormOp)
     cut = take(SliceOp)
     made_by = value.defining_op()
     if reshape is None or cut is None:
         met = made_by.name if made_by is not None and cut is None else "an input"
         raise FormError(f"expected a slice of the joint projection, reshaped to heads; found {met}")
     return StreamForm(cut, row_norm, clip, reshape, head_norm, rope)  # type: ignore[arg-type]  # checked by take
+
+
+_READERS = {"gemm": _gemm, "rope_append": _rope_append, "attention": _attention, "elementwise": _elementwise}

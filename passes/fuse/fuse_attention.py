@@ -1,7 +1,7 @@
 """fuse-attention: scores, softmax and the weighted sum of values become one op that reads the cache once.
 
-    %s = attn.scores %q, %c, %pos, %slots {scale = 0.25}
-    %p = attn.softmax %s                            -->   %o = attn.attention %q, %c, %pos, %slots {scale = 0.25} ({ cascade })
+    %s = attn.scores %q, %c, %pos, %slots {scale = 0.25}         %o = attn.attention %q, %c, %pos, %slots
+    %p = attn.softmax %s                                   -->         {scale = 0.25} ({ cascade })
     %o = attn.combine %p, %c, %slots
 
 The region starts as the textbook cascade and loses passes over `ctx` one rewrite at a time, down to `passes`
@@ -88,8 +88,10 @@ class FuseAttentionPass(FunctionPass):
         """Rewrites the cascade of `op` until it has as few passes as wanted, and tells the counts."""
         counts = [count_passes(op.region.block).count]
         for pattern in (DeferDivision(), FoldOnlineSoftmax(block=self.block)):
-            if counts[-1] > self.passes:
-                apply_greedily(op, [pattern], ctx.rewriter())
+            if counts[-1] <= self.passes:
+                break
+            rewriter = apply_greedily(op, [pattern], ctx.rewriter())
+            if rewriter.changed:
                 counts.append(count_passes(op.region.block).count)
         told = ", then ".join(str(c) for c in counts)
         ctx.remark(op, f"the cascade needs {told} {'pass' if counts[-1] == 1 else 'passes'} over ctx")

@@ -29,10 +29,11 @@ def outline(
     anchor: Op,
     leading: Sequence[Value] | None = None,
 ) -> FusedOp:
-    """A `tensor.fused` of `kind` that holds `ops` (in this order) and yields `results`, where `anchor` (one of them) stood.
+    """A `tensor.fused` of `kind` that holds `ops` in this order and yields `results`, where `anchor` (one of them) was.
 
     Operands follow the uses in the body, one for each use, so that an operand's place tells its role. With `leading`
-    (maybe empty) those values come first, in that order, and a value is passed once however often it is used.
+    (maybe empty) those values come first, in that order, and a value is passed once however often it is used; the
+    first place counts when `leading` names one twice.
     """
     assert anchor.parent is not None and all(op.parent is anchor.parent for op in ops)
     inside = set(ops)
@@ -43,7 +44,9 @@ def outline(
     made = {r for op in flat for r in op.results}
     uses: list[tuple[Op, int, int]] = []  # op, operand index, number of the input it reads
     inputs: list[Value] = list(leading or ())
-    numbers: dict[Value, int] = {v: i for i, v in enumerate(inputs)}
+    numbers: dict[Value, int] = {}
+    for number, value in enumerate(inputs):
+        numbers.setdefault(value, number)
     for op in flat:
         for index, value in enumerate(op.operands):
             source = alias.get(value, value)
@@ -76,7 +79,7 @@ def outline(
 
 
 def _flatten(ops: Sequence[Op]) -> tuple[list[Op], dict[Value, Value]]:
-    """The ops with those inside of fused ops in their place, and what stands for arguments and results of the latter."""
+    """The ops, fused ones replaced by what they hold, and what stands for the arguments and results of those."""
     flat: list[Op] = []
     alias: dict[Value, Value] = {}
     for op in ops:

@@ -15,6 +15,7 @@ the compiler, not from a user). `check_arena` shares no code with the assignment
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Arena:
 
 
 def assign_arena(lifetimes: Sequence[Lifetime], alignment: int = ALIGNMENT) -> Arena:
-    """Offsets for `lifetimes`. Buffers of zero bytes get offset 0. Raises ValueError on lifetimes that make no sense."""
+    """Offsets for `lifetimes`. Buffers of zero bytes get offset 0. Raises ValueError on senseless lifetimes."""
     _check_input(lifetimes, alignment)
     sized = [x for x in lifetimes if x.bytes > 0]
     sizes = [-(-x.bytes // alignment) * alignment for x in sized]
@@ -130,7 +131,7 @@ def check_arena(lifetimes: Sequence[Lifetime], arena: Arena, alignment: int = AL
     clashes: dict[tuple[Hashable, Hashable], int] = {}
     for step in sorted(by_step):
         alive = sorted(by_step[step], key=lambda x: (arena.offsets[x.buffer], x.bytes))
-        for low, high in zip(alive, alive[1:], strict=False):
+        for low, high in itertools.pairwise(alive):
             if arena.offsets[low.buffer] + low.bytes > arena.offsets[high.buffer]:
                 clashes.setdefault((low.buffer, high.buffer), step)
     faults += [f"{a} and {b} share memory at step {step}" for (a, b), step in clashes.items()]

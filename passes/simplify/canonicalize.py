@@ -1,4 +1,4 @@
-"""canonicalize: brings the IR into one of the many forms that mean the same, so that later patterns need to know one only.
+"""canonicalize: of the many forms that mean the same keeps one, so that later patterns need to know one only.
 
     cast(cast(x))          one cast, when the inner one lost nothing       slice(concat(a, b))   a, or a slice of it
     cast(x) to its own     x                                               slice(slice(x))       one slice

@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ir.core import Op
-from ir.formats import BF16, F16, F32, NumberFormat
 from ir.ops.tensor import CastOp, ConcatOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter, RewritePattern
 from passes.analysis.constants import is_constant_expression
-
-_HOLDS_ALL_OF = {F32: (F32, F16, BF16), F16: (F16,), BF16: (BF16,)}
-
-
-def is_exact(source: NumberFormat, to: NumberFormat) -> bool:
-    """Whether every number of format `source` is one of format `to`."""
-    return source in _HOLDS_ALL_OF.get(to, ())
+from passes.analysis.exactness import is_exact
 
 
 class RemoveIdentityCast(RewritePattern):

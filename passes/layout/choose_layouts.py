@@ -1,0 +1,116 @@
+"""choose-layouts: where the elements of every GEMM weight lie in memory.
+
+    %y = gemm.matmul %x, %w   -->   %p = tensor.layout %w {layout = strips<rows=64, pack=2>}      (constant expression)
+                                    %y = gemm.matmul %x, %p
+
+Weights lie in strips of `rows` rows, inside of which `pack` neighbours of a row come together: a dot instruction that
+adds pairs wants two bf16 at once. Rows follow from the width of a vector register, so that one strip is the register
+tile of a kernel: four registers of f32 sums for 16-bit weights, two for f32 (64 and 32 rows at 512 bits). A matrix
+with fewer rows than a strip, or one that would grow by more than `max_padding`, gets strips of one register (16). The
+gate | up pair in front of a swiglu is interleaved, half a strip of each, so that one tile holds both halves of a pair.
+
+Options left at 0 follow `vector_bits`; that option left at 0 follows `PassContext.options["vector_bits"]`, else 512.
+Takes bare products and those in fused regions, dense and grouped; refuses weights computed from step inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ir.core import Op, Value
+from ir.formats import BF16, F16, F32, NumberFormat
+from ir.ops.fused import FusedOp
+from ir.ops.tensor import LayoutOp, SwigluOp
+from ir.rewriter import PatternRewriter
+from ir.types import Layout, TensorType
+from passes.analysis.constants import is_constant_expression
+from passes.fuse.forms import PRODUCTS, describe
+from passes.pass_base import FunctionPass, PassContext, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class ChooseLayoutsPass(FunctionPass):
+    """Strips for every GEMM weight, by format and shape."""
+
+    name: ClassVar[str] = "choose-layouts"
+    vector_bits: int = 0
+    bf16_rows: int = 0
+    bf16_pack: int = 2
+    f16_rows: int = 0
+    f16_pack: int = 1
+    f32_rows: int = 0
+    f32_pack: int = 1
+    small_rows: int = 0
+    max_padding: float = 0.1
+
+    def __post_init__(self) -> None:
+        numbers = (self.vector_bits, self.bf16_rows, self.f16_rows, self.f32_rows, self.small_rows)
+        if min(numbers) < 0 or min(self.bf16_pack, self.f16_pack, self.f32_pack) < 1 or self.max_padding < 0:
+            raise ValueError("expected sizes >= 0, packs >= 1 and max-padding >= 0")
+        if any(n % 2 for n in numbers):
+            raise ValueError("expected even numbers of rows and vector bits: gate | up pairs take half a strip each")
+
+    def run(self, func: Op, ctx: PassContext) -> None:
+        rewriter = ctx.rewriter()
+        rewriter.pattern = self.name
+        lanes = (self.vector_bits or int(ctx.options.get("vector_bits", 512))) // 32  # f32 sums in a register
+        laid_out: dict[tuple[Value, Layout], Value] = {}
+        for region in func.regions:
+            for block in region.blocks:
+                for op in list(block.ops):
+                    if isinstance(op, PRODUCTS) or (isinstance(op, FusedOp) and op.kind == "gemm"):
+                        self._lay_out(op, lanes, laid_out, rewriter)
+
+    def _lay_out(
+        self, op: Op, lanes: int, laid_out: dict[tuple[Value, Layout], Value], rewriter: PatternRewriter
+    ) -> None:
+        form = describe(op)
+        index = form.weight
+        weight = op.operands[index]
+        type = weight.type
+        if type.layout is not None:
+            return
+        if not is_constant_expression(weight):
+            rewriter.no_match(op, "the weight is computed from step inputs")
+            return
+        pairs = form.has_swiglu or any(isinstance(user, SwigluOp) for user in op.results[0].users)
+        layout = self.layout_of(type, lanes, interleave=2 if pairs else 1)
+        if layout is None:
+            rewriter.no_match(op, f"there is no layout for weights of {type.element}")
+            return
+        key = (weight, layout)
+        if key not in laid_out or laid_out[key].owner.parent is not op.parent:
+            maker = weight.defining_op()
+            made = LayoutOp(weight, layout=layout, location=maker.location if maker is not None else None)
+            laid_out[key] = rewriter.insert_before(op, made).results[0]
+        rewriter.set_operand(op, index, laid_out[key])
+        if isinstance(op, FusedOp):
+            rewriter.set_type(op.region.block.arguments[index], laid_out[key].type)
+
+    def layout_of(self, type: TensorType, lanes: int, interleave: int = 1) -> Layout | None:
+        """The layout of a weight [.., n, k] of `type` on registers of `lanes` f32; None for other formats."""
+        n = type.shape[-2]
+        chosen = self._strip(type.element, lanes)
+        if chosen is None or not isinstance(n, int):
+            return None
+        rows, pack = chosen
+        if interleave > 1 and n % interleave:
+            interleave = 1
+        for size in (rows, self.small_rows or lanes):
+            layout = Layout(size // interleave, pack, interleave)
+            stored = layout.padded(n, 1)[0]
+            if stored <= n * (1 + self.max_padding) and n >= size:
+                return layout
+        return Layout((self.small_rows or lanes) // interleave, pack, interleave)
+
+    def _strip(self, element: NumberFormat, lanes: int) -> tuple[int, int] | None:
+        """(rows, pack) of a whole strip."""
+        if element == BF16:
+            return self.bf16_rows or 4 * lanes, self.bf16_pack
+        if element == F16:
+            return self.f16_rows or 4 * lanes, self.f16_pack
+        if element == F32:
+            return self.f32_rows or 2 * lanes, self.f32_pack
+        return None

@@ -1,0 +1,196 @@
+"""Weights as an artifact stores them: where each lies in the file, and its bytes in bounded pieces.
+
+Takes named roots of constant expressions (graph IR values whose type says format and layout) and a source of
+checkpoint rows; `plan_weights` assigns page-aligned offsets in the order given (the order the program reads them),
+`stored_pieces` yields the bytes of one tensor a few MiB at a time, `write_weights` writes the file. A laid-out matrix
+is stored as `ir.types.Layout` says, each matrix of a stack [E, n, k] by itself; everything else row-major. Nothing
+larger than a piece plus what the source returns for it is ever in memory. `load_stored` is the inverse, for tests and
+inspection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from codegen.constant_reader import Box, ConstantReader, TensorSource, static_type
+from codegen.strips import StripPacker, strip_count, strip_rows, unpack_strips
+from ir.core import Value
+from ir.diagnostics import DiagnosticError
+from ir.formats import PLAIN_FORMATS
+from ir.types import Layout, TensorType
+
+PAGE_BYTES = 4096
+PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the weights file: bytes [offset, offset + nbytes), a page-aligned place.
+
+    `shape` is the logical one, before padding; `layout` is None for row-major.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    format: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+
+    def manifest_entry(self) -> dict[str, object]:
+        """The form in `manifest.json`."""
+        return {
+            "name": self.name,
+            "offset": self.offset,
+            "bytes": self.nbytes,
+            "format": self.format,
+            "shape": list(self.shape),
+            "layout": str(self.layout) if self.layout else "",
+        }
+
+
+class ByteSink(Protocol):
+    """What `write_weights` writes to: a binary file, or an artifact's file that hashes as it goes."""
+
+    def write(self, data: memoryview, /) -> object: ...
+
+
+def layout_of(value: Value) -> Layout | None:
+    """The layout that the value's type names."""
+    return value.type.layout if isinstance(value.type, TensorType) else None
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: np.dtype, layout: Layout | None) -> int:
+    """Exact bytes of a stored tensor, padding of its strips included."""
+    if layout is None:
+        return math.prod(shape) * dtype.itemsize
+    rows, columns = layout.padded(shape[-2], shape[-1])
+    return math.prod(shape[:-2]) * rows * columns * dtype.itemsize
+
+
+def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor], int]:
+    """(places in the order of `roots`, size of the file). Raises DiagnosticError for what cannot be stored."""
+    tensors = []
+    offset = 0
+    seen: dict[str, None] = {}
+    for name, value in roots:
+        if name in seen:
+            raise ValueError(f"two weights are named {name!r}")
+        seen[name] = None
+        shape, dtype = static_type(value)
+        layout = layout_of(value)
+        if layout is not None and (len(shape) not in (2, 3) or shape[-2] % layout.interleave):
+            raise DiagnosticError(
+                f"a weight of shape {list(shape)} cannot be laid out as {layout}",
+                where=name,
+                expected=f"[n, k] or [E, n, k] with n a multiple of {layout.interleave}",
+            )
+        size = stored_bytes(shape, dtype, layout)
+        assert isinstance(value.type, TensorType)
+        tensors.append(StoredTensor(name, offset, size, str(value.type.element), shape, layout))
+        offset += -(-size // PAGE_BYTES) * PAGE_BYTES
+    return tensors, offset
+
+
+def stored_pieces(value: Value, source: TensorSource, *, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
+    """The stored bytes of one weight, in order. A piece is valid until the next one is asked for."""
+    reader = ConstantReader(value, source)
+    layout = layout_of(value)
+    if layout is None:
+        yield from _plain_pieces(reader, (), piece_bytes)
+    elif len(reader.shape) == 2:
+        yield from _strip_pieces(reader, (), layout, piece_bytes)
+    else:
+        for index in range(reader.shape[0]):
+            yield from _strip_pieces(reader, ((index, index + 1),), layout, piece_bytes)
+
+
+def write_weights(
+    roots: Sequence[tuple[str, Value]],
+    source: TensorSource,
+    out: ByteSink,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[StoredTensor], int]:
+    """Writes the whole weights file to `out`; returns what `plan_weights` says.
+
+    `progress(done, total)` is called after every piece, in bytes.
+    """
+    tensors, total = plan_weights(roots)
+    done = 0
+    for tensor, (_, value) in zip(tensors, roots, strict=True):
+        start = done
+        for piece in stored_pieces(value, source):
+            out.write(piece)
+            done += len(piece)
+            if progress is not None:
+                progress(done, total)
+        if done - start != tensor.nbytes:
+            raise AssertionError(f"{tensor.name} has {done - start} stored bytes, its place {tensor.nbytes}")
+        padding = -done % PAGE_BYTES
+        out.write(memoryview(bytes(padding)))
+        done += padding
+    if progress is not None:
+        progress(done, total)
+    return tensors, total
+
+
+def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
+    """The logical array of one stored tensor; `data` is the whole weights file."""
+    dtype = PLAIN_FORMATS[tensor.format].dtype
+    flat = np.frombuffer(data, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
+    if tensor.layout is None:
+        return flat.reshape(tensor.shape)
+    n, k = tensor.shape[-2:]
+    if len(tensor.shape) == 2:
+        return unpack_strips(flat, tensor.layout, n, k)
+    matrices = flat.reshape(tensor.shape[0], -1)
+    return np.stack([unpack_strips(m, tensor.layout, n, k) for m in matrices])
+
+
+def _plain_pieces(reader: ConstantReader, prefix: Box, piece_bytes: int) -> Iterator[memoryview]:
+    """Row-major bytes: ranges of the first axis after `prefix`, or, where one step of it is too large, of the next."""
+    rest = reader.shape[len(prefix) :]
+    if not rest:
+        yield _bytes_of(reader.read(prefix))
+        return
+    step_bytes = math.prod(rest[1:]) * reader.dtype.itemsize
+    if step_bytes > piece_bytes and len(rest) > 1:
+        for index in range(rest[0]):
+            yield from _plain_pieces(reader, (*prefix, (index, index + 1)), piece_bytes)
+        return
+    count = max(1, piece_bytes // max(1, step_bytes))
+    for first in range(0, rest[0], count):
+        box = (*prefix, (first, min(first + count, rest[0])), *((0, d) for d in rest[1:]))
+        yield _bytes_of(reader.read(box))
+
+
+def _strip_pieces(reader: ConstantReader, prefix: Box, layout: Layout, piece_bytes: int) -> Iterator[memoryview]:
+    """The strips of one matrix, several to a piece. `prefix` picks the matrix of a stack."""
+    n, k = reader.shape[-2:]
+    packer = StripPacker(layout, k, reader.dtype)
+    strips = strip_count(layout, n)
+    strip_bytes = math.prod(packer.strip_shape) * reader.dtype.itemsize
+    # A piece starts at the first part of an interleaved group, so that each part is read as one range of rows.
+    per_piece = max(1, piece_bytes // (strip_bytes * layout.interleave)) * layout.interleave
+    buffer = np.empty((min(per_piece, strips), *packer.strip_shape), reader.dtype)
+    for first in range(0, strips, per_piece):
+        last = min(first + per_piece, strips)
+        for part in range(layout.interleave):
+            members = range(first + part, last, layout.interleave)
+            low, high = strip_rows(layout, n, members[0])[0], strip_rows(layout, n, members[-1])[1]
+            rows = reader.read((*prefix, (low, high), (0, k))).reshape(high - low, k)
+            for strip in members:
+                begin, end = strip_rows(layout, n, strip)
+                packer.pack_into(buffer[strip - first], rows[begin - low : end - low])
+        yield _bytes_of(buffer[: last - first])
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The array's bytes in row-major order, without a copy where it is contiguous already."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

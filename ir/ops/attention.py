@@ -103,8 +103,7 @@ def heads_per_kv_head(query: TensorType, cache: KVCacheType) -> int:
     """How many query heads share one kv head. `query` is [tokens, query heads, width]."""
     _, heads, width = query.shape
     checks.same("head width of q and cache", width, cache.head_dim)
-    if not isinstance(heads, int):
-        raise InferenceError(f"expected a known number of query heads, got {query}")
+    heads = checks.known(heads, "number of query heads")
     fits = heads % cache.num_kv_heads == 0
     expect(fits, f"expected query heads to be a multiple of {cache.num_kv_heads} kv heads, got {heads}")
     return heads // cache.num_kv_heads

@@ -51,6 +51,13 @@ def axis_of(type: TensorType, axis: int) -> int:
     return axis
 
 
+def known(dim: Dim, what: str) -> int:
+    """`dim`, which must be a number."""
+    if isinstance(dim, SymbolicDim):
+        raise InferenceError(f"expected a known {what}, got {dim}")
+    return dim
+
+
 def times(dim: Dim, factor: int) -> Dim:
     """`dim * factor` for numbers and symbols alike."""
     return dim * factor

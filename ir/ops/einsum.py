@@ -18,7 +18,7 @@ from ir.formats import F32, I1
 from ir.op_def import InferenceError, Op, attr, expect, operand, region, register_op, result
 from ir.ops import checks
 from ir.ops.fused import yielded_types
-from ir.sizes import num_elements
+from ir.sizes import dim_size, num_elements
 from ir.traits import HasRecursiveEffects, IsolatedFromAbove, Pure
 from ir.types import Dim, SymbolicDim, TensorType, Type
 
@@ -242,8 +242,8 @@ class FoldOp(Op):
         folded = [self.block_type(x.type, self.rank) != x.type for x in self.xs]
         extent = next(len(value) for value, cut in zip(values, folded, strict=True) if cut)
         running: tuple[Any, ...] = tuple(
-            np.full(r.type.shape, LOWEST if start == "max" else 0.0, np.float32)
-            for r, start in zip(self.results, self.carry, strict=True)
+            np.full([dim_size(d, {}) for d in checks.tensor(r.type, "a running value").shape], start, np.float32)
+            for r, start in zip(self.results, [LOWEST if c == "max" else 0.0 for c in self.carry], strict=True)
         )
         for start in range(0, extent, self.block):
             met = [

@@ -79,8 +79,8 @@ class DispatchOp(Op):
         found = checks.i32_tensor(ids, "ids", rank=2)
         tokens, top_k = found.shape
         expect(num_experts >= 1, f"expected num_experts >= 1, got {num_experts}")
-        expect(isinstance(top_k, int), f"expected a known number of experts per token, got {found}")
-        return TensorType((checks.times(tokens, top_k),), I32), TensorType((num_experts + 1,), I32)
+        pairs = checks.times(tokens, checks.known(top_k, "number of experts per token"))
+        return TensorType((pairs,), I32), TensorType((num_experts + 1,), I32)
 
     @staticmethod
     def reference(ids: np.ndarray, *, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,9 +171,9 @@ class CombineOp(Op):
         rows, share = checks.float_tensor(y, "y", rank=2), checks.float_tensor(weights, "weights", rank=2)
         pairs = checks.i32_tensor(order, "order")
         tokens, top_k = share.shape
-        expect(isinstance(top_k, int), f"expected a known number of experts per token, got {share}")
+        wanted = checks.times(tokens, checks.known(top_k, "number of experts per token"))
         checks.same("rows of y and order", rows.shape[0], pairs.shape[0])
-        checks.same("tokens * top_k of weights and rows of order", checks.times(tokens, top_k), pairs.shape[0])
+        checks.same("tokens * top_k of weights and rows of order", wanted, pairs.shape[0])
         return TensorType((tokens, rows.shape[1]), F32)
 
     @staticmethod

@@ -130,9 +130,7 @@ class SliceOp(Op):
     def infer_types(x: Type, *, axis: int, start: int, size: int) -> TensorType:
         found = checks.tensor(x, "x", min_rank=1)
         checks.axis_of(found, axis)
-        extent = found.shape[axis]
-        if not isinstance(extent, int):
-            raise InferenceError(f"expected a known size along axis {axis}, got {extent}")
+        extent = checks.known(found.shape[axis], f"size along axis {axis}")
         expect(found.layout is None, f"expected x without a layout, got {found}")
         inside = start >= 0 and size >= 1 and start + size <= extent
         expect(inside, f"expected a slice inside of 0 .. {extent}, got start = {start}, size = {size}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ir.builder import Builder
 from ir.core import Block, BlockArgument, Op, Value
@@ -125,17 +125,20 @@ class PatternRewriter:
         self.touched.append(op)
 
 
-class RewritePattern:
+OpT = TypeVar("OpT", bound=Op)
+
+
+class RewritePattern(Generic[OpT]):
     """Base of patterns. `op_type` limits what is offered to `match_and_rewrite`."""
 
     op_type: ClassVar[type[Op]] = Op
 
-    def match_and_rewrite(self, op: Op, rewriter: PatternRewriter) -> bool:
+    def match_and_rewrite(self, op: OpT, rewriter: PatternRewriter) -> bool:
         raise TypeError(f"{type(self).__name__} does not say what it rewrites")
 
 
 def apply_greedily(
-    root: Op, patterns: Iterable[RewritePattern], rewriter: PatternRewriter | None = None, max_rounds: int = 64
+    root: Op, patterns: Iterable[RewritePattern[Any]], rewriter: PatternRewriter | None = None, max_rounds: int = 64
 ) -> PatternRewriter:
     """Offers every op inside `root` to every pattern, and what changed again, until nothing changes.
 

@@ -95,7 +95,7 @@ class Pass:
 
     name: ClassVar[str] = ""
 
-    def run(self, module: Op, ctx: PassContext) -> None:
+    def run(self, module: Op, ctx: PassContext, /) -> None:
         """Changes `module` in place through a `PatternRewriter` or `Builder`. Valid IR in, valid IR out."""
         raise TypeError(f"pass {self.name or type(self).__name__} does not say what it does")
 

@@ -10,6 +10,7 @@ to run, for `compile-model opt`) and PassError names the pass, the passes before
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -146,40 +147,33 @@ class PassManager:
         report = PipelineReport(stopped=self.count < len(self.passes))
         self.context.take_notes()
         self.context.drop_analyses()
+        start = clone(module)  # what to begin with when a failure is to be shown again
         before = snapshot(module)
-        given: Op | None = None  # a copy of the IR that the running pass was given
         for index, current in enumerate(self.passes[: self.count]):
-            given = given if given is not None else clone(module)
             started = time.perf_counter()
             try:
                 current.run_on_module(module, self.context)
             except Exception as error:  # whatever it is, the user must learn which pass it was
-                raise self._failure(index, given, error) from error
+                raise self._failure(index, start, error) from error
             ended = time.perf_counter()
             after = snapshot(module)
             changed = after != before
+            before = after
             checked = time.perf_counter()
             if changed:
-                before, given_before, given = after, given, None
                 self.context.drop_analyses()
                 if self.verify:
                     try:
                         ir.verify(module)
                     except DiagnosticError as error:
-                        raise self._failure(index, given_before, error, "left IR that does not verify") from error
+                        raise self._failure(index, start, error, "left IR that does not verify") from error
             verified = time.perf_counter()
             dump = dumper.write(current.name, module) if dumper and changed else None
             refusals, remarks = self.context.take_notes()
+            text = print_pass(current)
+            seconds, verify_seconds = ended - started, verified - checked
             record = PassRecord(
-                current.name,
-                print_pass(current),
-                ended - started,
-                verified - checked,
-                changed,
-                len(after),
-                refusals,
-                remarks,
-                dump,
+                current.name, text, seconds, verify_seconds, changed, len(after), refusals, remarks, dump
             )
             report.records.append(record)
             if self.on_pass:
@@ -188,10 +182,9 @@ class PassManager:
             dumper.write("final", module)
         return report
 
-    def _failure(self, index: int, given: Op, error: Exception, what: str = "") -> PassError:
+    def _failure(self, index: int, start: Op, error: Exception, what: str = "") -> PassError:
         current = self.passes[index]
         notes = []
-        path, trouble = self._write_reproducer(index, given)
         if isinstance(error, DiagnosticError):
             shown = what or "failed"
             notes += list(error.diagnostics)
@@ -199,29 +192,41 @@ class PassManager:
             shown = f"failed with {type(error).__name__}: {error}"
         ran = ", ".join(print_pass(p) for p in self.passes[:index]) or "none"
         notes.append(Diagnostic("note", f"passes before it: {ran}"))
-        if path is not None:
-            notes.append(Diagnostic("note", f"to see it again: compile-model opt {path} -p '{self._rest(index)}'"))
-        else:
-            notes.append(Diagnostic("note", f"no reproducer was written: {trouble}"))
+        path, told = self._write_reproducer(index, start)
+        notes.append(Diagnostic("note", told))
         message = f"pass {current.name!r} {shown} (pass {index + 1} of {len(self.passes)})"
         failure = PassError.of(Diagnostic("error", message, Location(), tuple(notes)))
         assert isinstance(failure, PassError)
         failure.reproducer = path
         return failure
 
-    def _rest(self, index: int) -> str:
-        return print_pipeline(self.passes[index : self.count])
+    def _given(self, index: int, start: Op) -> tuple[Op, Sequence[Pass]]:
+        """The IR that pass `index` was given, and the passes from there on.
 
-    def _write_reproducer(self, index: int, given: Op) -> tuple[Path | None, str]:
-        """The file written, or why there is none. Never replaces the fault by one of its own."""
+        Passes depend on nothing but IR, target and options, so running the earlier ones again gives it; keeping a copy
+        before every pass would cost each run what only failures need. Should one fail now, the input has to do.
+        """
+        given = clone(start)
+        context = PassContext(self.context.target, dict(self.context.options))
+        try:
+            for earlier in self.passes[:index]:
+                earlier.run_on_module(given, context)
+                context.drop_analyses()
+        except Exception:  # noqa: BLE001  # the failure being reported matters more than this one
+            return start, self.passes[: self.count]
+        return given, self.passes[index : self.count]
+
+    def _write_reproducer(self, index: int, start: Op) -> tuple[Path | None, str]:
+        """The file written, or None, and what to tell the user. Never replaces the fault by one of its own."""
+        given, passes = self._given(index, start)
+        rest = print_pipeline(passes)
         try:
             path = self.reproducer or (self.dump_dir / "reproducer.ir" if self.dump_dir else None)
             if path is None:
-                handle = tempfile.NamedTemporaryFile(prefix="reproducer-", suffix=".ir", delete=False)  # noqa: SIM115
-                handle.close()
-                path = Path(handle.name)
-            rest = self._rest(index)
+                handle, name = tempfile.mkstemp(prefix="reproducer-", suffix=".ir")
+                os.close(handle)
+                path = Path(name)
             path.write_text(f"// RUN: compile-model opt %s -p '{rest}'\n{ir.print_module(given)}", encoding="utf-8")
-            return path, ""
         except OSError as error:
-            return None, f"{error.filename}: {error.strerror}"
+            return None, f"no reproducer was written: {error.filename}: {error.strerror}"
+        return path, f"to see it again: compile-model opt {path} -p '{rest}'"

@@ -26,7 +26,7 @@ def _is_map(op: Op | None, kind: str) -> bool:
     return isinstance(op, MapOp) and op.op == kind
 
 
-class DeferDivision(RewritePattern):
+class DeferDivision(RewritePattern[ContractOp]):
     """contract(div(e, l), v) --> div(contract(e, v), l) for a scalar l"""
 
     op_type: ClassVar[type[Op]] = ContractOp
@@ -47,7 +47,7 @@ class DeferDivision(RewritePattern):
 
 
 @dataclass
-class FoldOnlineSoftmax(RewritePattern):
+class FoldOnlineSoftmax(RewritePattern[ReduceOp]):
     """The maximum of s, the exponentials of s - maximum, and sums of those over `rank` --> one fold over `rank`"""
 
     op_type: ClassVar[type[Op]] = ReduceOp

@@ -31,7 +31,7 @@ class FormError(Exception):
 
 @dataclass(frozen=True)
 class GemmForm:
-    """[norm] [cast] product, then the epilogue; `epilogue_operands[i]` is that of `epilogue[i]`, None if it is unary."""
+    """[norm] [cast] product, then the epilogue; `epilogue_operands[i]` is what `epilogue[i]` reads besides, or None."""
 
     norm: RmsNormOp | None
     cast: CastOp | None
@@ -120,6 +120,14 @@ def describe(op: Op) -> Form:
     return read(body[:-1], body[-1])
 
 
+def describe_gemm(op: Op) -> GemmForm:
+    """`describe` for a product, bare or in a fused region of kind "gemm"."""
+    form = describe(op)
+    if not isinstance(form, GemmForm):
+        raise FormError(f"{op.name} is no product")
+    return form
+
+
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise FormError(what)
@@ -190,7 +198,7 @@ def _rope_append(body: Sequence[Op], end: Op) -> RopeAppendForm:
 
 def _gain_of(stream: StreamForm) -> int | None:
     norm = stream.row_norm or stream.head_norm
-    return None if norm is None else _argument(norm.operands[1], None)
+    return None if norm is None else _argument(norm.operands[1])
 
 
 def read_stream(value: Value) -> StreamForm:

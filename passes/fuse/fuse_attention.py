@@ -25,7 +25,7 @@ from passes.fuse.cascade_patterns import DeferDivision, FoldOnlineSoftmax
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 
-class FuseAttention(RewritePattern):
+class FuseAttention(RewritePattern[CombineOp]):
     """combine(softmax(scores(...))) --> attention with the three-pass cascade"""
 
     op_type: ClassVar[type[Op]] = CombineOp

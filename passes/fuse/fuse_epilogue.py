@@ -21,7 +21,8 @@ from ir.ops.attention import AttentionOp
 from ir.ops.fused import FusedOp
 from ir.ops.tensor import AddOp, CastOp, MulOp, ReshapeOp, SwigluOp
 from ir.rewriter import PatternRewriter
-from passes.fuse.forms import EPILOGUE_OPS, PRODUCTS, describe
+from passes.analysis.value_types import tensor_type
+from passes.fuse.forms import EPILOGUE_OPS, PRODUCTS, describe_gemm
 from passes.fuse.outline import only_reader, outline
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
@@ -33,7 +34,7 @@ class GrowEpilogue:
         block = op.parent
         assert block is not None
         chain: list[Op] = []
-        seen = list(describe(op).epilogue) if isinstance(op, FusedOp) else []
+        seen = list(describe_gemm(op).epilogue) if isinstance(op, FusedOp) else []
         last = op.results[0]
         while True:
             reader = self._next(op, last, block, seen, rewriter)
@@ -67,9 +68,9 @@ class GrowEpilogue:
                 first, second = reader.operands
                 rewriter.set_operand(reader, 0, second)
                 rewriter.set_operand(reader, 1, first)
-            other = reader.operands[1].type
-            if reader.y.type != last.type or (other.shape != last.type.shape and other.rank != 1):
-                rewriter.no_match(op, f"{reader.name} of {last.type} and {other} is neither a bias nor a residual")
+            type, other = tensor_type(last), tensor_type(reader.operands[1])
+            if reader.y.type != type or (other.shape != type.shape and other.rank != 1):
+                rewriter.no_match(op, f"{reader.name} of {type} and {other} is neither a bias nor a residual")
                 return None
         return reader
 
@@ -82,7 +83,7 @@ class GrowAttention:
         last: Value = op.y
         for kind in (ReshapeOp, CastOp):
             reader = only_reader(last, op.parent)
-            if isinstance(reader, kind) and (kind is CastOp or reader.results[0].type.rank == 2):
+            if isinstance(reader, kind) and (kind is CastOp or tensor_type(reader.results[0]).rank == 2):
                 chain.append(reader)
                 last = reader.results[0]
         if not chain:

@@ -45,7 +45,7 @@ def _branch(value: Value) -> _Branch | str:
     return _Branch(op, bias)
 
 
-class FuseGateUp(RewritePattern):
+class FuseGateUp(RewritePattern[MulOp]):
     """mul(silu(product(x, gate)), product(x, up)) --> swiglu(product(x, gate | up))"""
 
     op_type: ClassVar[type[Op]] = MulOp

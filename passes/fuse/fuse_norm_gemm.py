@@ -23,7 +23,7 @@ from passes.fuse.outline import outline
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 
-class FoldNormIntoGemm(RewritePattern):
+class FoldNormIntoGemm(RewritePattern[Op]):
     """matmul(cast(norm(x, gain)), w) --> fused "gemm" of the three"""
 
     def match_and_rewrite(self, op: Op, rewriter: PatternRewriter) -> bool:

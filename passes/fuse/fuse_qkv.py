@@ -24,6 +24,7 @@ from ir.ops.tensor import AddOp, CastOp, ClipOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter, RewritePattern, apply_greedily, fused_location
 from ir.traits import ReadsKVCache, has_trait
 from passes.analysis.constants import is_constant_expression
+from passes.analysis.value_types import tensor_type
 from passes.fuse.horizontal import stack, stackable_weights
 from passes.fuse.outline import only_reader
 from passes.pass_base import FunctionPass, PassContext, register_pass
@@ -39,18 +40,18 @@ def projection_of(value: Value) -> MatmulOp | None:
     return op if isinstance(op, MatmulOp) else None
 
 
-class FuseQKV(RewritePattern):
+class FuseQKV(RewritePattern[KVAppendOp]):
     """Three products of one activation that end in one cache --> one product and three slices"""
 
     op_type: ClassVar[type[Op]] = KVAppendOp
 
     def match_and_rewrite(self, op: KVAppendOp, rewriter: PatternRewriter) -> bool:
-        readers = [u for u in op.new_cache.users if has_trait(u, ReadsKVCache) and u.operands[0].type.rank == 3]
-        if not readers:
-            return rewriter.no_match(op, "no query reads the new cache")
-        if any(r.operands[0] is not readers[0].operands[0] for r in readers):
-            return rewriter.no_match(op, "several queries read the new cache")
-        sources = [readers[0].operands[0], op.k, op.v]
+        width = op.new_cache.type.head_dim
+        readers = [u.operands[0] for u in op.new_cache.users if has_trait(u, ReadsKVCache)]
+        queries = [v for v in dict.fromkeys(readers) if tensor_type(v).shape[-1] == width]  # others are probabilities
+        if len(queries) != 1:
+            return rewriter.no_match(op, f"{len(queries) or 'no'} queries read the new cache")
+        sources = [queries[0], op.k, op.v]
         products = [p for p in (projection_of(v) for v in sources) if p is not None]
         if len(products) < 3:
             return rewriter.no_match(op, "queries, keys and values are not all made by gemm.matmul")
@@ -91,7 +92,8 @@ def _fuse_products(products: list[MatmulOp], rewriter: PatternRewriter) -> None:
         ends = readers
     start = 0
     for op in ends:
-        size = op.results[0].type.shape[1]
+        size = tensor_type(op.results[0]).shape[1]
+        assert isinstance(size, int)  # rows of a weight
         part = SliceOp(made.results[0], axis=1, start=start, size=size, location=op.location)
         rewriter.insert_before(anchor, part)
         part.results[0].name_hint = op.results[0].name_hint

@@ -27,7 +27,7 @@ from passes.fuse.outline import only_reader, outline
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 
-class FuseRopeAppend(RewritePattern):
+class FuseRopeAppend(RewritePattern[KVAppendOp]):
     """Slices of one projection, normalised, rotated and appended --> fused "rope_append" """
 
     op_type: ClassVar[type[Op]] = KVAppendOp

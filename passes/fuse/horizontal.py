@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from ir.core import Op, Value
 from ir.ops.tensor import ConcatOp
 from ir.rewriter import PatternRewriter, fused_location
-from ir.types import TensorType
 from passes.analysis.constants import is_constant_expression
+from passes.analysis.value_types import tensor_type
 
 
 def stackable_weights(weights: Sequence[Value], axis: int) -> str:
     """Why these weights cannot be stacked along `axis`; empty when they can."""
-    types = [w.type for w in weights]
+    types = [tensor_type(w) for w in weights]
     for weight in weights:
         if not is_constant_expression(weight):
             return "a weight is computed from step inputs"
-        if not isinstance(weight.type, TensorType) or weight.type.layout is not None:
+        if tensor_type(weight).layout is not None:
             return "a weight has a layout already"
     if len({t.element for t in types}) > 1:
         return "the weights have the elements " + ", ".join(str(t.element) for t in types)

@@ -25,7 +25,8 @@ from ir.ops.tensor import LayoutOp, SwigluOp
 from ir.rewriter import PatternRewriter
 from ir.types import Layout, TensorType
 from passes.analysis.constants import is_constant_expression
-from passes.fuse.forms import PRODUCTS, describe
+from passes.analysis.value_types import tensor_type
+from passes.fuse.forms import PRODUCTS, describe_gemm
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 
@@ -66,10 +67,10 @@ class ChooseLayoutsPass(FunctionPass):
     def _lay_out(
         self, op: Op, lanes: int, laid_out: dict[tuple[Value, Layout], Value], rewriter: PatternRewriter
     ) -> None:
-        form = describe(op)
+        form = describe_gemm(op)
         index = form.weight
         weight = op.operands[index]
-        type = weight.type
+        type = tensor_type(weight)
         if type.layout is not None:
             return
         if not is_constant_expression(weight):

@@ -26,6 +26,7 @@ from ir.ops.tensor import AddOp, CastOp, EmbedOp
 from ir.rewriter import PatternRewriter
 from ir.types import KVCacheType
 from passes.analysis.exactness import is_exact
+from passes.analysis.value_types import tensor_type
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 FloatName = Literal["f32", "bf16", "f16"]
@@ -71,7 +72,7 @@ class SetPrecisionPass(FunctionPass):
         activations = F32 if routes else PLAIN_FORMATS[self.activations]
         for index, to in ((0, activations), (1, weights)):
             value = op.operands[index]
-            if value.type.element == to:
+            if tensor_type(value).element == to:
                 continue
             key = (value, to)
             if key not in casts or casts[key].owner.parent is not op.parent:  # an earlier one is in front of this op

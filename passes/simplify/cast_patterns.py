@@ -11,7 +11,7 @@ from passes.analysis.constants import is_constant_expression
 from passes.analysis.exactness import is_exact
 
 
-class RemoveIdentityCast(RewritePattern):
+class RemoveIdentityCast(RewritePattern[CastOp]):
     """cast(x) to the element of x --> x"""
 
     op_type: ClassVar[type[Op]] = CastOp
@@ -22,7 +22,7 @@ class RemoveIdentityCast(RewritePattern):
         return rewriter.replace_with_values(op, [op.x])
 
 
-class FoldCastOfCast(RewritePattern):
+class FoldCastOfCast(RewritePattern[CastOp]):
     """cast(cast(x) to b) to c --> cast(x) to c, when b holds every number of the format of x.
 
     Rounding once equals rounding an exact copy once. A chain that narrows and widens again is left alone: it rounds.
@@ -40,7 +40,7 @@ class FoldCastOfCast(RewritePattern):
         return rewriter.replace(op, CastOp(inner.x, to=op.to))
 
 
-class SinkCastToConstants(RewritePattern):
+class SinkCastToConstants(RewritePattern[CastOp]):
     """cast(concat(a, b)) --> concat(cast(a), cast(b)), and the same for slice and reshape, for constant expressions.
 
     With the casts at the bottom a weight is read once and narrowed at once, and equal casts of one weight are seen.

@@ -7,9 +7,10 @@ from typing import ClassVar
 from ir.core import Op, Value
 from ir.ops.tensor import ConcatOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter, RewritePattern
+from passes.analysis.value_types import tensor_type
 
 
-class RemoveIdentityMovement(RewritePattern):
+class RemoveIdentityMovement(RewritePattern[Op]):
     """A slice of everything, a reshape to the same shape, a concat of one --> the operand"""
 
     def match_and_rewrite(self, op: Op, rewriter: PatternRewriter) -> bool:
@@ -20,7 +21,7 @@ class RemoveIdentityMovement(RewritePattern):
         return rewriter.replace_with_values(op, op.operands)
 
 
-class FoldReshapeOfReshape(RewritePattern):
+class FoldReshapeOfReshape(RewritePattern[ReshapeOp]):
     """reshape(reshape(x)) --> reshape(x)"""
 
     op_type: ClassVar[type[Op]] = ReshapeOp
@@ -32,7 +33,7 @@ class FoldReshapeOfReshape(RewritePattern):
         return rewriter.replace(op, ReshapeOp(inner.x, shape=op.shape))
 
 
-class FoldSliceOfSlice(RewritePattern):
+class FoldSliceOfSlice(RewritePattern[SliceOp]):
     """slice(slice(x){start=a}){start=b} --> slice(x){start=a+b}, along one axis"""
 
     op_type: ClassVar[type[Op]] = SliceOp
@@ -44,7 +45,7 @@ class FoldSliceOfSlice(RewritePattern):
         return rewriter.replace(op, SliceOp(inner.x, axis=op.axis, start=inner.start + op.start, size=op.size))
 
 
-class FoldSliceOfConcat(RewritePattern):
+class FoldSliceOfConcat(RewritePattern[SliceOp]):
     """slice(concat(a, b, c)) --> a slice of the one operand that holds it, or a concat of the operands it is made of"""
 
     op_type: ClassVar[type[Op]] = SliceOp
@@ -57,7 +58,7 @@ class FoldSliceOfConcat(RewritePattern):
         met: list[tuple[Value, int, int]] = []  # operands that the slice touches, where each begins and ends
         at = 0
         for value in concat.operands:
-            size = value.type.shape[op.axis]
+            size = tensor_type(value).shape[op.axis]
             if at < end and at + size > op.start:
                 met.append((value, at, at + size))
             at += size
@@ -69,7 +70,7 @@ class FoldSliceOfConcat(RewritePattern):
         return rewriter.replace(op, ConcatOp(*(value for value, _, _ in met), axis=op.axis))
 
 
-class FlattenConcat(RewritePattern):
+class FlattenConcat(RewritePattern[ConcatOp]):
     """concat(concat(a, b), c) --> concat(a, b, c), along one axis"""
 
     op_type: ClassVar[type[Op]] = ConcatOp

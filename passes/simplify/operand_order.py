@@ -16,7 +16,7 @@ def _order(value: Value) -> tuple[int, bool, bool]:
     return -rank, is_constant_expression(value), not isinstance(value.defining_op(), SiluOp)
 
 
-class OrderCommutativeOperands(RewritePattern):
+class OrderCommutativeOperands(RewritePattern[Op]):
     """add(bias, x) --> add(x, bias);  mul(up, silu(gate)) --> mul(silu(gate), up)"""
 
     def match_and_rewrite(self, op: Op, rewriter: PatternRewriter) -> bool:

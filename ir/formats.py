@@ -33,7 +33,7 @@ class PlainFormat(NumberFormat):
 
     @property
     def is_float(self) -> bool:
-        return self.name in ("f32", "f16", "bf16")
+        return self.name in ("f32", "f16", "bf16", "f64")
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Exact bytes of an array of this shape."""
@@ -64,3 +64,7 @@ U8 = PlainFormat("u8", 8)
 I32 = PlainFormat("i32", 32)
 I64 = PlainFormat("i64", 64)
 PLAIN_FORMATS = {f.name: f for f in (F32, F16, BF16, F64, I1, I8, U8, I32, I64)}
+
+
+def read_grouped_format(bits, scheme, fields):
+    raise ValueError("no")

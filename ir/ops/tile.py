@@ -2,16 +2,18 @@
 are in `ir.ops.tile_memory` and `ir.ops.tile_control`).
 
 Operands are scalars (`f32`, `i32`, `index`) or vectors (`vector<16 x f32>`); both operands of an arithmetic op have
-one type. Integers wrap; `index` is a signed 64-bit integer. Arithmetic is on f32, i32, i64 and index only: bf16 and
+one type. Integers wrap; `index` is a signed 64-bit integer. Arithmetic is on f32, f64, i32, i64 and index only: bf16 and
 f16 are storage formats and are converted by `tile.cast`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ir.diagnostics import DiagnosticSink
 from ir.formats import BF16, F32, I1, I32, PlainFormat
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.traits import Commutative, ConstantLike, Pure
@@ -47,28 +49,25 @@ def is_float(type: Type) -> bool:
 
 @register_op
 class ConstantOp(Op):
-    """The same number in every lane.
+    """The same number in every lane, or one number for each lane.
 
     %zero = tile.constant {value = 0.0} : () -> vector<16 x f32>
     """
 
     name = "tile.constant"
     traits = (Pure, ConstantLike)
-    value = attr((int, float), "the number")
+    value = attr((int, float, tuple), "the number, or a tuple of one for each lane")
     out = result("scalar or vector; the type is given")
 
-    @staticmethod
-    def infer_types(value: float) -> Type:
-        return INDEX if isinstance(value, int) else ScalarType(F32)
+    def verify(self, diag: DiagnosticSink) -> None:
+        if isinstance(self.value, tuple) and len(self.value) != lanes_of(self.out.type):
+            diag.error(self.location, f"'tile.constant' expected {lanes_of(self.out.type)} numbers, got {len(self.value)}")
 
-    @classmethod
-    def evaluate(cls, type: Type, value: float) -> Any:
-        dtype = element_of(type).dtype
-        return np.full(lanes_of(type), value, dtype) if isinstance(type, VectorType) else dtype.type(value)
-
-    @staticmethod
-    def reference(value: float) -> Any:
-        return np.int64(value) if isinstance(value, int) else np.float32(value)
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        dtype = element_of(self.out.type).dtype
+        if isinstance(self.out.type, VectorType):
+            return (np.broadcast_to(np.array(self.value, dtype), (self.out.type.lanes,)),)
+        return (dtype.type(self.value),)
 
 
 class BinaryOp(Op):
@@ -289,7 +288,7 @@ class FmaOp(Op):
 
     @staticmethod
     def reference(a: Any, b: Any, c: Any) -> Any:
-        return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)[()]
+        return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.asarray(a).dtype)[()]
 
 
 @register_op

@@ -1,0 +1,106 @@
+"""A step function that went through the passes -> plan IR, tile IR and object code.
+
+`compile_step` is the whole of code generation for one target; `codegen.build` puts an artifact round it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from codegen.compile_worker import CompileRequest, compile_many
+from codegen.kernels.call import EmitContext
+from codegen.kernels.kv_layout import KVLayout
+from codegen.kernels.micro import TileShape
+from codegen.llvm.instructions import InstructionSet
+from codegen.llvm.step import module_text
+from codegen.lower_to_plan import Lowering, Program, ProgramSpec
+from codegen.object_cache import ObjectCache
+from codegen.weights import StoredTensor, plan_weights
+from ir.core import Value
+from ir.ops.builtin import FuncOp, ModuleOp
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 16
+
+
+class CodegenTarget(Protocol):
+    """What code generation asks of a target (`hw_targets.Target` gives it)."""
+
+    @property
+    def llvm_triple(self) -> str: ...
+    @property
+    def llvm_cpu(self) -> str: ...
+    @property
+    def llvm_features(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The result: programs (plan IR inside), kernels (tile IR), weights to store, the objects, the LLVM text."""
+
+    programs: tuple[Program, ...]
+    kernels: tuple[FuncOp, ...]
+    weight_roots: tuple[tuple[str, Value], ...]
+    stored: tuple[StoredTensor, ...]
+    weights_bytes: int
+    kv: KVLayout | None
+    num_layers: int
+    llvm_text: str
+    object_code: bytes
+
+    def plan_module(self) -> ModuleOp:
+        """The programs as one printable module."""
+        return ModuleOp.create(*(p.func for p in self.programs))
+
+    def tile_module(self) -> ModuleOp:
+        """The kernels as one printable module."""
+        return ModuleOp.create(*self.kernels)
+
+
+def program_specs(features: frozenset[str]) -> tuple[ProgramSpec, ...]:
+    """The two specialisations of a step for a CPU: register tiles fill its vector registers.
+
+    With 32 registers of 512 bits: 6 rows x 4 accumulators, 4 weights and a broadcast. With 16 of 256 bits a 16-lane
+    accumulator takes two registers: 4 rows x 1.
+    """
+    wide = "avx512f" in features
+    prefill = TileShape(rows=6, vectors=4, unroll=2) if wide else TileShape(rows=4, vectors=1, unroll=2)
+    decode = TileShape(rows=prefill.rows, vectors=prefill.vectors, unroll=1)
+    return (
+        ProgramSpec("decode", DECODE_TOKENS, EmitContext(decode, "decode")),
+        ProgramSpec("prefill", PREFILL_TOKENS, EmitContext(prefill, "prefill")),
+    )
+
+
+def feature_string(features: frozenset[str]) -> str:
+    """LLVM's form: `+avx2,+fma`."""
+    return ",".join(f"+{f}" for f in sorted(features))
+
+
+def compile_step(
+    step: FuncOp,
+    target: CodegenTarget,
+    *,
+    programs: Sequence[ProgramSpec] | None = None,
+    cache: ObjectCache | None = None,
+    opt_level: int = 3,
+) -> CompiledStep:
+    """Lowers and compiles. Raises DiagnosticError for ops without a kernel and for what LLVM refuses."""
+    features = frozenset(target.llvm_features)
+    specs = programs or program_specs(features)
+    lowering = Lowering(step)
+    roots = tuple((name, value) for value, name in lowering.weights.items())
+    stored, weights_bytes = plan_weights(roots)
+    offsets = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in stored}
+    lowered = tuple(lowering.program(spec, offsets) for spec in specs)
+    kernels = tuple(lowering.kernels.values())
+    width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
+    attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{feature_string(features)}"'
+    text = module_text(lowered, kernels, InstructionSet(features), target.llvm_triple, attributes)
+    request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, feature_string(features), opt_level, "step")
+    (code,) = compile_many([request], cache=cache)
+    return CompiledStep(
+        lowered, kernels, roots, tuple(stored), weights_bytes, lowering.kv, len(lowering.layers), text, code
+    )

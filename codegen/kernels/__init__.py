@@ -1,0 +1,1 @@
+"""Kernels: graph ops and fused regions as tile IR, one file a family."""

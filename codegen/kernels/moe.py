@@ -1,0 +1,105 @@
+"""Routing: which experts a token meets, and the order that groups tokens by expert.
+
+    moe.route     softmax over the experts, the top_k largest, lower number first on ties
+    moe.dispatch  counting sort of the (token, choice) pairs by expert
+"""
+
+from __future__ import annotations
+
+from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
+from codegen.kernels.math import exp
+from codegen.kernels.rowwise import LANES, element_of, width_of
+from codegen.tile_builder import Expr, KernelBuilder
+from ir.formats import F32, I32
+from ir.ops.builtin import FuncOp
+from ir.ops.moe import DispatchOp, RouteOp
+from ir.types import ScalarType
+
+
+@emitter(RouteOp)
+def emit_route(op: RouteOp, context: EmitContext) -> KernelSpec:
+    """Tokens are shared among the threads."""
+    arguments: list[Argument] = [op.logits, op.ids, op.weights, SizeArgument(rows_of(op.logits.type))]
+    return KernelSpec(f"route_top{op.top_k}", structure_key(op), arguments, (1, 2), lambda name: _build_route(name, op))
+
+
+def _build_route(name: str, op: RouteOp) -> FuncOp:
+    experts = width_of(op.logits)
+    padded = -(-experts // LANES) * LANES
+    k = KernelBuilder(name)
+    logits, ids, weights = k.buffer("logits", element_of(op.logits)), k.buffer("ids", I32), k.buffer("weights", F32)
+    rows = k.size("rows")
+    share = k.scratch(padded, F32)
+    first, last = k.thread_share(rows)
+
+    def load(row: Expr, start: int, outside: float) -> Expr:
+        """16 logits; lanes past the last expert read as `outside`."""
+        if start + LANES <= experts:
+            return logits.load(row * experts + start, LANES).cast(F32)
+        mask = k.lanes_below(experts - start, LANES)
+        return k.select(mask, logits.load(row * experts + start, LANES, mask).cast(F32), outside)
+
+    with k.loop(first, last) as row:
+        largest = load(row.i, 0, -3e38)
+        for start in range(LANES, padded, LANES):
+            largest = largest.max(load(row.i, start, -3e38))
+        top = largest.reduce("max")
+        total = k.f32(0.0, LANES)
+        for start in range(0, padded, LANES):
+            e = exp(k, load(row.i, start, -3e38) - top)
+            share.store(start, e)
+            total = total + e
+        denominator = total.reduce("add")
+        chosen = k.f32(0.0)
+        for choice in range(op.top_k):
+            with k.loop(0, experts, 1, [k.f32(-1.0), k.constant(ScalarType(I32), 0)]) as loop:
+                best, at = loop.carried
+                here = share.load(loop.i)
+                better = here.compare("gt", best)  # strictly: the lower number wins a tie
+                loop.carry(k.select(better, here, best), k.select(better, loop.i.from_index(), at))
+            best, at = loop.results
+            share.store(at.to_index(), k.f32(-2.0))
+            probability = best / denominator
+            weights.store(row.i * op.top_k + choice, probability)
+            ids.store(row.i * op.top_k + choice, at)
+            chosen = chosen + probability
+        if op.normalize:
+            for choice in range(op.top_k):
+                place = row.i * op.top_k + choice
+                weights.store(place, weights.load(place) / chosen)
+    return k.finish()
+
+
+@emitter(DispatchOp)
+def emit_dispatch(op: DispatchOp, context: EmitContext) -> KernelSpec:
+    """One thread sorts; the others go on to the barrier."""
+    arguments: list[Argument] = [op.ids, op.order, op.offsets, SizeArgument(rows_of(op.order.type))]
+    return KernelSpec(f"dispatch_{op.num_experts}", structure_key(op), arguments, (1, 2), lambda name: _build_dispatch(name, op))
+
+
+def _build_dispatch(name: str, op: DispatchOp) -> FuncOp:
+    experts = op.num_experts
+    k = KernelBuilder(name)
+    ids, order, offsets = k.buffer("ids", I32), k.buffer("order", I32), k.buffer("offsets", I32)
+    pairs = k.size("pairs")
+    next_row = k.scratch(experts, I32)
+    with k.when(k.thread_id().compare("eq", 0)):
+        zero = k.constant(ScalarType(I32), 0)
+        with k.loop(0, experts) as expert:
+            next_row.store(expert.i, zero)
+        with k.loop(0, pairs) as pair:
+            expert_id = ids.load(pair.i).to_index()
+            next_row.store(expert_id, next_row.load(expert_id) + 1)
+        with k.loop(0, experts, 1, [zero]) as expert:
+            start = expert.carried[0]
+            offsets.store(expert.i, start)
+            following = start + next_row.load(expert.i)
+            next_row.store(expert.i, start)
+            expert.carry(following)
+        offsets.store(experts, expert.results[0])
+        with k.loop(0, pairs) as pair:
+            expert_id = ids.load(pair.i).to_index()
+            place = next_row.load(expert_id)
+            order.store(place.to_index(), pair.i.from_index())
+            next_row.store(expert_id, place + 1)
+    return k.finish()

@@ -1,0 +1,1 @@
+"""Tile IR and plan IR to LLVM IR text."""

@@ -1,0 +1,298 @@
+"""Graph level -> plan level and tile level: every op becomes a launch of a kernel, every value a buffer.
+
+`Lowering` turns one step function into programs (`decode`, `prefill`): the same graph with different row limits and
+kernel shapes. Activations live in an arena whose offsets are assigned once; weights are the roots of constant
+expressions; a barrier is put between two launches only where one touches memory the other writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import codegen.kernels.fused
+import codegen.kernels.moe  # noqa: F401 - both register emitters
+from codegen.kernels.call import EMITTERS, EmitContext, KernelSpec, SizeArgument, Temporary
+from codegen.kernels.kv_layout import KVLayout
+from ir.attributes import SymbolRef
+from ir.builder import Builder
+from ir.core import Op, Value
+from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.formats import F32, PlainFormat
+from ir.ops import plan
+from ir.ops.builtin import FuncOp, ReturnOp
+from ir.ops.kv_cache import KVStateOp
+from ir.ops.tensor import ReshapeOp
+from ir.sizes import num_bytes
+from ir.spelling import did_you_mean
+from ir.types import BufferType, KVCacheType, SymbolicDim, TensorType, Type
+from passes.analysis.constants import is_constant_expression
+from passes.schedule.arena import Lifetime, assign_arena
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One specialisation of the step: its name, the most tokens of a step, what emitters may ask."""
+
+    name: str
+    max_tokens: int
+    context: EmitContext
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch costs: bytes that do not depend on the tokens (weights), bytes and FLOPs of each token."""
+
+    kernel: str
+    origin: str
+    fixed_bytes: int
+    token_bytes: int
+    token_flops: int
+
+
+@dataclass
+class Program:
+    """A lowered program: plan IR, arena size, launches in order."""
+
+    name: str
+    max_tokens: int
+    func: FuncOp
+    arena_bytes: int
+    launches: list[Launch]
+
+
+@dataclass
+class _Call:
+    """A launch before buffers have places."""
+
+    op: Op
+    spec: KernelSpec
+    kernel: str
+    buffers: list[Any]  # per argument: a key of `_Places`
+
+
+@dataclass
+class Lowering:
+    """Shared between the programs of one model: kernels by what they compute, weights in the order they are read."""
+
+    step: FuncOp
+    kernels: dict[Any, FuncOp] = field(default_factory=dict)
+    weights: dict[Value, str] = field(default_factory=dict)
+    layers: dict[str, int] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+    kv: KVLayout | None = None
+
+    def __post_init__(self) -> None:
+        """Finds weights and layers once, in the order of the step."""
+        for op in self.step.block.ops:
+            if isinstance(op, KVStateOp):
+                self.layers.setdefault(op.symbol.name, len(self.layers))
+                assert isinstance(op.cache.type, KVCacheType)
+                layout = KVLayout.of(op.cache.type)
+                if self.kv not in (None, layout):
+                    raise DiagnosticError.of(Diagnostic("error", "layers with different KV shapes are not supported", op.location))
+                self.kv = layout
+            if op.results and is_constant_expression(op.results[0]):
+                continue
+            for value in op.operands:
+                if value not in self.weights and is_constant_expression(value):
+                    self.weights[value] = self._unique(_weight_name(value, op))
+
+    def _unique(self, name: str) -> str:
+        count = self.names[name] = self.names.get(name, 0) + 1
+        return name if count == 1 else f"{name}.{count}"
+
+    def kernel(self, spec: KernelSpec) -> FuncOp:
+        """The kernel of a spec, built when it is new."""
+        func = self.kernels.get(spec.key)
+        if func is None:
+            func = self.kernels[spec.key] = spec.build(self._unique(spec.stem))
+        return func
+
+    def program(self, spec: ProgramSpec, weight_offsets: dict[str, tuple[int, int]]) -> Program:
+        """Lowers the step. `weight_offsets` maps weight names to (offset, bytes) in the weights file."""
+        return _ProgramBuilder(self, spec, weight_offsets).build()
+
+
+def _weight_name(value: Value, user: Op) -> str:
+    op = value.defining_op()
+    assert op is not None
+    return op.location.origin or user.location.origin or "weight"
+
+
+class _ProgramBuilder:
+    """Lowers the step function for one program."""
+
+    def __init__(self, lowering: Lowering, spec: ProgramSpec, weight_offsets: dict[str, tuple[int, int]]) -> None:
+        self.lowering, self.spec, self.weight_offsets = lowering, spec, weight_offsets
+        self.alias: dict[Value, Value] = {}
+        self.calls: list[_Call] = []
+        self.sizes = {"tokens": spec.max_tokens, "rows": spec.max_tokens, "ctx": 1, "slots": 1}
+
+    def build(self) -> Program:
+        for op in self.lowering.step.block.ops[:-1]:
+            self._lower(op)
+        self._write_logits_directly()
+        arena, lifetimes = self._assign()
+        func = self._emit(arena.offsets, lifetimes)
+        launches = [self._launch(call) for call in self.calls]
+        return Program(self.spec.name, self.spec.max_tokens, func, max(64, arena.total_bytes), launches)
+
+    def root(self, value: Value) -> Value:
+        """The value whose buffer `value` shares."""
+        while value in self.alias:
+            value = self.alias[value]
+        return value
+
+    def _lower(self, op: Op) -> None:
+        if isinstance(op, KVStateOp) or (op.results and is_constant_expression(op.results[0])):
+            return
+        if isinstance(op, ReshapeOp):
+            self.alias[op.results[0]] = op.x
+            return
+        emit = EMITTERS.get(type(op))
+        if emit is None:
+            names = sorted(c.name for c in EMITTERS)
+            hint = "attention is lowered after fuse-attention, rope and the cache after fuse-rope-append"
+            message = f"no kernel for '{op.name}'{did_you_mean(op.name, names)}; {hint}"
+            raise DiagnosticError.of(Diagnostic("error", message, op.location))
+        spec = emit(op, self.spec.context)
+        kernel = self.lowering.kernel(spec)
+        for result in op.results:
+            if isinstance(result.type, KVCacheType):
+                cache = next(v for v in op.operands if isinstance(v.type, KVCacheType))
+                self.alias[result] = cache
+        buffers = [(len(self.calls), i) if isinstance(a, Temporary) else a for i, a in enumerate(spec.arguments)]
+        self.calls.append(_Call(op, spec, kernel.sym_name, buffers))
+
+    def _write_logits_directly(self) -> None:
+        end = self.lowering.step.block.terminator
+        assert isinstance(end, ReturnOp)
+        self.logits = self.root(end.operands[0])
+
+    def _in_arena(self, key: Any) -> bool:
+        if isinstance(key, tuple):
+            return True
+        if isinstance(key, SizeArgument) or not isinstance(key.type, TensorType) or key is self.logits:
+            return False
+        return key.defining_op() is not None and key not in self.lowering.weights
+
+    def _assign(self) -> tuple[Any, dict[Any, Lifetime]]:
+        first: dict[Any, int] = {}
+        last: dict[Any, int] = {}
+        for step, call in enumerate(self.calls):
+            for key in map(self._key, call.buffers):
+                if self._in_arena(key):
+                    first.setdefault(key, step)
+                    last[key] = step
+        lifetimes = {key: Lifetime(i, self._bytes(key), first[key], last[key]) for i, key in enumerate(first)}
+        arena = assign_arena(list(lifetimes.values()))
+        return arena, lifetimes
+
+    def _key(self, buffer: Any) -> Any:
+        return self.root(buffer) if isinstance(buffer, Value) else buffer
+
+    def _type(self, key: Any) -> Type:
+        if isinstance(key, tuple):
+            argument = self.calls[key[0]].spec.arguments[key[1]]
+            assert isinstance(argument, Temporary)
+            return argument.type
+        return key.type
+
+    def _bytes(self, key: Any) -> int:
+        return num_bytes(self._type(key), self.sizes)
+
+    # -- plan IR
+
+    def _emit(self, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> FuncOp:
+        func = FuncOp.create(self.spec.name, [])
+        b = Builder.at_end(func.block)
+        places: dict[Any, Value] = {}
+        ends: dict[int, list[Any]] = {}
+        for key, lifetime in lifetimes.items():
+            ends.setdefault(lifetime.last, []).append(key)
+        pending = _Pending()
+        for step, call in enumerate(self.calls):
+            arguments, regions = [], []
+            for buffer in call.buffers:
+                key = self._key(buffer)
+                if key not in places:
+                    places[key] = self._place(b, key, offsets, lifetimes)
+                arguments.append(places[key])
+                lifetime = lifetimes.get(key)
+                start = offsets[lifetime.buffer] if lifetime else 0
+                regions.append(("arena", start, start + self._bytes(key)) if lifetime else (key, 0, 1))
+            writes, reads = call.spec.writes, call.spec.reads
+            if pending.conflicts([regions[i] for i in writes], [regions[i] for i in reads]):
+                b(plan.BarrierOp())
+                pending.clear()
+            pending.add([regions[i] for i in writes], [regions[i] for i in reads])
+            b(plan.LaunchOp(*arguments, kernel=SymbolRef(call.kernel), writes=writes, reads=reads, location=call.op.location))
+            for key in ends.get(step, ()):
+                b(plan.ReleaseOp(places[key]))
+        b(plan.BarrierOp())
+        b(ReturnOp())
+        return func
+
+    def _place(self, b: Builder, key: Any, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> Value:
+        if isinstance(key, SizeArgument):
+            dim = key.dim
+            assert isinstance(dim, SymbolicDim)
+            return b(plan.SizeOp(which=dim.name, scale=dim.scale), dim.name)
+        type = self._type(key)
+        buffer = BufferType(_plain(type))
+        if key in lifetimes:
+            lifetime = lifetimes[key]
+            return b(plan.ReserveOp(offset=offsets[lifetime.buffer], bytes=lifetime.bytes, result_types=[buffer]))
+        if key is self.logits:
+            return b(plan.InputOp(which="logits", result_types=[BufferType(F32)]), "logits")
+        if key in self.lowering.weights:
+            name = self.lowering.weights[key]
+            offset, size = self.weight_offsets[name]
+            return b(plan.WeightOp(symbol=SymbolRef(name), offset=offset, bytes=size, result_types=[buffer]))
+        op = key.defining_op()
+        if isinstance(op, KVStateOp):
+            kv = self.lowering.kv
+            assert kv is not None
+            return b(plan.KVOp(layer=self.lowering.layers[op.symbol.name], heads=kv.heads, dim=kv.dim, result_types=[buffer]))
+        assert op is None, f"{op} has no place"
+        which = plan.INPUTS[key.index]
+        return b(plan.InputOp(which=which, result_types=[buffer]), which)
+
+    def _launch(self, call: _Call) -> Launch:
+        """Weights' bytes are fixed (those of experts used by one token), all else goes with the tokens."""
+        op: Any = call.op
+        one = {"tokens": 1, "rows": 1, "ctx": 1, "slots": 1}
+        fixed = sum(op.operand_bytes(i, one) for i, v in enumerate(op.operands) if v in self.lowering.weights)
+        return Launch(call.kernel, op.location.origin, fixed, op.bytes_moved(one) - fixed, op.flops(one))
+
+
+def _plain(type: Type) -> PlainFormat:
+    assert isinstance(type, TensorType | KVCacheType) and isinstance(type.element, PlainFormat)
+    return type.element
+
+
+class _Pending:
+    """Memory touched since the last barrier, as (name, start, end)."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[Any, int, int]] = []
+        self.reads: list[tuple[Any, int, int]] = []
+
+    def conflicts(self, writes: list[tuple[Any, int, int]], reads: list[tuple[Any, int, int]]) -> bool:
+        return any(_overlap(a, b) for a in self.writes for b in (*writes, *reads)) or any(
+            _overlap(a, b) for a in self.reads for b in writes
+        )
+
+    def add(self, writes: list[tuple[Any, int, int]], reads: list[tuple[Any, int, int]]) -> None:
+        self.writes += writes
+        self.reads += reads
+
+    def clear(self) -> None:
+        self.writes, self.reads = [], []
+
+
+def _overlap(a: tuple[Any, int, int], b: tuple[Any, int, int]) -> bool:
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+

@@ -61,6 +61,9 @@ def strip_matrix(w: Value) -> StripMatrix:
         raise DiagnosticError.of(
             Diagnostic("error", f"weight of type {type} has no layout; run choose-layouts before lower-to-tile", location)
         )
+    if type.layout.rows % LANES:
+        message = f"kernels take strips of a multiple of {LANES} rows, got {type.layout}"
+        raise DiagnosticError.of(Diagnostic("error", message, next(user for user, _ in w.uses).location))
     n, k = type.shape[-2:]
     assert isinstance(n, int) and isinstance(k, int)
     return StripMatrix(n, k, type.layout, type.element)

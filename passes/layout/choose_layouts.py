@@ -30,6 +30,9 @@ from passes.fuse.forms import PRODUCTS, describe_gemm
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 
+MIN_ROWS = 16  # rows of the smallest strip: the matrix kernels sum 16 outputs at a time
+
+
 @register_pass
 @dataclass(frozen=True)
 class ChooseLayoutsPass(FunctionPass):
@@ -99,12 +102,13 @@ class ChooseLayoutsPass(FunctionPass):
         rows, pack = chosen
         if interleave > 1 and n % interleave:
             interleave = 1
-        for size in (rows, self.small_rows or lanes):
-            layout = Layout(size // interleave, pack, interleave)
+        small = self.small_rows or MIN_ROWS
+        for size in (rows, small * interleave):
+            layout = Layout(max(size // interleave, MIN_ROWS), pack, interleave)
             stored = layout.padded(n, 1)[0]
             if stored <= n * (1 + self.max_padding) and n >= size:
                 return layout
-        return Layout((self.small_rows or lanes) // interleave, pack, interleave)
+        return Layout(small, pack, interleave)
 
     def _strip(self, element: NumberFormat, lanes: int) -> tuple[int, int] | None:
         """(rows, pack) of a whole strip."""

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ir.builder import Builder
 from ir.core import Block, Region
 from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, PlainFormat
 from ir.interpreter import Environment
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
+from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
 from ir.types import KVCacheType, SymbolicDim, TensorType, Type
 
 TOKENS, ROWS, CTX = SymbolicDim("tokens"), SymbolicDim("rows"), SymbolicDim("ctx")
@@ -44,6 +46,15 @@ class Sample:
     def build(self) -> tuple[Block, Op]:
         """A fresh block whose arguments are the operands, and the op inside."""
         return _build(self.op, self.types, self.attributes, self.regions(), self.result_types)
+
+    def module(self) -> ModuleOp:
+        """A module with one function `@sample` that takes the operands and returns the results."""
+        func = FuncOp.create("sample", self.types)
+        op = OPS[self.op](*func.arguments, regions=self.regions(), result_types=self.result_types, **self.attributes)
+        builder = Builder.at_end(func.block)
+        builder.insert(op)
+        builder.insert(ReturnOp(*op.results))
+        return ModuleOp.create(func)
 
 
 @dataclass(frozen=True)

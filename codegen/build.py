@@ -1,0 +1,154 @@
+"""An imported model -> an artifact directory: passes, code generation, weights, manifest.
+
+    build_artifact(imported, out, target=hw_targets.load("host"), dtype="bf16")
+
+Weights stream from the checkpoint into the artifact piece by piece; the whole model is never in memory. The bytes of
+the artifact depend on model, pipeline, target and versions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from codegen.artifact import ArtifactWriter
+from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
+from codegen.compile_step import CodegenTarget, CompiledStep, compile_step
+from codegen.constant_reader import TensorSource
+from codegen.lower_to_plan import Lowering
+from codegen.object_cache import ObjectCache
+from codegen.weights import plan_weights, write_weights
+from ir import print_module
+from ir.diagnostics import DiagnosticError
+from ir.ops.builtin import ModuleOp
+from passes.pass_base import Pass
+from passes.pass_manager import PassManager, PipelineReport
+from passes.pipelines import cpu_pipeline
+from passes.pipeline_text import parse_pipeline, print_pipeline
+
+DTYPES = ("bf16", "f32")
+Progress = Callable[[str, float], None]  # stage, fraction of it that is done
+
+
+class Target(CodegenTarget, Protocol):
+    """A code generation target with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Imported(Protocol):
+    """What a frontend gives: the graph, the checkpoint, the facts for the manifest, the files to take along."""
+
+    @property
+    def module(self) -> ModuleOp: ...
+    @property
+    def checkpoint(self) -> TensorSource: ...
+    def model_facts(self) -> dict[str, Any]: ...
+    def companion_files(self) -> dict[str, Path]: ...
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Where the artifact is and how it came about."""
+
+    path: Path
+    code_was_cached: bool
+    weights_bytes: int
+    report: PipelineReport
+
+
+def default_pipeline(target: CodegenTarget, dtype: str) -> tuple[Pass, ...]:
+    """The passes for a CPU target; `dtype` is bf16 or f32. Raises DiagnosticError for other dtypes."""
+    if dtype not in DTYPES:
+        raise DiagnosticError(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
+    wide = "avx512f" in target.llvm_features
+    passes = cpu_pipeline(dtype, dtype, dtype)  # type: ignore[arg-type]
+    if wide:
+        return passes
+    narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 small-rows=16}")[0]
+    return tuple(narrow if p.name == "choose-layouts" else p for p in passes)
+
+
+def build_artifact(
+    imported: Imported,
+    out: Path,
+    *,
+    target: Target,
+    dtype: str = "bf16",
+    pipeline: str | None = None,
+    progress: Progress | None = None,
+    dump_dir: Path | None = None,
+    cache: ObjectCache | None = None,
+    version: str = "",
+) -> BuildResult:
+    """Builds `out`. Raises DiagnosticError for pipelines that fail, models without kernels and full disks."""
+    tell = progress or (lambda stage, fraction: None)
+    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype)
+    text = print_pipeline(passes)
+    module = imported.module
+    key = bundle_key(print_module(module), text, target)
+    tell("passes", 0.0)
+    report = PassManager(passes, dump_dir=dump_dir).run(module)
+    tell("code", 0.0)
+    bundle = load_bundle(cache, key)
+    cached = bundle is not None
+    step = module.function("step")
+    if bundle is None or dump_dir is not None:
+        compiled = compile_step(step, target, cache=cache)
+        bundle = CodeBundle.of(module, compiled)
+        store_bundle(cache, key, bundle)
+        if dump_dir is not None:
+            _dump(dump_dir, bundle, compiled)
+    roots = [(name, value) for value, name in Lowering(step).weights.items()]
+    _, total = plan_weights(roots)
+    companions = imported.companion_files()
+    with ArtifactWriter(out, expected_bytes=total) as writer:
+        with writer.open("weights/weights.bin", blake2b=True) as file:
+            tensors, _ = write_weights(
+                roots, imported.checkpoint, file, progress=lambda done, all: tell("weights", done / max(1, all))
+            )
+        writer.add("graph.ir", bundle.graph_text)
+        writer.add("plan.ir", bundle.plan_text)
+        writer.add("tile.ir", bundle.tile_text)
+        writer.add("code/step.o", bundle.object_code)
+        for name, path in sorted(companions.items()):
+            writer.copy(name, path)
+        record = writer.files["weights/weights.bin"]
+        writer.finish(
+            {
+                "stratum_version": version,
+                "model": imported.model_facts(),
+                "dtype": dtype,
+                "target": {
+                    "name": target.name,
+                    "triple": target.llvm_triple,
+                    "cpu": target.llvm_cpu,
+                    "features": sorted(required_features(target)),
+                },
+                "pipeline": text,
+                "programs": bundle.programs,
+                "kv": bundle.kv,
+                "weights": {
+                    "file": "weights/weights.bin",
+                    "bytes": record.nbytes,
+                    "blake2b": record.blake2b,
+                    "tensors": [t.manifest_entry() for t in tensors],
+                },
+            }
+        )
+    return BuildResult(Path(out), cached, total, report)
+
+
+def required_features(target: CodegenTarget) -> frozenset[str]:
+    """What the loader must find on the CPU: everything LLVM was allowed to use."""
+    return frozenset(target.llvm_features)
+
+
+def _dump(directory: Path, bundle: CodeBundle, compiled: CompiledStep) -> None:
+    """The levels below the graph, beside the files that the pass manager numbered."""
+    (directory / "plan.ir").write_text(bundle.plan_text)
+    (directory / "tile.ir").write_text(bundle.tile_text)
+    (directory / "step.ll").write_text(compiled.llvm_text)

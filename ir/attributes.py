@@ -7,7 +7,9 @@ ones are frozen dataclasses derived from `Attribute`, registered by `register_at
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -33,6 +35,9 @@ def register_attribute(cls: A) -> A:
     return cls
 
 
+_PLAIN_SYMBOL = re.compile(r"[A-Za-z0-9_.*]+", re.ASCII)
+
+
 @dataclass(frozen=True)
 class SymbolRef:
     """A name that stands for bytes or code outside the IR, printed `@name` (quoted when it is not a plain path)."""
@@ -40,8 +45,12 @@ class SymbolRef:
     name: str
 
     def __str__(self) -> str:
-        plain = self.name and all(c.isalnum() or c in "._*" for c in self.name)
-        return f"@{self.name}" if plain else '@"' + self.name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return "@" + (self.name if _PLAIN_SYMBOL.fullmatch(self.name) else quoted(self.name))
+
+
+def quoted(text: str) -> str:
+    """A string literal, in the notation of JSON; what cannot be printed is escaped."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 @register_attribute

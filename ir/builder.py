@@ -1,7 +1,7 @@
 """Builder: the way to make new IR.
 
-    b = Builder.at_end(block)
-    h = b(RmsNormOp(x, gain, eps=1e-6))      # inserts the op, returns its result (a tuple when there are several)
+b = Builder.at_end(block)
+h = b(RmsNormOp(x, gain, eps=1e-6))      # inserts the op, returns its result (a tuple when there are several)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Builder:
         return op
 
     def __call__(self, op: Op, name: str = "") -> Any:
-        """Inserts `op` and returns its result: the OpResult, a tuple of several, or None. `name` hints its text name."""
+        """Inserts `op` and returns its result (a tuple of several, None of none). `name` hints its text name."""
         self.insert(op)
         if name:
             for r in op.results:

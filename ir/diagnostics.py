@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ir.location import Location
+from ir.location import NOWHERE, Location
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Diagnostic:
 
     severity: str  # "error" | "warning" | "note"
     message: str
-    location: Location = Location()
+    location: Location = NOWHERE
     notes: tuple[Diagnostic, ...] = ()
 
     def render(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Location:
     """`origin` is the module path in the model (`layers.31.mlp.experts.7.up_proj`); it survives every pass.
 
-    `file`, `line`, `column` (1-based) and `length` point into source text when the op was parsed; `source` is that line.
+    `file`, `line`, `column` (1-based) and `length` point into source text when the op was parsed; `source` is the line.
     """
 
     origin: str = ""
@@ -30,6 +30,9 @@ class Location:
         if not (self.line and self.source):
             return []
         return [self.source, " " * (self.column - 1) + "^" * max(1, self.length)]
+
+
+NOWHERE = Location()
 
 
 def fuse_origins(*origins: str) -> str:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from ir.attributes import Attribute
+from ir.attributes import Attribute, SymbolRef, quoted
 from ir.core import Block, Op, Value
 from ir.formats import NumberFormat
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
@@ -27,7 +26,6 @@ from ir.traits import IsolatedFromAbove, has_trait
 from ir.types import Layout, SymbolicDim, Type
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*", re.ASCII)
-_PLAIN_SYMBOL = re.compile(r"[A-Za-z0-9_.*]+", re.ASCII)
 _NUMBERED = re.compile(r"(.+)_\d+", re.ASCII)
 
 
@@ -77,16 +75,6 @@ def _outermost(op: Op) -> Op:
     return op
 
 
-def quoted(text: str) -> str:
-    """A string literal, in the notation of JSON."""
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def print_symbol(name: str) -> str:
-    """`@name`, quoted when it is not a plain path."""
-    return "@" + (name if _PLAIN_SYMBOL.fullmatch(name) else quoted(name))
-
-
 def print_attribute(value: Any) -> str:
     """The text of an attribute value. Raises TypeError for a value that is no attribute."""
     kind = type(value)
@@ -102,11 +90,8 @@ def print_attribute(value: Any) -> str:
         return "[" + ", ".join(map(print_attribute, value)) + "]"
     if isinstance(value, Attribute):
         return f"#{value.mnemonic}<{', '.join(_attribute_fields(value))}>"
-    if isinstance(value, NumberFormat | Type | Layout | SymbolicDim):
+    if isinstance(value, SymbolRef | NumberFormat | Type | Layout | SymbolicDim):
         return str(value)
-    name = getattr(value, "name", None)
-    if kind.__name__ == "SymbolRef" and isinstance(name, str):
-        return print_symbol(name)
     raise TypeError(f"{value!r} is no attribute")
 
 
@@ -213,7 +198,7 @@ class _Printer:
         end = block.terminator
         results = self.results(end.operands) if isinstance(end, ReturnOp) and end.operands else ""
         arrow = f" -> {results}" if results else ""
-        self.lines.append(f"{indent}func {print_symbol(func.attributes['sym_name'])}({parameters}){arrow} {{")
+        self.lines.append(f"{indent}func {SymbolRef(func.attributes['sym_name'])}({parameters}){arrow} {{")
         for op in block.ops:
             self.print_op(op, indent + "  ")
         self.lines.append(indent + "}" + _origin(func))

@@ -35,7 +35,7 @@ class Type:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight matrix [n, k] lies in memory: strips of `rows` rows; inside a strip `pack` consecutive k of each row.
+    """How a weight matrix [n, k] lies in memory: strips of `rows` rows; inside it `pack` consecutive k of each row.
 
     Element (r, c) of strip s is at `((s * K/pack + c // pack) * rows + r % rows) * pack + c % pack` with
     s = r // rows. Both n and k are padded by zeros to whole strips. `interleave` = 2 alternates strips of the first

@@ -237,7 +237,7 @@ class _Verifier:
             if position != last and has_trait(inner, Terminator):
                 self.error(inner, f"'{inner.name}' ends a block but is followed by '{block.ops[position + 1].name}'")
             self.check_op(inner)
-            caches = caches or any([isinstance(r.type, KVCacheType) for r in inner.results])
+            caches = caches or any(isinstance(r.type, KVCacheType) for r in inner.results)
         if not has_trait(op, NoTerminator):
             end = block.terminator
             if end is None:
@@ -272,11 +272,12 @@ class _Verifier:
             if len(uses) != self.slots.get(value, 0) and value not in own_results:
                 owner = value.owner
                 at = owner if isinstance(owner, Op) else owner.parent_op
-                count = self.slots.get(value, 0)
-                self.error(at or self.root, f"a value of '{(at or self.root).name}' lists {len(uses)} uses, has {count}")
+                at = at or self.root
+                self.error(at, f"a value of '{at.name}' lists {len(uses)} uses, has {self.slots.get(value, 0)}")
             for user, index in uses:
                 if index >= len(user._operands) or user._operands[index] is not value:
-                    self.error(user, f"'{user.name}' is listed as a user through operand {index}, but reads another value")
+                    message = f"is listed as a user through operand {index}, but reads another value"
+                    self.error(user, f"'{user.name}' {message}")
 
 
 def writes_cache(op: Op, cache: Value) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 from ir.core import Block, BlockArgument, Region
 from ir.core import Op as CoreOp
 from ir.diagnostics import Diagnostic, DiagnosticError, DiagnosticSink
-from ir.location import Location
 from ir.op_def import Op, attr, operand, region, register_op
 from ir.spelling import did_you_mean
 from ir.traits import IsolatedFromAbove, NoTerminator, Terminator
@@ -125,9 +124,12 @@ class FuncOp(Op):
     def verify(self, diag: DiagnosticSink) -> None:
         if not self.sym_name:
             diag.error(self.location, f"'{self.name}' expected a name, got an empty one")
+        if self.parent_op is not None and not isinstance(self.parent_op, ModuleOp):
+            around = self.parent_op.name
+            diag.error(self.location, f"'{self.name}' expected to be inside of builtin.module, is inside of {around}")
         end = self.block.terminator
         if end is not None and not isinstance(end, ReturnOp):
-            diag.error(end.location or Location(), f"expected @{self.sym_name} to end in func.return, got {end.name}")
+            diag.error(end.location, f"expected @{self.sym_name} to end in func.return, got {end.name}")
 
 
 @register_op

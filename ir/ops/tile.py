@@ -446,7 +446,7 @@ class FromIndexOp(Op):
 class BitcastOp(Op):
     """The same bits read as another type of as many bits in all.
 
-    %y = tile.bitcast %x : (vector<16 x i32>) -> vector<32 x bf16>
+    %y = tile.bitcast %x {to = vector<32 x bf16>} : (vector<16 x i32>) -> vector<32 x bf16>
     """
 
     name = "tile.bitcast"

@@ -6,8 +6,9 @@
 Weights lie in strips of `rows` rows, inside of which `pack` neighbours of a row come together: a dot instruction that
 adds pairs wants two bf16 at once. Rows follow from the width of a vector register, so that one strip is the register
 tile of a kernel: four registers of f32 sums for 16-bit weights, two for f32 (64 and 32 rows at 512 bits). A matrix
-with fewer rows than a strip, or one that would grow by more than `max_padding`, gets strips of one register (16). The
-gate | up pair in front of a swiglu is interleaved, half a strip of each, so that one tile holds both halves of a pair.
+with fewer rows than a strip, or one that would grow by more than `max_padding`, gets strips of 16 rows, the fewest
+that a kernel sums. The gate | up pair in front of a swiglu is interleaved, half a strip of each (but no fewer than 16
+rows), so that one tile holds both halves of a pair.
 
 Options left at 0 follow `vector_bits`; that option left at 0 follows `PassContext.options["vector_bits"]`, else 512.
 Takes bare products and those in fused regions, dense and grouped; refuses weights computed from step inputs.
@@ -29,7 +30,6 @@ from passes.analysis.value_types import tensor_type
 from passes.fuse.forms import PRODUCTS, describe_gemm
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
-
 MIN_ROWS = 16  # rows of the smallest strip: the matrix kernels sum 16 outputs at a time
 
 
@@ -50,11 +50,13 @@ class ChooseLayoutsPass(FunctionPass):
     max_padding: float = 0.1
 
     def __post_init__(self) -> None:
-        numbers = (self.vector_bits, self.bf16_rows, self.f16_rows, self.f32_rows, self.small_rows)
-        if min(numbers) < 0 or min(self.bf16_pack, self.f16_pack, self.f32_pack) < 1 or self.max_padding < 0:
-            raise ValueError("expected sizes >= 0, packs >= 1 and max-padding >= 0")
-        if any(n % 2 for n in numbers):
-            raise ValueError("expected even numbers of rows and vector bits: gate | up pairs take half a strip each")
+        rows = (self.bf16_rows, self.f16_rows, self.f32_rows, self.small_rows)
+        if any(n < 0 or n % MIN_ROWS for n in rows):
+            raise ValueError(f"expected rows in multiples of {MIN_ROWS}, got {', '.join(map(str, rows))}")
+        if self.vector_bits < 0 or self.vector_bits % 128:
+            raise ValueError(f"expected vector-bits in multiples of 128, got {self.vector_bits}")
+        if min(self.bf16_pack, self.f16_pack, self.f32_pack) < 1 or self.max_padding < 0:
+            raise ValueError("expected packs >= 1 and max-padding >= 0")
 
     def run(self, func: Op, ctx: PassContext) -> None:
         rewriter = ctx.rewriter()
@@ -100,15 +102,11 @@ class ChooseLayoutsPass(FunctionPass):
         if chosen is None or not isinstance(n, int):
             return None
         rows, pack = chosen
-        if interleave > 1 and n % interleave:
-            interleave = 1
-        small = self.small_rows or MIN_ROWS
-        for size in (rows, small * interleave):
-            layout = Layout(max(size // interleave, MIN_ROWS), pack, interleave)
-            stored = layout.padded(n, 1)[0]
-            if stored <= n * (1 + self.max_padding) and n >= size:
-                return layout
-        return Layout(small, pack, interleave)
+        smallest = self.small_rows or MIN_ROWS
+        pairs = interleave if n % interleave == 0 else 1
+        layout = Layout(max(rows // pairs, MIN_ROWS), pack, pairs)
+        fits = n >= layout.rows * pairs and layout.padded(n, 1)[0] <= n * (1 + self.max_padding)
+        return layout if fits else Layout(smallest, pack, pairs)
 
     def _strip(self, element: NumberFormat, lanes: int) -> tuple[int, int] | None:
         """(rows, pack) of a whole strip."""

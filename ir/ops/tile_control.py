@@ -6,7 +6,10 @@ A kernel is a `func.func` whose arguments are buffers and sizes; it is run by ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from ir.core import Op as CoreOp
 from ir.core import Region, Value
@@ -70,6 +73,12 @@ class ForOp(Op):
         expect(lower == upper == step == INDEX, f"expected bounds of type index, got {lower}, {upper}, {step}")
         return initial
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        lower, upper, step, *carried = values
+        for i in range(int(lower), int(upper), int(step)):
+            carried = context.run_region(self.body, [np.int64(i), *carried])
+        return tuple(carried)
+
     def verify(self, diag: DiagnosticSink) -> None:
         have = [a.type for a in self.body.block.arguments]
         want = [INDEX, *(v.type for v in self.initial)]
@@ -106,6 +115,9 @@ class IfOp(Op):
             raise InferenceError(f"expected two bodies, got {len(regions)}")
         return tuple(v.type for v in _yielded(regions[0]))
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return tuple(context.run_region(self.then if values[0] else self.otherwise, ()))
+
     def verify(self, diag: DiagnosticSink) -> None:
         first, second = ([v.type for v in _yielded(r)] for r in self.regions)
         if first != second:
@@ -131,6 +143,9 @@ class ThreadIdOp(Op):
     def infer_types() -> Type:
         return INDEX
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (np.int64(context.thread),)
+
 
 @register_op
 class NumThreadsOp(Op):
@@ -147,6 +162,9 @@ class NumThreadsOp(Op):
     def infer_types() -> Type:
         return INDEX
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (np.int64(context.team.threads),)
+
 
 @register_op
 class BarrierOp(Op):
@@ -160,4 +178,8 @@ class BarrierOp(Op):
 
     @staticmethod
     def infer_types() -> tuple[Type, ...]:
+        return ()
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        context.wait()
         return ()

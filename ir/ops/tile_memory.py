@@ -11,6 +11,7 @@ from typing import Any
 from ir.formats import I1, I32, PlainFormat
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.ops.tile import element_of, lanes_of
+from ir.tile_memory_model import BufferView
 from ir.traits import Pure, ReadsMemory, WritesMemory
 from ir.types import INDEX, BufferType, ScalarType, Type, VectorType
 
@@ -216,6 +217,4 @@ class ScratchOp(Op):
 
     @staticmethod
     def reference(size: int, element: PlainFormat) -> Any:
-        from ir.tile_memory_model import BufferView
-
         return BufferView.undefined(size, element)

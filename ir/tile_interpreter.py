@@ -1,0 +1,162 @@
+"""Runs kernels and programs by the meaning of their ops: every thread of the team, every access checked.
+
+Threads are Python threads that meet at barriers, so the order inside a phase is the order of no particular machine;
+what makes that visible is the race check of `ir.tile_memory_model`, not luck.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ir.core import Op
+from ir.formats import PlainFormat
+from ir.interpreter import Environment
+from ir.ops import plan
+from ir.ops.builtin import FuncOp
+from ir.tile_memory_model import BufferView, KernelFault, Memory
+from ir.types import BufferType
+
+BARRIER_SECONDS = 60.0  # a thread that never comes is a fault, not a hang
+
+
+class Team:
+    """The threads that run one kernel or program together, and the memory they share."""
+
+    def __init__(self, threads: int, memories: Sequence[Memory]) -> None:
+        self.threads = threads
+        self.memories = list({id(m): m for m in memories}.values())
+        self.barrier = threading.Barrier(threads, action=self._advance, timeout=BARRIER_SECONDS)
+
+    def _advance(self) -> None:
+        for memory in self.memories:
+            memory.new_phase()
+
+    def run(self, body: Callable[[int], None]) -> None:
+        """`body(thread)` on every thread; the first fault of any is raised here."""
+        faults: list[BaseException] = []
+
+        def guarded(thread: int) -> None:
+            try:
+                body(thread)
+            except BaseException as fault:  # handed to the caller below, nothing is lost
+                faults.append(fault)
+                self.barrier.abort()
+
+        workers = [threading.Thread(target=guarded, args=(t,)) for t in range(1, self.threads)]
+        for worker in workers:
+            worker.start()
+        guarded(0)
+        for worker in workers:
+            worker.join()
+        own = [f for f in faults if not isinstance(f, threading.BrokenBarrierError)]
+        if own or faults:
+            raise (own or faults)[0]
+
+
+class ThreadEnvironment(Environment):
+    """The interpreter of one thread: knows its number and how to wait for the others."""
+
+    def __init__(self, team: Team, thread: int) -> None:
+        super().__init__({}, {})
+        self.team = team
+        self.thread = thread
+
+    def wait(self) -> None:
+        """A barrier."""
+        try:
+            self.team.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise KernelFault(f"thread {self.thread} waits at a barrier that the others do not reach") from None
+
+
+def interpret_kernel(kernel: FuncOp, arguments: Sequence[Any], threads: int = 1) -> None:
+    """Runs a kernel on its arguments: numpy arrays for buffers (changed in place), ints for sizes.
+
+    Raises KernelFault for accesses out of bounds and for races.
+    """
+    memories = [Memory(a, f"argument {i}") if isinstance(a, np.ndarray) else None for i, a in enumerate(arguments)]
+    team = Team(threads, [m for m in memories if m is not None])
+    team.run(lambda thread: _run_kernel(kernel, _views(kernel, arguments, memories, thread), team, thread))
+
+
+def _views(kernel: FuncOp, arguments: Sequence[Any], memories: Sequence[Memory | None], thread: int) -> list[Any]:
+    values: list[Any] = []
+    for parameter, value, memory in zip(kernel.arguments, arguments, memories, strict=True):
+        if memory is None:
+            values.append(np.int64(value))
+            continue
+        assert isinstance(parameter.type, BufferType) and isinstance(parameter.type.element, PlainFormat)
+        values.append(BufferView(memory, parameter.type.element, 0, thread))
+    return values
+
+
+def _run_kernel(kernel: FuncOp, values: Sequence[Any], team: Team, thread: int) -> None:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # integers wrap and exp underflows by design
+        ThreadEnvironment(team, thread).run_block(kernel.block, values)
+
+
+def interpret_program(
+    program: FuncOp,
+    kernels: Mapping[str, FuncOp],
+    *,
+    inputs: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    weights: np.ndarray,
+    arena: np.ndarray,
+    kv: np.ndarray,
+    threads: int = 1,
+) -> None:
+    """Runs a plan-level program: launches in order on the whole team, barriers where the plan has them.
+
+    `inputs` (ids, positions, slots, rows, logits), `weights`, `arena` and `kv` (bytes) are what the native step gets;
+    logits and kv are changed in place. Raises KernelFault for races between launches too: a barrier that the plan
+    forgot is found here.
+    """
+    shared = {name: Memory(a, name) for name, a in inputs.items()}
+    shared |= {"weights": Memory(weights, "weights"), "arena": Memory(arena, "arena"), "kv": Memory(kv, "kv cache")}
+    team = Team(threads, list(shared.values()))
+
+    def body(thread: int) -> None:
+        environment = ThreadEnvironment(team, thread)
+        for op in program.block.ops[:-1]:
+            _plan_op(op, environment, kernels, shared, sizes)
+
+    team.run(body)
+
+
+def _plan_op(
+    op: Op, env: ThreadEnvironment, kernels: Mapping[str, FuncOp], shared: Mapping[str, Memory], sizes: Mapping[str, int]
+) -> None:
+    """One op of a program on one thread."""
+    match op:
+        case plan.SizeOp():
+            env.values[op.out] = np.int64(sizes[op.which] * op.scale)
+        case plan.InputOp():
+            env.values[op.out] = _view(op, shared[op.which], 0, env)
+        case plan.WeightOp():
+            env.values[op.out] = _view(op, shared["weights"], op.offset, env)
+        case plan.ReserveOp():
+            env.values[op.out] = _view(op, shared["arena"], op.offset, env)
+        case plan.KVOp():
+            view = _view(op, shared["kv"], 0, env)
+            view.start = op.layer * sizes["slots"] * sizes["ctx"] * 2 * op.heads * op.dim * view.width
+            env.values[op.out] = view
+        case plan.LaunchOp():
+            kernel = kernels[op.kernel.name]
+            _run_kernel(kernel, [env.values[v] for v in op.arguments], env.team, env.thread)
+        case plan.BarrierOp():
+            env.wait()
+        case plan.ReleaseOp():
+            del env.values[op.buffer]
+        case _:
+            raise TypeError(f"{op.name} is no op of the plan level")
+
+
+def _view(op: Op, memory: Memory, start: int, env: ThreadEnvironment) -> BufferView:
+    type = op.results[0].type
+    assert isinstance(type, BufferType) and isinstance(type.element, PlainFormat)
+    return BufferView(memory, type.element, start, env.thread)

@@ -1,0 +1,108 @@
+"""Memory as the tile interpreter sees it: bounds are checked, and so is what threads do to each other.
+
+A `Memory` is the bytes of one buffer, shared by the threads of a team. Each byte remembers who wrote and who read it
+since the last barrier; a write that meets another thread's access in the same phase is a race, whatever the values.
+A `BufferView` is what one thread's buffer value holds: memory, first byte, element format, thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ir.formats import PlainFormat
+
+_NOBODY = -1
+_SEVERAL = -2
+_UNDEFINED = 0xCB  # scratch begins as this byte: 0xCBCBCBCB is -2.67e7 as f32, easy to see in a result
+
+
+class KernelFault(Exception):
+    """A kernel touched memory it must not touch: out of bounds, or in a race with another thread."""
+
+
+class Memory:
+    """Bytes shared by the threads of a team. `phase` counts barriers and is advanced by the team."""
+
+    def __init__(self, array: np.ndarray, name: str = "buffer") -> None:
+        self.bytes = array.reshape(-1).view(np.uint8)
+        self.name = name
+        size = self.bytes.size
+        self.writer = np.full(size, _NOBODY, np.int16)
+        self.reader = np.full(size, _NOBODY, np.int16)
+
+    def new_phase(self) -> None:
+        """Forgets who touched what: a barrier has ordered it."""
+        self.writer.fill(_NOBODY)
+        self.reader.fill(_NOBODY)
+
+    def check(self, start: int, size: int, what: str) -> None:
+        if start < 0 or start + size > self.bytes.size:
+            message = f"{what} of bytes {start}..{start + size} of {self.name}, which has {self.bytes.size}"
+            raise KernelFault(message)
+
+    def note_read(self, where: slice, thread: int) -> None:
+        """Raises KernelFault when another thread has written there in this phase."""
+        writers = self.writer[where]
+        if np.any((writers != _NOBODY) & (writers != thread)):
+            raise KernelFault(f"thread {thread} reads {self.name} at byte {where.start}, written by another in this phase")
+        readers = self.reader[where]
+        self.reader[where] = np.where((readers == _NOBODY) | (readers == thread), thread, _SEVERAL)
+
+    def note_write(self, where: slice, thread: int) -> None:
+        """Raises KernelFault when another thread has touched these bytes in this phase."""
+        for who, verb in ((self.writer[where], "written"), (self.reader[where], "read")):
+            if np.any((who != _NOBODY) & (who != thread)):
+                message = f"thread {thread} writes {self.name} at byte {where.start}, {verb} by another in this phase"
+                raise KernelFault(message)
+        self.writer[where] = thread
+
+
+class BufferView:
+    """A buffer value: elements of `element` from byte `start` of `memory` on, as thread `thread` sees them."""
+
+    def __init__(self, memory: Memory, element: PlainFormat, start: int = 0, thread: int = 0) -> None:
+        self.memory = memory
+        self.element = element
+        self.start = start
+        self.thread = thread
+        self.width = element.dtype.itemsize
+
+    @classmethod
+    def undefined(cls, size: int, element: PlainFormat) -> BufferView:
+        """Fresh private memory, filled with a pattern that no kernel should rely on."""
+        return cls(Memory(np.full(size * element.dtype.itemsize, _UNDEFINED, np.uint8), "scratch"), element)
+
+    def _range(self, index: int, count: int, what: str) -> slice:
+        first = self.start + index * self.width
+        self.memory.check(first, count * self.width, what)
+        return slice(first, first + count * self.width)
+
+    def load(self, index: int, lanes: int) -> Any:
+        where = self._range(index, lanes, "read")
+        self.memory.note_read(where, self.thread)
+        values = self.memory.bytes[where].copy().view(self.element.dtype)
+        return values if lanes > 1 else values[0]
+
+    def store(self, index: int, value: Any) -> None:
+        values = np.ascontiguousarray(np.atleast_1d(value), self.element.dtype)
+        where = self._range(index, len(values), "write")
+        self.memory.note_write(where, self.thread)
+        self.memory.bytes[where] = values.view(np.uint8)
+
+    def load_masked(self, index: int, mask: np.ndarray) -> np.ndarray:
+        values = np.zeros(len(mask), self.element.dtype)
+        for lane in np.flatnonzero(mask):
+            values[lane] = self.load(index + int(lane), 1)
+        return values
+
+    def store_masked(self, index: int, value: np.ndarray, mask: np.ndarray) -> None:
+        for lane in np.flatnonzero(mask):
+            self.store(index + int(lane), value[lane])
+
+    def offset(self, index: int) -> BufferView:
+        return BufferView(self.memory, self.element, self.start + index * self.width, self.thread)
+
+    def view(self, element: PlainFormat) -> BufferView:
+        return BufferView(self.memory, element, self.start, self.thread)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from ir.formats import PlainFormat
 from ir.types import Dim, SymbolicDim, TensorType, Type
 
 
@@ -31,6 +30,4 @@ def num_bytes(type: Type, sizes: dict[str, int]) -> int:
     shape = tuple(dim_size(d, sizes) for d in type.shape)
     if type.layout is not None:
         shape = (*shape[:-2], *type.layout.padded(*shape[-2:]))
-    if not isinstance(type.element, PlainFormat):
-        raise TypeError(f"the byte count of {type.element} is unknown")
     return type.element.nbytes(shape)

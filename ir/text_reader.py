@@ -91,7 +91,7 @@ class TextReader:
             return _BUILDERS[name](self, node)
         grouped = _GROUPED.fullmatch(name)
         if grouped:
-            fields = {field: self.plain(value) for field, value in self.named(node).items()}
+            fields = {field: str(value.token) for field, value in self.named(node).items()}
             try:
                 return read_grouped_format(int(grouped[1][:4]), grouped[2], fields)
             except ValueError as error:

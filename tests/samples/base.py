@@ -95,7 +95,13 @@ def run_sample(sample: Sample) -> tuple[Any, ...]:
 
 
 def sample(op: str, label: str, /, *inputs: Any, types: Sequence[Type] = (), **named: Any) -> Sample:
-    """A sample whose operand types are those of its inputs unless `types` says them with symbols."""
+    """A sample whose operand types are those of its inputs unless `types` says them with symbols.
+
+    The arrays are made read-only: a reference that writes its inputs fails at once.
+    """
+    for value in inputs:
+        for array in (value.keys, value.values) if isinstance(value, KVState) else (value,):
+            array.flags.writeable = False
     regions = named.pop("regions", no_regions)
     return Sample(op, label, inputs, tuple(types) or tuple(type_of(x) for x in inputs), named, regions)
 

@@ -20,6 +20,7 @@ from codegen.object_cache import ObjectCache
 from codegen.weights import StoredTensor, plan_weights
 from ir.core import Value
 from ir.ops.builtin import FuncOp, ModuleOp
+from passes.schedule.check_plan import check_plan
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 16
@@ -95,6 +96,8 @@ def compile_step(
     stored, weights_bytes = plan_weights(roots)
     offsets = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in stored}
     lowered = tuple(lowering.program(spec, offsets) for spec in specs)
+    for program in lowered:
+        check_plan(program.func, program.arena_bytes).raise_if_errors()
     kernels = tuple(lowering.kernels.values())
     width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
     attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{feature_string(features)}"'

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from codegen.compile_worker import CompileRequest, compile_many
@@ -38,8 +38,8 @@ class CodegenTarget(Protocol):
 
 
 @dataclass(frozen=True)
-class CompiledStep:
-    """The result: programs (plan IR inside), kernels (tile IR), weights to store, the objects, the LLVM text."""
+class LoweredStep:
+    """A step below the graph level: programs (plan IR inside), kernels (tile IR), weights to store, KV cache."""
 
     programs: tuple[Program, ...]
     kernels: tuple[FuncOp, ...]
@@ -48,8 +48,6 @@ class CompiledStep:
     weights_bytes: int
     kv: KVLayout | None
     num_layers: int
-    llvm_text: str
-    object_code: bytes
 
     def plan_module(self) -> ModuleOp:
         """The programs as one printable module."""
@@ -58,6 +56,14 @@ class CompiledStep:
     def tile_module(self) -> ModuleOp:
         """The kernels as one printable module."""
         return ModuleOp.create(*self.kernels)
+
+
+@dataclass(frozen=True)
+class CompiledStep(LoweredStep):
+    """A lowered step with its LLVM text and object code."""
+
+    llvm_text: str
+    object_code: bytes
 
 
 def program_specs(features: frozenset[str]) -> tuple[ProgramSpec, ...]:
@@ -80,6 +86,21 @@ def feature_string(features: frozenset[str]) -> str:
     return ",".join(f"+{f}" for f in sorted(features))
 
 
+def lower_step(
+    step: FuncOp, features: frozenset[str], *, programs: Sequence[ProgramSpec] | None = None
+) -> LoweredStep:
+    """Lowers a step to plan and tile level and proves the plans sound. Raises DiagnosticError for ops without a kernel."""
+    lowering = Lowering(step)
+    roots = tuple((name, value) for value, name in lowering.weights.items())
+    stored, weights_bytes = plan_weights(roots)
+    offsets = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in stored}
+    lowered = tuple(lowering.program(spec, offsets) for spec in programs or program_specs(features))
+    for program in lowered:
+        check_plan(program.func, program.arena_bytes).raise_if_errors()
+    kernels = tuple(lowering.kernels.values())
+    return LoweredStep(lowered, kernels, roots, tuple(stored), weights_bytes, lowering.kv, len(lowering.layers))
+
+
 def compile_step(
     step: FuncOp,
     target: CodegenTarget,
@@ -90,20 +111,11 @@ def compile_step(
 ) -> CompiledStep:
     """Lowers and compiles. Raises DiagnosticError for ops without a kernel and for what LLVM refuses."""
     features = frozenset(target.llvm_features)
-    specs = programs or program_specs(features)
-    lowering = Lowering(step)
-    roots = tuple((name, value) for value, name in lowering.weights.items())
-    stored, weights_bytes = plan_weights(roots)
-    offsets = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in stored}
-    lowered = tuple(lowering.program(spec, offsets) for spec in specs)
-    for program in lowered:
-        check_plan(program.func, program.arena_bytes).raise_if_errors()
-    kernels = tuple(lowering.kernels.values())
+    lowered = lower_step(step, features, programs=programs)
     width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
     attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{feature_string(features)}"'
-    text = module_text(lowered, kernels, InstructionSet(features), target.llvm_triple, attributes)
+    text = module_text(lowered.programs, lowered.kernels, InstructionSet(features), target.llvm_triple, attributes)
     request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, feature_string(features), opt_level, "step")
     (code,) = compile_many([request], cache=cache)
-    return CompiledStep(
-        lowered, kernels, roots, tuple(stored), weights_bytes, lowering.kv, len(lowering.layers), text, code
-    )
+    parts = {field.name: getattr(lowered, field.name) for field in fields(lowered)}
+    return CompiledStep(**parts, llvm_text=text, object_code=code)

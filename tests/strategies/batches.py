@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Batch:
-    """int32 arrays of a step. `starts[slot]` positions of a slot hold earlier tokens; `ctx` is the capacity of a slot."""
+    """int32 arrays of a step. `starts[slot]` positions of a slot hold earlier tokens; `ctx` is the capacity."""
 
     ids: np.ndarray
     positions: np.ndarray

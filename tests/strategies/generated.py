@@ -44,12 +44,11 @@ class GeneratedModule:
             for op in func.walk()
             if op.name == "kv.state" and isinstance(op.results[0].type, KVCacheType)
         }
-        return {
-            name: KVState(
-                state.keys.astype(elements.get(name, state.dtype)), state.values.astype(elements.get(name, state.dtype))
-            )
-            for name, state in self.states.items()
-        }
+        converted = {}
+        for name, state in self.states.items():
+            element = elements.get(name, state.dtype)
+            converted[name] = KVState(state.keys.astype(element), state.values.astype(element))
+        return converted
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in self.inputs)

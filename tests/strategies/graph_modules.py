@@ -145,10 +145,8 @@ class _Graph:
             return
         n = self.pick(WIDTHS)
         k = x.type.shape[1]
-        ys = [
-            self.add(MatmulOp(x, self.weight(n, k)), 2 * self.sizes[x], "g")
-            for _ in range(self.draw(st.integers(2, 3)))
-        ]
+        count = self.draw(st.integers(2, 3))
+        ys = [self.add(MatmulOp(x, self.weight(n, k)), 2 * self.sizes[x], "g") for _ in range(count)]
         if self.draw(st.booleans()) and self.sizes[ys[0]] ** 2 < _TOO_LARGE:
             self.add(tensor.MulOp(self.b(tensor.SiluOp(ys[0])), ys[1]), self.sizes[ys[0]] ** 2, "h")
 
@@ -222,7 +220,7 @@ class _Graph:
         heads = kv_heads * group
         hidden = x.type.shape[1]
         symbol = f"layers.{len(self.caches)}"
-        cos, sin = self.b(attention.RopeTableOp(self.positions, rope=self.pick(_ROPES(d))))
+        cos, sin = self.b(attention.RopeTableOp(self.positions, rope=self.pick(_ropes(d))))
         parts = []
         for count, name in ((heads, "q"), (kv_heads, "k"), (kv_heads, "v")):
             y = self.b(MatmulOp(x, self.weight(count * d, hidden)), name)
@@ -236,7 +234,7 @@ class _Graph:
         cache = self.b(KVAppendOp(cache, parts[1], parts[2], self.positions, self.slots), "cache")
         window = self.pick([0, 0, 2])
         rows = (self.positions, self.slots)
-        build = self.pick([None, *_CASCADES])
+        build = self.pick([None, None, None, *_CASCADES])
         if build is None:
             s = self.b(attention.ScoresOp(parts[0], cache, *rows, scale=d**-0.5, window=window), "s")
             o = self.b(attention.CombineOp(self.b(attention.SoftmaxOp(s), "p"), cache, self.slots), "o")
@@ -300,7 +298,7 @@ class _Graph:
         return ModuleOp.create(self.func)
 
 
-def _ROPES(dim: int) -> list[Rope]:
+def _ropes(dim: int) -> list[Rope]:
     return [
         Rope(dim),
         Rope(dim, theta=500.0, scaling="linear", factor=2.0),

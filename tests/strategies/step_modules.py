@@ -1,4 +1,4 @@
-"""Step functions of random small transformers with ragged batches: what the fusions and code generation are made for."""
+"""Step functions of random small transformers with ragged batches: what fusions and code generation are made for."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ to run, for `compile-model opt`) and PassError names the pass, the passes before
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -219,14 +220,14 @@ class PassManager:
     def _write_reproducer(self, index: int, start: Op) -> tuple[Path | None, str]:
         """The file written, or None, and what to tell the user. Never replaces the fault by one of its own."""
         given, passes = self._given(index, start)
-        rest = print_pipeline(passes)
+        rest = shlex.quote(print_pipeline(passes))
         try:
             path = self.reproducer or (self.dump_dir / "reproducer.ir" if self.dump_dir else None)
             if path is None:
                 handle, name = tempfile.mkstemp(prefix="reproducer-", suffix=".ir")
                 os.close(handle)
                 path = Path(name)
-            path.write_text(f"// RUN: compile-model opt %s -p '{rest}'\n{ir.print_module(given)}", encoding="utf-8")
+            path.write_text(f"// RUN: compile-model opt %s -p {rest}\n{ir.print_module(given)}", encoding="utf-8")
         except OSError as error:
             return None, f"no reproducer was written: {error.filename}: {error.strerror}"
-        return path, f"to see it again: compile-model opt {path} -p '{rest}'"
+        return path, f"to see it again: compile-model opt {path} -p {rest}"

@@ -1,5 +1,6 @@
 """The pass manager: order, verification, timing, dumps, stopping, explanations, reproducers."""
 
+import shlex
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -166,12 +167,12 @@ def test_a_failure_names_the_pass_and_can_be_seen_again(tmp_path, text, message,
     shown = str(caught.value)
     assert shown.startswith(f"error: {message}")
     assert "passes before it: canonicalize, test-cast" in shown
-    assert f"compile-model opt {path} -p '{text},cse'" in shown
+    assert f"compile-model opt {path} -p {shlex.quote(text + ',cse')}" in shown
     assert told is None or told in shown
     assert caught.value.reproducer == path
 
     first, rest = path.read_text().split("\n", 1)
-    assert first == f"// RUN: compile-model opt %s -p '{text},cse'"
+    assert first == f"// RUN: compile-model opt %s -p {shlex.quote(text + ',cse')}"
     given = ir.parse(first + "\n" + rest)
     expected = build_step()
     PassManager("canonicalize,test-cast").run(expected)

@@ -107,7 +107,7 @@ def compile_step(
     *,
     programs: Sequence[ProgramSpec] | None = None,
     cache: ObjectCache | None = None,
-    opt_level: int = 3,
+    opt_level: int = 1,
 ) -> CompiledStep:
     """Lowers and compiles. Raises DiagnosticError for ops without a kernel and for what LLVM refuses."""
     features = frozenset(target.llvm_features)

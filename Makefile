@@ -82,7 +82,7 @@ bench: $(VENV)/.installed ## llama-bench's rows for MODEL=DIR (default: the demo
 	$(BIN)/compile-model bench $(or $(MODEL),examples/tiny-moe) $(ARGS)
 
 docs: $(VENV)/.installed ## regenerate the op pages under docs/ops from the op classes
-	$(PY) tools/op_docs.py
+	$(PY) -m ir.op_docs
 
 ci: ## what CI runs
 	.ci/run

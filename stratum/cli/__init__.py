@@ -1,0 +1,40 @@
+"""The `compile-model` command: one file a verb, and one place where faults become exit codes.
+
+Verbs import what they need inside their functions, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+from stratum import __version__
+from stratum.cli.bench import bench
+from stratum.cli.build import build
+from stratum.cli.errors import guarded
+from stratum.cli.inspect import inspect
+from stratum.cli.opt import opt
+from stratum.cli.run import run
+from stratum.cli.targets import targets
+
+EPILOG = (
+    "Exit codes: 0 done, 2 a fault that you can mend (one diagnostic on stderr), 70 a bug of ours "
+    "(STRATUM_TRACEBACK=1 shows the traceback), 130 interrupted."
+)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="compile-model")
+def cli() -> None:
+    """Compile a language model's checkpoint to native code, and run it."""
+
+
+for command in (build, run, inspect, opt, bench, targets):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; `arguments` default to those of the process. Returns the exit code."""
+    return guarded(lambda: cli.main(arguments, prog_name="compile-model", standalone_mode=False))
+
+
+__all__ = ["cli", "main"]

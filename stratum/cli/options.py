@@ -1,0 +1,56 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("bf16", "f32")
+
+
+def compile_options(function: F) -> F:
+    """--target, --dtype, --pipeline: what decides the code that is made."""
+    for option in (
+        click.option("-p", "--pipeline", metavar="PIPELINE", help="Graph passes instead of the default ones."),
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Weights and KV cache."
+        ),
+        click.option(
+            "--target", default="host", show_default=True, metavar="NAME", help="See 'compile-model targets'."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def output_options(function: F) -> F:
+    """--quiet and --json."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="JSON events, one a line, on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; only results and faults."),
+    ):
+        function = option(function)
+    return function
+
+
+class NumberList(click.ParamType):
+    """Whole numbers by commas, as llama-bench takes them: `512` or `128,512,2048`."""
+
+    name = "N[,N...]"
+
+    def __init__(self, smallest: int = 0) -> None:
+        self.smallest = smallest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = []
+        for part in str(value).split(","):
+            if not part.strip().isdigit() or len(part) > 12 or int(part) < self.smallest:
+                self.fail(f"expected whole numbers >= {self.smallest} by commas, got {value!r}", param, ctx)
+            numbers.append(int(part))
+        return tuple(numbers)

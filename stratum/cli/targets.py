@@ -1,0 +1,6 @@
+import click
+
+
+@click.command()
+def targets() -> None:
+    """x"""

@@ -1,0 +1,122 @@
+"""StepBuilder: makes the step function of a model, and remembers which checkpoint tensor every constant stands for.
+
+    func @step(%ids, %positions, %slots: tensor<tokens x i32>, %rows: tensor<rows x i32>)
+        -> tensor<rows x VOCAB x f32>
+
+The origin of an op and the name of a weight are the same path: inside `scope("layers.0")`, `scope("self_attn")`,
+`scope("q_proj")`, `weight(n, k)` is the tensor `model.layers.0.self_attn.q_proj.weight`. Constants have the element
+that the checkpoint stores and are cast to f32, so that the graph means the float32 model. Tensors that are missing or
+unlike what the model needs do not stop the building: `frontends.tensor_match` reports all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from frontends.checkpoint import WEIGHT_FORMATS
+from frontends.config import ModelConfig
+from frontends.safetensors_header import MAX_TENSORS, TensorInfo
+from ir.attributes import SymbolRef
+from ir.builder import Builder
+from ir.core import Op, Value
+from ir.diagnostics import DiagnosticError
+from ir.formats import F32, I32, PlainFormat
+from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
+from ir.types import SymbolicDim, TensorType
+
+TOKENS, ROWS = SymbolicDim("tokens"), SymbolicDim("rows")
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A tensor that the model needs. `role` says what for: "embedding", "head", "norm", "bias", "attention.q",
+    "mlp.gate", "moe.router", "moe.up", ...: what quantization recipes choose by.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+
+
+class StepBuilder:
+    """Calling it inserts an op and gives its result, as `ir.Builder` does."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+        """`tensors` are those of the checkpoint; without them every constant is f32."""
+        self.config = config
+        self.weights: dict[str, WeightSpec] = {}
+        self._tensors = tensors or {}
+        # A config may claim any number of layers and experts; what is built stays near what is there.
+        self._limit = 2 * len(tensors) + 10_000 if tensors is not None else MAX_TENSORS
+        rows = TensorType((TOKENS,), I32)
+        self.func = FuncOp.create(
+            "step", [rows, rows, rows, TensorType((ROWS,), I32)], ("ids", "positions", "slots", "rows")
+        )
+        self.ids, self.positions, self.slots, self.rows = self.func.arguments
+        self._builder = Builder.at_end(self.func.block)
+
+    def __call__(self, op: Op, name: str = "") -> Value:
+        return self._builder(op, name)
+
+    def pair(self, op: Op) -> tuple[Value, Value]:
+        """Inserts an op of two results."""
+        first, second = self._builder(op)
+        return first, second
+
+    def scope(self, part: str) -> AbstractContextManager[None]:
+        """Ops made inside have `part` appended to their origin."""
+        return self._builder.scope(part)
+
+    def constant(self, name: str, *shape: int, role: str) -> Value:
+        """The tensor `name` as the checkpoint stores it."""
+        self._need(name, shape, role)
+        made = ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, self._element(name))])
+        return self(made, "w")
+
+    def weight(self, *shape: int, role: str, leaf: str = "weight") -> Value:
+        """The tensor `model.` + origin + "." + `leaf` in f32."""
+        return self.as_f32(self.constant(f"model.{self._builder.origin}.{leaf}", *shape, role=role))
+
+    def stack(self, count: int, part: str, *shape: int, role: str) -> Value:
+        """The tensors `model.` + origin + ".N." + `part` + ".weight" for N = 0 .. count-1, stacked, in f32."""
+        symbol = f"model.{self._builder.origin}.*.{part}.weight"
+        names = [symbol.replace("*", str(i)) for i in range(count)]
+        for name in names:
+            self._need(name, shape, role)
+        with self.scope(part):
+            type = TensorType((count, *shape), self._element(names[0]))
+            made = ConstantStackOp(symbol=SymbolRef(symbol), count=count, result_types=[type])
+            return self.as_f32(self(made, "w"))
+
+    def as_f32(self, value: Value) -> Value:
+        """`value`, cast unless it is f32 already."""
+        element = value.type.element if isinstance(value.type, TensorType) else None
+        return value if element == F32 else self(CastOp(value, to=F32), "w")
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor of that name."""
+        return name in self._tensors
+
+    def finish(self, logits: Value) -> ModuleOp:
+        """The module with the function, which returns `logits`."""
+        self(ReturnOp(logits))
+        return ModuleOp.create(self.func)
+
+    def _need(self, name: str, shape: tuple[int, ...], role: str) -> None:
+        spec = WeightSpec(name, shape, role)
+        known = self.weights.setdefault(name, spec)
+        if known != spec:
+            raise ValueError(f"{name} is needed as {known} and as {spec}")
+        if len(self.weights) > self._limit:
+            raise DiagnosticError(
+                f"config.json describes a model of more than {self._limit} tensors",
+                where=self.config.family,
+                expected=f"about as many as the checkpoint has, {len(self._tensors)}" if self._tensors else "",
+            )
+
+    def _element(self, name: str) -> PlainFormat:
+        info = self._tensors.get(name)
+        return WEIGHT_FORMATS.get(info.dtype, F32) if info is not None else F32

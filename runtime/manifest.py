@@ -1,0 +1,332 @@
+"""The artifact's manifest as typed, bounded values.
+
+Takes the bytes of `manifest.json`, gives a frozen `Manifest`. The file is hostile until proven otherwise: the format
+version is looked at first, then the manifest's own hash, then every field the runtime uses is checked for its type and
+bounded before anything is allocated from it. Refuses with one RuntimeDiagnostic that names the field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from runtime.errors import RuntimeDiagnostic
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 << 20  # a 100 000-tensor model needs about 25 MiB
+REBUILD_HINT = "build the artifact again: compile-model build MODEL -o OUT"
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_HEX = re.compile(r"[0-9a-f]+")
+_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """One kernel of a program, in execution order: what it is, where in the model it comes from, and its work.
+
+    `bytes` is what one launch reads and writes, `flops_per_token` what it computes for each token of the step; both
+    are for reports only.
+    """
+
+    name: str
+    origin: str
+    bytes: float
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class ProgramInfo:
+    """One compiled specialisation of the step: takes 1..max_tokens tokens, needs `arena_bytes` of scratch memory."""
+
+    name: str
+    symbol: str
+    max_tokens: int
+    arena_bytes: int
+    launches: tuple[LaunchInfo, ...]
+
+
+@dataclass(frozen=True)
+class KVInfo:
+    """Shape of the key/value cache; `bytes_per_position` counts keys and values of all layers."""
+
+    layers: int
+    num_kv_heads: int
+    head_dim: int
+    format: str
+    bytes_per_position: int
+    block: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: a byte range of the weights file."""
+
+    name: str
+    offset: int
+    bytes: int
+    format: str
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """The weights file, its size and hash, and what lies in it."""
+
+    file: str
+    bytes: int
+    blake2b: str
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """The machine the code was generated for; `features` are required, in LLVM's names."""
+
+    name: str
+    triple: str
+    cpu: str
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size and hash of one file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime reads. `model` and `raw` keep the rest for reports (`inspect`, licence lines)."""
+
+    stratum_version: str
+    model: dict[str, Any]
+    vocab_size: int
+    max_context: int
+    dtype: str
+    target: TargetInfo
+    programs: tuple[ProgramInfo, ...]  # ascending max_tokens
+    kv: KVInfo
+    weights: WeightsInfo
+    files: dict[str, FileInfo]
+    raw: dict[str, Any]
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of everything but `manifest_sha256`, over canonical JSON (sorted keys, no spaces, UTF-8)."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Checks and types a manifest. `where` is the path shown in diagnostics."""
+    raw = _load_json(text, where)
+    _check_version(raw, where)
+    if raw.get("manifest_sha256") != manifest_digest(raw):
+        raise RuntimeDiagnostic(
+            "the manifest was changed after it was written (its own hash does not match)",
+            where=where,
+            hint=REBUILD_HINT,
+        )
+    return _typed(raw, _Fields(raw, where))
+
+
+def _load_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as fault:
+        reason = "nested too deeply" if isinstance(fault, RecursionError) else str(fault)
+        raise RuntimeDiagnostic(
+            f"not a readable manifest: {reason}",
+            where=where,
+            hint=REBUILD_HINT,
+        ) from None
+    if not isinstance(raw, dict):
+        raise RuntimeDiagnostic("not a readable manifest", where=where, expected=f"an object, got {_kind(raw)}")
+    return raw
+
+
+def _check_version(raw: dict[str, Any], where: str) -> None:
+    version = raw.get("format_version")
+    if isinstance(version, int) and not isinstance(version, bool) and version == FORMAT_VERSION:
+        return
+    writer = raw.get("stratum_version")
+    by = f" (written by stratum {writer[:40]})" if isinstance(writer, str) else ""
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    raise RuntimeDiagnostic(
+        f"artifact format version {_short(version)}{by} cannot be read by this stratum",
+        where=where,
+        expected=f"format version {FORMAT_VERSION}",
+        hint=("use the newer stratum that wrote it, or " if newer else "") + REBUILD_HINT,
+    )
+
+
+def _typed(raw: dict[str, Any], top: _Fields) -> Manifest:
+    model = top.child("model")
+    kv = top.child("kv")
+    target = top.child("target")
+    manifest = Manifest(
+        stratum_version=top.text("stratum_version"),
+        model=model.values,
+        vocab_size=model.integer("vocab_size", 1, 1 << 30),
+        max_context=model.integer("max_context", 1, 1 << 30),
+        dtype=top.text("dtype"),
+        target=TargetInfo(
+            target.text("name"), target.text("triple"), target.text("cpu"), tuple(target.texts("features"))
+        ),
+        programs=_programs(top.child("programs")),
+        kv=KVInfo(
+            layers=kv.integer("layers", 0, 1 << 16),
+            num_kv_heads=kv.integer("num_kv_heads", 0, 1 << 16),
+            head_dim=kv.integer("head_dim", 0, 1 << 16),
+            format=kv.text("format"),
+            bytes_per_position=kv.integer("bytes_per_position", 0, 1 << 32),
+            block=kv.integer("block", 1, 1 << 16),
+        ),
+        weights=_weights(top.child("weights")),
+        files=_files(top.child("files")),
+        raw=raw,
+    )
+    _check_consistent(manifest, top)
+    return manifest
+
+
+def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
+    programs = []
+    for name in sorted(fields.values):
+        program = fields.child(name)
+        symbol = program.text("symbol")
+        if not _SYMBOL.fullmatch(symbol):
+            program.fail("symbol", "a C identifier", symbol)
+        launches = tuple(
+            LaunchInfo(
+                launch.text("name"),
+                launch.text("origin", ""),
+                launch.number("bytes"),
+                launch.number("flops_per_token"),
+            )
+            for launch in program.children("launches", 1 << 20)
+        )
+        arena = program.integer("arena_bytes", 0, 1 << 44)
+        programs.append(ProgramInfo(name, symbol, program.integer("max_tokens", 1, 1 << 20), arena, launches))
+    if not programs:
+        fields.fail("", "at least one program", fields.values)
+    return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
+
+
+def _weights(fields: _Fields) -> WeightsInfo:
+    total = fields.integer("bytes", 0, 1 << 50)
+    tensors = []
+    for tensor in fields.children("tensors", 1 << 24):
+        info = TensorInfo(
+            tensor.text("name"), tensor.integer("offset", 0, total), tensor.integer("bytes", 0, total),
+            tensor.text("format"),
+        )  # fmt: skip
+        if info.offset + info.bytes > total:
+            tensor.fail("offset", f"offset + bytes <= {total}, the size of the weights", info.offset + info.bytes)
+        tensors.append(info)
+    return WeightsInfo(fields.text("file"), total, fields.text("blake2b"), tuple(tensors))
+
+
+def _files(fields: _Fields) -> dict[str, FileInfo]:
+    files = {}
+    for path in fields.values:
+        entry = fields.child(path)
+        sha256 = entry.text("sha256")
+        if len(sha256) != 64 or not _HEX.fullmatch(sha256):
+            entry.fail("sha256", "64 hexadecimal digits", sha256)
+        files[path] = FileInfo(entry.integer("bytes", 0, 1 << 50), sha256)
+    return files
+
+
+def _check_consistent(manifest: Manifest, top: _Fields) -> None:
+    """Numbers that state the same fact twice must agree: the KV size, the weights' size."""
+    kv = manifest.kv
+    element_bytes = _ELEMENT_BYTES.get(kv.format)
+    if element_bytes is None:
+        top.fail("kv.format", " or ".join(_ELEMENT_BYTES), kv.format)
+    needed = kv.layers * kv.num_kv_heads * kv.head_dim * 2 * element_bytes
+    if kv.bytes_per_position != needed:
+        top.fail("kv.bytes_per_position", f"layers * kv heads * head_dim * 2 * {element_bytes} = {needed}",
+                 kv.bytes_per_position)  # fmt: skip
+    listed = manifest.files.get(manifest.weights.file)
+    if listed is None:
+        top.fail("weights.file", "a file listed under 'files'", manifest.weights.file)
+    if listed.bytes != manifest.weights.bytes:
+        top.fail("weights.bytes", f"{listed.bytes}, the size listed under 'files'", manifest.weights.bytes)
+
+
+class _Fields:
+    """Typed look-up in one JSON object; a wrong field ends in a diagnostic with its full name."""
+
+    def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
+        self.values = values
+        self._where = where
+        self._prefix = prefix
+
+    def fail(self, key: str, expected: str, got: object) -> NoReturn:
+        """Raises: field, what was expected, what is there."""
+        name = ".".join(part for part in (self._prefix, key) if part)
+        raise RuntimeDiagnostic(
+            f"manifest field '{name}' is {_short(got)}",
+            where=self._where,
+            expected=expected,
+            hint=REBUILD_HINT,
+        )
+
+    def child(self, key: str) -> _Fields:
+        """The object under `key`."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            self.fail(key, "an object", value)
+        return _Fields(value, self._where, f"{self._prefix}.{key}" if self._prefix else key)
+
+    def children(self, key: str, most: int) -> list[_Fields]:
+        """The list of objects under `key`, at most `most` of them."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) > most or not all(isinstance(item, dict) for item in value):
+            self.fail(key, f"a list of at most {most} objects", value)
+        name = f"{self._prefix}.{key}" if self._prefix else key
+        return [_Fields(item, self._where, f"{name}[{index}]") for index, item in enumerate(value)]
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            self.fail(key, f"an integer in {low}..{high}", value)
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number >= 0; 0 where the field is absent (work figures are optional)."""
+        value = self.values.get(key, 0)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1e24:
+            self.fail(key, "a number >= 0", value)
+        return float(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or len(value) > 1 << 16:
+            self.fail(key, "a text", value)
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) > 4096 or not all(isinstance(item, str) for item in value):
+            self.fail(key, "a list of texts", value)
+        return value
+
+
+def _short(value: object) -> str:
+    """A value as a diagnostic shows it: JSON, cut to one short line."""
+    if value is None:
+        return "missing"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}.get(
+        type(value), "null"
+    )

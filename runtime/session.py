@@ -1,0 +1,298 @@
+"""Session: an opened artifact ready to step, and the one place where native code is called.
+
+Takes an artifact's path, a thread count, a context length and a number of sequences (slots). Gives `step`: token ids,
+positions and slots of a ragged batch in, float32 logits out. Every index is checked here, because the native code
+checks nothing. Holds the mapped weights, the KV cache, the arena and the threads; `close`, leaving a `with` block,
+dropping the object and interpreter exit all release them.
+
+A session serves one step at a time (callers on several threads wait for each other) and only in the process that made
+it: after `os.fork` the child has no worker threads and is told so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from runtime import host
+from runtime.artifact import open_artifact
+from runtime.errors import RuntimeDiagnostic
+from runtime.kv_cache import KVCache
+from runtime.manifest import Manifest, ProgramInfo
+from runtime.memory import Reservation
+from runtime.native import CycleCounter, NativeCode
+from runtime.step_inputs import StepInputs, check_step
+from runtime.team import WorkerTeam
+from runtime.trace import Profile, StepRecord
+
+STEP_ARGUMENT_WORDS = 16
+MAX_SLOTS = 1 << 16
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=_Closable)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes by part. Weights are shared with the page cache, the KV cache is reserved and fills on demand."""
+
+    weights: int
+    kv_reserved: int
+    kv_committed: int
+    arena: int
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_mebibytes(self.weights)} (mapped), KV cache {_mebibytes(self.kv_committed)} of "
+            f"{_mebibytes(self.kv_reserved)} (on demand), activations {_mebibytes(self.arena)}"
+        )
+
+
+class Session:
+    """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
+
+    Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_context: int | None = None,
+        num_slots: int = 1,
+        verify: bool = False,
+    ) -> None:
+        self.artifact = open_artifact(path, verify=verify)
+        self.manifest: Manifest = self.artifact.manifest
+        self.max_context = _checked_context(max_context, self.manifest, str(path))
+        self.num_slots = _checked_count(num_slots, "sequence slots", MAX_SLOTS)
+        self.threads = host.available_cores().default_threads if threads is None else threads
+        self.vocab_size = self.manifest.vocab_size
+        self._where = str(path)
+        self._lock = threading.Lock()
+        self._resources = resources = _Resources()
+        self._finalizer = weakref.finalize(self, _release, resources)
+        try:
+            self._acquire()
+        except BaseException:
+            self.close()
+            raise
+        self._broken = False
+        self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
+        self._profile: Profile | None = None
+
+    def _acquire(self) -> None:
+        resources = self._resources
+        programs = self.manifest.programs
+        weights = resources.add(self.artifact.map_weights())
+        weights.read_ahead()
+        resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
+        self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
+        arena_bytes = max(program.arena_bytes for program in programs)
+        available = host.total_memory_bytes()
+        if available and arena_bytes > available:
+            raise RuntimeDiagnostic(
+                f"the program needs {arena_bytes} bytes for activations",
+                where=self._where,
+                expected=f"at most {available} bytes, the memory of this machine",
+            )
+        self._arena = resources.add(Reservation(arena_bytes, what="activations", huge=True))
+        resources.team = WorkerTeam(resources.native, self.threads)
+        self._memory_sizes = (weights.nbytes, self._kv.reserved_bytes, arena_bytes)
+        arguments = np.zeros(STEP_ARGUMENT_WORDS, dtype=np.int64)
+        arguments[5:8] = weights.address, self._arena.address, self._kv.address
+        arguments[10:12] = self.threads, resources.team.address
+        arguments[13:15] = self._kv.capacity, self.num_slots
+        self._arguments = arguments
+
+    def step(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        slots: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Runs one step over a ragged batch.
+
+        `ids`, `positions`, `slots` [tokens]: token t belongs to the sequence in `slots[t]` and stands at
+        `positions[t]`; the positions of a sequence continue where it stands (or go back and overwrite). `rows` names
+        the tokens whose logits are wanted, each at most once. Gives float32 [len(rows), vocab_size], in the order of
+        `rows`. A step longer than the program takes is run in pieces, with the same meaning.
+        """
+        inputs = check_step(ids, positions, slots, rows, self.vocab_size, self.max_context, self.num_slots)
+        logits = np.empty((len(inputs.rows), self.vocab_size), dtype=np.float32)
+        if len(inputs.ids) == 0:
+            return logits
+        order = np.argsort(inputs.rows, kind="stable")
+        sorted_rows = inputs.rows[order]
+        in_order = bool(np.all(order == np.arange(len(order))))
+        target = logits if in_order else np.empty_like(logits)
+        with self._lock:
+            self._check_usable()
+            inputs.check_continues(self._filled)
+            start = 0
+            while start < len(inputs.ids):
+                program = self._program_for(len(inputs.ids) - start)
+                stop = min(start + program.max_tokens, len(inputs.ids))
+                first, last = np.searchsorted(sorted_rows, (start, stop))
+                self._run(program, inputs, start, stop, sorted_rows[first:last] - start, target[first:last])
+                start = stop
+        if not in_order:
+            logits[order] = target
+        return logits
+
+    def _program_for(self, tokens: int) -> ProgramInfo:
+        """The smallest program that takes all tokens at once, else the largest."""
+        programs = self.manifest.programs
+        return next((program for program in programs if tokens <= program.max_tokens), programs[-1])
+
+    def _run(
+        self, program: ProgramInfo, inputs: StepInputs, start: int, stop: int, rows: np.ndarray, logits: np.ndarray
+    ) -> None:
+        """One native call on tokens start..stop; `rows` are counted from `start`, `logits` is written."""
+        team, native = self._resources.team, self._resources.native
+        assert team is not None and native is not None
+        # Slices of int32 arrays: contiguous, but kept alive here while native code reads them.
+        pieces = [np.ascontiguousarray(a[start:stop]) for a in (inputs.ids, inputs.positions, inputs.slots)]
+        rows = np.ascontiguousarray(rows, dtype=np.int32)
+        arguments = self._arguments
+        arguments[0:5] = [*(piece.ctypes.data for piece in pieces), rows.ctypes.data, logits.ctypes.data]
+        arguments[8:10] = stop - start, len(rows)
+        profile = self._profile
+        stamps = profile.buffer(program) if profile is not None else None
+        arguments[12] = stamps.ctypes.data if stamps is not None else 0
+        started_s = time.perf_counter()
+        status = team.run(native.functions[program.symbol], arguments.ctypes.data)
+        ended_s = time.perf_counter()
+        if status != 0:
+            self._broken = True
+            raise RuntimeDiagnostic(
+                f"a step of {stop - start} tokens did not finish: a worker thread failed to arrive in time",
+                where=self._where,
+                hint="the process was stopped or the machine is overloaded; open a new session, with fewer threads",
+            )
+        self._filled[inputs.slots[start:stop]] = inputs.positions[start:stop] + 1  # ascending by slot: the last wins
+        if profile is not None and stamps is not None:
+            profile.add(StepRecord(program, stop - start, len(rows), stamps, started_s, ended_s))
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeDiagnostic("the session is closed", where=self._where, hint="open a new one")
+        if self._resources.owner_pid != os.getpid():
+            raise RuntimeDiagnostic(
+                "the session was opened before this process was forked, its threads exist only in the parent",
+                where=self._where,
+                hint="open the session in the child",
+            )
+        if self._broken:
+            raise RuntimeDiagnostic("the session stopped after a failed step", where=self._where, hint="open a new one")
+
+    def filled(self, slot: int) -> int:
+        """How many positions of `slot` are written: the position the next token of that sequence takes."""
+        return int(self._filled[self._checked_slot(slot)])
+
+    def release(self, slot: int) -> int:
+        """Forgets the sequence in `slot` and gives its memory back; returns the bytes given back."""
+        slot = self._checked_slot(slot)
+        with self._lock:
+            self._check_usable()
+            self._filled[slot] = 0
+            return self._kv.release(slot)
+
+    def _checked_slot(self, slot: int) -> int:
+        if not 0 <= slot < self.num_slots:
+            raise RuntimeDiagnostic(f"slot {slot} does not exist", expected=f"0..{self.num_slots - 1}")
+        return slot
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Records every step inside the `with` block; read the profile after it."""
+        with self._lock:
+            self._check_usable()
+            profile = self._profile = Profile(self.threads, CycleCounter())
+        try:
+            yield profile
+        finally:
+            self._profile = None
+            profile.finish()
+
+    def memory(self) -> MemoryReport:
+        """Where the memory goes, now."""
+        self._check_usable()
+        weights, kv_reserved, arena = self._memory_sizes
+        return MemoryReport(weights, kv_reserved, self._kv.committed_bytes(), arena)
+
+    def close(self) -> None:
+        """Ends the threads and unmaps everything, after a step in progress. Closing twice is fine."""
+        with self._lock:
+            self._finalizer()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Resources:
+    """What a session holds, apart from the session, so that dropping the session can release it."""
+
+    def __init__(self) -> None:
+        self.owner_pid = os.getpid()
+        self.native: NativeCode | None = None
+        self.team: WorkerTeam | None = None
+        self.memories: list[_Closable] = []
+
+    def add(self, memory: _C) -> _C:
+        """Keeps `memory` until the end and gives it back."""
+        self.memories.append(memory)
+        return memory
+
+
+def _release(resources: _Resources) -> None:
+    """Threads first, then what they touch. What a hung thread may still touch is kept for the life of the process."""
+    if resources.owner_pid != os.getpid():
+        return  # a forked child: the threads are the parent's, and the kernel drops the child's copies with it
+    if resources.team is not None and not resources.team.close():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(resources))  # also through the clean-up at interpreter exit
+        return
+    for memory in resources.memories:
+        memory.close()
+    if resources.native is not None:
+        resources.native.close()
+
+
+def _checked_context(asked: int | None, manifest: Manifest, where: str) -> int:
+    if asked is None:
+        return manifest.max_context
+    if not 1 <= asked <= manifest.max_context:
+        raise RuntimeDiagnostic(
+            f"a context of {asked} positions was asked for",
+            where=where,
+            expected=f"1 to {manifest.max_context}, the context the model was made for",
+        )
+    return asked
+
+
+def _checked_count(count: int, what: str, most: int) -> int:
+    if not 1 <= count <= most:
+        raise RuntimeDiagnostic(f"cannot make {count} {what}", expected=f"1 to {most}")
+    return count
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):.1f} MiB" if nbytes < 1 << 30 else f"{nbytes / (1 << 30):.2f} GiB"

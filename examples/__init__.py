@@ -1,0 +1,1 @@
+"""Scripts that make the models this repository is shown and measured with."""

@@ -8,6 +8,7 @@ is built as it is written; whether it obeys the rules of the IR is up to `ir.ver
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ir.name_resolution import build_module
 from ir.ops.builtin import ModuleOp
 from ir.source import Source
 from ir.syntax import SyntaxBuilder, ValueSyntax
-from ir.syntax_errors import EXAMPLES, describe_terminals
+from ir.syntax_errors import EXAMPLES, describe_terminals, with_longer_lists
 from ir.text_reader import TextFault, TextReader
 
 _GRAMMAR = Path(__file__).with_name("grammar.lark")
@@ -105,7 +106,7 @@ def _known_slips() -> dict[tuple[Any, str], str]:
     """The messages of `syntax_errors.EXAMPLES` by situation; made when the first error is met."""
     table: dict[tuple[Any, str], str] = {}
     for message, examples in EXAMPLES.items():
-        for example in examples:
+        for example in itertools.chain.from_iterable(map(with_longer_lists, examples)):
             try:
                 _lark().parse(example, start="module")
             except UnexpectedInput as error:

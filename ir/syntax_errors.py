@@ -106,7 +106,7 @@ EXAMPLES: dict[str, list[str]] = {
         _OP.replace("{n = 1}", "{n = strips<rows=1}"),
         "func @f() -> tensor<4 x f32 { return }",
     ],
-    "expected ',' between operands": [
+    "expected ',' between operands, or ':' and the types": [
         _OP.replace("a.b %x {n = 1}", "a.b %x %x"),
         _OP.replace("return %y :", "return %y %y :"),
     ],
@@ -202,6 +202,21 @@ EXAMPLES: dict[str, list[str]] = {
         "func @f() { a.b ({ }",
     ],
 }
+
+# Texts that differ from an example only in how long a list before the fault is.
+_LONGER = (
+    ("%x {", "%x, %x {"),
+    ("%x :", "%x, %x :"),
+    ("%x %x", "%x, %x %x"),
+    ("(f32", "(f32, f32"),
+    ("{n = 1", "{m = 1, n = 1"),
+)
+
+
+def with_longer_lists(example: str) -> list[str]:
+    """The example, and the same slip behind lists of two."""
+    return [example, *(example.replace(old, new) for old, new in _LONGER if old in example)]
+
 
 _WORDS = {
     "VALUE": "a value like %x",

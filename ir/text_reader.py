@@ -68,6 +68,7 @@ class TextReader:
         """What `text`, a name or `name<...>`, stands for: a Type, NumberFormat, Layout or Attribute."""
         found = self.known.get(text)
         if found is None:
+            text = str(text)  # a token would keep its whole file alive
             if "<" in text:
                 found = self.build(self.parse_brackets(text), text.startswith("#"))
             elif text == "index":

@@ -115,6 +115,12 @@ _TARGET: dict[str, tuple[str, ...]] = {
     "aarch64.neon.bfcvtn2": ("neon", "bf16"),
 }
 
+# A second set of features that gives the same instruction, in another encoding.
+_ALTERNATIVE: dict[str, tuple[str, ...]] = {
+    "x86.avx512.vpdpbusd.128": ("avxvnni",),
+    "x86.avx512.vpdpbusd.256": ("avxvnni",),
+}
+
 _NAME = re.compile(r"@\"?llvm\.([A-Za-z0-9_.]+)")
 _DEFINE = re.compile(r"^define\b[^\n]*?@(\"[^\"]*\"|[\w.$-]+)\s*\(", re.MULTILINE)
 _GROUP = re.compile(r"^attributes\s+#(\d+)\s*=\s*\{([^\n]*)\}", re.MULTILINE)
@@ -190,7 +196,8 @@ def _check_one(intrinsic: str, features: frozenset[str], function: FunctionText)
             hint="LLVM may end the process on an intrinsic that a target lacks; add it with its features",
         )
     missing = [name for name in needed if name not in features]
-    if missing:
+    alternative = _ALTERNATIVE.get(intrinsic)
+    if missing and not (alternative and features.issuperset(alternative)):
         raise DiagnosticError(
             f"llvm.{intrinsic} needs the CPU feature {', '.join(missing)}, which this function is not compiled for",
             where=where,

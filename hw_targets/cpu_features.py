@@ -58,6 +58,23 @@ IMPLIED: dict[str, tuple[str, ...]] = {
 VECTOR_BITS: tuple[tuple[str, int], ...] = (("avx512f", 512), ("avx", 256), ("sse2", 128), ("neon", 128))
 
 
+# Reached only by the operating system or by intrinsics that no kernel here uses: code never comes to need them.
+NEVER_SELECTED = frozenset(
+    (
+        "64bit", "adx", "aes", "clflushopt", "clwb", "clzero", "cx8", "enqcmd", "fsgsbase", "fxsr", "hreset", "invpcid",
+        "kl", "movdir64b", "movdiri", "mwaitx", "pconfig", "pku", "ptwrite", "rdpid", "rdpru", "rdrnd", "rdseed", "rtm",
+        "serialize", "sgx", "sha", "sha512", "shstk", "sm3", "sm4", "sse4a", "tsxldtrk", "uintr", "usermsr", "vaes",
+        "vpclmulqdq", "pclmul", "waitpkg", "wbnoinvd", "widekl", "xsave", "xsavec", "xsaveopt", "xsaves",
+    )
+)  # fmt: skip
+
+
+def without(features: Iterable[str], removed: Iterable[str]) -> frozenset[str]:
+    """`features` less `removed` and less everything that implies one of those."""
+    gone = frozenset(removed)
+    return frozenset(name for name in features if not closure((name,)) & gone)
+
+
 def closure(features: Iterable[str]) -> frozenset[str]:
     """`features` with everything they imply."""
     found: set[str] = set()

@@ -47,6 +47,14 @@ def test_unknown_is_refused(name):
         check_intrinsics(body(name), frozenset({"avx512f", "avx512bf16", "amx-bf16"}))
 
 
+def test_either_of_two_features():
+    text = body("llvm.x86.avx512.vpdpbusd.256")
+    check_intrinsics(text, frozenset({"avxvnni"}))
+    check_intrinsics(text, frozenset({"avx512vnni", "avx512vl"}))
+    with pytest.raises(DiagnosticError):
+        check_intrinsics(text, frozenset({"avx512vnni"}))
+
+
 def test_a_prefix_covers_whole_words_only():
     assert required_features("llvm.x86.sse2.pause") == ("sse2",)
     assert required_features("llvm.x86.sse22.pause") is None

@@ -1,0 +1,113 @@
+"""Runs the calibration's kernels in a process of its own, so that nothing they do can harm the caller's.
+
+Argument: the folder that holds llvmlite. Standard input: one JSON object (ir, cpu, features, kernels with their
+operations, threads, bytes, seconds, repeats). Standard output: one JSON object, kernel name -> rates of every repeat,
+in bytes/s or operations/s over all threads. Threads call the kernels through ctypes, which drops the interpreter's
+lock.
+"""
+
+import ctypes
+import json
+import mmap
+import sys
+import threading
+import time
+
+_HUGE_PAGE = 2 << 20
+_MEMORY = None  # mapped as long as the process lives
+
+
+def main() -> None:
+    sys.path.append(sys.argv[1])
+    import llvmlite.binding as llvm
+
+    request = json.load(sys.stdin)
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    functions = {}
+    engines = []  # the code lives as long as its engine
+    for name in request["kernels"]:
+        # The engine takes the machine over, so each has one.
+        machine = target.create_target_machine(cpu=request["cpu"], features=request["features"], opt=3, jit=True)
+        module = llvm.parse_assembly(request["ir"][name])
+        module.verify()
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options.loop_unrolling = False
+        builder = llvm.create_pass_builder(machine, options)
+        builder.getModulePassManager().run(module, builder)
+        engine = llvm.create_mcjit_compiler(module, machine)
+        engine.finalize_object()
+        engines.append(engine)
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        functions[name] = prototype(engine.get_function_address(name))
+    address = reserve(request["bytes"])
+    results = {}
+    for name, operations in request["kernels"].items():
+        if name == "read":
+            results[name] = measure_read(functions[name], address, request)
+        else:
+            results[name] = measure_peak(functions[name], address, operations, request)
+    json.dump(results, sys.stdout)
+
+
+def reserve(nbytes):
+    """Anonymous memory on huge pages where the system allows; its aligned address. No page is touched yet."""
+    global _MEMORY
+    memory = _MEMORY = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages; the result says what this machine gives
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return -(-start // _HUGE_PAGE) * _HUGE_PAGE
+
+
+def run_threads(function, arguments):
+    """Calls function(*arguments[i]) on one thread each, started together; seconds from the start to the last end."""
+    barrier = threading.Barrier(len(arguments) + 1)
+    ends = [0.0] * len(arguments)
+
+    def work(index):
+        barrier.wait()
+        function(*arguments[index])
+        ends[index] = time.perf_counter()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    start = time.perf_counter()
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    return max(ends) - start
+
+
+def measure_read(function, address, request):
+    """Bytes/s of all threads, each over its own part of the memory."""
+    threads = request["threads"]
+    share = request["bytes"] // threads // 4096 * 4096
+    arguments = [(address + i * share, share) for i in range(threads)]
+    # Written by the threads that will read it, so that every part comes to lie near one of them.
+    run_threads(ctypes.memset, [(start, 1, size) for start, size in arguments])
+    run_threads(function, arguments)
+    return [share * threads / run_threads(function, arguments) for _ in range(request["repeats"])]
+
+
+def measure_peak(function, address, operations, request):
+    """Operations/s of all threads; rounds are chosen so that one run lasts about request["seconds"]."""
+    threads = request["threads"]
+    rounds = 1 << 12
+    while True:
+        seconds = run_threads(function, [(address, rounds)] * threads)
+        if seconds > request["seconds"] / 4 or rounds > 1 << 40:
+            break
+        rounds *= 2
+    rounds = max(1, int(rounds * request["seconds"] / seconds))
+    arguments = [(address, rounds)] * threads
+    return [operations * rounds * threads / run_threads(function, arguments) for _ in range(request["repeats"])]
+
+
+if __name__ == "__main__":
+    main()

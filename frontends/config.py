@@ -200,7 +200,8 @@ def window_by_layer(fields: ConfigReader, layers: int) -> tuple[int, ...]:
 
 def _window(fields: ConfigReader, default: int | None) -> int:
     """`sliding_window`; null, which differs from absent, means none."""
-    if "sliding_window" in fields.fields and fields.fields["sliding_window"] is None:
+    absent = "sliding_window" not in fields.fields
+    if fields.fields.get("sliding_window") is None and not (absent and default):
         fields.value("sliding_window")
         return 0
     return fields.integer("sliding_window", low=1, high=MAX_CONTEXT, default=default or 0)

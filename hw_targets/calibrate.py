@@ -2,7 +2,7 @@
 
 `calibrate(threads)` runs the kernels of `calibrate_kernels` in a child process (about two seconds) and keeps the
 result under the cache directory, keyed by machine, CPU, features, versions and threads; `refresh=True` measures
-again. Each figure is the best of several runs, because everything that disturbs a run only makes it slower; the
+again. Each figure is the best of many short runs, because everything that disturbs a run only makes it slower; the
 median is kept too, so that a disturbed measurement can be told.
 """
 

@@ -9,6 +9,7 @@ lock.
 import ctypes
 import json
 import mmap
+import os
 import sys
 import threading
 import time
@@ -54,7 +55,8 @@ def main() -> None:
 def reserve(nbytes):
     """Anonymous memory on huge pages where the system allows; its aligned address. No page is touched yet."""
     global _MEMORY
-    memory = _MEMORY = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+    # Shared memory, the default, would not get huge pages.
+    memory = _MEMORY = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -65,11 +67,17 @@ def reserve(nbytes):
 
 
 def run_threads(function, arguments):
-    """Calls function(*arguments[i]) on one thread each, started together; seconds from the start to the last end."""
+    """Calls function(*arguments[i]) on one thread each, started together; seconds from the start to the last end.
+
+    Each thread keeps to one CPU: the scheduler would need longer than a run to spread them over a busy machine.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     barrier = threading.Barrier(len(arguments) + 1)
     ends = [0.0] * len(arguments)
 
     def work(index):
+        if len(arguments) <= len(cpus):
+            os.sched_setaffinity(0, {cpus[index]})  # of this thread only
         barrier.wait()
         function(*arguments[index])
         ends[index] = time.perf_counter()

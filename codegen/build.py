@@ -16,17 +16,16 @@ from typing import Any, Protocol
 from codegen.artifact import ArtifactWriter
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import CodegenTarget, CompiledStep, compile_step
-from codegen.constant_reader import TensorSource
 from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
 from codegen.weights import plan_weights, write_weights
+from frontends.huggingface import ImportedModel
 from ir import print_module
 from ir.diagnostics import DiagnosticError
-from ir.ops.builtin import ModuleOp
 from passes.pass_base import Pass
 from passes.pass_manager import PassManager, PipelineReport
-from passes.pipelines import cpu_pipeline
 from passes.pipeline_text import parse_pipeline, print_pipeline
+from passes.pipelines import cpu_pipeline
 
 DTYPES = ("bf16", "f32")
 Progress = Callable[[str, float], None]  # stage, fraction of it that is done
@@ -37,17 +36,6 @@ class Target(CodegenTarget, Protocol):
 
     @property
     def name(self) -> str: ...
-
-
-class Imported(Protocol):
-    """What a frontend gives: the graph, the checkpoint, the facts for the manifest, the files to take along."""
-
-    @property
-    def module(self) -> ModuleOp: ...
-    @property
-    def checkpoint(self) -> TensorSource: ...
-    def model_facts(self) -> dict[str, Any]: ...
-    def companion_files(self) -> dict[str, Path]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,7 @@ def default_pipeline(target: CodegenTarget, dtype: str) -> tuple[Pass, ...]:
 
 
 def build_artifact(
-    imported: Imported,
+    imported: ImportedModel,
     out: Path,
     *,
     target: Target,
@@ -104,7 +92,7 @@ def build_artifact(
             _dump(dump_dir, bundle, compiled)
     roots = [(name, value) for value, name in Lowering(step).weights.items()]
     _, total = plan_weights(roots)
-    companions = imported.companion_files()
+    companions = imported.files
     with ArtifactWriter(out, expected_bytes=total) as writer:
         with writer.open("weights/weights.bin", blake2b=True) as file:
             tensors, _ = write_weights(
@@ -120,7 +108,7 @@ def build_artifact(
         writer.finish(
             {
                 "stratum_version": version,
-                "model": imported.model_facts(),
+                "model": model_facts(imported),
                 "dtype": dtype,
                 "target": {
                     "name": target.name,
@@ -140,6 +128,26 @@ def build_artifact(
             }
         )
     return BuildResult(Path(out), cached, total, report)
+
+
+def model_facts(imported: ImportedModel) -> dict[str, Any]:
+    """The manifest's `model`: what a user asks of a model, and what the runtime bounds requests by."""
+    config = imported.config
+    return {
+        "name": imported.name,
+        "family": config.family,
+        "license": imported.license,
+        "parameters": imported.num_parameters,
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_q_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_context": config.max_context,
+        "num_experts": config.moe.num_experts if config.moe else 0,
+        "experts_per_token": config.moe.top_k if config.moe else 0,
+    }
 
 
 def required_features(target: CodegenTarget) -> frozenset[str]:

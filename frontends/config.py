@@ -127,6 +127,8 @@ def read_decoder(
     if head_dim is None and fields.value("head_dim") is None and hidden % heads:
         raise fields.fault(f"hidden_size {hidden} is no multiple of {heads} heads", "one, or the field 'head_dim'")
     width = fields.integer("head_dim", low=2, high=MAX_HEAD_DIM, default=head_dim or hidden // heads)
+    if not 2 <= width <= MAX_HEAD_DIM:
+        raise fields.fault(f"hidden_size {hidden} makes {heads} heads of width {width}", f"2 to {MAX_HEAD_DIM}")
     context = fields.integer("max_position_embeddings", low=1, high=MAX_CONTEXT, default=max_context)
     activation = fields.text("hidden_act", "hidden_activation", default="silu")
     if activation not in ("silu", "swish"):

@@ -44,15 +44,19 @@ class ConfigReader:
         return self.fields[present[0]] if present else None
 
     def integer(self, *names: str, low: int, high: int, default: int = _ABSENT) -> int:
-        """A whole number in low .. high."""
+        """A whole number in low .. high. The default may lie outside, as one that means "off" does."""
         found = self._present(names, default)
+        if found is None:
+            return default
         if type(found) is not int or not low <= found <= high:
             raise self.wrong(names, found, f"a whole number in {low} .. {high}")
         return found
 
     def real(self, *names: str, low: float, high: float, default: float = _ABSENT) -> float:
-        """A finite number in low .. high."""
+        """A finite number in low .. high; the default may lie outside."""
         found = self._present(names, default)
+        if found is None:
+            return default
         if type(found) not in (int, float) or not low <= found <= high or not math.isfinite(found):
             raise self.wrong(names, found, f"a number in {low:g} .. {high:g}")
         return float(found)
@@ -60,6 +64,8 @@ class ConfigReader:
     def flag(self, *names: str, default: bool = _ABSENT) -> bool:
         """true or false."""
         found = self._present(names, default)
+        if found is None:
+            return default
         if type(found) is not bool:
             raise self.wrong(names, found, "true or false")
         return found
@@ -67,6 +73,8 @@ class ConfigReader:
     def text(self, *names: str, default: str = _ABSENT) -> str:
         """A string."""
         found = self._present(names, default)
+        if found is None:
+            return default
         if type(found) is not str:
             raise self.wrong(names, found, "a string")
         return found
@@ -132,13 +140,12 @@ class ConfigReader:
         return self.fault(f"field {self._name(present)} is {_short(found)}", expected)
 
     def _present(self, names: tuple[str, ...], default: Any) -> Any:
+        """The value, None when it is absent and there is a default."""
         found = self.value(*names)
-        if found is not None:
-            return found
-        if default is _ABSENT:
+        if found is None and default is _ABSENT:
             others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-            raise self.fault(f"field {self._name(names[0])}{others} is missing", "it in config.json")
-        return default
+            raise self.fault(f"field {self._name(names[0])}{others} is missing", "a model's whole config.json")
+        return found
 
     def _name(self, name: str) -> str:
         return repr(self.prefix + name[:120])

@@ -188,5 +188,3 @@ def test_every_fused_region_of_any_module_has_a_normal_form(generated):
     for op in module.walk():
         if op.name == "tensor.fused":
             describe(op)
-
-

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples import corpus
 from examples.moe_model import MoeModel, MoeShape, load_checkpoint, save_checkpoint
 

@@ -1,6 +1,6 @@
 """What this machine really does: read bandwidth and arithmetic peaks, measured once and kept.
 
-`calibrate(threads)` runs the kernels of `calibrate_kernels` in a child process (about two seconds) and keeps the
+`calibrate(threads)` runs the kernels of `calibrate_kernels` in a child process (about three seconds) and keeps the
 result under the cache directory, keyed by machine, CPU, features, versions and threads; `refresh=True` measures
 again. Each figure is the best of many short runs, because everything that disturbs a run only makes it slower; the
 median is kept too, so that a disturbed measurement can be told.

@@ -142,6 +142,15 @@ def test_narrowing_then_widening_still_rounds():
     assert not np.array_equal(expected, checkpoint.tensors["w"])
 
 
+def test_round_trip_through_a_narrow_format_still_rounds():
+    """f16 -> bf16 -> f16 loses three bits; only a detour through f32 changes nothing."""
+    checkpoint = Checkpoint()
+    root = CastOp(CastOp(checkpoint.add("w", (3, 5), F16), to=BF16).result, to=F16).result
+    expected = checkpoint.tensors["w"].astype(ml_dtypes.bfloat16).astype(np.float16)
+    assert same_bits(ConstantReader(root, checkpoint).read_all(), expected)
+    assert not np.array_equal(expected, checkpoint.tensors["w"])
+
+
 def test_symbols_in_reading_order():
     checkpoint = Checkpoint()
     stack = checkpoint.stack("e.*.w", 2, (2, 3), F32)

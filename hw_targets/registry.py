@@ -9,12 +9,15 @@ the nearest ones.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hw_targets.overrides import apply_overrides, split_name
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "stratum.targets"
 _DIRECTORY = Path(__file__).with_name("targets")
@@ -56,12 +59,14 @@ def _load_base(name: str) -> Target:
     )
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+def _entry_points() -> dict[str, EntryPoint]:
+    import importlib.metadata  # slow to import, and seldom needed
+
     points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     return {point.name: point for point in sorted(points, key=lambda p: (p.name, p.value))}
 
 
-def _from_entry_point(name: str, point: importlib.metadata.EntryPoint) -> Target:
+def _from_entry_point(name: str, point: EntryPoint) -> Target:
     from hw_targets.schema import load_file
 
     try:

@@ -1,5 +1,156 @@
-"""x"""
+"""The Python front door: `build` makes artifacts, `load` gives a model that generates.
+
+`load` takes an artifact or a Hugging Face directory; the latter is built into a cache the first time, under a key of
+everything that decides the result (see `stratum.model_cache`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import RuntimeDiagnostic
+from stratum import __version__
+from stratum.progress import Progress
+
+if TYPE_CHECKING:
+    from stratum.model import Model
+
+Warn = Callable[[str], None]
 
 
-def build(): ...
-def load(): ...
+def build(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    target: str = "host",
+    dtype: str = "bf16",
+    pipeline: str | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Path:
+    """Compiles the Hugging Face directory `model` into the artifact `out`, replacing an artifact that is there.
+
+    `target` is a name of `hw_targets` (`host`, `x86-64-v3`, ...), `dtype` bf16 or f32, `pipeline` the text or name of
+    a pass pipeline (None: the default one). Returns the path of the artifact. Raises `ir.diagnostics.DiagnosticError`
+    for every fault in the model, the options or the disk.
+    """
+    import hw_targets
+    from codegen.build import build_artifact
+    from codegen.object_cache import ObjectCache
+    from frontends.huggingface import import_model
+    from stratum.opt_driver import resolve_pipeline
+
+    chosen = hw_targets.load(target)
+    if progress is not None:
+        progress("import", 0, 0)
+    imported = import_model(Path(model))
+    with imported.checkpoint as checkpoint:
+        for message in imported.warnings:
+            (warn or _warn)(message)
+        result = build_artifact(
+            imported,
+            Path(out),
+            target=chosen,
+            dtype=dtype,
+            pipeline=resolve_pipeline(pipeline) if pipeline is not None else None,
+            progress=_fractions(progress, checkpoint.nbytes) if progress is not None else None,
+            dump_dir=Path(dump_ir) if dump_ir is not None else None,
+            cache=ObjectCache(),
+            version=__version__,
+        )
+    return result.path
+
+
+def ensure_built(
+    path: str | os.PathLike[str],
+    *,
+    target: str = "host",
+    dtype: str = "bf16",
+    pipeline: str | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Path:
+    """The artifact for `path`: itself when it is one, else a cached build of that Hugging Face directory.
+
+    The options are those of `build`; an artifact has its own, and is taken as it is.
+    """
+    from runtime.artifact import is_artifact
+
+    if is_artifact(path):
+        return Path(path)
+    from frontends.checkpoint_files import check_directory
+    from stratum.model_cache import cache_entry, cached
+
+    model = check_directory(Path(path))
+    entry = cache_entry(model, [__version__, *_target_key(target), dtype, pipeline or ""])
+
+    def make(out: Path) -> None:
+        build(model, out, target=target, dtype=dtype, pipeline=pipeline, progress=progress, warn=warn)
+
+    return cached(entry, make)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    max_context: int | None = None,
+    verify: bool = False,
+    target: str = "host",
+    dtype: str = "bf16",
+    pipeline: str | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Model:
+    """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
+
+    `threads` defaults to one a physical core this process may use, `max_context` to the model's. `verify` hashes the
+    weights even when they are large. A cached artifact that turns out damaged is built again.
+    """
+    from runtime.artifact import is_artifact, open_artifact
+    from stratum.model import Model
+
+    options = {"target": target, "dtype": dtype, "pipeline": pipeline, "progress": progress, "warn": warn}
+    artifact = ensure_built(path, **options)
+    try:
+        return Model(artifact, threads=threads, max_context=max_context, verify=verify)
+    except RuntimeDiagnostic:
+        if is_artifact(path):
+            raise
+        try:
+            open_artifact(artifact, verify=verify)
+        except RuntimeDiagnostic as damage:
+            (warn or _warn)(f"the cached build is damaged and is made again: {damage.message}")
+        else:
+            raise  # the artifact is fine: threads, context or memory are not
+        build(path, artifact, **options)
+        return Model(artifact, threads=threads, max_context=max_context, verify=verify)
+
+
+def _target_key(target: str) -> list[str]:
+    """What of a target decides the code: its name alone would not do for `host` on a shared cache."""
+    import hw_targets
+
+    found = hw_targets.load(target)
+    return [found.name, found.llvm_triple, found.llvm_cpu, found.feature_string()]
+
+
+def _fractions(progress: Progress, checkpoint_bytes: int) -> Callable[[str, float], None]:
+    """Fractions of a stage as the amounts that displays show; weights count bytes of the checkpoint."""
+
+    def tell(stage: str, fraction: float) -> None:
+        if stage == "weights":
+            progress(stage, fraction * checkpoint_bytes, checkpoint_bytes, "bytes")
+        else:
+            progress(stage, fraction, 1.0 if fraction else 0.0)
+
+    return tell
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,6 +1,225 @@
+"""`compile-model run`: text from a model, streamed to stdout; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
+from ir.diagnostics import DiagnosticError
+from stratum.cli.options import DTYPES, output_options
 
-@click.command()
-def run() -> None:
-    """x"""
+if TYPE_CHECKING:
+    from runtime.sampling import SamplingParams
+    from stratum.model import Generation, Model
+    from stratum.progress import Reporter
+
+MAX_PROMPT_BYTES = 64 << 20
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", metavar="DIR|OUT", type=click.Path(path_type=Path))
+@click.argument("prompt_argument", metavar="[PROMPT]", required=False)
+@click.option("--prompt", metavar="TEXT", help="What to go on from; '-' reads stdin.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=128, help="Tokens to generate at most.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
+@click.option("--temperature", "--temp", type=float, help="0 is greedy. Default: as generation_config.json says, else 0.")
+@click.option("--top-k", type=int, help="Keep the K most probable tokens; 0 is off.")
+@click.option("--top-p", type=float, help="Keep the most probable tokens that sum to P; 1 is off.")
+@click.option("--min-p", type=float, help="Drop tokens less probable than P times the best; 0 is off.")
+@click.option("--repetition-penalty", type=float, help="Divide the scores of tokens seen before; 1 is off.")
+@click.option("--seed", type=int, help="Same seed, same text. Default: a new one each time.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("-t", "--threads", type=int, help="Default: one a physical core this process may use.")
+@click.option("-c", "--context", type=int, help="Positions of the KV cache. Default: the model's.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="For a directory: weights and KV cache. Default: bf16.")
+@click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
+@click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
+@click.option("--profile", is_flag=True, help="Show where the time went, by part of the model.")
+@click.option("--verify", is_flag=True, help="Check the hash of the weights, whatever their size.")
+@click.option("--token-ids", is_flag=True, help="Show the token ids of prompt and text.")
+@output_options
+def run(
+    model: Path,
+    prompt_argument: str | None,
+    prompt: str | None,
+    max_tokens: int,
+    chat: bool,
+    threads: int | None,
+    context: int | None,
+    dtype: str | None,
+    target: str | None,
+    pipeline: str | None,
+    trace: Path | None,
+    profile: bool,
+    verify: bool,
+    token_ids: bool,
+    quiet: bool,
+    as_json: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Generate text. A Hugging Face directory is compiled into a cache first, once.
+
+    Sampling follows the model's generation_config.json as transformers does; without one it is greedy. Options
+    override single values, and --temperature 0 is always greedy.
+    """
+    from stratum import api
+    from stratum.progress import make_reporter
+
+    text = _prompt(prompt_argument, prompt)
+    _refuse_build_options(model, dtype=dtype, target=target, pipeline=pipeline)
+    reporter = make_reporter(quiet=quiet, as_json=as_json)
+    with reporter:
+        loaded = api.load(
+            model,
+            threads=threads,
+            max_context=context,
+            verify=verify,
+            dtype=dtype or "bf16",
+            target=target or "host",
+            pipeline=pipeline,
+            progress=reporter,
+            warn=lambda message: click.echo(f"warning: {message}", err=True),
+        )
+    with loaded, contextlib.ExitStack() as stack:
+        generation = loaded.generate(text, max_tokens=max_tokens, stop=stop, chat=chat, **sampling)
+        if not quiet:
+            _tell_choices(reporter, loaded, loaded.sampling(**sampling), as_json)
+        record = stack.enter_context(loaded.profile()) if trace or profile else None
+        _stream(generation, reporter, as_json)
+        stack.close()
+        if token_ids and not as_json:
+            click.echo(f"prompt ids: {list(generation.prompt_ids)}\ntext ids: {generation.token_ids}", err=True)
+        _tell_end(generation, reporter, quiet, as_json)
+        if record is not None and profile:
+            click.echo(record.table(), err=True)
+        if record is not None and trace:
+            record.write_trace(trace)
+
+
+def _prompt(argument: str | None, option: str | None) -> str:
+    if argument is not None and option is not None:
+        raise click.UsageError("the prompt is given twice, as an argument and with --prompt")
+    text = option if option is not None else argument
+    if text is None:
+        raise click.UsageError("no prompt: give --prompt TEXT, or --prompt - to read stdin")
+    if text != "-":
+        return text
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise DiagnosticError(f"the prompt is larger than {MAX_PROMPT_BYTES >> 20} MiB", where="<stdin>")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DiagnosticError(f"the prompt is not UTF-8 text (byte {error.start})", where="<stdin>") from error
+
+
+def _refuse_build_options(model: Path, **options: str | None) -> None:
+    """An artifact was built already; options that would have decided how are not silently ignored."""
+    from runtime.artifact import is_artifact
+
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given and is_artifact(model):
+        raise DiagnosticError(
+            f"{', '.join(given)} cannot change an artifact that is built already",
+            where=str(model),
+            hint="give the Hugging Face directory instead, or build another artifact; 'inspect' shows what this one is",
+        )
+
+
+def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as_json: bool) -> None:
+    """What was chosen, in two lines: the code, and the memory and sampling."""
+    from stratum.progress import format_bytes, format_count
+
+    manifest, session = model.manifest, model.session
+    memory = session.memory()
+    instructions = instruction_set(frozenset(manifest.target.features))
+    if as_json:
+        reporter.event(
+            "chosen",
+            path=str(model.path),
+            model=manifest.model.get("name"),
+            target=manifest.target.name,
+            instructions=instructions,
+            threads=session.threads,
+            dtype=manifest.dtype,
+            context=session.max_context,
+            weights_bytes=memory.weights,
+            kv_reserved_bytes=memory.kv_reserved,
+            activation_bytes=memory.arena,
+            sampling=vars(sampling),
+        )
+        return
+    parameters = format_count(manifest.model.get("parameters") or 0)
+    click.echo(
+        f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters} parameters in {manifest.dtype}; "
+        f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}\n"
+        f"memory: weights {format_bytes(memory.weights)} mapped, KV cache up to {format_bytes(memory.kv_reserved)} for "
+        f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
+        err=True,
+    )
+
+
+def _sampling_text(sampling: SamplingParams) -> str:
+    parts = [] if sampling.greedy else [f"temperature {sampling.temperature:g}"]
+    if not sampling.greedy:
+        parts += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+        parts += [f"top-p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+        parts += [f"min-p {sampling.min_p:g}"] if sampling.min_p else []
+    if sampling.repetition_penalty != 1:
+        parts.append(f"repetition penalty {sampling.repetition_penalty:g}")
+    return ", ".join(["greedy", *parts] if sampling.greedy else parts)
+
+
+def instruction_set(features: frozenset[str]) -> str:
+    """The instructions that matter for speed, in words: `AVX-512 with bf16 dot products`."""
+    for feature, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("sve", "SVE"), ("neon", "NEON")):
+        if feature in features:
+            dots = "avx512bf16" in features or "bf16" in features
+            return f"{name} with bf16 dot products" if dots else name
+    return "baseline instructions"
+
+
+def _stream(generation: Generation, reporter: Reporter, as_json: bool) -> None:
+    """Prints the pieces as they come, always as UTF-8, and ends the last line."""
+    if as_json:
+        for event in generation.events():
+            reporter.event("token", id=event.token, text=event.text)
+        return
+    out = sys.stdout.buffer
+    piece = ""
+    for piece in generation:
+        out.write(piece.encode("utf-8", "replace"))
+        out.flush()
+    if not piece.endswith("\n"):
+        out.write(b"\n")
+        out.flush()
+
+
+def _tell_end(generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:
+    statistics = generation.statistics
+    if as_json:
+        reporter.event(
+            "done",
+            text=generation.text,
+            finish_reason=generation.finish_reason,
+            prompt_ids=list(generation.prompt_ids),
+            token_ids=generation.token_ids,
+            ttft_s=statistics.ttft_s,
+            tpot_s=statistics.tpot_s,
+            total_s=statistics.total_s,
+            seed=statistics.seed,
+        )
+    elif not quiet:
+        ends = {"stop": "the model ended it", "length": "-n reached", "context": "the context is full"}
+        click.echo(
+            f"{statistics.prompt_tokens} prompt tokens in {statistics.ttft_s * 1e3:.0f} ms "
+            f"({statistics.prompt_tokens_per_s:.0f} t/s), {statistics.generated_tokens} generated "
+            f"({statistics.decode_tokens_per_s:.1f} t/s); {ends[generation.finish_reason or 'stop']}",
+            err=True,
+        )

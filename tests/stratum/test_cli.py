@@ -67,7 +67,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert out.startswith(f"Usage: compile-model {verb}")
 
 
-def raising(error: BaseException):  # noqa: ANN201
+def raising(error: BaseException):
     def work() -> None:
         raise error
 
@@ -116,7 +116,10 @@ def test_a_bug_is_one_line_unless_asked_for_more(
 
 
 def test_result_is_the_exit_code() -> None:
-    assert [guarded(lambda: value) for value in (None, 0, 3, True, "text")] == [0, 0, 3, 0, 0]
+    assert guarded(lambda: None) == 0
+    assert guarded(lambda: 3) == 3
+    assert guarded(lambda: True) == 0
+    assert guarded(lambda: "text") == 0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,11 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_goes_away_is_not_a_traceback() -> None:
-    code = "from stratum.cli.errors import guarded\nimport sys\ndef w():\n  for _ in range(99999): print('x' * 99)\nsys.exit(guarded(w))"
+    code = (
+        "from stratum.cli.errors import guarded\nimport sys\n"
+        "def work():\n  for _ in range(99999): print('x' * 99)\n"
+        "sys.exit(guarded(work))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     writer = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -156,7 +163,9 @@ def test_a_reader_that_goes_away_is_not_a_traceback() -> None:
 def test_interrupt_ends_cleanly() -> None:
     """Ctrl-C while waiting for stdin: exit code 130, no traceback."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    code = "import sys; from stratum.cli import main; print('ready', flush=True); sys.exit(main(['opt', '-', '-p', 'cse']))"
+    code = (
+        "import sys; from stratum.cli import main; print('ready', flush=True);sys.exit(main(['opt', '-', '-p', 'cse']))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,

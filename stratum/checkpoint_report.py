@@ -1,0 +1,149 @@
+"""What a checkpoint or an artifact holds, as plain data and as text: what `compile-model inspect` prints.
+
+Only headers and manifests are read, never weights (unless verification is asked for).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from stratum.progress import format_bytes, format_count
+
+
+def describe_checkpoint(directory: Path) -> dict[str, Any]:
+    """Facts of a Hugging Face directory. Raises DiagnosticError for what cannot be compiled."""
+    from frontends.huggingface import import_model
+
+    imported = import_model(directory)
+    with imported.checkpoint as checkpoint:
+        config = imported.config
+        by_dtype: dict[str, dict[str, int]] = {}
+        tensors = []
+        for info in checkpoint.tensors.values():
+            count = by_dtype.setdefault(info.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+            count["tensors"] += 1
+            count["parameters"] += math.prod(info.shape)
+            count["bytes"] += info.nbytes
+            tensors.append(
+                {
+                    "name": info.name,
+                    "dtype": info.dtype,
+                    "shape": list(info.shape),
+                    "bytes": info.nbytes,
+                    "file": info.file.name,
+                }
+            )
+        moe = config.moe
+        return {
+            "kind": "checkpoint",
+            "path": str(directory),
+            "name": imported.name,
+            "family": config.family,
+            "parameters": imported.num_parameters,
+            "bytes": checkpoint.nbytes,
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "ffn_size": config.ffn_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "experts": moe.num_experts if moe else 0,
+            "experts_per_token": moe.top_k if moe else 0,
+            "vocab_size": config.vocab_size,
+            "max_context": config.max_context,
+            "license": imported.license,
+            "files": sorted(imported.files),
+            "dtypes": by_dtype,
+            "warnings": list(imported.warnings),
+            "tensors": tensors,
+        }
+
+
+def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """Facts of an artifact, all its checks made. Raises RuntimeDiagnostic for one that does not load here."""
+    from runtime.artifact import open_artifact
+
+    manifest = open_artifact(path, verify=verify).manifest
+    formats: dict[str, dict[str, int]] = {}
+    for tensor in manifest.weights.tensors:
+        count = formats.setdefault(tensor.format, {"tensors": 0, "bytes": 0})
+        count["tensors"] += 1
+        count["bytes"] += tensor.bytes
+    return {
+        "kind": "artifact",
+        "path": str(path),
+        "stratum_version": manifest.stratum_version,
+        **{key: manifest.model.get(key) for key in ("name", "family", "parameters", "license")},
+        "vocab_size": manifest.vocab_size,
+        "max_context": manifest.max_context,
+        "dtype": manifest.dtype,
+        "target": manifest.raw["target"],
+        "pipeline": manifest.raw.get("pipeline", ""),
+        "programs": {
+            program.name: {
+                "max_tokens": program.max_tokens,
+                "arena_bytes": program.arena_bytes,
+                "launches": len(program.launches),
+            }
+            for program in manifest.programs
+        },
+        "kv_bytes_per_position": manifest.kv.bytes_per_position,
+        "kv_format": manifest.kv.format,
+        "weights_bytes": manifest.weights.bytes,
+        "formats": formats,
+        "files": manifest.raw["files"],
+        "weights_hashed": verify,
+    }
+
+
+def checkpoint_text(facts: dict[str, Any], *, tensors: bool = False) -> str:
+    """`describe_checkpoint` for people."""
+    lines = [
+        f"{facts['path']}: checkpoint, {facts['family']}",
+        f"  parameters  {format_count(facts['parameters'])} ({facts['parameters']})",
+        f"  weights     {format_bytes(facts['bytes'])} in {sum(d['tensors'] for d in facts['dtypes'].values())} tensors: "
+        + ", ".join(f"{name} {format_bytes(d['bytes'])}" for name, d in facts["dtypes"].items()),
+        f"  layers      {facts['layers']} of width {facts['hidden_size']}, mlp {facts['ffn_size']}",
+        f"  heads       {facts['heads']} query, {facts['kv_heads']} key/value, of {facts['head_dim']}",
+    ]
+    if facts["experts"]:
+        lines.append(f"  experts     {facts['experts']}, {facts['experts_per_token']} a token")
+    lines += [
+        f"  vocabulary  {facts['vocab_size']}, context {facts['max_context']}",
+        f"  licence     {facts['license'] or '(not stated)'}",
+        f"  files       {', '.join(facts['files'])}",
+    ]
+    lines += [f"  warning     {message}" for message in facts["warnings"]]
+    if tensors:
+        lines += [
+            f"  {t['name']:<60} {t['dtype']:<5} {'x'.join(map(str, t['shape'])) or 'scalar':<16} {t['bytes']}"
+            for t in facts["tensors"]
+        ]
+    return "\n".join(lines)
+
+
+def artifact_text(facts: dict[str, Any]) -> str:
+    """`describe_artifact` for people."""
+    target = facts["target"]
+    checked = "all hashes checked" if facts["weights_hashed"] else "--verify hashes large weights too"
+    lines = [
+        f"{facts['path']}: artifact of stratum {facts['stratum_version']}, {facts['name']} ({facts['family']})",
+        f"  parameters  {format_count(facts['parameters'] or 0)}, licence {facts['license'] or '(not stated)'}",
+        f"  weights     {format_bytes(facts['weights_bytes'])}: "
+        + ", ".join(f"{name} {format_bytes(f['bytes'])}" for name, f in facts["formats"].items()),
+        f"  KV cache    {facts['kv_format']}, {format_bytes(facts['kv_bytes_per_position'])} a position, "
+        f"context {facts['max_context']}",
+        f"  target      {target['name']} ({target['triple']}, {target['cpu']})",
+        f"  features    {' '.join(target['features']) or '(the baseline)'}",
+        f"  pipeline    {facts['pipeline']}",
+    ]
+    for name, program in facts["programs"].items():
+        lines.append(
+            f"  {name:<11} up to {program['max_tokens']} tokens a step, {program['launches']} kernels, "
+            f"{format_bytes(program['arena_bytes'])} of activations"
+        )
+    lines += [f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())]
+    lines.append(f"  intact      {checked}")
+    return "\n".join(lines)

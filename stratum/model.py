@@ -1,0 +1,219 @@
+"""A model ready to generate: an opened artifact with its tokenizer, chat template and sampling defaults.
+
+    model = stratum.load("model.stratum")
+    generation = model.generate("Once upon a time", max_tokens=64)
+    for piece in generation:
+        print(piece, end="", flush=True)
+    generation.statistics.decode_tokens_per_s
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ir.diagnostics import DiagnosticError
+from runtime.generation import GenerationParams, Statistics, TokenEvent
+from runtime.generation import generate as generate_tokens
+from runtime.sampling import SamplingParams
+from runtime.session import Session
+
+if TYPE_CHECKING:
+    from frontends.chat_template import ChatTemplate
+    from frontends.tokenizer import Tokenizer
+    from runtime.trace import Profile
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _TokenFacts:
+    """What `load_generation_defaults` wants to know of a model; reading the whole config would import the families."""
+
+    vocab_size: int
+    bos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    pad_ids: tuple[int, ...]
+
+
+class Generation:
+    """One text in the making. Iterating gives its pieces as they come; after that the rest is known.
+
+    `token_ids` are the generated tokens, `finish_reason` is "stop", "length" or "context".
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], events: Iterator[TokenEvent]) -> None:
+        self.prompt_ids = tuple(prompt_ids)
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._statistics: Statistics | None = None
+        self._pieces: list[str] = []
+        self._events = events
+
+    def events(self) -> Iterator[TokenEvent]:
+        """The tokens as they come, with what the runtime says of each."""
+        for event in self._events:
+            self.token_ids.append(event.token)
+            self._pieces.append(event.text)
+            if event.finish_reason is not None:
+                self.finish_reason, self._statistics = event.finish_reason, event.statistics
+            yield event
+
+    def __iter__(self) -> Iterator[str]:
+        for event in self.events():
+            if event.text:
+                yield event.text
+
+    @property
+    def text(self) -> str:
+        """The whole text; generates what is missing."""
+        for _ in self.events():
+            pass
+        return "".join(self._pieces)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Times and rates; generates what is missing."""
+        for _ in self.events():
+            pass
+        if self._statistics is None:
+            raise RuntimeError("the generation was interrupted")
+        return self._statistics
+
+
+class Model:
+    """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        max_context: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.session = Session(path, threads=threads, max_context=max_context, verify=verify)
+        self.manifest = self.session.manifest
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back. Raises DiagnosticError when the model came without tokenizer.json."""
+        from frontends.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path, self.manifest.vocab_size)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How dialogues are written; None for a base model."""
+        from frontends.chat_template import load_chat_template
+
+        return load_chat_template(self.path)
+
+    @cached_property
+    def defaults(self) -> Any:
+        """`frontends.generation_config.GenerationDefaults`: sampling as the model's authors want it, and its end."""
+        from frontends.config import open_config, token_ids
+        from frontends.generation_config import load_generation_defaults
+
+        config = open_config(self.path)
+        ids = (token_ids(config, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        return load_generation_defaults(self.path, _TokenFacts(self.manifest.vocab_size, *ids))  # type: ignore[arg-type]
+
+    def default_sampling(self) -> SamplingParams:
+        """What the model's generation_config.json asks for; greedy when it asks for nothing."""
+        wish = self.defaults
+        if not wish.do_sample:
+            return SamplingParams(repetition_penalty=wish.repetition_penalty)
+        return SamplingParams(wish.temperature, wish.top_k, wish.top_p, wish.min_p, wish.repetition_penalty)
+
+    def sampling(self, **overrides: Any) -> SamplingParams:
+        """The default sampling with the fields of `overrides` that are not None.
+
+        Asking for any filter or seed of a greedy model without a temperature means temperature 1.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        base = self.default_sampling()
+        if base.greedy and "temperature" not in given and set(given) & {"top_k", "top_p", "min_p"}:
+            given["temperature"] = 1.0
+        return replace(base, **given)
+
+    def encode(self, prompt: str | Sequence[int] | Sequence[Message], *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt: a text, ids as they are, or the messages of a dialogue.
+
+        `chat` makes a text the user's message of a dialogue. Raises DiagnosticError for an empty prompt and for
+        dialogues with a model that has no chat template.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise DiagnosticError("the prompt is empty", expected="some text")
+            if not chat:
+                return self.tokenizer.encode(prompt)
+            return self._encode_messages([{"role": "user", "content": prompt}])
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return self._encode_messages([message for message in prompt if isinstance(message, Mapping)])
+        return [int(token) for token in prompt if not isinstance(token, Mapping)]
+
+    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        template = self.chat_template
+        if template is None:
+            raise DiagnosticError(
+                "the model has no chat template",
+                where=str(self.path),
+                hint="it is a base model: give it a text to go on with, without --chat",
+            )
+        # The template writes the special tokens itself; a second one would shift every position.
+        return self.tokenizer.encode(template.render(messages), add_special_tokens=False)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        max_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+    ) -> Generation:
+        """Starts a text after `prompt`; see `encode` for what that can be and `sampling` for the defaults.
+
+        Ends at one of the model's end tokens, at a stop string (not shown), after `max_tokens`, or when the context
+        is full. Raises DiagnosticError or RuntimeDiagnostic for prompts that cannot be used.
+        """
+        ids = self.encode(prompt, chat=chat)
+        sampling = self.sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        params = GenerationParams(max_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop))
+        events = generate_tokens(
+            self.session, ids, params, stop_ids=self.defaults.eos_ids, decode=self.tokenizer.decode
+        )
+        return Generation(ids, events)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """Records every step inside a `with` block; see `runtime.trace.Profile`."""
+        return self.session.profile()
+
+    def close(self) -> None:
+        """Ends the threads and unmaps everything."""
+        self.session.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

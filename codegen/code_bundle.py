@@ -78,7 +78,12 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
             "max_tokens": p.max_tokens,
             "arena_bytes": p.arena_bytes,
             "launches": [
-                {"name": x.kernel, "origin": x.origin, "bytes": x.fixed_bytes + x.token_bytes, "flops_per_token": x.token_flops}
+                {
+                    "name": x.kernel,
+                    "origin": x.origin,
+                    "bytes": x.fixed_bytes + x.token_bytes,
+                    "flops_per_token": x.token_flops,
+                }
                 for x in p.launches
             ],
         }

@@ -86,10 +86,11 @@ def feature_string(features: frozenset[str]) -> str:
     return ",".join(f"+{f}" for f in sorted(features))
 
 
-def lower_step(
-    step: FuncOp, features: frozenset[str], *, programs: Sequence[ProgramSpec] | None = None
-) -> LoweredStep:
-    """Lowers a step to plan and tile level and proves the plans sound. Raises DiagnosticError for ops without a kernel."""
+def lower_step(step: FuncOp, features: frozenset[str], *, programs: Sequence[ProgramSpec] | None = None) -> LoweredStep:
+    """Lowers a step to plan and tile level and proves the plans sound.
+
+    Raises DiagnosticError for ops without a kernel.
+    """
     lowering = Lowering(step)
     roots = tuple((name, value) for value, name in lowering.weights.items())
     stored, weights_bytes = plan_weights(roots)

@@ -90,7 +90,9 @@ class Lowering:
                 assert isinstance(op.cache.type, KVCacheType)
                 layout = KVLayout.of(op.cache.type)
                 if self.kv not in (None, layout):
-                    raise DiagnosticError.of(Diagnostic("error", "layers with different KV shapes are not supported", op.location))
+                    raise DiagnosticError.of(
+                        Diagnostic("error", "layers with different KV shapes are not supported", op.location)
+                    )
                 self.kv = layout
             if op.results and is_constant_expression(op.results[0]):
                 continue
@@ -227,7 +229,11 @@ class _ProgramBuilder:
                 b(plan.BarrierOp())
                 pending.clear()
             pending.add([regions[i] for i in writes], [regions[i] for i in reads])
-            b(plan.LaunchOp(*arguments, kernel=SymbolRef(call.kernel), writes=writes, reads=reads, location=call.op.location))
+            b(
+                plan.LaunchOp(
+                    *arguments, kernel=SymbolRef(call.kernel), writes=writes, reads=reads, location=call.op.location
+                )
+            )
             for key in ends.get(step, ()):
                 b(plan.ReleaseOp(places[key]))
         b(plan.BarrierOp())
@@ -254,7 +260,9 @@ class _ProgramBuilder:
         if isinstance(op, KVStateOp):
             kv = self.lowering.kv
             assert kv is not None
-            return b(plan.KVOp(layer=self.lowering.layers[op.symbol.name], heads=kv.heads, dim=kv.dim, result_types=[buffer]))
+            return b(
+                plan.KVOp(layer=self.lowering.layers[op.symbol.name], heads=kv.heads, dim=kv.dim, result_types=[buffer])
+            )
         assert op is None, f"{op} has no place"
         which = plan.INPUTS[key.index]
         return b(plan.InputOp(which=which, result_types=[buffer]), which)
@@ -294,5 +302,3 @@ class _Pending:
 
 def _overlap(a: tuple[Any, int, int], b: tuple[Any, int, int]) -> bool:
     return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
-
-

@@ -159,14 +159,14 @@ def _plain_pieces(reader: ConstantReader, prefix: Box, piece_bytes: int) -> Iter
     if not rest:
         yield _bytes_of(reader.read(prefix))
         return
-    step_bytes = math.prod(rest[1:]) * reader.dtype.itemsize
+    length, step_bytes = rest[0], math.prod(rest[1:]) * reader.dtype.itemsize
     if step_bytes > piece_bytes and len(rest) > 1:
-        for index in range(rest[0]):
+        for index in range(length):
             yield from _plain_pieces(reader, (*prefix, (index, index + 1)), piece_bytes)
         return
     count = max(1, piece_bytes // max(1, step_bytes))
-    for first in range(0, rest[0], count):
-        box = (*prefix, (first, min(first + count, rest[0])), *((0, d) for d in rest[1:]))
+    for first in range(0, length, count):
+        box = (*prefix, (first, min(first + count, length)), *((0, d) for d in rest[1:]))
         yield _bytes_of(reader.read(box))
 
 
@@ -193,4 +193,4 @@ def _strip_pieces(reader: ConstantReader, prefix: Box, layout: Layout, piece_byt
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     """The array's bytes in row-major order, without a copy where it is contiguous already."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

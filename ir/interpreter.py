@@ -77,11 +77,12 @@ class Environment:
     def run_op(self, op: Op, read: Sequence[Any]) -> tuple[Any, ...]:
         """The results of `op` when its operands hold `read`."""
         outer, self._running = self._running, op
+        meaning: Any = op  # `interpret` and `reference` are members of some ops
         try:
-            if hasattr(op, "interpret"):
-                made = op.interpret(read, self)
-            elif hasattr(op, "reference"):
-                made = op.reference(*read, **op.attributes)
+            if hasattr(meaning, "interpret"):
+                made = meaning.interpret(read, self)
+            elif hasattr(meaning, "reference"):
+                made = meaning.reference(*read, **op.attributes)
             else:
                 raise _error_at(op, f"'{op.name}' has no meaning that the interpreter knows")
         except IndexError as error:

@@ -31,7 +31,7 @@ def parse(text: str, file: str = "") -> ModuleOp:
     """The module that `text` spells; `file` is named in diagnostics. Raises DiagnosticError."""
     source = Source(text, file)
     try:
-        syntax = _lark().parse(text, start="module")
+        syntax: Any = _lark().parse(text, start="module")
     except UnexpectedInput as error:
         raise _diagnose(error, source) from None
     return build_module(syntax, source, shared_reader())

@@ -167,9 +167,10 @@ class TextReader:
         shape, element = self.shape_and_format(node)
         if shape or len(node.items) > 2:
             raise _fault(node.token, "expected buffer<format> or buffer<format, private>")
-        space = str(node.items[1].token) if len(node.items) == 2 else "global"
+        token = node.items[1].token if len(node.items) == 2 else None
+        space = "global" if len(node.items) < 2 else str(token)
         if space not in _BUFFER_SPACES:
-            raise _fault(node.items[1].token or node.token, f"expected global or private memory, got {space}")
+            raise _fault(token or node.token, f"expected global or private memory, got {space}")
         return BufferType(element, space)
 
     def strips(self, node: ValueSyntax) -> Layout:

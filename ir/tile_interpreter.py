@@ -129,7 +129,11 @@ def interpret_program(
 
 
 def _plan_op(
-    op: Op, env: ThreadEnvironment, kernels: Mapping[str, FuncOp], shared: Mapping[str, Memory], sizes: Mapping[str, int]
+    op: Op,
+    env: ThreadEnvironment,
+    kernels: Mapping[str, FuncOp],
+    shared: Mapping[str, Memory],
+    sizes: Mapping[str, int],
 ) -> None:
     """One op of a program on one thread."""
     match op:

@@ -46,7 +46,9 @@ class Memory:
         """Raises KernelFault when another thread has written there in this phase."""
         writers = self.writer[where]
         if np.any((writers != _NOBODY) & (writers != thread)):
-            raise KernelFault(f"thread {thread} reads {self.name} at byte {where.start}, written by another in this phase")
+            raise KernelFault(
+                f"thread {thread} reads {self.name} at byte {where.start}, written by another in this phase"
+            )
         readers = self.reader[where]
         self.reader[where] = np.where((readers == _NOBODY) | (readers == thread), thread, _SEVERAL)
 

@@ -31,7 +31,9 @@ def emit_attention(op: Op, context: EmitContext) -> KernelSpec:
     attention = op if isinstance(op, AttentionOp) else _inner(op)
     passes = count_passes(attention.body.block).count
     if passes != 1:
-        message = f"'attn.attention' reads the keys in {passes} passes; fuse-attention brings it to one before lower-to-tile"
+        message = (
+            f"'attn.attention' reads the keys in {passes} passes; fuse-attention brings it to one before lower-to-tile"
+        )
         raise DiagnosticError.of(Diagnostic("error", message, op.location))
     arguments: list[Argument] = [*op.operands, op.results[0]]
     arguments += [SizeArgument(rows_of(op.results[0].type)), SizeArgument(SymbolicDim("ctx"))]
@@ -40,7 +42,11 @@ def emit_attention(op: Op, context: EmitContext) -> KernelSpec:
     element = out.element
     key = (structure_key(op), context.program)
     return KernelSpec(
-        f"attention_{attention.cache.type.head_dim}", key, arguments, (4,), lambda name: _build(name, attention, element, context)
+        f"attention_{attention.cache.type.head_dim}",
+        key,
+        arguments,
+        (4,),
+        lambda name: _build(name, attention, element, context),
     )
 
 
@@ -189,9 +195,7 @@ class _Tile:
         width = max(1, min(strips, 16 // count))
         for first in range(0, strips, width):
             chosen = range(first, min(first + width, strips))
-            sums = [
-                [self.sums.load(i * kv.dim + s * 16, LANES) * corrections[i] for s in chosen] for i in range(count)
-            ]
+            sums = [[self.sums.load(i * kv.dim + s * 16, LANES) * corrections[i] for s in chosen] for i in range(count)]
             for b in range(blocks):
                 values = block.at(b * 2 * kv.dim * kv.block + kv.block * kv.dim)
                 rows = [(self.weights, k.index(i * blocks * kv.block + b * kv.block)) for i in range(count)]

@@ -75,7 +75,7 @@ def emitter(*op_classes: type[Op]) -> Callable[[Emitter], Emitter]:
 
 
 def structure_key(op: Op) -> tuple[Any, ...]:
-    """Equal for ops that compute the same: names, attributes, types and wiring, without symbols of weights or origins."""
+    """Equal for ops that compute the same: names, attributes, types and wiring; weights and origins do not count."""
     numbers: dict[Value, int] = {}
 
     def number(value: Value) -> int:

@@ -13,7 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, Temporary, emitter, rows_of, structure_key
+from codegen.kernels.call import (
+    Argument,
+    EmitContext,
+    KernelSpec,
+    SizeArgument,
+    Temporary,
+    emitter,
+    rows_of,
+    structure_key,
+)
 from codegen.kernels.math import silu
 from codegen.kernels.micro import LANES, StripMatrix, TileShape, multiply_rows
 from codegen.kernels.rowwise import normalize_rows
@@ -59,7 +68,9 @@ def strip_matrix(w: Value) -> StripMatrix:
         op = w.defining_op()
         location = op.location if op else next(user for user, _ in w.uses).location
         raise DiagnosticError.of(
-            Diagnostic("error", f"weight of type {type} has no layout; run choose-layouts before lower-to-tile", location)
+            Diagnostic(
+                "error", f"weight of type {type} has no layout; run choose-layouts before lower-to-tile", location
+            )
         )
     if type.layout.rows % LANES:
         message = f"kernels take strips of a multiple of {LANES} rows, got {type.layout}"
@@ -96,7 +107,9 @@ def emit_gemm(op: Op, context: EmitContext) -> KernelSpec:
     gemm = take_apart(op)
     w = gemm.weight
     if w.element != gemm.x_element:
-        message = f"'{op.name}' has {gemm.x_element} activations and {w.element} weights; set-precision makes them agree"
+        message = (
+            f"'{op.name}' has {gemm.x_element} activations and {w.element} weights; set-precision makes them agree"
+        )
         raise DiagnosticError.of(Diagnostic("error", message, op.location))
     arguments: list[Argument] = [gemm.x]
     if gemm.norm:
@@ -129,10 +142,10 @@ def _build(name: str, gemm: Gemm, shape: TileShape) -> FuncOp:
     x = k.buffer("x", _element(gemm.x))
     gain = k.buffer("gain", F32) if gemm.norm else None
     weights = k.buffer("w", w.element)
-    grouped = isinstance(gemm.product, GroupedGemmOp)
+    product = gemm.product
     order = offsets = None
-    if grouped:
-        order, offsets = k.buffer("order", _element(gemm.product.order)), k.buffer("offsets", _element(gemm.product.offsets))
+    if isinstance(product, GroupedGemmOp):
+        order, offsets = k.buffer("order", _element(product.order)), k.buffer("offsets", _element(product.offsets))
     extra = {v: k.buffer("e", _element(v)) for inner in gemm.epilogue for v in inner.operands[1:]}
     out = k.buffer("out", _element(gemm.result))
     temporary = k.buffer("rows", w.element) if has_prologue(gemm) else None
@@ -144,12 +157,10 @@ def _build(name: str, gemm: Gemm, shape: TileShape) -> FuncOp:
         x = temporary
 
     tile = _TileEmitter(k, gemm, w, shape, x, out, extra)
-    if not grouped:
+    if not isinstance(product, GroupedGemmOp):
         tile.all_strips(weights, lambda row: row * w.k, k.index(0), y_rows)
         return k.finish()
-    assert order is not None and offsets is not None
-    product = gemm.product
-    assert isinstance(product, GroupedGemmOp) and isinstance(product.w.type, TensorType)
+    assert order is not None and offsets is not None and isinstance(product.w.type, TensorType)
     gather = product.gather
 
     def row_offset(row: Expr) -> Expr:
@@ -186,9 +197,7 @@ class _TileEmitter:
             raise DiagnosticError.of(Diagnostic("error", message, gemm.product.location))
         self.padded = (w.n // self.halves) % w.layout.rows != 0
 
-    def all_strips(
-        self, weights: Buffer, row_offset: Callable[[Expr], Expr], first_row: Expr, last_row: Expr
-    ) -> None:
+    def all_strips(self, weights: Buffer, row_offset: Callable[[Expr], Expr], first_row: Expr, last_row: Expr) -> None:
         """This thread's strips, each times rows first_row .. last_row."""
         k, w = self.k, self.w
         first, last = k.thread_share(w.strips // self.halves)

@@ -8,7 +8,15 @@ from ir.types import ScalarType, VectorType
 
 LOG2_E = 1.4426950408889634
 # 2**f on [-0.5, 0.5]: minimax polynomial, relative error below 3e-8 (Cody and Waite; coefficients by Remez exchange).
-_EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608)
+_EXP2 = (
+    1.0,
+    0.6931471805599453,
+    0.2402265069591007,
+    0.05550410866482158,
+    0.009618129107628477,
+    0.0013333558146428443,
+    0.00015403530393381608,
+)
 
 
 def exp2(k: KernelBuilder, x: Expr) -> Expr:
@@ -21,7 +29,9 @@ def exp2(k: KernelBuilder, x: Expr) -> Expr:
         value = k.fma(value, fraction, coefficient)
     integer = VectorType(x.lanes, I32) if isinstance(x.type, VectorType) else ScalarType(I32)
     bits = whole.cast(I32) + 127
-    power = bits.shifted_left(23).bitcast(VectorType(x.lanes, F32) if isinstance(x.type, VectorType) else ScalarType(F32))
+    power = bits.shifted_left(23).bitcast(
+        VectorType(x.lanes, F32) if isinstance(x.type, VectorType) else ScalarType(F32)
+    )
     assert bits.type == integer
     return value * power  # at -127 the exponent field is 0, so the product is 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.tile_builder import Buffer, Expr, KernelBuilder, bf16_pair
-from ir.formats import BF16, F32, I32, PlainFormat
+from ir.formats import BF16, I32, PlainFormat
 from ir.types import Layout
 
 LANES = 16  # f32 lanes of one accumulator; a 256-bit CPU splits each in two
@@ -101,6 +101,3 @@ def multiply_rows(
     for at in range(main, steps):
         sums = step(k.index(at), sums)
     return [sums[i * count : (i + 1) * count] for i in range(len(rows))]
-
-
-__all__ = ["BF16", "F32", "LANES", "StripMatrix", "TileShape", "multiply_rows"]

@@ -1,7 +1,7 @@
 """Routing: which experts a token meets, and the order that groups tokens by expert.
 
-    moe.route     softmax over the experts, the top_k largest, lower number first on ties
-    moe.dispatch  counting sort of the (token, choice) pairs by expert
+moe.route     softmax over the experts, the top_k largest, lower number first on ties
+moe.dispatch  counting sort of the (token, choice) pairs by expert
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _build_route(name: str, op: RouteOp) -> FuncOp:
 def emit_dispatch(op: DispatchOp, context: EmitContext) -> KernelSpec:
     """One thread sorts; the others go on to the barrier."""
     arguments: list[Argument] = [op.ids, op.order, op.offsets, SizeArgument(rows_of(op.order.type))]
-    return KernelSpec(f"dispatch_{op.num_experts}", structure_key(op), arguments, (1, 2), lambda name: _build_dispatch(name, op))
+    return KernelSpec(
+        f"dispatch_{op.num_experts}", structure_key(op), arguments, (1, 2), lambda name: _build_dispatch(name, op)
+    )
 
 
 def _build_dispatch(name: str, op: DispatchOp) -> FuncOp:

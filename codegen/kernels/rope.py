@@ -1,7 +1,8 @@
 """Rotary embedding: the tables of a step, and rope with what surrounds it up to the KV cache.
 
     attn.rope_table                      cos and sin [tokens, d/2] for the positions of this step
-    tensor.fused kind = "rope_append"    qkv -> slices, [norms], rope of q and k, k and v into the cache (docs/passes/fuse.md)
+    tensor.fused kind = "rope_append"    qkv -> slices, [norms], rope of q and k, k and v into the cache
+                                         (forms in docs/passes/fuse.md)
 
 Angles are formed and reduced in f64, so that a position of a million is as exact as position one.
 """
@@ -9,6 +10,7 @@ Angles are formed and reduced in f64, so that a position of a million is as exac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
 from codegen.kernels.kv_layout import KVLayout
@@ -16,7 +18,7 @@ from codegen.kernels.rowwise import LANES, row_scale
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import BF16, F32, F64, I32
+from ir.formats import F32, F64, I32
 from ir.ops.attention import RopeOp, RopeTableOp
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp
@@ -124,13 +126,22 @@ def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
             writer.unit(unit.i // parts.kv_heads, unit.i % parts.kv_heads)
         return k.finish()
 
-    return KernelSpec(f"rope_append_{parts.dim}", structure_key(op), arguments, (3, out_at), build, reads=tuple(i for i in range(out_at) if i != 3))
+    return KernelSpec(
+        f"rope_append_{parts.dim}",
+        structure_key(op),
+        arguments,
+        (3, out_at),
+        build,
+        reads=tuple(i for i in range(out_at) if i != 3),
+    )
 
 
 class _RopeWriter:
     """Writes one unit of a rope_append kernel."""
 
-    def __init__(self, k: KernelBuilder, parts: _RopeAppend, buffers: dict[str, Buffer], out: Buffer, ctx: Expr) -> None:
+    def __init__(
+        self, k: KernelBuilder, parts: _RopeAppend, buffers: dict[str, Buffer], out: Buffer, ctx: Expr
+    ) -> None:
         self.k, self.parts, self.buffers, self.out, self.ctx = k, parts, buffers, out, ctx
         half = parts.dim // 2
         self.lanes = next(n for n in (16, 8, 4, 2) if half % n == 0)
@@ -169,7 +180,17 @@ class _RopeWriter:
         clip = self.parts.clip
         return value.max(clip.low).min(clip.high) if clip else value
 
-    def _rope(self, source, base, start, row, norm, gain_name, full_width, store) -> None:  # noqa: ANN001
+    def _rope(
+        self,
+        source: Buffer,
+        base: Expr,
+        start: Expr,
+        row: Expr,
+        norm: RmsNormOp | None,
+        gain_name: str,
+        full_width: int,
+        store: Callable[[Expr, Expr], None],
+    ) -> None:
         """Norm, clip and rotate the head that begins at column base + start of `source`."""
         k, dim = self.k, self.parts.dim
         half = dim // 2
@@ -198,6 +219,3 @@ class _RopeWriter:
             first, second = head(loop.i), head(loop.i + half)
             store(loop.i, first * cos - second * sin)
             store(loop.i + half, second * cos + first * sin)
-
-
-__all__ = ["BF16", "emit_rope_append", "emit_rope_table", "sin_cos"]

@@ -1,15 +1,24 @@
 """Kernels that work row by row: elementwise chains, norms, embedding, row gathering, combining of experts, casts.
 
 Each op of a region becomes an expression of (row, column) on 16 lanes at a time; the whole chain is one loop that
-reads each input once and writes each result once. A leading norm first sums squares over its row. Work is shared among the
-threads by rows, and by pieces of rows where no norm needs the whole row.
+reads each input once and writes each result once. A leading norm first sums squares over its row. Work is shared among
+the threads by rows, and by pieces of rows where no norm needs the whole row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, Temporary, emitter, rows_of, structure_key
+from codegen.kernels.call import (
+    Argument,
+    EmitContext,
+    KernelSpec,
+    SizeArgument,
+    Temporary,
+    emitter,
+    rows_of,
+    structure_key,
+)
 from codegen.kernels.math import silu
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
@@ -209,7 +218,9 @@ def _refuse_other_axes(op: Op) -> None:
     if isinstance(op, SliceOp):
         assert isinstance(op.x.type, TensorType)
         if op.axis != op.x.type.rank - 1 or op.x.type.rank != 2:
-            message = f"'tensor.slice' of {op.x.type} along axis {op.axis} has no kernel; only columns of a matrix are cut"
+            message = (
+                f"'tensor.slice' of {op.x.type} along axis {op.axis} has no kernel; only columns of a matrix are cut"
+            )
             raise DiagnosticError.of(Diagnostic("error", message, op.location))
 
 

@@ -22,10 +22,38 @@ class Instruction:
 
 
 INSTRUCTIONS = (
-    Instruction("tile.dot2", "f32", 16, frozenset({"avx512bf16"}), "llvm.x86.avx512bf16.dpbf16ps.512", "Intel SDM, VDPBF16PS zmm"),
-    Instruction("tile.dot2", "f32", 8, frozenset({"avx512bf16", "avx512vl"}), "llvm.x86.avx512bf16.dpbf16ps.256", "Intel SDM, VDPBF16PS ymm"),
-    Instruction("tile.dot2", "f32", 4, frozenset({"avx512bf16", "avx512vl"}), "llvm.x86.avx512bf16.dpbf16ps.128", "Intel SDM, VDPBF16PS xmm"),
-    Instruction("tile.cast", "bf16", 16, frozenset({"avx512bf16"}), "llvm.x86.avx512bf16.cvtneps2bf16.512", "Intel SDM, VCVTNEPS2BF16 zmm"),
+    Instruction(
+        "tile.dot2",
+        "f32",
+        16,
+        frozenset({"avx512bf16"}),
+        "llvm.x86.avx512bf16.dpbf16ps.512",
+        "Intel SDM, VDPBF16PS zmm",
+    ),
+    Instruction(
+        "tile.dot2",
+        "f32",
+        8,
+        frozenset({"avx512bf16", "avx512vl"}),
+        "llvm.x86.avx512bf16.dpbf16ps.256",
+        "Intel SDM, VDPBF16PS ymm",
+    ),
+    Instruction(
+        "tile.dot2",
+        "f32",
+        4,
+        frozenset({"avx512bf16", "avx512vl"}),
+        "llvm.x86.avx512bf16.dpbf16ps.128",
+        "Intel SDM, VDPBF16PS xmm",
+    ),
+    Instruction(
+        "tile.cast",
+        "bf16",
+        16,
+        frozenset({"avx512bf16"}),
+        "llvm.x86.avx512bf16.cvtneps2bf16.512",
+        "Intel SDM, VCVTNEPS2BF16 zmm",
+    ),
 )
 
 

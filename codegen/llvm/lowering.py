@@ -15,15 +15,24 @@ from typing import Any
 import numpy as np
 
 from codegen.llvm.instructions import InstructionSet
-from ir.core import Block, Value
+from ir.core import Block, Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, NumberFormat, PlainFormat
-from ir.op_def import Op
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.tile import element_of
 from ir.types import BufferType, IndexType, ScalarType, Type, VectorType
 
-_ELEMENTS = {"f32": "float", "bf16": "bfloat", "f16": "half", "f64": "double", "i1": "i1", "i8": "i8", "u8": "i8", "i32": "i32", "i64": "i64"}
+_ELEMENTS = {
+    "f32": "float",
+    "bf16": "bfloat",
+    "f16": "half",
+    "f64": "double",
+    "i1": "i1",
+    "i8": "i8",
+    "u8": "i8",
+    "i32": "i32",
+    "i64": "i64",
+}
 
 Lowering = Callable[["FunctionEmitter", Any], None]
 LOWERINGS: dict[type[Op], Lowering] = {}
@@ -171,4 +180,3 @@ def lower_kernel(func: FuncOp, instructions: InstructionSet, declarations: dict[
     emitter.emit("ret void")
     body = "\n".join(emitter.lines)
     return f"define internal void @{func.sym_name}({', '.join(parameters)}) {attributes} {{\nentry:\n{body}\n}}\n"
-

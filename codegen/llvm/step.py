@@ -2,14 +2,15 @@
 
     i64 stratum_step_NAME(StepArgs*, i64 tid)
 
-StepArgs are 16 words of 64 bits: 0 ids, 1 positions, 2 slots, 3 rows, 4 logits, 5 weights, 6 arena, 7 KV cache (pointers);
-8 tokens, 9 rows, 10 threads, 11 team*, 12 profile* (or 0), 13 ctx, 14 slots. The profile takes two cycle counts,
-start and end, for each launch and thread: word (launch * threads + tid) * 2.
+StepArgs are 16 words of 64 bits: 0 ids, 1 positions, 2 slots, 3 rows, 4 logits, 5 weights, 6 arena, 7 KV cache
+(pointers); 8 tokens, 9 rows, 10 threads, 11 team*, 12 profile* (or 0), 13 ctx, 14 slots. The profile takes two cycle
+counts, start and end, for each launch and thread: word (launch * threads + tid) * 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.lowering import lower_kernel
@@ -53,7 +54,14 @@ def module_text(
     declarations: dict[str, str] = {}
     bodies = [lower_kernel(kernel, instructions, declarations, "#0") for kernel in kernels]
     steps = [_step_text(program) for program in programs]
-    parts = [*sorted(declarations.values()), team_text(triple), _MARK, *bodies, *steps, f"attributes #0 = {{ {attributes} }}"]
+    parts = [
+        *sorted(declarations.values()),
+        team_text(triple),
+        _MARK,
+        *bodies,
+        *steps,
+        f"attributes #0 = {{ {attributes} }}",
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -78,7 +86,7 @@ class _StepWriter:
         self.ctx, self.slots = self._word(13, "i64"), self._word(14, "i64")
 
     def op(self, op: Op) -> None:
-        handlers: dict[type[Op], Callable[[object], None]] = {
+        handlers: dict[type[Op], Callable[[Any], None]] = {
             plan.InputOp: self._input, plan.SizeOp: self._size, plan.WeightOp: self._weight, plan.KVOp: self._kv,
             plan.ReserveOp: self._reserve, plan.LaunchOp: self._launch, plan.BarrierOp: self._barrier,
             plan.ReleaseOp: lambda op: None, ReturnOp: self._return,

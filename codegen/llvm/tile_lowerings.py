@@ -106,7 +106,14 @@ def _dot2(e: FunctionEmitter, op: tile.Dot2Op) -> None:
     e.define(op.out, fused_multiply_add(e, kind, a_even, b_even, partial, f"v{lanes}f32"))
 
 
-_PREDICATES = {"lt": ("olt", "slt"), "le": ("ole", "sle"), "eq": ("oeq", "eq"), "ne": ("une", "ne"), "gt": ("ogt", "sgt"), "ge": ("oge", "sge")}
+_PREDICATES = {
+    "lt": ("olt", "slt"),
+    "le": ("ole", "sle"),
+    "eq": ("oeq", "eq"),
+    "ne": ("une", "ne"),
+    "gt": ("ogt", "sgt"),
+    "ge": ("oge", "sge"),
+}
 
 
 @lowering(tile.CompareOp)
@@ -245,7 +252,11 @@ def _load_masked(e: FunctionEmitter, op: tile_memory.LoadMaskedOp) -> None:
     kind, align = llvm_type(op.out.type), max(1, element_of(op.out.type).bits // 8)
     pointer = e.address(op.buffer, op.index)
     call = e.intrinsic(
-        f"llvm.masked.load.{_overloaded(op.out)}.p0", kind, f"ptr align {align} {pointer}", e.typed(op.mask), f"{kind} zeroinitializer"
+        f"llvm.masked.load.{_overloaded(op.out)}.p0",
+        kind,
+        f"ptr align {align} {pointer}",
+        e.typed(op.mask),
+        f"{kind} zeroinitializer",
     )
     e.define(op.out, call)
 

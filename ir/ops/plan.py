@@ -129,7 +129,9 @@ class LaunchOp(Op):
     reads = attr(tuple, "numbers of the arguments that are read")
 
     @staticmethod
-    def infer_types(*arguments: Type, kernel: SymbolRef, writes: tuple[int, ...], reads: tuple[int, ...]) -> tuple[Type, ...]:
+    def infer_types(
+        *arguments: Type, kernel: SymbolRef, writes: tuple[int, ...], reads: tuple[int, ...]
+    ) -> tuple[Type, ...]:
         for a in arguments:
             expect(isinstance(a, BufferType | IndexType), f"expected buffers and indices, got {a}")
         for i in (*writes, *reads):

@@ -1,9 +1,9 @@
-"""Tile level: one kernel as loops, vectors and memory. Values, arithmetic and conversions (control flow and memory
+"""Tile level: one kernel as loops, vectors and memory. Values, arithmetic and conversions (memory and control flow
 are in `ir.ops.tile_memory` and `ir.ops.tile_control`).
 
 Operands are scalars (`f32`, `i32`, `index`) or vectors (`vector<16 x f32>`); both operands of an arithmetic op have
-one type. Integers wrap; `index` is a signed 64-bit integer. Arithmetic is on f32, f64, i32, i64 and index only: bf16 and
-f16 are storage formats and are converted by `tile.cast`.
+one type. Integers wrap; `index` is a signed 64-bit integer. Arithmetic is on f32, f64, i32, i64 and index only: bf16
+and f16 are storage formats and are converted by `tile.cast`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class ConstantOp(Op):
 
     def verify(self, diag: DiagnosticSink) -> None:
         if isinstance(self.value, tuple) and len(self.value) != lanes_of(self.out.type):
-            diag.error(self.location, f"'tile.constant' expected {lanes_of(self.out.type)} numbers, got {len(self.value)}")
+            diag.error(
+                self.location, f"'tile.constant' expected {lanes_of(self.out.type)} numbers, got {len(self.value)}"
+            )
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         dtype = element_of(self.out.type).dtype
@@ -321,7 +323,14 @@ class Dot2Op(Op):
         return (acc.astype(np.float64) + products[1::2] + products[0::2]).astype(np.float32)
 
 
-_COMPARE = {"lt": np.less, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal, "gt": np.greater, "ge": np.greater_equal}
+_COMPARE = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 @register_op

@@ -57,8 +57,8 @@ class _Checker:
             self.diag.error(op.location, message)
         for other in self.live.values():
             if op.offset < other.offset + other.bytes and other.offset < end:
-                message = f"'plan.reserve' of bytes {op.offset}..{end} overlaps {other.offset}..{other.offset + other.bytes}, alive"
-                self.diag.error(op.location, message)
+                taken = f"{other.offset}..{other.offset + other.bytes}"
+                self.diag.error(op.location, f"'plan.reserve' of bytes {op.offset}..{end} overlaps {taken}, alive")
         self.live[op.out] = op
 
     def _launch(self, op: plan.LaunchOp) -> None:

@@ -40,13 +40,15 @@ def structural_equal(left: Op, right: Op, *, locations: bool = False) -> Differe
             if len(one.blocks) != len(two.blocks):
                 return Difference(path, f"blocks of region {index}", len(one.blocks), len(two.blocks))
             for first, second in zip(one.blocks, two.blocks, strict=True):
-                found = _compare_blocks(first, second, path, pairs)
-                if found is not None:
+                types = [tuple(a.type for a in block.arguments) for block in (first, second)]
+                if types[0] != types[1]:
+                    return _first_difference(inner, pairs, locations) or Difference(path, "block arguments", *types)
+                pairs.update(zip(first.arguments, second.arguments, strict=True))
+                counts = (len(first.ops), len(second.ops))
+                inner += _paired(first, second, path, min(counts))
+                if counts[0] != counts[1]:
                     # the ops before the point where one block ends may differ already, which is what to report
-                    shorter = min(len(first.ops), len(second.ops))
-                    inner += _paired(first, second, path, shorter)
-                    return _first_difference(inner, pairs, locations) or found
-                inner += _paired(first, second, path, len(first.ops))
+                    return _first_difference(inner, pairs, locations) or Difference(path, "number of ops", *counts)
         worklist.extend(reversed(inner))
     return None
 
@@ -65,16 +67,6 @@ def _first_difference(
 def _paired(first: Block, second: Block, path: str, count: int) -> list[tuple[Op, Op, str]]:
     ops = zip(first.ops[:count], second.ops[:count], strict=True)
     return [(a, b, f"{path} / {_step(a, i)}") for i, (a, b) in enumerate(ops)]
-
-
-def _compare_blocks(first: Block, second: Block, path: str, pairs: dict[Value, Value]) -> Difference | None:
-    types = [tuple(a.type for a in block.arguments) for block in (first, second)]
-    if types[0] != types[1]:
-        return Difference(path, "block arguments", types[0], types[1])
-    pairs.update(zip(first.arguments, second.arguments, strict=True))
-    if len(first.ops) != len(second.ops):
-        return Difference(path, "number of ops", len(first.ops), len(second.ops))
-    return None
 
 
 def _compare_ops(a: Op, b: Op, path: str, pairs: dict[Value, Value], locations: bool) -> Difference | None:

@@ -18,13 +18,14 @@ from ir.location import Location
 from ir.op_def import OPS, Field
 from ir.op_def import Op as DeclaredOp
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.printer import attribute_text
 from ir.source import Source
 from ir.spelling import did_you_mean
 from ir.syntax import FuncSyntax, OpSyntax, ParameterSyntax, RegionSyntax
 from ir.text_reader import TextFault, TextReader, unquoted
 from ir.traits import IsolatedFromAbove
 from ir.types import Type
-from ir.verifier import attribute_fits, attribute_text, type_words
+from ir.verifier import attribute_fits, type_words
 
 MAX_REGION_DEPTH = 64
 _NUMBER = re.compile(r"[0-9.]")

@@ -55,7 +55,7 @@ def print_op(op: Op) -> str:
 
 def op_head(op: Op, names: dict[Value, str]) -> str:
     """One line for `op`, its regions shortened to `({...})`. `names` comes from `name_values`."""
-    printer = _Printer()
+    printer = _Printer(lenient=True)
     printer.names = names
     head, tail = printer.head_and_tail(op)
     regions = f" ({', '.join(['{...}'] * len(op.regions))})" if op.regions else ""
@@ -63,8 +63,8 @@ def op_head(op: Op, names: dict[Value, str]) -> str:
 
 
 def name_values(root: Op) -> dict[Value, str]:
-    """The name of every value inside `root` as the printer chooses it."""
-    printer = _Printer()
+    """The name of every value inside `root` as the printer chooses it; the IR may be wrong in any way."""
+    printer = _Printer(lenient=True)
     printer.print_op(root, "")
     return printer.names
 
@@ -139,7 +139,10 @@ class _Scope:
 
 
 class _Printer:
-    def __init__(self) -> None:
+    """`lenient` prints what is no attribute as Python would, for diagnostics about it."""
+
+    def __init__(self, lenient: bool = False) -> None:
+        self.attribute = attribute_text if lenient else print_attribute
         self.lines: list[str] = []
         self.names: dict[Value, str] = {}
         self.scope = _Scope()
@@ -198,7 +201,7 @@ class _Printer:
         end = block.terminator
         results = self.results(end.operands) if isinstance(end, ReturnOp) and end.operands else ""
         arrow = f" -> {results}" if results else ""
-        self.lines.append(f"{indent}func {SymbolRef(func.attributes['sym_name'])}({parameters}){arrow} {{")
+        self.lines.append(f"{indent}func {SymbolRef(str(func.attributes.get('sym_name', '')))}({parameters}){arrow} {{")
         for op in block.ops:
             self.print_op(op, indent + "  ")
         self.lines.append(indent + "}" + _origin(func))
@@ -236,9 +239,17 @@ class _Printer:
             if name in given:
                 value = given[name]
                 if type(value) is not type(default) or value != default:
-                    texts.append(f"{name} = {print_attribute(value)}")
-        texts += [f"{name} = {print_attribute(value)}" for name, value in given.items() if name not in defaults]
+                    texts.append(f"{name} = {self.attribute(value)}")
+        texts += [f"{name} = {self.attribute(value)}" for name, value in given.items() if name not in defaults]
         return ", ".join(texts)
+
+
+def attribute_text(value: Any) -> str:
+    """The text of an attribute; what is none is shown as Python would."""
+    try:
+        return print_attribute(value)
+    except TypeError:
+        return repr(value)
 
 
 @functools.cache

@@ -177,6 +177,8 @@ class _Verifier:
             if field.name not in given:
                 self.error(op, f"'{op.name}' lacks attribute '{field.name}' ({field.doc})")
             elif not attribute_fits(field, given[field.name]):
+                from ir.printer import attribute_text
+
                 value = given[field.name]
                 shown = f"{attribute_text(value)} ({type(value).__name__})"
                 self.error(op, f"'{op.name}' expected {type_words(field)} as '{field.name}', got {shown}")
@@ -320,13 +322,6 @@ def is_attribute(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(is_attribute, value))
     return isinstance(value, Attribute | SymbolRef | NumberFormat | Type | Layout | SymbolicDim)
-
-
-def attribute_text(value: Any) -> str:
-    """An attribute as text, whatever it is."""
-    from ir.printer import print_attribute
-
-    return print_attribute(value) if is_attribute(value) else repr(value)
 
 
 def type_words(field: Field) -> str:

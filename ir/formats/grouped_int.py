@@ -217,7 +217,7 @@ class PackedArray:
         *outer, k = shape
         n, groups = math.prod(outer), format.groups(k)
         sizes = (n * row_bytes(k, format.bits), n * groups * format.scale.dtype.itemsize)
-        codes = np.frombuffer(data, np.uint8, sizes[0]).reshape(n, -1)
+        codes = np.frombuffer(data, np.uint8, sizes[0]).reshape(n, row_bytes(k, format.bits))
         scales = np.frombuffer(data, format.scale.dtype, n * groups, sizes[0]).reshape(n, groups)
         zeros = None
         if format.zero_point:

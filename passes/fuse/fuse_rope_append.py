@@ -6,9 +6,9 @@
 
 Rows are cut, normalised, rotated and stored in one sweep. Applies when q, k and v are the three parts of one value, in
 this order and without gaps, every value in between has one reader, q and k are rotated by the same table and
-normalised alike, and nothing reads the rotated q before the append. The fused op stands where the append stood, so no
-access of the cache moves. Body and operands come in one order, see docs/passes/fuse.md; a clip that works on heads is
-moved in front of the reshape.
+normalised alike, all three are clipped alike or not at all, and nothing reads the rotated q before the append. The
+fused op stands where the append stood, so no access of the cache moves. Body and operands come in one order, see
+docs/passes/fuse.md; a clip that works on heads is moved in front of the reshape.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class FuseRopeAppend(RewritePattern[KVAppendOp]):
                 raise FormError("the values are normalised")
         if q.row_norm is not None and q.head_norm is not None:
             raise FormError("queries are normalised twice")
+        clips = [stream.clip.attributes if stream.clip is not None else None for stream in (q, k, v)]
+        if clips[0] != clips[1] or clips[0] != clips[2]:
+            raise FormError("queries, keys and values are clipped differently")
         assert append.parent is not None
         before = set(append.parent.ops[: append.parent.ops.index(append)])
         if any(user in before for user in q.rope.y.users):

@@ -53,6 +53,7 @@ def reasons(pipeline: str, text: str) -> list[str]:
             "tensor.add of tensor<2 x 4 x f32> and tensor<3 x 2 x 4 x f32> is neither a bias nor a residual",
         ),
         ("fuse_rope_append.ir", "keys_first", "the queries do not begin at column 0 of the joint projection"),
+        ("fuse_rope_append.ir", "one_clip", "queries, keys and values are clipped differently"),
         ("fuse_rope_append.ir", "keys_with_two_readers", "attn.rope of the keys has 2 readers"),
         ("fuse_rope_append.ir", "queries_read_early", "the rotated queries are read before the append"),
         ("fuse_elementwise.ir", "no_place", "tensor.add needs what is computed after a reader of the group"),

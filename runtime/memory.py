@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -120,7 +121,7 @@ def _close(mapping: mmap.mmap) -> None:
         pass
 
 
-def _bind_mincore() -> ctypes._CFuncPtr:
+def _bind_mincore() -> Callable[[int, int, int], int]:
     function = ctypes.CDLL(None, use_errno=True).mincore
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     function.restype = ctypes.c_int

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Any
 
 from runtime import host
 from runtime.errors import RuntimeDiagnostic
@@ -51,7 +52,7 @@ class NativeCode:
 class _Library:
     """Linked code and the LLVM objects that keep it in memory."""
 
-    def __init__(self, compiler: object, tracker: object, symbols: Sequence[str]) -> None:
+    def __init__(self, compiler: Any, tracker: Any, symbols: Sequence[str]) -> None:
         self._compiler = compiler
         self._tracker = tracker
         self._addresses = {symbol: int(tracker[symbol]) for symbol in symbols}
@@ -64,7 +65,7 @@ class _Library:
         self._compiler.close()
 
 
-def _link(add: Callable[[object], object], symbols: Sequence[str], where: str) -> _Library:
+def _link(add: Callable[[Any], object], symbols: Sequence[str], where: str) -> _Library:
     """A library of its own with what `add` puts into it; the C library's symbols are visible to it."""
     import llvmlite.binding as llvm  # heavy: only when code is loaded
 

@@ -126,7 +126,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
         probabilities = np.exp((scores - scores.max()) / params.temperature)
     probabilities /= probabilities.sum()
     if params.top_p < 1.0:
-        kept = _nucleus(probabilities, params.top_p)
+        kept = _nucleus(scores, probabilities, params.top_p)
         ids, probabilities = ids[kept], probabilities[kept] / probabilities[kept].sum()
     if params.min_p > 0.0:
         stays = probabilities >= params.min_p * probabilities.max()
@@ -134,17 +134,17 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     return ids, probabilities
 
 
-def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the shortest head (by probability, then by index) that sums to at least `top_p`."""
+def _nucleus(scores: np.ndarray, probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices, ascending, of the shortest head (by score, then by index) whose probabilities sum to `top_p` or more."""
     likely = np.arange(len(probabilities))
     if len(probabilities) > 4 * _HEAD_TOKENS:
         # Sorting a whole vocabulary costs more than a small model's step. Mostly a short head holds the mass; all ties
         # with its last value are in it, so the order is that of the full sort.
-        least = np.partition(probabilities, len(probabilities) - _HEAD_TOKENS)[len(probabilities) - _HEAD_TOKENS]
-        head = np.flatnonzero(probabilities >= least)
+        least = np.partition(scores, len(scores) - _HEAD_TOKENS)[len(scores) - _HEAD_TOKENS]
+        head = np.flatnonzero(scores >= least)
         if probabilities[head].sum() > top_p + 1e-9:
             likely = head
-    order = likely[np.argsort(-probabilities[likely], kind="stable")]
+    order = likely[np.argsort(-scores[likely], kind="stable")]
     earlier = np.concatenate([[0.0], np.cumsum(probabilities[order])[:-1]])  # the sum before each token
     return np.sort(order[: max(1, int(np.searchsorted(earlier, top_p, side="left")))])
 

@@ -29,6 +29,8 @@ class StepInputs:
 
         A gap would be read by attention as if it held keys.
         """
+        if len(self.slots) == 1 and self.positions[0] <= filled[self.slots[0]]:
+            return  # one token of one sequence, the step that must be quick
         order = np.argsort(self.slots, kind="stable")
         slots, positions = self.slots[order], self.positions[order]
         starts = np.ones(len(slots), dtype=np.bool_)
@@ -69,7 +71,7 @@ def check_step(
             f"a step got {len(inputs.ids)} ids, {len(inputs.positions)} positions and {len(inputs.slots)} slots",
             expected="one position and one slot for each id",
         )
-    if len(np.unique(inputs.rows)) != len(inputs.rows):
+    if len(inputs.rows) > 1 and len(np.unique(inputs.rows)) != len(inputs.rows):
         raise RuntimeDiagnostic("a step names a row of logits twice", expected="distinct rows")
     return inputs
 
@@ -86,8 +88,7 @@ def _indices(values: Sequence[int] | np.ndarray, name: str, count: int, what: st
         raise RuntimeDiagnostic(
             f"'{name}' has {array.ndim} dimensions of {array.dtype}", expected="one dimension of integers"
         )
-    outside = np.flatnonzero((array < 0) | (array >= count))
-    if len(outside):
-        at = int(outside[0])
+    if array.size and not (array.min() >= 0 and array.max() < count):
+        at = int(np.flatnonzero((array < 0) | (array >= count))[0])
         raise RuntimeDiagnostic(f"{name}[{at}] is {array[at]}", expected=f"{what}, 0..{count - 1}")
     return np.ascontiguousarray(array, dtype=np.int32)

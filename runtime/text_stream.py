@@ -1,7 +1,8 @@
 """Tokens in, displayable text out: whole characters only, and nothing after a stop string.
 
 Takes a `decode` callable (token ids -> text) and one token at a time. A character may be spread over several tokens:
-text that ends in U+FFFD is held back until the character is whole. A stop string may be spread over several tokens
+text that ends in U+FFFD is held back until the character is whole. (Bytes that never become a character are shown as
+U+FFFD; how many of them may depend on the token borders.) A stop string may be spread over several tokens
 too: text that could be the beginning of one is held back until it is decided. The text shown does not depend on where
 the token borders fall.
 """

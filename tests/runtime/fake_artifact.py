@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+
 from codegen.llvm import team
 from runtime import host
 from runtime.manifest import manifest_digest
@@ -185,7 +186,8 @@ def sequence_logits(ids: Sequence[int]) -> np.ndarray:
     for position, token in enumerate(ids):
         state = (state * 6364136223846793005 + token + 1 + (position + 1) * 1442695040888963407) & _MASK
     # 20 bits, then a scale of 2^-17: numbers in 0..8 that float32 holds exactly
-    return np.array([((state * (2 * v + 1)) & _MASK) >> 44 for v in range(VOCAB)], dtype=np.float32) * np.float32(2**-17)
+    bits = [((state * (2 * v + 1)) & _MASK) >> 44 for v in range(VOCAB)]
+    return np.array(bits, dtype=np.float32) * np.float32(2**-17)
 
 
 def greedy_tokens(prompt: Sequence[int], count: int) -> list[int]:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from runtime import RuntimeDiagnostic, Session
 from runtime.session import MemoryReport
-
 from tests.runtime.fake_artifact import (
     BYTES_PER_POSITION,
     DEAD_WORKER_ID,

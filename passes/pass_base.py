@@ -124,6 +124,7 @@ class FunctionPass(Pass):
 
 PASSES: dict[str, type[Pass]] = {}
 P = TypeVar("P", bound=type[Pass])
+load_failures: dict[str, tuple[str, str]] = {}  # entry point -> (what it names, why it cannot be loaded)
 _loaded = {"built-in": False, "entry points": False}
 
 
@@ -139,10 +140,20 @@ def register_pass(cls: P) -> P:
 
 
 def find_pass(name: str) -> type[Pass] | None:
-    """The pass of this name, or None. Entry points of other packages are only read for names not found here."""
+    """The pass of this name, or None. Entry points of other packages are only read for names not found here.
+
+    Raises DiagnosticError when another package promises the pass and cannot be loaded.
+    """
     _load_builtin()
     if name not in PASSES:
         _load_entry_points()
+    if name not in PASSES and name in load_failures:
+        value, reason = load_failures[name]
+        raise DiagnosticError(
+            f"the pass {name!r} of another package cannot be loaded: {reason}",
+            where=value,
+            hint="update or uninstall that package",
+        )
     return PASSES.get(name)
 
 
@@ -170,11 +181,9 @@ def _load_entry_points() -> None:
     for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
         try:
             loaded = entry.load()
-        except Exception as error:  # code of another package may fail in any way; the user learns which one it was
-            raise DiagnosticError(
-                f"the pass {entry.name!r} of another package cannot be loaded: {type(error).__name__}: {error}",
-                where=entry.value,
-                hint="update or uninstall that package",
-            ) from error
-        if isinstance(loaded, type) and issubclass(loaded, Pass):
-            register_pass(loaded)
+            if isinstance(loaded, type) and issubclass(loaded, Pass):
+                register_pass(loaded)
+            elif entry.name not in PASSES:  # a module, whose import registers its passes, would have done so
+                raise TypeError(f"{entry.value} is no pass")
+        except Exception as error:  # noqa: BLE001  # code of another package may fail in any way; who asks is told
+            load_failures[entry.name] = (entry.value, f"{type(error).__name__}: {error}")

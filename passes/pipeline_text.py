@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.location import Location
 from ir.spelling import did_you_mean
-from passes.pass_base import Pass, find_pass, registered_passes
+from passes.pass_base import Pass, find_pass, load_failures, registered_passes
 
 _TOKEN = re.compile(r'\s*(?:(?P<punct>[{}=,])|"(?P<string>(?:[^"\\]|\\.)*)"|(?P<word>[^\s{}=,"]+)|(?P<bad>"))')
 _BLANKS = "blanks separate options, commas separate the values of one"
@@ -122,7 +122,8 @@ class _Reader:
         if cls is None:
             known = list(registered_passes())
             message = f"unknown pass {token.text!r}{did_you_mean(token.text, known)}"
-            raise self.error(token, message, "known: " + ", ".join(known))
+            broken = [f"pass {name!r} cannot be loaded: {why}" for name, (_, why) in load_failures.items()]
+            raise self.error(token, message, "known: " + ", ".join(known), *broken)
         given: dict[str, Any] = {}
         if self.accept("{"):
             while not self.accept("}"):

@@ -150,6 +150,7 @@ def entry_points(monkeypatch):
     find_pass("cse")
     monkeypatch.setattr(pass_base, "PASSES", dict(pass_base.PASSES))
     monkeypatch.setattr(pass_base, "_loaded", {"built-in": True, "entry points": False})
+    pass_base.load_failures.clear()
 
     def set_to(*found: object) -> None:
         def entry_points(group: str) -> list[_EntryPoint]:
@@ -158,7 +159,8 @@ def entry_points(monkeypatch):
 
         monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
 
-    return set_to
+    yield set_to
+    pass_base.load_failures.clear()
 
 
 def test_passes_of_other_packages_are_found_by_name(entry_points):
@@ -167,8 +169,21 @@ def test_passes_of_other_packages_are_found_by_name(entry_points):
     assert parse_pipeline("cse,third-party") == (CSEPass(), third())
 
 
-def test_a_package_that_cannot_be_loaded_is_named(entry_points):
-    entry_points(ImportError("no module named some_package"))
+@pytest.mark.parametrize(
+    ("loaded", "reason"),
+    [
+        (ImportError("no module named some_package"), "ImportError: no module named some_package"),
+        ("a text", "TypeError: some_package.passes:ThirdParty is no pass"),
+        (type("Clash", (Pass,), {"name": "cse"}), "ValueError: pass cse is registered by passes.simplify.cse already"),
+    ],
+)
+def test_a_package_that_cannot_be_loaded_is_named(entry_points, loaded, reason):
+    entry_points(loaded)
     assert parse_pipeline("cse") == (CSEPass(),)  # nobody asked for it
-    with pytest.raises(DiagnosticError, match="'third-party' of another package cannot be loaded: ImportError"):
+    with pytest.raises(DiagnosticError) as caught:
         parse_pipeline("third-party")
+    assert f"the pass 'third-party' of another package cannot be loaded: {reason}" in str(caught.value)
+    with pytest.raises(DiagnosticError) as caught:
+        parse_pipeline("csee")
+    assert "did you mean 'cse'?" in str(caught.value)
+    assert f"pass 'third-party' cannot be loaded: {reason}" in str(caught.value)

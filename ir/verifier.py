@@ -94,9 +94,10 @@ class _Verifier:
             self.check_regions(op)
         if declared and self.errors == before:
             self.check_types(op)
-            known = len(self.sink.diagnostics)
-            op.verify(self.sink)
-            self.adopt(op, known)
+            if self.errors == before:  # `verify` may count on what inference has checked
+                known = len(self.sink.diagnostics)
+                op.verify(self.sink)
+                self.adopt(op, known)
         self.visible.update(op.results)
 
     def adopt(self, op: Op, known: int) -> None:

@@ -164,7 +164,7 @@ def _write_shard(path: Path, tensors: tuple[TensorShape, ...], dtype: str, seed:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             for block in tensor_values(tensor, seed, init_std, embedding_scale):
-                file.write(block.astype(DTYPES[dtype][2], copy=False).view(np.uint8))
+                file.write(block.astype(DTYPES[dtype][2], copy=False).view(np.uint8).data)
 
 
 def _take_directory(out: Path, size: int, force: bool) -> None:

@@ -7,23 +7,27 @@ checkpoint, in file order, under the names `transformers` saves. Sizes named aft
 
 import difflib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+Fields = dict[str, Any]  # a config.json's content
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
                  "olmoe": "OlmoeForCausalLM"}
 FAMILIES = tuple(ARCHITECTURES)
 
-_COMMON: dict[str, object] = {
+_COMMON: Fields = {
     "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 512,
     "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0, "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None,
     "attention_dropout": 0.0}
-_ROUTING: dict[str, object] = {"num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.01}
-_QWEN: dict[str, object] = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2}
-_OF_FAMILY: dict[str, dict[str, object]] = {
+_ROUTING: Fields = {"num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.01}
+_QWEN: Fields = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2}
+_OF_FAMILY: dict[str, Fields] = {
     "llama": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     "mistral": {"sliding_window": None},
     "qwen2": {**_QWEN, "tie_word_embeddings": True},
@@ -36,7 +40,7 @@ _OF_FAMILY: dict[str, dict[str, object]] = {
               "num_key_value_heads": 4, "intermediate_size": 64},
 }
 # (family, fields that differ from the tiny model of the family)
-_PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
+_PUBLISHED: dict[str, tuple[str, Fields]] = {
     "llama-1.1b": ("llama", {  # TinyLlama 1.1B
         "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048,
@@ -97,7 +101,7 @@ class TensorShape:
     role: str
 
 
-def config_fields(preset: str, overrides: dict[str, object] | None = None) -> dict[str, object]:
+def config_fields(preset: str, overrides: Mapping[str, object] | None = None) -> Fields:
     """The fields of a preset, a family's tiny model, or an existing config.json, with `overrides` put in.
 
     Args:
@@ -131,7 +135,7 @@ def config_fields(preset: str, overrides: dict[str, object] | None = None) -> di
     return fields
 
 
-def spelled(fields: dict[str, object], style: str, dtype: str) -> dict[str, object]:
+def spelled(fields: Fields, style: str, dtype: str) -> Fields:
     """A config.json's content in the spelling of transformers before v5 ("v4") or since ("v5").
 
     v4 has `torch_dtype`, `rope_theta` and `rope_scaling`; v5 has `dtype`, one `rope_parameters`, `layer_types` where
@@ -151,7 +155,7 @@ def spelled(fields: dict[str, object], style: str, dtype: str) -> dict[str, obje
     return {**content, "dtype": dtype, "transformers_version": "5.0.0"}
 
 
-def tensor_shapes(fields: dict[str, object]) -> list[TensorShape]:
+def tensor_shapes(fields: Fields) -> list[TensorShape]:
     """Every tensor of a checkpoint with these fields, in the order it is written."""
     hidden, vocab = fields["hidden_size"], fields["vocab_size"]
     tensors = [TensorShape("model.embed_tokens.weight", (vocab, hidden), "embedding")]
@@ -172,7 +176,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool = False) -> list[Tens
     return [weight, TensorShape(f"{name}.bias", (rows,), "bias")] if bias else [weight]
 
 
-def _attention(fields: dict[str, object], prefix: str) -> list[TensorShape]:
+def _attention(fields: Fields, prefix: str) -> list[TensorShape]:
     family, hidden, width = fields["model_type"], fields["hidden_size"], fields["head_dim"]
     queries, keys = fields["num_attention_heads"] * width, fields["num_key_value_heads"] * width
     bias = bool(fields.get("attention_bias", False))
@@ -189,7 +193,7 @@ def _attention(fields: dict[str, object], prefix: str) -> list[TensorShape]:
     return tensors
 
 
-def _feed_forward(fields: dict[str, object], prefix: str, layer: int) -> list[TensorShape]:
+def _feed_forward(fields: Fields, prefix: str, layer: int) -> list[TensorShape]:
     family, hidden = fields["model_type"], fields["hidden_size"]
     if family == "mixtral":
         block, inner, count = f"{prefix}.block_sparse_moe", fields["intermediate_size"], fields["num_local_experts"]
@@ -210,7 +214,7 @@ def _feed_forward(fields: dict[str, object], prefix: str, layer: int) -> list[Te
     return tensors
 
 
-def _older_spelling(fields: dict[str, object]) -> dict[str, object]:
+def _older_spelling(fields: Fields) -> Fields:
     """The v5 names of rope and of the dtype turned into the v4 ones; a dtype is refused, it is an option of its own."""
     for name in ("dtype", "torch_dtype", "architectures"):
         if name in fields:
@@ -226,7 +230,7 @@ def _older_spelling(fields: dict[str, object]) -> dict[str, object]:
     return fields
 
 
-def _read_config(path: Path) -> dict[str, object]:
+def _read_config(path: Path) -> Fields:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -246,7 +250,7 @@ def _read_config(path: Path) -> dict[str, object]:
     return fields
 
 
-def _check_sizes(fields: dict[str, object]) -> None:
+def _check_sizes(fields: Fields) -> None:
     for name in _SIZES:
         value = fields.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -256,7 +260,7 @@ def _check_sizes(fields: dict[str, object]) -> None:
         raise ModelRequestError(f"num_experts_per_tok {fields['num_experts_per_tok']} is more than the {count} experts")
 
 
-def _check_heads(fields: dict[str, object]) -> None:
+def _check_heads(fields: Fields) -> None:
     heads, groups, width = fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"]
     if heads % groups:
         raise ModelRequestError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
@@ -267,6 +271,6 @@ def _check_heads(fields: dict[str, object]) -> None:
                                 f"not {fields['hidden_size']}")
 
 
-def _nearest(word: str, known: object) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

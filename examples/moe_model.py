@@ -111,6 +111,9 @@ class Layer(nn.Module):
 class MoeModel(nn.Module):
     """The whole decoder; input and output embeddings are tied."""
 
+    cosine: Tensor
+    sine: Tensor
+
     def __init__(self, shape: MoeShape) -> None:
         super().__init__()
         self.shape = shape
@@ -139,8 +142,9 @@ def hugging_face_tensors(model: MoeModel) -> dict[str, Tensor]:
     """The parameters under the names and shapes of `Qwen3MoeForCausalLM` checkpoints (views where possible)."""
     shape = model.shape
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm}
+    tensors: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm}
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
         prefix = f"model.layers.{index}"
         q, k, v = layer.attention.qkv.split([queries, keys, keys])
         tensors |= {f"{prefix}.self_attn.q_proj.weight": q, f"{prefix}.self_attn.k_proj.weight": k,
@@ -174,6 +178,7 @@ def save_checkpoint(model: MoeModel, folder: Path) -> None:
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous().clone()
                for name, tensor in sorted(hugging_face_tensors(model).items())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable by its owner only
 
 
 def load_checkpoint(folder: Path) -> MoeModel:

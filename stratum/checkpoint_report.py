@@ -100,10 +100,11 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
 def checkpoint_text(facts: dict[str, Any], *, tensors: bool = False) -> str:
     """`describe_checkpoint` for people."""
+    count = sum(d["tensors"] for d in facts["dtypes"].values())
     lines = [
         f"{facts['path']}: checkpoint, {facts['family']}",
         f"  parameters  {format_count(facts['parameters'])} ({facts['parameters']})",
-        f"  weights     {format_bytes(facts['bytes'])} in {sum(d['tensors'] for d in facts['dtypes'].values())} tensors: "
+        f"  weights     {format_bytes(facts['bytes'])} in {count} tensors: "
         + ", ".join(f"{name} {format_bytes(d['bytes'])}" for name, d in facts["dtypes"].items()),
         f"  layers      {facts['layers']} of width {facts['hidden_size']}, mlp {facts['ffn_size']}",
         f"  heads       {facts['heads']} query, {facts['kv_heads']} key/value, of {facts['head_dim']}",
@@ -144,6 +145,8 @@ def artifact_text(facts: dict[str, Any]) -> str:
             f"  {name:<11} up to {program['max_tokens']} tokens a step, {program['launches']} kernels, "
             f"{format_bytes(program['arena_bytes'])} of activations"
         )
-    lines += [f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())]
+    lines += [
+        f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())
+    ]
     lines.append(f"  intact      {checked}")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
 """A model ready to generate: an opened artifact with its tokenizer, chat template and sampling defaults.
 
-    model = stratum.load("model.stratum")
-    generation = model.generate("Once upon a time", max_tokens=64)
-    for piece in generation:
-        print(piece, end="", flush=True)
-    generation.statistics.decode_tokens_per_s
+model = stratum.load("model.stratum")
+generation = model.generate("Once upon a time", max_tokens=64)
+for piece in generation:
+    print(piece, end="", flush=True)
+generation.statistics.decode_tokens_per_s
 """
 
 from __future__ import annotations
@@ -42,26 +42,25 @@ class _TokenFacts:
 
 
 class Generation:
-    """One text in the making. Iterating gives its pieces as they come; after that the rest is known.
+    """One text in the making: iterating gives its pieces as they come.
 
-    `token_ids` are the generated tokens, `finish_reason` is "stop", "length" or "context".
+    `text`, `token_ids`, `finish_reason` and `statistics` are those of the whole text: asking for one generates what is
+    missing.
     """
 
     def __init__(self, prompt_ids: Sequence[int], events: Iterator[TokenEvent]) -> None:
         self.prompt_ids = tuple(prompt_ids)
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self._statistics: Statistics | None = None
+        self._token_ids: list[int] = []
         self._pieces: list[str] = []
+        self._last: TokenEvent | None = None
         self._events = events
 
     def events(self) -> Iterator[TokenEvent]:
         """The tokens as they come, with what the runtime says of each."""
         for event in self._events:
-            self.token_ids.append(event.token)
+            self._token_ids.append(event.token)
             self._pieces.append(event.text)
-            if event.finish_reason is not None:
-                self.finish_reason, self._statistics = event.finish_reason, event.statistics
+            self._last = event
             yield event
 
     def __iter__(self) -> Iterator[str]:
@@ -69,21 +68,37 @@ class Generation:
             if event.text:
                 yield event.text
 
-    @property
-    def text(self) -> str:
-        """The whole text; generates what is missing."""
+    def _finish(self) -> TokenEvent:
+        """The last event."""
         for _ in self.events():
             pass
+        if self._last is None or self._last.finish_reason is None:
+            raise RuntimeError("the generation was interrupted before its end")
+        return self._last
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        self._finish()
         return "".join(self._pieces)
 
     @property
+    def token_ids(self) -> list[int]:
+        """The generated tokens, the end token included."""
+        self._finish()
+        return list(self._token_ids)
+
+    @property
+    def finish_reason(self) -> str:
+        """`stop` (an end token or stop string), `length` (max_tokens) or `context` (no position left)."""
+        return self._finish().finish_reason or ""
+
+    @property
     def statistics(self) -> Statistics:
-        """Times and rates; generates what is missing."""
-        for _ in self.events():
-            pass
-        if self._statistics is None:
-            raise RuntimeError("the generation was interrupted")
-        return self._statistics
+        """Times and rates."""
+        statistics = self._finish().statistics
+        assert statistics is not None  # the runtime sets it on the last event
+        return statistics
 
 
 class Model:

@@ -1,6 +1,133 @@
+"""`compile-model bench`: llama-bench's rows for a model, and how close they come to this machine's limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
+from stratum.cli.options import DTYPES, NumberList
 
-@click.command()
-def bench() -> None:
-    """x"""
+if TYPE_CHECKING:
+    from hw_targets.calibrate import Calibration
+    from runtime.manifest import Manifest
+    from stratum.benchmark import BenchTest, Result
+
+DISTURBED = 0.1  # spread of a calibration above which the machine was busy meanwhile
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", metavar="DIR|OUT", type=click.Path(path_type=Path))
+@click.option("-p", "--n-prompt", type=NumberList(), default="512", help="Prompt lengths (pp); 0 for none.")
+@click.option("-n", "--n-gen", type=NumberList(), default="128", help="Numbers of generated tokens (tg); 0 for none.")
+@click.option("-d", "--n-depth", type=NumberList(), default="0", help="Positions filled before each test.")
+@click.option(
+    "-r", "--repetitions", type=click.IntRange(min=1), default=5, help="Runs of each test, after one to warm up."
+)
+@click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
+@click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
+@click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
+@click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="For a directory. Default: bf16.")
+@click.option("--target", metavar="NAME", help="For a directory. Default: host.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def bench(
+    model: Path,
+    n_prompt: tuple[int, ...],
+    n_gen: tuple[int, ...],
+    n_depth: tuple[int, ...],
+    repetitions: int,
+    threads: tuple[int, ...] | None,
+    output: str,
+    jsonl: Path | None,
+    no_calibration: bool,
+    dtype: str | None,
+    target: str | None,
+    quiet: bool,
+) -> None:
+    """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
+    from runtime.artifact import open_artifact
+    from stratum import api, benchmark
+    from stratum.cli.run import refuse_build_options
+    from stratum.progress import make_reporter
+
+    refuse_build_options(model, dtype=dtype, target=target)
+    with make_reporter(quiet=quiet) as reporter:
+        path = api.ensure_built(
+            model,
+            dtype=dtype or "bf16",
+            target=target or "host",
+            progress=reporter,
+            warn=lambda m: click.echo(m, err=True),
+        )
+    manifest = open_artifact(path).manifest
+    tests = benchmark.plan_tests(n_prompt, n_gen, n_depth)
+    if not tests:
+        raise click.UsageError("nothing to measure: -p and -n are both 0")
+    context = benchmark.check_context(tests, manifest.max_context, str(path))
+    results: list[Result] = []
+    calibrations: dict[int, Calibration | None] = {}
+    for count in threads or (None,):
+        measured = _measure(path, tests, count, context, repetitions, quiet)
+        results += measured
+        used = measured[0].threads
+        calibrations[used] = None if no_calibration else _calibration(used)
+        _emit_records(manifest, measured, calibrations[used], output, jsonl)
+    if output == "md":
+        for count, calibration in calibrations.items():
+            rows = [r for r in results if r.threads == count]
+            click.echo(benchmark.markdown(manifest, rows, calibration))
+            if calibration is not None:
+                click.echo("\n" + _limits_text(calibration))
+
+
+def _limits_text(calibration: Calibration) -> str:
+    """What 100 % means in the table."""
+    element, peak = ("bf16", calibration.bf16_peak) if calibration.bf16_peak else ("f32", calibration.f32_peak)
+    text = (
+        f"100 % is what this machine was measured to do with {calibration.threads} threads: "
+        f"read {calibration.read_bandwidth / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s {element}"
+    )
+    if calibration.spread > DISTURBED:
+        text += "; it was busy meanwhile, measure again with 'compile-model targets detect --calibrate'"
+    return text
+
+
+def _measure(
+    path: Path, tests: list[BenchTest], count: int | None, context: int, repetitions: int, quiet: bool
+) -> list[Result]:
+    from runtime.session import Session
+    from stratum import benchmark
+
+    results = []
+    with Session(path, threads=count, max_context=context) as session:
+        for test in tests:
+            if not quiet:
+                click.echo(f"{test.name}, {session.threads} threads", err=True)
+            results.append(benchmark.measure(session, test, repetitions))
+    return results
+
+
+def _calibration(threads: int) -> Calibration:
+    from hw_targets.calibrate import calibrate
+
+    return calibrate(threads)
+
+
+def _emit_records(
+    manifest: Manifest, results: list[Result], calibration: Calibration | None, output: str, jsonl: Path | None
+) -> None:
+    import json
+    from datetime import UTC, datetime
+
+    from stratum import benchmark
+
+    when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [json.dumps(benchmark.json_fields(manifest, r, calibration, when)) for r in results]
+    if output == "jsonl":
+        for line in lines:
+            click.echo(line)
+    if jsonl is not None:
+        with jsonl.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)

@@ -26,7 +26,9 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--prompt", metavar="TEXT", help="What to go on from; '-' reads stdin.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=128, help="Tokens to generate at most.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
-@click.option("--temperature", "--temp", type=float, help="0 is greedy. Default: as generation_config.json says, else 0.")
+@click.option(
+    "--temperature", "--temp", type=float, help="0 is greedy. Default: as generation_config.json says, else 0."
+)
 @click.option("--top-k", type=int, help="Keep the K most probable tokens; 0 is off.")
 @click.option("--top-p", type=float, help="Keep the most probable tokens that sum to P; 1 is off.")
 @click.option("--min-p", type=float, help="Drop tokens less probable than P times the best; 0 is off.")
@@ -72,7 +74,7 @@ def run(
     from stratum.progress import make_reporter
 
     text = _prompt(prompt_argument, prompt)
-    _refuse_build_options(model, dtype=dtype, target=target, pipeline=pipeline)
+    refuse_build_options(model, dtype=dtype, target=target, pipeline=pipeline)
     reporter = make_reporter(quiet=quiet, as_json=as_json)
     with reporter:
         loaded = api.load(
@@ -119,7 +121,7 @@ def _prompt(argument: str | None, option: str | None) -> str:
         raise DiagnosticError(f"the prompt is not UTF-8 text (byte {error.start})", where="<stdin>") from error
 
 
-def _refuse_build_options(model: Path, **options: str | None) -> None:
+def refuse_build_options(model: Path, **options: str | None) -> None:
     """An artifact was built already; options that would have decided how are not silently ignored."""
     from runtime.artifact import is_artifact
 
@@ -220,6 +222,6 @@ def _tell_end(generation: Generation, reporter: Reporter, quiet: bool, as_json: 
         click.echo(
             f"{statistics.prompt_tokens} prompt tokens in {statistics.ttft_s * 1e3:.0f} ms "
             f"({statistics.prompt_tokens_per_s:.0f} t/s), {statistics.generated_tokens} generated "
-            f"({statistics.decode_tokens_per_s:.1f} t/s); {ends[generation.finish_reason or 'stop']}",
+            f"({statistics.decode_tokens_per_s:.1f} t/s); {ends[generation.finish_reason]}",
             err=True,
         )

@@ -20,7 +20,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,41 +41,34 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of a finished file. `blake2b` (32 bytes, in hexadecimal) only for files that asked for it."""
+    """What is known of a finished file."""
 
     nbytes: int
     sha256: str
-    blake2b: str = ""
 
 
 class HashedFile:
     """A file of the artifact while it is written: `write(data)` stores and hashes, each on its own CPU."""
 
-    def __init__(self, descriptor: int, writer: ArtifactWriter, threads: ThreadPoolExecutor, blake2b: bool) -> None:
+    def __init__(self, descriptor: int, writer: ArtifactWriter, threads: ThreadPoolExecutor) -> None:
         self.nbytes = 0
         self._descriptor = descriptor
         self._writer = writer
         self._threads = threads
         self._sha256 = hashlib.sha256()
-        self._blake2b = hashlib.blake2b(digest_size=32) if blake2b else None
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Appends `data`; when this returns, the caller may reuse its memory."""
         view = memoryview(data).cast("B")
-        updates: list[Callable[[memoryview], None]] = [self._sha256.update]
-        if self._blake2b is not None:
-            updates.append(self._blake2b.update)
         if len(view) < _BACKGROUND_BYTES:
-            for update in updates:
-                update(view)
+            self._sha256.update(view)
             self._store(view)
         else:
-            pending = [self._threads.submit(update, view) for update in updates]
+            hashed = self._threads.submit(self._sha256.update, view)
             try:
                 self._store(view)
             finally:
-                for future in pending:
-                    future.result()
+                hashed.result()
         return len(view)
 
     def _store(self, view: memoryview) -> None:
@@ -88,16 +81,15 @@ class HashedFile:
         start_writeback(self._descriptor, start, self.nbytes - start)
 
     def record(self) -> FileRecord:
-        """Size and hashes of what was written so far."""
-        blake2b = self._blake2b.hexdigest() if self._blake2b is not None else ""
-        return FileRecord(self.nbytes, self._sha256.hexdigest(), blake2b)
+        """Size and hash of what was written so far."""
+        return FileRecord(self.nbytes, self._sha256.hexdigest())
 
 
 class ArtifactWriter:
     """Builds one artifact; see the module's docstring.
 
         with ArtifactWriter(out, expected_bytes=n) as writer:
-            with writer.open("weights/weights.bin", blake2b=True) as file: ...
+            with writer.open("weights/weights.bin") as file: ...
             writer.add("graph.ir", text)
             writer.finish(manifest)
 
@@ -140,7 +132,7 @@ class ArtifactWriter:
         return self._directory
 
     @contextmanager
-    def open(self, path: str, *, blake2b: bool = False) -> Iterator[HashedFile]:
+    def open(self, path: str) -> Iterator[HashedFile]:
         """A new file at `path` (relative, forward slashes), flushed to the disk at the end."""
         _check_path(path)
         if path in self.files or path == MANIFEST_NAME:
@@ -150,7 +142,7 @@ class ArtifactWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            file = HashedFile(descriptor, self, self._threads, blake2b)
+            file = HashedFile(descriptor, self, self._threads)
             yield file
             with self.reporting():
                 os.fsync(descriptor)

@@ -36,6 +36,7 @@ class Target(CodegenTarget, Protocol):
 
     @property
     def name(self) -> str: ...
+    def required_features(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def build_artifact(
     _, total = plan_weights(roots)
     companions = imported.files
     with ArtifactWriter(out, expected_bytes=total) as writer:
-        with writer.open("weights/weights.bin", blake2b=True) as file:
+        with writer.open("weights/weights.bin") as file:
             tensors, _ = write_weights(
                 roots, imported.checkpoint, file, progress=lambda done, all: tell("weights", done / max(1, all))
             )
@@ -114,7 +115,7 @@ def build_artifact(
                     "name": target.name,
                     "triple": target.llvm_triple,
                     "cpu": target.llvm_cpu,
-                    "features": sorted(required_features(target)),
+                    "features": list(target.required_features()),
                 },
                 "pipeline": text,
                 "programs": bundle.programs,
@@ -122,7 +123,6 @@ def build_artifact(
                 "weights": {
                     "file": "weights/weights.bin",
                     "bytes": record.nbytes,
-                    "blake2b": record.blake2b,
                     "tensors": [t.manifest_entry() for t in tensors],
                 },
             }
@@ -148,11 +148,6 @@ def model_facts(imported: ImportedModel) -> dict[str, Any]:
         "num_experts": config.moe.num_experts if config.moe else 0,
         "experts_per_token": config.moe.top_k if config.moe else 0,
     }
-
-
-def required_features(target: CodegenTarget) -> frozenset[str]:
-    """What the loader must find on the CPU: everything LLVM was allowed to use."""
-    return frozenset(target.llvm_features)
 
 
 def _dump(directory: Path, bundle: CodeBundle, compiled: CompiledStep) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from codegen.compile_step import CodegenTarget, CompiledStep, feature_string
+from codegen.compile_step import CodegenTarget, CompiledStep
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.llvm.step import step_symbol
 from codegen.object_cache import ObjectCache, content_key
@@ -55,7 +55,7 @@ class CodeBundle:
 
 def bundle_key(imported_text: str, pipeline: str, target: CodegenTarget, extra: Sequence[str] = ()) -> str:
     """The cache key of a bundle."""
-    machine = [target.llvm_triple, target.llvm_cpu, feature_string(frozenset(target.llvm_features))]
+    machine = [target.llvm_triple, target.llvm_cpu, target.feature_string()]
     return content_key(["code-bundle", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
 
 

@@ -35,6 +35,7 @@ class CodegenTarget(Protocol):
     def llvm_cpu(self) -> str: ...
     @property
     def llvm_features(self) -> frozenset[str]: ...
+    def feature_string(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,6 @@ def program_specs(features: frozenset[str]) -> tuple[ProgramSpec, ...]:
     )
 
 
-def feature_string(features: frozenset[str]) -> str:
-    """LLVM's form: `+avx2,+fma`."""
-    return ",".join(f"+{f}" for f in sorted(features))
-
-
 def lower_step(step: FuncOp, features: frozenset[str], *, programs: Sequence[ProgramSpec] | None = None) -> LoweredStep:
     """Lowers a step to plan and tile level and proves the plans sound.
 
@@ -114,9 +110,9 @@ def compile_step(
     features = frozenset(target.llvm_features)
     lowered = lower_step(step, features, programs=programs)
     width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
-    attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{feature_string(features)}"'
+    attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{target.feature_string()}"'
     text = module_text(lowered.programs, lowered.kernels, InstructionSet(features), target.llvm_triple, attributes)
-    request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, feature_string(features), opt_level, "step")
+    request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, target.feature_string(), opt_level, "step")
     (code,) = compile_many([request], cache=cache)
     parts = {field.name: getattr(lowered, field.name) for field in fields(lowered)}
     return CompiledStep(**parts, llvm_text=text, object_code=code)

@@ -72,11 +72,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """The weights file, its size and hash, and what lies in it."""
+    """The weights file, its size, and what lies in it; its hash is with those of the other files."""
 
     file: str
     bytes: int
-    blake2b: str
     tensors: tuple[TensorInfo, ...]
 
 
@@ -228,7 +227,7 @@ def _weights(fields: _Fields) -> WeightsInfo:
         if info.offset + info.bytes > total:
             tensor.fail("offset", f"offset + bytes <= {total}, the size of the weights", info.offset + info.bytes)
         tensors.append(info)
-    return WeightsInfo(fields.text("file"), total, fields.text("blake2b"), tuple(tensors))
+    return WeightsInfo(fields.text("file"), total, tuple(tensors))
 
 
 def _files(fields: _Fields) -> dict[str, FileInfo]:

@@ -29,6 +29,9 @@ class MachineTarget:
     llvm_cpu: str
     llvm_features: frozenset[str]
 
+    def feature_string(self) -> str:
+        return ",".join(f"+{f}" for f in sorted(self.llvm_features))
+
 
 def host_target(without: Sequence[str] = ()) -> MachineTarget:
     """This machine, some features left out."""

@@ -261,7 +261,6 @@ def default_manifest(files: dict[str, bytes]) -> dict:
         "weights": {
             "file": "weights/weights.bin",
             "bytes": len(weights),
-            "blake2b": hashlib.blake2b(weights).hexdigest(),
             "tensors": [{"name": "w", "offset": 0, "bytes": len(weights), "format": "i8", "shape": [len(weights)],
                          "layout": ""}],
         },

@@ -93,8 +93,7 @@ class _Verifier:
         if op.regions:
             self.check_regions(op)
         if declared and self.errors == before:
-            self.check_types(op)
-            if self.errors == before:  # `verify` may count on what inference has checked
+            if self.check_types(op):  # `verify` may count on what inference has checked
                 known = len(self.sink.diagnostics)
                 op.verify(self.sink)
                 self.adopt(op, known)
@@ -197,17 +196,19 @@ class _Verifier:
             listed = f" ({', '.join(f.name for f in fields)})" if fields else ""
             self.error(op, f"'{op.name}' expected {len(fields)} {what}{listed}, got {found}")
 
-    def check_types(self, op: DeclaredOp) -> None:
+    def check_types(self, op: DeclaredOp) -> bool:
+        """Whether the op takes operands of these types. Reports it, and results declared otherwise than inferred."""
         if not op.infers():
-            return
+            return True
         try:
             inferred = _inferred(op)
         except InferenceError as error:
             self.error(op, f"'{op.name}' {error}")
-            return
+            return False
         declared = tuple([r.type for r in op.results])
         if inferred != declared:
             self.error(op, f"'{op.name}' gives {_listed(inferred)}, but its results are declared {_listed(declared)}")
+        return True
 
     # -- regions -----------------------------------------------------------------------------------------------------
 

@@ -143,10 +143,11 @@ def _code_file(manifest: Manifest, where: str) -> str:
 
 def _check_weights(root: Path, manifest: Manifest, verify: bool) -> None:
     weights = manifest.weights
-    with _opened(root, weights.file, weights.bytes) as descriptor:
-        if not verify and weights.bytes >= FULL_HASH_BELOW_BYTES:
-            return
-    _check_file(root, weights.file, manifest.files[weights.file])
+    if verify or weights.bytes < FULL_HASH_BELOW_BYTES:
+        _check_file(root, weights.file, manifest.files[weights.file])
+        return
+    with _opened(root, weights.file, weights.bytes):
+        pass  # path, kind and size are checked by opening
 
 
 def _check_file(root: Path, name: str, info: FileInfo) -> None:

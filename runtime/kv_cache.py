@@ -42,7 +42,7 @@ class KVCache:
         return self._memory.committed_bytes()
 
     def release(self, slot: int) -> int:
-        """Gives back the memory of one slot (its whole pages); returns the bytes that were given back."""
+        """Gives back the memory of one slot; returns the bytes of its whole pages, resident or not."""
         given_back = 0
         for layer in range(self._layers):
             given_back += self._memory.discard((layer * self.num_slots + slot) * self._slot_bytes, self._slot_bytes)

@@ -206,7 +206,7 @@ class Session:
         return int(self._filled[self._checked_slot(slot)])
 
     def release(self, slot: int) -> int:
-        """Forgets the sequence in `slot` and gives its memory back; returns the bytes given back."""
+        """Forgets the sequence in `slot` and gives its memory back; returns the bytes of its whole pages."""
         slot = self._checked_slot(slot)
         with self._lock:
             self._check_usable()

@@ -1,4 +1,4 @@
-"""Sampling against the logits processors of Hugging Face transformers, in the order in which `generate` applies them."""
+"""Sampling against the logits processors of Hugging Face transformers, applied in the order of `generate`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ def limit_process(memory_bytes: int, seconds: float) -> None:
 def make_environment() -> Any:
     """The environment that templates of Hugging Face checkpoints are written for."""
     from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class GenerationBlock(Extension):

@@ -118,7 +118,7 @@ class Checkpoint:
     def _array(self, info: TensorInfo, start: int, nbytes: int, shape: tuple[int, ...]) -> np.ndarray:
         dtype = weight_format(info).dtype
         array = np.empty(math.prod(shape), dtype)
-        target = memoryview(array.view(np.uint8))
+        target = array.view(np.uint8).data
         descriptor = self._descriptor(info.file)
         done = 0
         while done < nbytes:

@@ -29,7 +29,8 @@ HARMLESS = frozenset(
     )
 )  # fmt: skip
 
-# Fields of other families that change the forward pass, with the values at which they change nothing.
+# Fields of other families that change the forward pass, with the values at which they change nothing (of a list: the
+# values each element may have).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -38,7 +39,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (1, 1.0),
     "rope_interleaved": (False,),
     "rope_interleave": (False,),
-    "no_rope_layers": ([],),
+    "no_rope_layers": (),
     "attn_logit_softcapping": (0, 0.0),
     "final_logit_softcapping": (0, 0.0),
     "query_pre_attn_scalar": (),
@@ -76,11 +77,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "sliding_window": (),
     "use_sliding_window": (False,),
-    "layer_types": (),
+    "layer_types": ("full_attention",),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "n_routed_experts": (0,),
-    "mlp_only_layers": ([],),
+    "mlp_only_layers": (),
     "decoder_sparse_step": (1,),
     "rope_local_base_freq": (),
 }

@@ -85,8 +85,8 @@ class ConfigReader:
         if found is None:
             return None
         if not isinstance(found, list) or len(found) != count or not all(type(x) is str for x in found):
-            size = f" of {len(found)}" if isinstance(found, list) else ""
-            raise self.wrong((name,), f"{type(found).__name__}{size}", f"a list of {count} strings")
+            what = f"a list of {len(found)}" if isinstance(found, list) else _short(found)
+            raise self.fault(f"field {self._name(name)} is {what}", f"a list of {count} strings")
         for text in found:
             if text not in known:
                 raise self.fault(f"field {self._name(name)} holds {text[:60]!r}", f"one of {', '.join(known)}")
@@ -107,10 +107,10 @@ class ConfigReader:
             found = self.fields.get(name)
             if name in self._asked or found is None:
                 continue
-            if not any(type(found) is type(n) and found == n for n in neutral):
-                values = " or ".join(str(n) for n in neutral) or "no such field"
-                raise self.fault(f"field {name!r} = {_short(found)} changes the model in a way that is not known"
-                                 " for this family", values)  # fmt: skip
+            values = found if isinstance(found, list) else [found]
+            if not all(any(type(v) is type(n) and v == n for n in neutral) for v in values):
+                message = f"field {name!r} = {_short(found)} changes the model in a way not known for this family"
+                raise self.fault(message, " or ".join(_short(n) for n in neutral) or "no such field")
             self._asked[name] = None
 
     def unasked(self) -> list[str]:
@@ -143,8 +143,7 @@ class ConfigReader:
         """The value, None when it is absent and there is a default."""
         found = self.value(*names)
         if found is None and default is _ABSENT:
-            others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-            raise self.fault(f"field {self._name(names[0])}{others} is missing", "a model's whole config.json")
+            raise self.fault(f"field {self._name(' or '.join(names))} is missing", "a model's whole config.json")
         return found
 
     def _name(self, name: str) -> str:

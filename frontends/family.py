@@ -60,10 +60,10 @@ class Family(ABC):
 
 _FAMILIES: dict[str, Family] = {}
 _BUILT_IN = "frontends.families"
-F = TypeVar("F", bound=type[Family])
+F = TypeVar("F", bound=Family)
 
 
-def register_family(cls: F) -> F:
+def register_family(cls: type[F]) -> type[F]:
     """Class decorator: makes `model_type` known. A second family of the same name is an error."""
     known = _FAMILIES.get(cls.model_type)
     if known is not None:

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from json.decoder import scanstring
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ MAX_RANK = 8
 MAX_ENTRY_CHARS = 4096  # one tensor's JSON object: eight dimensions need less than 300
 MAX_NAME_CHARS = 1024
 
+_DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 # Bits of one element. All that the format names are known, so that every file can be checked; reading is another
@@ -172,7 +172,7 @@ class _HeaderReader:
         if self.text[at : at + 1] != '"':
             raise self._bad(at, "expected a string")
         try:
-            return scanstring(self.text, at + 1, True)
+            return _DECODER.raw_decode(self.text, at)
         except json.JSONDecodeError as error:
             raise self._bad(error.pos, error.msg) from None
 

@@ -26,9 +26,8 @@ class StreamDecoder:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(context[-_CONTEXT:])
+        self._window, self._shown = self._usable(context)
         self._clean = len(self._window)  # tokens of the window up to the last place where a character ended
-        self._shown = self._final_part(decode(self._window)) if self._window else ""
 
     def push(self, id: int) -> str:
         """The text that is certain now and was not before; may be empty."""
@@ -53,6 +52,18 @@ class StreamDecoder:
         self._clean = len(self._window)
         self._shown = text
         return rest
+
+    def _usable(self, context: Sequence[int]) -> tuple[list[int], str]:
+        """The last tokens of the context and their text; nothing when their text cannot be made out.
+
+        Taken by number, they may begin within a character, so up to three more are tried.
+        """
+        for count in range(_CONTEXT, _CONTEXT + _UNDECIDED + 1):
+            tokens = list(context[-count:])
+            text = self._decode(tokens) if tokens else ""
+            if _BROKEN not in text:
+                return tokens, text
+        return ([], "") if text.endswith(_BROKEN) else (tokens, text)
 
     def _final_part(self, text: str) -> str:
         """`text` without the replacement characters at its end that may still become something else."""

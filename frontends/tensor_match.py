@@ -76,7 +76,7 @@ def _dtypes(
         if name not in tensors:
             continue
         dtype = tensors[name].dtype
-        first = (stacks or {}).get(name)
+        first = (stacks or {}).get(name, name)
         if dtype not in WEIGHT_FORMATS:
             faults[name] = f": {dtype}, expected {' or '.join(WEIGHT_FORMATS)}"
         elif first in tensors and tensors[first].dtype != dtype:

@@ -62,10 +62,11 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. False for text that a chat template made."""
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"the text is not valid Unicode at character {error.start}"
             raise DiagnosticError(message, expected="text without lone surrogates") from None
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids that stand for nothing are left out; see `frontends.stream_decoder` for streaming."""

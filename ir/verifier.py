@@ -252,9 +252,16 @@ class _Verifier:
             self.check_cache_versions(block)
 
     def check_cache_versions(self, block: Block) -> None:
-        """A cache is memory: once an op has written a newer version, the old one is gone."""
+        """A cache is memory: it has one name, and once an op has written a newer version, the old one is gone."""
         replaced: dict[Value, Op] = {}
+        named: dict[Any, Op] = {}
         for op in block.ops:
+            symbol = op.attributes.get("symbol")
+            if symbol is not None and any(isinstance(r.type, KVCacheType) for r in op.results):
+                first = named.setdefault(symbol, op)
+                if first is not op:
+                    note = Diagnostic("note", "first named here", first.location)
+                    self.error(op, f"'{op.name}' names the state {symbol} a second time; use the first value", note)
             for value in op._operands:
                 if isinstance(value.type, KVCacheType) and value in replaced:
                     writer = replaced[value]
@@ -262,6 +269,9 @@ class _Verifier:
                     self.error(op, f"'{op.name}' uses a kv cache of which a newer version exists", note)
             for value in op._operands:
                 if isinstance(value.type, KVCacheType) and writes_cache(op, value):
+                    if op._operands.count(value) > 1:
+                        self.error(op, f"'{op.name}' takes a kv cache twice and writes it")
+                        break
                     replaced[value] = op
 
     # -- use-def links -----------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 
 from stratum.progress import format_bytes, format_count
 
+MAX_MANIFEST_BYTES = 256 << 20
+
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:
     """Facts of a Hugging Face directory. Raises DiagnosticError for what cannot be compiled."""
@@ -62,10 +64,21 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Facts of an artifact, all its checks made. Raises RuntimeDiagnostic for one that does not load here."""
-    from runtime.artifact import open_artifact
+    """Facts of an artifact, all its checks made; `fault` says why it does not load here, or is "".
 
-    manifest = open_artifact(path, verify=verify).manifest
+    Raises RuntimeDiagnostic for a manifest that cannot be read at all.
+    """
+    from runtime.artifact import MANIFEST_NAME, open_artifact
+    from runtime.errors import RuntimeDiagnostic
+    from runtime.manifest import parse_manifest
+
+    fault = ""
+    try:
+        manifest = open_artifact(path, verify=verify).manifest
+    except RuntimeDiagnostic as error:
+        fault = str(error)
+        with (path / MANIFEST_NAME).open("rb") as file:
+            manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES), str(path))
     formats: dict[str, dict[str, int]] = {}
     for tensor in manifest.weights.tensors:
         count = formats.setdefault(tensor.format, {"tensors": 0, "bytes": 0})
@@ -95,6 +108,7 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
         "formats": formats,
         "files": manifest.raw["files"],
         "weights_hashed": verify,
+        "fault": fault,
     }
 
 
@@ -148,5 +162,5 @@ def artifact_text(facts: dict[str, Any]) -> str:
     lines += [
         f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())
     ]
-    lines.append(f"  intact      {checked}")
+    lines.append(f"  loads here  {'no' if facts['fault'] else 'yes, ' + checked}")
     return "\n".join(lines)

@@ -113,15 +113,16 @@ class _Tile:
         self.k, self.op, self.kv, self.dim, self.heads, self.group = k, op, kv, dim, heads, group
         self.q, self.positions, self.out = q, positions, out
         most = max_tokens * group
+        self.blocks = _blocks_per_step(group)
         self.query = k.scratch(most * kv.dim, kv.element)  # query rows in the cache's element
-        self.weights = k.scratch(most * 64, kv.element)  # exp of the scores of one step
+        self.weights = k.scratch(most * self.blocks * kv.block, kv.element)  # exp of the scores of one step
         self.sums = k.scratch(most * kv.dim, F32)  # weighted values so far
 
     def attend(self, first_row: Expr, head: Expr, tokens: int, keys: Buffer) -> None:
         """Rows first_row .. + tokens (consecutive positions of one slot), the query heads of kv head `head`."""
         k, kv = self.k, self.kv
         count = tokens * self.group
-        blocks = _blocks_per_step(count)
+        blocks = self.blocks
         step = blocks * kv.block
         self._load_queries(first_row, head, tokens)
         first_position = self.positions.load(first_row).to_index()
@@ -218,6 +219,10 @@ class _Tile:
                 self.out.store(target + c, value.cast(self.out.element), mask)
 
 
-def _blocks_per_step(count: int) -> int:
-    """Blocks of 16 positions per step for `count` query rows: as many sums as registers hold."""
-    return 4 if count <= 4 else 2 if count <= 10 else 1
+def _blocks_per_step(group: int) -> int:
+    """Blocks of 16 positions per step: as many sums as registers hold for the query heads of one kv head.
+
+    It depends on nothing else, neither the program nor how many tokens share a tile: the same positions are then
+    joined in the same steps, and a token has the same bits in a prompt chunk and alone.
+    """
+    return 2 if group <= 10 else 1

@@ -120,11 +120,11 @@ def joined(*parts: Batch) -> Batch:
 def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_token_by_token(index: int, dtype: str) -> None:
     _, lowered, step = compiled(index, dtype)
     with running(step, lowered, 2) as alone, running(step, lowered, 1) as together:
-        want = alone.native(chunk(0, 0, 15), "prefill")
-        one = [alone.native(chunk(1, i, 1), "decode") for i in range(9)]
-        got = together.native(joined(chunk(1, 0, 9), chunk(0, 0, 15)), "prefill")
-    np.testing.assert_array_equal(got[:9], np.concatenate(one))
-    np.testing.assert_array_equal(got[9:], want)
+        want = alone.native(chunk(0, 0, 50), "prefill")
+        one = [alone.native(chunk(1, i, 1), "decode") for i in range(45)]
+        got = together.native(joined(chunk(1, 0, 45), chunk(0, 0, 50)), "prefill")
+    np.testing.assert_array_equal(got[:45], np.concatenate(one))
+    np.testing.assert_array_equal(got[45:], want)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

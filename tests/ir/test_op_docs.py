@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import ir
 from ir import op_docs
 from ir.op_def import OPS
 
@@ -39,3 +40,11 @@ def test_check_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
         assert line in out
     assert op_docs.main([str(tmp_path)]) == 0
     assert op_docs.differences(tmp_path) == []
+
+
+def test_the_example_of_the_text_form_is_current() -> None:
+    page = (op_docs.DOCS.parent / "ir-text.md").read_text(encoding="utf-8")
+    text = page.split("```text\n", 1)[1].split("```", 1)[0]
+    module = ir.parse(text)
+    ir.verify(module)
+    assert ir.print_module(module) == text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,31 +31,51 @@ class Team:
         self.threads = threads
         self.memories = list({id(m): m for m in memories}.values())
         self.barrier = threading.Barrier(threads, action=self._advance, timeout=BARRIER_SECONDS)
+        self.waiting: list[Op | None] = [None] * threads  # the barrier each thread is at; None = the end
 
     def _advance(self) -> None:
+        if any(op is not self.waiting[0] for op in self.waiting):
+            places = ", ".join(f"thread {t} at {_barrier_name(op)}" for t, op in enumerate(self.waiting))
+            raise KernelFault(f"the threads of a team meet at different barriers: {places}")
         for memory in self.memories:
             memory.new_phase()
 
+    def wait(self, thread: int, barrier: Op | None) -> None:
+        """Returns when every thread is at the same barrier. Raises KernelFault when that cannot happen any more."""
+        self.waiting[thread] = barrier
+        try:
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise _Abandoned(f"thread {thread} waits at {_barrier_name(barrier)} in vain") from None
+
     def run(self, body: Callable[[int], None]) -> None:
-        """`body(thread)` on every thread; the first fault of any is raised here."""
-        faults: list[BaseException] = []
+        """`body(thread)` on every thread; the fault of a thread is raised here."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            runs = [pool.submit(self._guarded, body, thread) for thread in range(self.threads)]
+        faults = [fault for run in runs if (fault := run.exception()) is not None]
+        # A thread that only waited for one that failed has nothing to say.
+        faults.sort(key=lambda fault: isinstance(fault, _Abandoned))
+        if faults:
+            raise faults[0]
 
-        def guarded(thread: int) -> None:
-            try:
-                body(thread)
-            except BaseException as fault:  # handed to the caller below, nothing is lost
-                faults.append(fault)
-                self.barrier.abort()
+    def _guarded(self, body: Callable[[int], None], thread: int) -> None:
+        try:
+            body(thread)
+            self.wait(thread, None)
+        except BaseException:
+            self.barrier.abort()
+            raise
 
-        workers = [threading.Thread(target=guarded, args=(t,)) for t in range(1, self.threads)]
-        for worker in workers:
-            worker.start()
-        guarded(0)
-        for worker in workers:
-            worker.join()
-        own = [f for f in faults if not isinstance(f, threading.BrokenBarrierError)]
-        if own or faults:
-            raise (own or faults)[0]
+
+class _Abandoned(KernelFault):
+    """The fault of a thread that waited for others."""
+
+
+def _barrier_name(barrier: Op | None) -> str:
+    if barrier is None:
+        return "the end"
+    block = barrier.parent
+    return f"{barrier.name}, op {block.ops.index(barrier)} of its block" if block else barrier.name
 
 
 class ThreadEnvironment(Environment):
@@ -65,12 +86,9 @@ class ThreadEnvironment(Environment):
         self.team = team
         self.thread = thread
 
-    def wait(self) -> None:
-        """A barrier."""
-        try:
-            self.team.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise KernelFault(f"thread {self.thread} waits at a barrier that the others do not reach") from None
+    def wait(self, barrier: Op) -> None:
+        """Waits at a barrier until every thread of the team is there."""
+        self.team.wait(self.thread, barrier)
 
 
 def interpret_kernel(kernel: FuncOp, arguments: Sequence[Any], threads: int = 1) -> None:
@@ -153,7 +171,7 @@ def _plan_op(
             kernel = kernels[op.kernel.name]
             _run_kernel(kernel, [env.values[v] for v in op.arguments], env.team, env.thread)
         case plan.BarrierOp():
-            env.wait()
+            env.wait(op)
         case plan.ReleaseOp():
             del env.values[op.buffer]
         case _:

@@ -1,12 +1,14 @@
 """Memory as the tile interpreter sees it: bounds are checked, and so is what threads do to each other.
 
 A `Memory` is the bytes of one buffer, shared by the threads of a team. Each byte remembers who wrote and who read it
-since the last barrier; a write that meets another thread's access in the same phase is a race, whatever the values.
+since the last barrier; a write that meets another thread's access in the same phase is a race, whatever the values and
+whichever of the two comes first.
 A `BufferView` is what one thread's buffer value holds: memory, first byte, element format, thread.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ _UNDEFINED = 0xCB  # scratch begins as this byte: 0xCBCBCBCB is -2.67e7 as f32, 
 
 
 class KernelFault(Exception):
-    """A kernel touched memory it must not touch: out of bounds, or in a race with another thread."""
+    """A kernel or program did what it must not do: touched memory out of bounds or in a race with another thread,
+    or left the threads of its team at different barriers."""
 
 
 class Memory:
@@ -31,6 +34,7 @@ class Memory:
         size = self.bytes.size
         self.writer = np.full(size, _NOBODY, np.int16)
         self.reader = np.full(size, _NOBODY, np.int16)
+        self._notes = threading.Lock()  # two threads that touch a byte at once both leave their mark
 
     def new_phase(self) -> None:
         """Forgets who touched what: a barrier has ordered it."""
@@ -44,21 +48,23 @@ class Memory:
 
     def note_read(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has written there in this phase."""
-        writers = self.writer[where]
-        if np.any((writers != _NOBODY) & (writers != thread)):
-            raise KernelFault(
-                f"thread {thread} reads {self.name} at byte {where.start}, written by another in this phase"
-            )
-        readers = self.reader[where]
-        self.reader[where] = np.where((readers == _NOBODY) | (readers == thread), thread, _SEVERAL)
+        with self._notes:
+            self._refuse_others(self.writer[where], thread, where, "reads", "written")
+            readers = self.reader[where]
+            self.reader[where] = np.where((readers == _NOBODY) | (readers == thread), thread, _SEVERAL)
 
     def note_write(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has touched these bytes in this phase."""
-        for who, verb in ((self.writer[where], "written"), (self.reader[where], "read")):
-            if np.any((who != _NOBODY) & (who != thread)):
-                message = f"thread {thread} writes {self.name} at byte {where.start}, {verb} by another in this phase"
-                raise KernelFault(message)
-        self.writer[where] = thread
+        with self._notes:
+            self._refuse_others(self.writer[where], thread, where, "writes", "written")
+            self._refuse_others(self.reader[where], thread, where, "writes", "read")
+            self.writer[where] = thread
+
+    def _refuse_others(self, who: np.ndarray, thread: int, where: slice, does: str, done: str) -> None:
+        others = np.flatnonzero((who != _NOBODY) & (who != thread))
+        if others.size:
+            at = where.start + int(others[0])
+            raise KernelFault(f"thread {thread} {does} {self.name} at byte {at}, {done} by another in this phase")
 
 
 class BufferView:
@@ -79,6 +85,8 @@ class BufferView:
     def _range(self, index: int, count: int, what: str) -> slice:
         first = self.start + index * self.width
         self.memory.check(first, count * self.width, what)
+        if first % self.width:  # native code is told that elements are aligned to their size
+            raise KernelFault(f"{what} of {self.element} at byte {first} of {self.memory.name}, which is not aligned")
         return slice(first, first + count * self.width)
 
     def load(self, index: int, lanes: int) -> Any:

@@ -131,11 +131,12 @@ class FunctionEmitter:
         self.declarations[name] = f"declare {result} @{name}({types})"
         return f"call {result} @{name}({', '.join(arguments)})"
 
-    def address(self, buffer: Value, index: Value) -> str:
-        """A pointer to element `index` of `buffer`."""
+    def address(self, buffer: Value, index: Value, inbounds: bool = True) -> str:
+        """A pointer to element `index` of `buffer`. Not `inbounds`: it may point outside, if nothing is read there."""
         assert isinstance(buffer.type, BufferType)
         element = llvm_element(buffer.type.element)
-        return self.assign(f"getelementptr inbounds {element}, ptr {self.name(buffer)}, i64 {self.name(index)}")
+        promise = "inbounds " if inbounds else ""
+        return self.assign(f"getelementptr {promise}{element}, ptr {self.name(buffer)}, i64 {self.name(index)}")
 
     def block(self, block: Block) -> Op:
         """Emits all ops but the terminator, which is returned."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from codegen.llvm.lowering import FunctionEmitter, literal, llvm_element, llvm_type, lowering
 from ir.core import Value
-from ir.formats import BF16, F32, I32, I64
+from ir.formats import BF16, F32, I1, I32, I64, U8
 from ir.ops import tile, tile_control, tile_memory
 from ir.ops.tile import element_of, is_float, lanes_of, with_element
 from ir.types import VectorType
@@ -51,7 +51,7 @@ def _lower_choice(op_class: Any, float_predicate: str, int_predicate: str) -> No
         e.define(op.out, f"select {mask_type} {mask}, {e.typed(op.a)}, {e.typed(op.b)}")
 
 
-_lower_choice(tile.MinOp, "olt", "slt")  # becomes minps / pminsd
+_lower_choice(tile.MinOp, "olt", "slt")  # becomes minps / pminsd, whose NaN and zero rules are those of tile.min
 _lower_choice(tile.MaxOp, "ogt", "sgt")
 
 
@@ -177,12 +177,19 @@ def _cast(e: FunctionEmitter, op: tile.CastOp) -> None:
     elif have.is_float and want.is_float:
         e.define(op.out, f"{'fpext' if want.bits > have.bits else 'fptrunc'} {e.typed(op.x)} to {target}")
     elif have.is_float:
-        e.define(op.out, f"fptosi {e.typed(op.x)} to {target}")
+        # A number out of range is poison to LLVM; frozen, it is only some number.
+        integer = e.assign(f"{'fptoui' if want in _UNSIGNED else 'fptosi'} {e.typed(op.x)} to {target}")
+        e.define(op.out, f"freeze {target} {integer}")
     elif want.is_float:
-        e.define(op.out, f"sitofp {e.typed(op.x)} to {target}")
+        e.define(op.out, f"{'uitofp' if have in _UNSIGNED else 'sitofp'} {e.typed(op.x)} to {target}")
+    elif want.bits == have.bits:  # i8 and u8 are one type to LLVM
+        e.names[op.out] = e.name(op.x)
     else:
-        wider = "zext" if str(have) in ("i1", "u8") else "sext"
+        wider = "zext" if have in _UNSIGNED else "sext"
         e.define(op.out, f"{wider if want.bits > have.bits else 'trunc'} {e.typed(op.x)} to {target}")
+
+
+_UNSIGNED = (I1, U8)
 
 
 @lowering(tile.ToIndexOp)
@@ -250,7 +257,7 @@ def _store(e: FunctionEmitter, op: tile_memory.StoreOp) -> None:
 @lowering(tile_memory.LoadMaskedOp)
 def _load_masked(e: FunctionEmitter, op: tile_memory.LoadMaskedOp) -> None:
     kind, align = llvm_type(op.out.type), max(1, element_of(op.out.type).bits // 8)
-    pointer = e.address(op.buffer, op.index)
+    pointer = e.address(op.buffer, op.index, inbounds=False)
     call = e.intrinsic(
         f"llvm.masked.load.{_overloaded(op.out)}.p0",
         kind,
@@ -264,15 +271,14 @@ def _load_masked(e: FunctionEmitter, op: tile_memory.LoadMaskedOp) -> None:
 @lowering(tile_memory.StoreMaskedOp)
 def _store_masked(e: FunctionEmitter, op: tile_memory.StoreMaskedOp) -> None:
     align = max(1, element_of(op.value.type).bits // 8)
-    pointer = e.address(op.buffer, op.index)
+    pointer = e.address(op.buffer, op.index, inbounds=False)
     name = f"llvm.masked.store.{_overloaded(op.value)}.p0"
     e.emit(e.intrinsic(name, "void", e.typed(op.value), f"ptr align {align} {pointer}", e.typed(op.mask)))
 
 
 @lowering(tile_memory.PrefetchOp)
 def _prefetch(e: FunctionEmitter, op: tile_memory.PrefetchOp) -> None:
-    element = llvm_element(op.buffer.type.element)
-    pointer = e.assign(f"getelementptr {element}, ptr {e.name(op.buffer)}, i64 {e.name(op.index)}")
+    pointer = e.address(op.buffer, op.index, inbounds=False)
     e.emit(e.intrinsic("llvm.prefetch.p0", "void", f"ptr {pointer}", "i32 0", "i32 3", "i32 1"))
 
 
@@ -288,7 +294,7 @@ def _view(e: FunctionEmitter, op: tile_memory.ViewOp) -> None:
 
 @lowering(tile_memory.ScratchOp)
 def _scratch(e: FunctionEmitter, op: tile_memory.ScratchOp) -> None:
-    # Only at the top of a kernel (checked by the kernel verifier): an alloca in a loop would grow the stack.
+    # Not in a loop (the op verifies that): every iteration would take more of the stack.
     e.define(op.out, f"alloca [{op.size} x {llvm_element(op.element)}], align 64")
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ir.core import Op as CoreOp
-from ir.core import Region, Value
+from ir.core import Region
 from ir.diagnostics import DiagnosticSink
 from ir.formats import I1
-from ir.op_def import InferenceError, Op, attr, expect, operand, region, register_op, result
+from ir.op_def import InferenceError, Op, expect, operand, region, register_op, result
+from ir.ops.tile import element_of
+from ir.tile_memory_model import KernelFault
 from ir.traits import HasRecursiveEffects, Pure, Synchronizes, Terminator
 from ir.types import INDEX, ScalarType, Type
 
@@ -40,10 +41,18 @@ class YieldOp(Op):
         return ()
 
 
-def _yielded(body: Region) -> list[Value]:
-    """The operands of the terminator of a body."""
-    end: CoreOp | None = body.block.terminator
-    return list(end.operands) if isinstance(end, YieldOp) else []
+def _yielded(body: Region) -> list[Type] | None:
+    """The types of what a body yields; None when it does not end in `tile.yield`."""
+    end = body.block.terminator
+    return [v.type for v in end.operands] if isinstance(end, YieldOp) else None
+
+
+def _types(types: list[Type]) -> str:
+    return "(" + ", ".join(str(t) for t in types) + ")"
+
+
+def _shown(types: list[Type] | None) -> str:
+    return "no tile.yield" if types is None else _types(types)
 
 
 @register_op
@@ -51,7 +60,7 @@ class ForOp(Op):
     """Counts from `lower` up to below `upper` by `step`, carrying values from one iteration to the next.
 
     The body's arguments are the counter and the carried values; `tile.yield` passes them on; the results are the last
-    ones (the initial ones when there is no iteration). `unroll` asks the code generator for that many copies.
+    ones (the initial ones when there is no iteration).
 
     %s = tile.for %lo, %hi, %one, %zero ({ ^(%i: index, %acc: f32):
       tile.yield %acc : (f32) -> ()
@@ -64,17 +73,20 @@ class ForOp(Op):
     upper = operand("the counter stays below it")
     step = operand("above 0")
     initial = operand("carried values at the start", variadic=True)
-    unroll = attr(int, "copies of the body, 1 = leave it to the compiler", default=1)
     body = region("one iteration")
     out = result("carried values at the end", variadic=True)
 
     @staticmethod
-    def infer_types(lower: Type, upper: Type, step: Type, *initial: Type, unroll: int) -> tuple[Type, ...]:
+    def infer_types(lower: Type, upper: Type, step: Type, *initial: Type) -> tuple[Type, ...]:
         expect(lower == upper == step == INDEX, f"expected bounds of type index, got {lower}, {upper}, {step}")
+        for carried in initial:
+            element_of(carried)
         return initial
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         lower, upper, step, *carried = values
+        if step < 1:
+            raise KernelFault(f"'tile.for' expected a step above 0, got {step}")
         for i in range(int(lower), int(upper), int(step)):
             carried = context.run_region(self.body, [np.int64(i), *carried])
         return tuple(carried)
@@ -84,8 +96,8 @@ class ForOp(Op):
         want = [INDEX, *(v.type for v in self.initial)]
         if have != want:
             diag.error(self.location, f"'tile.for' expected body arguments {_types(want)}, got {_types(have)}")
-        if [v.type for v in _yielded(self.body)] != want[1:]:
-            got = _types([v.type for v in _yielded(self.body)])
+        if _yielded(self.body) != want[1:]:
+            got = _shown(_yielded(self.body))
             diag.error(self.location, f"'tile.for' expected its body to yield {_types(want[1:])}, got {got}")
 
 
@@ -113,19 +125,22 @@ class IfOp(Op):
         expect(condition == ScalarType(I1), f"expected an i1 condition, got {condition}")
         if len(regions) != 2:
             raise InferenceError(f"expected two bodies, got {len(regions)}")
-        return tuple(v.type for v in _yielded(regions[0]))
+        yielded = _yielded(regions[0]) or ()
+        for type in yielded:
+            element_of(type)
+        return tuple(yielded)
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         return tuple(context.run_region(self.then if values[0] else self.otherwise, ()))
 
     def verify(self, diag: DiagnosticSink) -> None:
-        first, second = ([v.type for v in _yielded(r)] for r in self.regions)
-        if first != second:
-            diag.error(self.location, f"'tile.if' bodies yield {_types(first)} and {_types(second)}")
-
-
-def _types(types: list[Type]) -> str:
-    return "(" + ", ".join(str(t) for t in types) + ")"
+        if any(r.block.arguments for r in self.regions):
+            diag.error(self.location, "'tile.if' expected bodies without arguments")
+        first, second = map(_yielded, self.regions)
+        if first is None or first != second:
+            diag.error(
+                self.location, f"'tile.if' expected bodies that yield alike, got {_shown(first)} and {_shown(second)}"
+            )
 
 
 @register_op
@@ -181,5 +196,5 @@ class BarrierOp(Op):
         return ()
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
-        context.wait()
+        context.wait(self)
         return ()

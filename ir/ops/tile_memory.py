@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ir.diagnostics import DiagnosticSink
 from ir.formats import I1, I32, PlainFormat
-from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
+from ir.ops.builtin import FuncOp
 from ir.ops.tile import element_of, lanes_of
 from ir.tile_memory_model import BufferView
 from ir.traits import Pure, ReadsMemory, WritesMemory
@@ -17,8 +19,12 @@ from ir.types import INDEX, BufferType, ScalarType, Type, VectorType
 
 
 def _buffer_element(type: Type) -> PlainFormat:
-    expect(isinstance(type, BufferType), f"expected a buffer, got {type}")
-    return type.element  # pyright: ignore
+    """The format of a buffer's elements; a mask (i1) has no bytes to lie in."""
+    if not isinstance(type, BufferType):
+        raise InferenceError(f"expected a buffer, got {type}")
+    if not isinstance(type.element, PlainFormat) or type.element == I1:
+        raise InferenceError(f"expected a buffer of machine numbers, got {type}")
+    return type.element
 
 
 def _check_index(type: Type) -> None:
@@ -43,6 +49,7 @@ class LoadOp(Op):
     def infer_types(buffer: Type, index: Type, lanes: int) -> Type:
         _check_index(index)
         element = _buffer_element(buffer)
+        expect(lanes >= 1, f"expected 1 lane or more, got {lanes}")
         return ScalarType(element) if lanes == 1 else VectorType(lanes, element)
 
     @staticmethod
@@ -190,7 +197,10 @@ class ViewOp(Op):
     @staticmethod
     def infer_types(buffer: Type, element: PlainFormat) -> Type:
         _buffer_element(buffer)
-        return BufferType(element, buffer.space)  # pyright: ignore
+        assert isinstance(buffer, BufferType)
+        made = BufferType(element, buffer.space)
+        _buffer_element(made)
+        return made
 
     @staticmethod
     def reference(buffer: Any, element: PlainFormat) -> Any:
@@ -200,6 +210,8 @@ class ViewOp(Op):
 @register_op
 class ScratchOp(Op):
     """A buffer of this thread's own on its stack, undefined at first, gone when the kernel returns.
+
+    It stands in the body of the kernel itself: inside a loop, every iteration would take more of the stack.
 
     %s = tile.scratch {size = 64, element = f32} : () -> buffer<f32, private>
     """
@@ -213,7 +225,16 @@ class ScratchOp(Op):
     @staticmethod
     def infer_types(size: int, element: PlainFormat) -> Type:
         expect(size > 0, f"expected a size above 0, got {size}")
-        return BufferType(element, "private")
+        made = BufferType(element, "private")
+        _buffer_element(made)
+        return made
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        outer = self.parent_op
+        if outer is not None and not isinstance(outer, FuncOp):
+            diag.error(
+                self.location, f"'tile.scratch' stands inside '{outer.name}'; expected it in the kernel's own body"
+            )
 
     @staticmethod
     def reference(size: int, element: PlainFormat) -> Any:

@@ -5,7 +5,8 @@
     tensor.fused kind = "gemm"   either of them with prologue and epilogue (forms in docs/passes/fuse.md)
 
 Threads share the strips of the weights; a strip is read once from memory and meets all rows, `TileShape.rows` at a
-time. A prologue is a first phase over all rows into arena memory, then a barrier.
+time. A prologue is a first phase over all rows into arena memory, then a barrier; rows of an odd k, whose pairs would
+straddle two rows, are padded there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from codegen.kernels.call import (
     rows_of,
     structure_key,
 )
-from codegen.kernels.math import silu
+from codegen.kernels.math import clip, silu
 from codegen.kernels.micro import LANES, StripMatrix, TileShape, multiply_rows
 from codegen.kernels.rowwise import normalize_rows
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import F32, PlainFormat
+from ir.formats import BF16, F32, PlainFormat
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp
 from ir.ops.gemm import MatmulOp
@@ -37,6 +38,8 @@ from ir.ops.moe import GroupedGemmOp
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import AddOp, CastOp, ClipOp, MulOp, SiluOp, SwigluOp
 from ir.types import TensorType
+
+PACKS: dict[PlainFormat, int] = {BF16: 2, F32: 1}  # pairs for `tile.dot2`, single numbers for `tile.fma`
 
 
 @dataclass
@@ -74,6 +77,10 @@ def strip_matrix(w: Value) -> StripMatrix:
         )
     if type.layout.rows % LANES:
         message = f"kernels take strips of a multiple of {LANES} rows, got {type.layout}"
+        raise DiagnosticError.of(Diagnostic("error", message, next(user for user, _ in w.uses).location))
+    if PACKS.get(type.element) != type.layout.pack:
+        packs = ", ".join(f"{element} with pack={pack}" for element, pack in PACKS.items())
+        message = f"no matrix kernel for weights of {type.element} in {type.layout}; have {packs}"
         raise DiagnosticError.of(Diagnostic("error", message, next(user for user, _ in w.uses).location))
     n, k = type.shape[-2:]
     assert isinstance(n, int) and isinstance(k, int)
@@ -123,7 +130,7 @@ def emit_gemm(op: Op, context: EmitContext) -> KernelSpec:
     arguments.append(gemm.result)
     if has_prologue(gemm):
         writes.append(len(arguments))
-        arguments.append(Temporary(TensorType((rows_of(gemm.x.type), w.k), w.element)))
+        arguments.append(Temporary(TensorType((rows_of(gemm.x.type), w.stored_k), w.element)))
     arguments += [SizeArgument(rows_of(gemm.x.type)), SizeArgument(rows_of(gemm.result.type))]
     parts = ["experts" if isinstance(gemm.product, GroupedGemmOp) else "gemm", f"{w.n}x{w.k}"]
     parts += [inner.name.split(".")[1] for inner in ([gemm.norm] if gemm.norm else []) + gemm.epilogue]
@@ -132,8 +139,9 @@ def emit_gemm(op: Op, context: EmitContext) -> KernelSpec:
 
 
 def has_prologue(gemm: Gemm) -> bool:
-    """Whether the rows are computed (norm, cast) before the product."""
-    return gemm.norm is not None or gemm.x_element != _element(gemm.x)
+    """Whether the rows are computed (norm, cast) or padded to whole packs before the product."""
+    w = gemm.weight
+    return gemm.norm is not None or gemm.x_element != _element(gemm.x) or w.stored_k != w.k
 
 
 def _build(name: str, gemm: Gemm, shape: TileShape) -> FuncOp:
@@ -152,20 +160,20 @@ def _build(name: str, gemm: Gemm, shape: TileShape) -> FuncOp:
     x_rows, y_rows = k.size("x_rows"), k.size("y_rows")
 
     if temporary is not None:
-        normalize_rows(k, x, gain, gemm.norm.eps if gemm.norm else 0.0, temporary, w.k, x_rows)
+        normalize_rows(k, x, gain, gemm.norm.eps if gemm.norm else 0.0, temporary, w.k, w.stored_k, x_rows)
         k.barrier()
         x = temporary
 
     tile = _TileEmitter(k, gemm, w, shape, x, out, extra)
     if not isinstance(product, GroupedGemmOp):
-        tile.all_strips(weights, lambda row: row * w.k, k.index(0), y_rows)
+        tile.all_strips(weights, lambda row: row * w.stored_k, k.index(0), y_rows)
         return k.finish()
     assert order is not None and offsets is not None and isinstance(product.w.type, TensorType)
     gather = product.gather
 
     def row_offset(row: Expr) -> Expr:
         source = order.load(row).to_index() // gather if gather else row
-        return source * w.k
+        return source * w.stored_k
 
     experts = product.w.type.shape[0]
     assert isinstance(experts, int)
@@ -247,7 +255,7 @@ class _TileEmitter:
                 case SiluOp():
                     values = [silu(k, v) for v in values]
                 case ClipOp():
-                    values = [v.max(op.low).min(op.high) for v in values]
+                    values = [clip(k, v, op.low, op.high) for v in values]
                 case SwigluOp():
                     values = [silu(k, g) * u for g, u in zip(values[:width], values[width:], strict=True)]
                     columns, masks = columns[:width], masks[:width]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.tile_builder import Buffer, Expr
+from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, I32, PlainFormat
 from ir.types import KVCacheType, Layout, VectorType
 
@@ -31,9 +32,9 @@ class KVLayout:
 
     @classmethod
     def of(cls, cache: KVCacheType) -> KVLayout:
-        """The layout of a cache type; bf16 and f32 have one."""
+        """The layout of a cache type. Raises DiagnosticError for elements other than bf16 and f32."""
         if cache.element not in (BF16, F32):
-            raise TypeError(f"no layout of a KV cache of {cache.element}; have bf16 and f32")
+            raise DiagnosticError(f"no layout of a KV cache of {cache.element}", expected="bf16 or f32")
         assert isinstance(cache.element, PlainFormat)
         return cls(cache.num_kv_heads, -(-cache.head_dim // 16) * 16, cache.element)
 

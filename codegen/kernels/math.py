@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from codegen.tile_builder import Expr, KernelBuilder
-from ir.formats import F32, I32
-from ir.types import ScalarType, VectorType
+from ir.formats import I32
 
 LOG2_E = 1.4426950408889634
-# 2**f on [-0.5, 0.5]: minimax polynomial, relative error below 3e-8 (Cody and Waite; coefficients by Remez exchange).
+# 2**f on [-0.5, 0.5] as 1 + f * polynomial: minimax by Remez exchange, relative error below 3e-9 before rounding.
 _EXP2 = (
     1.0,
-    0.6931471805599453,
-    0.2402265069591007,
-    0.05550410866482158,
-    0.009618129107628477,
-    0.0013333558146428443,
-    0.00015403530393381608,
+    0.6931472149680411,
+    0.2402265278287691,
+    0.055503105509931205,
+    0.009617692974792218,
+    0.0013406643905899637,
+    0.00015594677576190457,
 )
 
 
 def exp2(k: KernelBuilder, x: Expr) -> Expr:
-    """2**x for f32 scalars or vectors; 0 below -126 (also for -inf), saturates at 2**127."""
-    clamped = x.max(-127.0).min(127.0)
+    """2**x for f32 scalars or vectors, to 2 units in the last place; 0 below -126.5, inf above 127.5, NaN for NaN."""
+    clamped = clip(k, x, -127.0, 128.0)
     whole = k.round(clamped)
     fraction = clamped - whole
-    value = _like(k, x, _EXP2[-1])
+    value = k.f32(_EXP2[-1], x.lanes)
     for coefficient in reversed(_EXP2[:-1]):
         value = k.fma(value, fraction, coefficient)
-    integer = VectorType(x.lanes, I32) if isinstance(x.type, VectorType) else ScalarType(I32)
-    bits = whole.cast(I32) + 127
-    power = bits.shifted_left(23).bitcast(
-        VectorType(x.lanes, F32) if isinstance(x.type, VectorType) else ScalarType(F32)
-    )
-    assert bits.type == integer
-    return value * power  # at -127 the exponent field is 0, so the product is 0
+    bits = (whole.cast(I32) + 127).shifted_left(23)
+    # At -127 the exponent field is 0, so the product is 0; at 128 it is that of infinity.
+    return value * bits.bitcast(x.type)
+
+
+def clip(k: KernelBuilder, x: Expr, low: float, high: float) -> Expr:
+    """x limited to low .. high; NaN stays NaN, because `tile.min` and `tile.max` then give their second operand."""
+    return k.constant(x.type, high).min(k.constant(x.type, low).max(x))
 
 
 def exp(k: KernelBuilder, x: Expr) -> Expr:
@@ -49,7 +49,3 @@ def sigmoid(k: KernelBuilder, x: Expr) -> Expr:
 def silu(k: KernelBuilder, x: Expr) -> Expr:
     """x * sigmoid(x)."""
     return x / (exp2(k, x * -LOG2_E) + 1.0)
-
-
-def _like(k: KernelBuilder, x: Expr, value: float) -> Expr:
-    return k.f32(value, x.lanes)

@@ -44,8 +44,13 @@ class StripMatrix:
         return self.layout.padded(self.n, self.k)[0] // self.layout.rows
 
     @property
+    def stored_k(self) -> int:
+        """k with its padding to whole packs: what a row of activations must have, zeros included."""
+        return self.layout.padded(self.n, self.k)[1]
+
+    @property
     def strip_elements(self) -> int:
-        return self.layout.padded(self.n, self.k)[1] * self.layout.rows
+        return self.stored_k * self.layout.rows
 
     @property
     def elements(self) -> int:
@@ -62,8 +67,9 @@ def multiply_rows(
 ) -> list[list[Expr]]:
     """Sums [len(rows)][len(vectors)] of 16 lanes each, added to `initial` (zeros by default).
 
-    A row is a buffer of the weights' element and the offset of its element 0; a vector of outputs is a strip (the
-    buffer begins at the strip's first element) and the number of the 16 weight rows inside it.
+    A row is a buffer of the weights' element and the offset of its element 0, a multiple of the pack; it has `stored_k`
+    elements. A vector of outputs is a strip (the buffer begins at the strip's first element) and the number of the 16
+    weight rows inside it.
     """
     pack, count = w.layout.pack, len(vectors)
     steps = -(-w.k // pack)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
 from codegen.kernels.kv_layout import KVLayout
+from codegen.kernels.math import clip
 from codegen.kernels.rowwise import LANES, row_scale
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
@@ -177,8 +178,8 @@ class _RopeWriter:
             p.kv.store_value(self.buffers["cache"], block, inside, loop.i, value)
 
     def _clip(self, value: Expr) -> Expr:
-        clip = self.parts.clip
-        return value.max(clip.low).min(clip.high) if clip else value
+        limits = self.parts.clip
+        return clip(self.k, value, limits.low, limits.high) if limits else value
 
     def _rope(
         self,

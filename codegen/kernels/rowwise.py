@@ -19,7 +19,7 @@ from codegen.kernels.call import (
     rows_of,
     structure_key,
 )
-from codegen.kernels.math import silu
+from codegen.kernels.math import clip, silu
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
@@ -75,12 +75,15 @@ def row_scale(k: KernelBuilder, load: Callable[[Expr, int, Expr | None], Expr], 
 
 
 def normalize_rows(
-    k: KernelBuilder, x: Buffer, gain: Buffer | None, eps: float, out: Buffer, width: int, rows: Expr
+    k: KernelBuilder, x: Buffer, gain: Buffer | None, eps: float, out: Buffer, width: int, stride: int, rows: Expr
 ) -> None:
-    """out[r] = x[r] normed and multiplied by `gain` (or just cast, when `gain` is None), rows shared among threads."""
+    """out[r] = x[r] normed and multiplied by `gain` (or just cast, when `gain` is None), rows shared among threads.
+
+    A row of `out` has `stride` elements; zeros follow the first `width`.
+    """
     first, last = k.thread_share(rows)
     with k.loop(first, last) as row:
-        source, target = x.at(row.i * width), out.at(row.i * width)
+        source, target = x.at(row.i * width), out.at(row.i * stride)
 
         def load(column: Expr, lanes: int, mask: Expr | None) -> Expr:
             return source.load(column, lanes, mask).cast(F32)
@@ -94,6 +97,8 @@ def normalize_rows(
             target.store(column, value.cast(out.element), mask)
 
         for_columns(k, 0, width, write)
+        for column in range(width, stride):
+            target.store(column, k.f32(0.0).cast(out.element))
 
 
 class RowEvaluator:
@@ -128,7 +133,7 @@ class RowEvaluator:
             case SiluOp():
                 result = silu(self.k, wide(0))
             case ClipOp():
-                result = wide(0).max(op.low).min(op.high)
+                result = clip(self.k, wide(0), op.low, op.high)
             case SwigluOp():
                 result = silu(self.k, wide(0)) * wide(0, column + width_of(value))
             case SliceOp():

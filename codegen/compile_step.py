@@ -20,6 +20,7 @@ from codegen.object_cache import ObjectCache
 from codegen.weights import StoredTensor, plan_weights
 from ir.core import Value
 from ir.ops.builtin import FuncOp, ModuleOp
+from passes.schedule.check_launches import check_launches
 from passes.schedule.check_plan import check_plan
 
 PREFILL_TOKENS = 512
@@ -95,6 +96,7 @@ def lower_step(step: FuncOp, features: frozenset[str], *, programs: Sequence[Pro
     for program in lowered:
         check_plan(program.func, program.arena_bytes).raise_if_errors()
     kernels = tuple(lowering.kernels.values())
+    check_launches([program.func for program in lowered], kernels).raise_if_errors()
     return LoweredStep(lowered, kernels, roots, tuple(stored), weights_bytes, lowering.kv, len(lowering.layers))
 
 

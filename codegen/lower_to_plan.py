@@ -264,7 +264,7 @@ class _ProgramBuilder:
                 plan.KVOp(layer=self.lowering.layers[op.symbol.name], heads=kv.heads, dim=kv.dim, result_types=[buffer])
             )
         assert op is None, f"{op} has no place"
-        which = plan.INPUTS[key.index]
+        which = list(plan.INPUTS)[key.index]
         return b(plan.InputOp(which=which, result_types=[buffer]), which)
 
     def _launch(self, call: _Call) -> Launch:

@@ -6,18 +6,37 @@ the KV cache, and then lists launches with the barriers between them. All thread
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ir.attributes import SymbolRef
 from ir.diagnostics import DiagnosticSink
+from ir.formats import F32, I32
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.traits import Pure, Synchronizes, WritesMemory
 from ir.types import INDEX, BufferType, IndexType, Type
 
-INPUTS = ("ids", "positions", "slots", "rows", "logits")
+INPUTS = {"ids": I32, "positions": I32, "slots": I32, "rows": I32, "logits": F32}
 SIZES = ("tokens", "rows", "ctx", "slots")
 
 
+class PlaceOp(Op):
+    """Base of the ops that name memory; the type of their buffer is given."""
+
+    out = result("buffer; the type is given")
+    least: ClassVar[dict[str, int]] = {}  # attribute -> smallest value it may have
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        for name, smallest in self.least.items():
+            if self.attributes[name] < smallest:
+                message = f"'{self.name}' expected {name} >= {smallest}, got {self.attributes[name]}"
+                diag.error(self.location, message)
+        type = self.out.type
+        if not isinstance(type, BufferType) or type.space != "global":
+            diag.error(self.location, f"'{self.name}' expected to give a global buffer, got {type}")
+
+
 @register_op
-class InputOp(Op):
+class InputOp(PlaceOp):
     """A buffer the caller passes to the step: ids, positions, slots [tokens], rows [rows], logits [rows, vocab].
 
     %ids = plan.input {which = "ids"} : () -> buffer<i32>
@@ -26,11 +45,13 @@ class InputOp(Op):
     name = "plan.input"
     traits = (Pure,)
     which = attr(str, "ids, positions, slots, rows or logits")
-    out = result("buffer; the type is given")
 
     def verify(self, diag: DiagnosticSink) -> None:
         if self.which not in INPUTS:
             diag.error(self.location, f"'plan.input' expected one of {', '.join(INPUTS)}, got {self.which!r}")
+        elif self.out.type != BufferType(INPUTS[self.which]):
+            wanted = BufferType(INPUTS[self.which])
+            diag.error(self.location, f"'plan.input' expected {self.which} to be {wanted}, got {self.out.type}")
 
 
 @register_op
@@ -49,11 +70,12 @@ class SizeOp(Op):
     @staticmethod
     def infer_types(which: str, scale: int) -> Type:
         expect(which in SIZES, f"expected one of {', '.join(SIZES)}, got {which!r}")
+        expect(scale >= 1, f"expected scale >= 1, got {scale}")
         return INDEX
 
 
 @register_op
-class WeightOp(Op):
+class WeightOp(PlaceOp):
     """A stored tensor of the artifact.
 
     %w = plan.weight {symbol = @layers.0.mlp.down_proj, offset = 4096, bytes = 8192} : () -> buffer<bf16>
@@ -64,11 +86,11 @@ class WeightOp(Op):
     symbol = attr(SymbolRef, "its name in the weights index")
     offset = attr(int, "bytes from the start of the weights file")
     bytes = attr(int, "stored bytes")
-    out = result("buffer; the type is given")
+    least: ClassVar[dict[str, int]] = {"offset": 0, "bytes": 0}
 
 
 @register_op
-class KVOp(Op):
+class KVOp(PlaceOp):
     """The KV cache of one layer: every slot, every kv head.
 
     %kv = plan.kv {layer = 0, heads = 4, dim = 64} : () -> buffer<bf16>
@@ -79,11 +101,11 @@ class KVOp(Op):
     layer = attr(int, "which")
     heads = attr(int, "kv heads")
     dim = attr(int, "stored width of a head")
-    out = result("buffer; the type is given")
+    least: ClassVar[dict[str, int]] = {"layer": 0, "heads": 1, "dim": 1}
 
 
 @register_op
-class ReserveOp(Op):
+class ReserveOp(PlaceOp):
     """Takes bytes [offset, offset + bytes) of the arena until `plan.release`.
 
     %b = plan.reserve {offset = 0, bytes = 8192} : () -> buffer<f32>
@@ -93,7 +115,7 @@ class ReserveOp(Op):
     traits = (WritesMemory,)
     offset = attr(int, "bytes from the start of the arena")
     bytes = attr(int, "size")
-    out = result("buffer; the type is given")
+    least: ClassVar[dict[str, int]] = {"offset": 0, "bytes": 0}
 
 
 @register_op
@@ -115,7 +137,7 @@ class ReleaseOp(Op):
 
 @register_op
 class LaunchOp(Op):
-    """Runs a kernel on the whole team. It writes its arguments numbered in `writes` and reads the other buffers.
+    """Runs a kernel on the whole team. Every buffer is read, written or both, as `reads` and `writes` say.
 
     plan.launch %x, %w, %y, %tokens {kernel = @gemm_2048x2048, writes = [2], reads = [0, 1]}
         : (buffer<bf16>, buffer<bf16>, buffer<f32>, index) -> ()
@@ -134,9 +156,11 @@ class LaunchOp(Op):
     ) -> tuple[Type, ...]:
         for a in arguments:
             expect(isinstance(a, BufferType | IndexType), f"expected buffers and indices, got {a}")
+        buffers = [i for i, a in enumerate(arguments) if isinstance(a, BufferType)]
         for i in (*writes, *reads):
-            inside = 0 <= i < len(arguments) and isinstance(arguments[i], BufferType)
-            expect(inside, f"argument {i} is not a buffer of this launch")
+            expect(type(i) is int and i in buffers, f"argument {i} is not a buffer of this launch")
+        for i in buffers:
+            expect(i in writes or i in reads, f"argument {i} is neither in reads nor in writes")
         return ()
 
 

@@ -4,6 +4,7 @@ Checked on the ops alone, in order:
 - a reserved buffer is used only between its `plan.reserve` and its one `plan.release`, and all are released;
 - buffers alive at the same time never share a byte, and none reaches past the arena;
 - between two launches of which one writes bytes that the other touches there is a `plan.barrier`;
+- no argument of a launch shares bytes with one that it writes: kernels are compiled on that promise;
 - the last launch is followed by a barrier, so that results are there when the step returns.
 """
 
@@ -15,6 +16,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
+from ir.types import BufferType
 
 Region = tuple[str, int, int]  # memory, first byte, one past the last
 
@@ -67,6 +69,12 @@ class _Checker:
                 self.diag.error(op.location, f"launch of {op.kernel} uses a buffer after its release")
         writes = [_region(op.arguments[i]) for i in op.writes]
         reads = [_region(op.arguments[i]) for i in op.reads]
+        for i in op.writes:
+            others = [_region(v) for j, v in enumerate(op.arguments) if j != i and isinstance(v.type, BufferType)]
+            clash = _clash([_region(op.arguments[i])], others)
+            if clash:
+                message = f"launch of {op.kernel} writes {clash} as argument {i} and gets it as another one too"
+                self.diag.error(op.location, message)
         for earlier, earlier_writes, earlier_reads in self.since_barrier:
             clash = _clash(earlier_writes, writes + reads) or _clash(earlier_reads, writes)
             if clash:

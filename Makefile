@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 CODE := ir frontends hw_targets passes codegen runtime stratum tests examples tools bench
 FOLDERS = $(wildcard $(CODE))
 PYTEST := $(PY) -m pytest
@@ -19,8 +19,9 @@ help: ## list the targets
 # --- environment ---------------------------------------------------------------------------------------------------
 
 $(PY):
-	@tools/find-python | { read -r python; "$$python" -m venv $(VENV); } || \
-	  { echo "make: cannot create $(VENV); on Debian and Ubuntu the missing piece is 'apt-get install python3-venv'" >&2; rm -rf $(VENV); exit 1; }
+	@python=$$(tools/find-python) || exit 1; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: cannot create $(VENV); on Debian and Ubuntu the missing piece is 'apt-get install python3-venv'" >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(PY)
 	$(PIP) install -e '.[test]'
@@ -43,7 +44,7 @@ install-dev: $(VENV)/.installed-dev ## the same with the developers' tools
 
 PROMPT ?= Return the
 demo: $(VENV)/.installed ## install, compile examples/tiny-moe, generate text
-	$(BIN)/compile-model build examples/tiny-moe -o build/tiny-moe --force
+	$(BIN)/compile-model build examples/tiny-moe -o build/tiny-moe
 	$(BIN)/compile-model run build/tiny-moe --prompt '$(PROMPT)' -n 96
 
 # --- tests ---------------------------------------------------------------------------------------------------------

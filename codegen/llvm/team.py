@@ -173,8 +173,8 @@ def team_text(triple: str) -> str:
         pause = "call void @llvm.x86.sse2.pause()"
         extra = "declare void @llvm.x86.sse2.pause()\n"
     else:
-        pause = 'call void asm sideeffect "yield", ""()'
-        extra = ""
+        pause = "call void @llvm.aarch64.hint(i32 1)"  # YIELD
+        extra = "declare void @llvm.aarch64.hint(i32)\n"
     futex = FUTEX_NUMBERS.get(machine)
     if futex is None:
         raise ValueError(f"no futex number for {machine}; have {', '.join(FUTEX_NUMBERS)}")

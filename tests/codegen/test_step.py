@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hw_targets
 from codegen.build import default_pipeline
 from codegen.compile_step import CompiledStep, compile_step
 from codegen.object_cache import ObjectCache
@@ -155,3 +156,14 @@ def test_idle_and_crowded_experts(experts_used: str) -> None:
         agree(runner.native(batch, "prefill"), want, "f32")
 
 
+
+
+@pytest.mark.parametrize("name", [n for n in hw_targets.names() if n != "host"])
+def test_every_shipped_target_can_be_built_for(name: str) -> None:
+    """Cross-compiling needs no such machine; the object says whose code it is."""
+    target = hw_targets.load(name)
+    model = build_model(SHAPES[3])
+    PassManager(default_pipeline(target, "bf16")).run(model.module)
+    step = compile_step(model.step, target, cache=ObjectCache())
+    machine = {"x86_64": 62, "aarch64": 183}[target.arch]  # e_machine of ELF
+    assert step.object_code[:4] == b"\x7fELF" and int.from_bytes(step.object_code[18:20], "little") == machine

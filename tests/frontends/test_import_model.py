@@ -23,6 +23,7 @@ from ir.interpreter import zero_states
 from ir.ops.attention import ScoresOp
 from ir.ops.tensor import CastOp, ClipOp, ConstantOp, ConstantStackOp
 from tests.frontends.model_files import FAMILIES, config_of, random_tensors, safetensors_bytes, write_model
+from tests.goldens import GOLDEN_CASES, GOLDENS, Golden
 
 IDS = np.array([3, 1, 4, 1, 5, 9, 2], np.int32)
 
@@ -66,6 +67,20 @@ def test_every_family_is_imported(family: str, dtype: str, tmp_path: Path) -> No
             casts = [isinstance(user, CastOp) for user in op.result.users]
             assert op.symbol.name == "model.embed_tokens.weight" or casts == [dtype != "F32"]
     imported.checkpoint.close()
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN_CASES))
+def test_the_graph_means_what_transformers_computes(name: str) -> None:
+    """The interpreter on the imported graph gives the logits of the committed goldens."""
+    golden = Golden.load(GOLDENS / name)
+    imported = import_model(GOLDENS / name)
+    func = imported.module.function("step")
+    with imported.checkpoint as checkpoint:
+        rows = np.arange(len(golden.ids), dtype=np.int32)
+        states = zero_states(func, slots=1, ctx=len(rows))
+        inputs = [golden.ids.astype(np.int32), rows, np.zeros_like(rows), rows]
+        (logits,) = ir.interpret(func, inputs, weights=checkpoint.read, states=states)
+    assert np.abs(logits - golden.logits).max() < 1e-5 * np.abs(golden.logits).max()
 
 
 def test_origins_are_the_paths_of_the_checkpoint(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from ir.core import Op
 from ir.formats import PlainFormat
 from ir.interpreter import Environment
-from ir.ops import plan
 from ir.ops.builtin import FuncOp
 from ir.tile_memory_model import BufferView, KernelFault, Memory
 from ir.types import BufferType
@@ -96,7 +95,10 @@ def interpret_kernel(kernel: FuncOp, arguments: Sequence[Any], threads: int = 1)
 
     Raises KernelFault for accesses out of bounds and for races.
     """
-    memories = [Memory(a, f"argument {i}") if isinstance(a, np.ndarray) else None for i, a in enumerate(arguments)]
+    several = threads > 1
+    memories = [
+        Memory(a, f"argument {i}", several) if isinstance(a, np.ndarray) else None for i, a in enumerate(arguments)
+    ]
     team = Team(threads, [m for m in memories if m is not None])
     team.run(lambda thread: _run_kernel(kernel, _views(kernel, arguments, memories, thread), team, thread))
 
@@ -134,51 +136,38 @@ def interpret_program(
     logits and kv are changed in place. Raises KernelFault for races between launches too: a barrier that the plan
     forgot is found here.
     """
-    shared = {name: Memory(a, name) for name, a in inputs.items()}
-    shared |= {"weights": Memory(weights, "weights"), "arena": Memory(arena, "arena"), "kv": Memory(kv, "kv cache")}
+    arrays = {**inputs, "weights": weights, "arena": arena, "kv cache": kv}
+    shared = {name: Memory(a, name, shared=threads > 1) for name, a in arrays.items()}
     team = Team(threads, list(shared.values()))
-
-    def body(thread: int) -> None:
-        environment = ThreadEnvironment(team, thread)
-        for op in program.block.ops[:-1]:
-            _plan_op(op, environment, kernels, shared, sizes)
-
-    team.run(body)
+    team.run(lambda thread: ProgramEnvironment(team, thread, kernels, shared, sizes).run_program(program))
 
 
-def _plan_op(
-    op: Op,
-    env: ThreadEnvironment,
-    kernels: Mapping[str, FuncOp],
-    shared: Mapping[str, Memory],
-    sizes: Mapping[str, int],
-) -> None:
-    """One op of a program on one thread."""
-    match op:
-        case plan.SizeOp():
-            env.values[op.out] = np.int64(sizes[op.which] * op.scale)
-        case plan.InputOp():
-            env.values[op.out] = _view(op, shared[op.which], 0, env)
-        case plan.WeightOp():
-            env.values[op.out] = _view(op, shared["weights"], op.offset, env)
-        case plan.ReserveOp():
-            env.values[op.out] = _view(op, shared["arena"], op.offset, env)
-        case plan.KVOp():
-            view = _view(op, shared["kv"], 0, env)
-            view.start = op.layer * sizes["slots"] * sizes["ctx"] * 2 * op.heads * op.dim * view.width
-            env.values[op.out] = view
-        case plan.LaunchOp():
-            kernel = kernels[op.kernel.name]
-            _run_kernel(kernel, [env.values[v] for v in op.arguments], env.team, env.thread)
-        case plan.BarrierOp():
-            env.wait(op)
-        case plan.ReleaseOp():
-            del env.values[op.buffer]
-        case _:
-            raise TypeError(f"{op.name} is no op of the plan level")
+class ProgramEnvironment(ThreadEnvironment):
+    """What plan-level ops ask for: sizes of the run, memory, kernels to launch."""
 
+    def __init__(
+        self,
+        team: Team,
+        thread: int,
+        kernels: Mapping[str, FuncOp],
+        memories: Mapping[str, Memory],
+        sizes: Mapping[str, int],
+    ) -> None:
+        super().__init__(team, thread)
+        self.kernels, self.memories, self.sizes = kernels, memories, sizes
 
-def _view(op: Op, memory: Memory, start: int, env: ThreadEnvironment) -> BufferView:
-    type = op.results[0].type
-    assert isinstance(type, BufferType) and isinstance(type.element, PlainFormat)
-    return BufferView(memory, type.element, start, env.thread)
+    def run_program(self, program: FuncOp) -> None:
+        """Every op of the program on this thread."""
+        self.run_block(program.block, ())
+
+    def place(self, memory: str, element: PlainFormat, start: int, size: int | None = None) -> BufferView:
+        """The buffer that begins at byte `start` of a memory and has `size` bytes (all that follow by default)."""
+        found = self.memories[memory]
+        last = found.bytes.size
+        return BufferView(
+            found, element, start, self.thread, (start, last if size is None else min(last, start + size))
+        )
+
+    def launch(self, kernel: str, arguments: Sequence[Any]) -> None:
+        """Runs this thread's part of a kernel."""
+        _run_kernel(self.kernels[kernel], arguments, self.team, self.thread)

@@ -1,9 +1,9 @@
 """Memory as the tile interpreter sees it: bounds are checked, and so is what threads do to each other.
 
-A `Memory` is the bytes of one buffer, shared by the threads of a team. Each byte remembers who wrote and who read it
+A `Memory` is the bytes of one array, shared by the threads of a team. Each byte remembers who wrote and who read it
 since the last barrier; a write that meets another thread's access in the same phase is a race, whatever the values and
 whichever of the two comes first.
-A `BufferView` is what one thread's buffer value holds: memory, first byte, element format, thread.
+A `BufferView` is what one thread's buffer value holds: memory, first byte, what it may touch, element format, thread.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class KernelFault(Exception):
 
 
 class Memory:
-    """Bytes shared by the threads of a team. `phase` counts barriers and is advanced by the team."""
+    """The bytes of an array. `shared`: by threads whose races are to be found."""
 
-    def __init__(self, array: np.ndarray, name: str = "buffer") -> None:
+    def __init__(self, array: np.ndarray, name: str = "buffer", shared: bool = True) -> None:
         self.bytes = array.reshape(-1).view(np.uint8)
         self.name = name
-        size = self.bytes.size
+        self.shared = shared
+        size = self.bytes.size if shared else 0
         self.writer = np.full(size, _NOBODY, np.int16)
         self.reader = np.full(size, _NOBODY, np.int16)
         self._notes = threading.Lock()  # two threads that touch a byte at once both leave their mark
@@ -41,13 +42,10 @@ class Memory:
         self.writer.fill(_NOBODY)
         self.reader.fill(_NOBODY)
 
-    def check(self, start: int, size: int, what: str) -> None:
-        if start < 0 or start + size > self.bytes.size:
-            message = f"{what} of bytes {start}..{start + size} of {self.name}, which has {self.bytes.size}"
-            raise KernelFault(message)
-
     def note_read(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has written there in this phase."""
+        if not self.shared:
+            return
         with self._notes:
             self._refuse_others(self.writer[where], thread, where, "reads", "written")
             readers = self.reader[where]
@@ -55,39 +53,59 @@ class Memory:
 
     def note_write(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has touched these bytes in this phase."""
+        if not self.shared:
+            return
         with self._notes:
             self._refuse_others(self.writer[where], thread, where, "writes", "written")
             self._refuse_others(self.reader[where], thread, where, "writes", "read")
             self.writer[where] = thread
 
     def _refuse_others(self, who: np.ndarray, thread: int, where: slice, does: str, done: str) -> None:
-        others = np.flatnonzero((who != _NOBODY) & (who != thread))
-        if others.size:
-            at = where.start + int(others[0])
+        others = (who != _NOBODY) & (who != thread)
+        if others.any():
+            at = where.start + int(others.argmax())
             raise KernelFault(f"thread {thread} {does} {self.name} at byte {at}, {done} by another in this phase")
 
 
 class BufferView:
-    """A buffer value: elements of `element` from byte `start` of `memory` on, as thread `thread` sees them."""
+    """A buffer value: elements of `element` from byte `start` of `memory` on, as thread `thread` sees them.
 
-    def __init__(self, memory: Memory, element: PlainFormat, start: int = 0, thread: int = 0) -> None:
+    `bounds` are the bytes [first, last) that may be touched, the whole of the memory by default.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        element: PlainFormat,
+        start: int = 0,
+        thread: int = 0,
+        bounds: tuple[int, int] | None = None,
+    ) -> None:
         self.memory = memory
         self.element = element
         self.start = start
         self.thread = thread
+        self.bounds = bounds or (0, memory.bytes.size)
+        self.released = False
         self.width = element.dtype.itemsize
 
     @classmethod
     def undefined(cls, size: int, element: PlainFormat) -> BufferView:
         """Fresh private memory, filled with a pattern that no kernel should rely on."""
-        return cls(Memory(np.full(size * element.dtype.itemsize, _UNDEFINED, np.uint8), "scratch"), element)
+        return cls(
+            Memory(np.full(size * element.dtype.itemsize, _UNDEFINED, np.uint8), "scratch", shared=False), element
+        )
 
     def _range(self, index: int, count: int, what: str) -> slice:
         first = self.start + index * self.width
-        self.memory.check(first, count * self.width, what)
+        last = first + count * self.width
+        low, high = self.bounds
+        if first < low or last > high:
+            message = f"{what} of bytes {first}..{last} of {self.memory.name}, outside of {low}..{high}"
+            raise KernelFault(message)
         if first % self.width:  # native code is told that elements are aligned to their size
             raise KernelFault(f"{what} of {self.element} at byte {first} of {self.memory.name}, which is not aligned")
-        return slice(first, first + count * self.width)
+        return slice(first, last)
 
     def load(self, index: int, lanes: int) -> Any:
         where = self._range(index, lanes, "read")
@@ -112,7 +130,7 @@ class BufferView:
             self.store(index + int(lane), value[lane])
 
     def offset(self, index: int) -> BufferView:
-        return BufferView(self.memory, self.element, self.start + index * self.width, self.thread)
+        return BufferView(self.memory, self.element, self.start + index * self.width, self.thread, self.bounds)
 
     def view(self, element: PlainFormat) -> BufferView:
-        return BufferView(self.memory, element, self.start, self.thread)
+        return BufferView(self.memory, element, self.start, self.thread, self.bounds)

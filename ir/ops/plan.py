@@ -6,12 +6,16 @@ the KV cache, and then lists launches with the barriers between them. All thread
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
 
 from ir.attributes import SymbolRef
 from ir.diagnostics import DiagnosticSink
-from ir.formats import F32, I32
+from ir.formats import F32, I32, PlainFormat
 from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.tile_memory_model import BufferView, KernelFault
 from ir.traits import Pure, Synchronizes, WritesMemory
 from ir.types import INDEX, BufferType, IndexType, Type
 
@@ -31,8 +35,14 @@ class PlaceOp(Op):
                 message = f"'{self.name}' expected {name} >= {smallest}, got {self.attributes[name]}"
                 diag.error(self.location, message)
         type = self.out.type
-        if not isinstance(type, BufferType) or type.space != "global":
-            diag.error(self.location, f"'{self.name}' expected to give a global buffer, got {type}")
+        if not (isinstance(type, BufferType) and isinstance(type.element, PlainFormat) and type.space == "global"):
+            diag.error(self.location, f"'{self.name}' expected to give a global buffer of machine numbers, got {type}")
+
+    @property
+    def element(self) -> PlainFormat:
+        """The format of the buffer's elements."""
+        assert isinstance(self.out.type, BufferType) and isinstance(self.out.type.element, PlainFormat)
+        return self.out.type.element
 
 
 @register_op
@@ -52,6 +62,9 @@ class InputOp(PlaceOp):
         elif self.out.type != BufferType(INPUTS[self.which]):
             wanted = BufferType(INPUTS[self.which])
             diag.error(self.location, f"'plan.input' expected {self.which} to be {wanted}, got {self.out.type}")
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (context.place(self.which, self.element, 0),)
 
 
 @register_op
@@ -73,6 +86,9 @@ class SizeOp(Op):
         expect(scale >= 1, f"expected scale >= 1, got {scale}")
         return INDEX
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (np.int64(context.sizes[self.which] * self.scale),)
+
 
 @register_op
 class WeightOp(PlaceOp):
@@ -87,6 +103,9 @@ class WeightOp(PlaceOp):
     offset = attr(int, "bytes from the start of the weights file")
     bytes = attr(int, "stored bytes")
     least: ClassVar[dict[str, int]] = {"offset": 0, "bytes": 0}
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (context.place("weights", self.element, self.offset, self.bytes),)
 
 
 @register_op
@@ -103,6 +122,11 @@ class KVOp(PlaceOp):
     dim = attr(int, "stored width of a head")
     least: ClassVar[dict[str, int]] = {"layer": 0, "heads": 1, "dim": 1}
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        position_bytes = 2 * self.heads * self.dim * self.element.dtype.itemsize
+        size = context.sizes["slots"] * context.sizes["ctx"] * position_bytes
+        return (context.place("kv cache", self.element, self.layer * size, size),)
+
 
 @register_op
 class ReserveOp(PlaceOp):
@@ -116,6 +140,9 @@ class ReserveOp(PlaceOp):
     offset = attr(int, "bytes from the start of the arena")
     bytes = attr(int, "size")
     least: ClassVar[dict[str, int]] = {"offset": 0, "bytes": 0}
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (context.place("arena", self.element, self.offset, self.bytes),)
 
 
 @register_op
@@ -132,6 +159,10 @@ class ReleaseOp(Op):
     @staticmethod
     def infer_types(buffer: Type) -> tuple[Type, ...]:
         expect(isinstance(buffer, BufferType), f"expected a buffer, got {buffer}")
+        return ()
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        values[0].released = True
         return ()
 
 
@@ -163,6 +194,13 @@ class LaunchOp(Op):
             expect(i in writes or i in reads, f"argument {i} is neither in reads nor in writes")
         return ()
 
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        for i, value in enumerate(values):
+            if isinstance(value, BufferView) and value.released:
+                raise KernelFault(f"launch of {self.kernel} uses argument {i} after its release")
+        context.launch(self.kernel.name, values)
+        return ()
+
 
 @register_op
 class BarrierOp(Op):
@@ -176,4 +214,8 @@ class BarrierOp(Op):
 
     @staticmethod
     def infer_types() -> tuple[Type, ...]:
+        return ()
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        context.wait(self)
         return ()

@@ -104,7 +104,7 @@ class ConstantOp(Op):
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         dtype = element_of(self.out.type).dtype
         if isinstance(self.out.type, VectorType):
-            return (np.broadcast_to(np.array(self.value, dtype), (self.out.type.lanes,)),)
+            return (np.full(self.out.type.lanes, self.value, dtype),)
         return (dtype.type(self.value),)
 
 

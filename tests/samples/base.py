@@ -1,4 +1,8 @@
-"""Sample and Fault, and short ways to write types and arrays in them."""
+"""Sample and Fault, and short ways to write types and values in them.
+
+Values of the tile and plan level: a numpy scalar, a one-dimensional array for a vector, a Python int for an index,
+`Stored(array)` for a buffer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ from ir.interpreter import Environment
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
-from ir.types import KVCacheType, SymbolicDim, TensorType, Type
+from ir.tile_interpreter import ProgramEnvironment, Team
+from ir.tile_memory_model import BufferView, Memory
+from ir.types import INDEX, BufferType, IndexType, KVCacheType, ScalarType, SymbolicDim, TensorType, Type, VectorType
 
 TOKENS, ROWS, CTX = SymbolicDim("tokens"), SymbolicDim("rows"), SymbolicDim("ctx")
 Regions = Callable[[], Sequence[Region]]
@@ -24,6 +30,16 @@ Regions = Callable[[], Sequence[Region]]
 
 def no_regions() -> Sequence[Region]:
     return ()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a buffer holds at first. Every run gets a copy."""
+
+    array: np.ndarray
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.array, dtype)
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,30 @@ def _build(
 def run_sample(sample: Sample) -> tuple[Any, ...]:
     """The results of a sample by its op's meaning."""
     _, op = sample.build()
-    return Environment(sample.weights, dict(sample.states)).run_op(op, sample.inputs)
+    if sample.op.split(".")[0] not in ("tile", "plan"):
+        return Environment(sample.weights, dict(sample.states)).run_op(op, sample.inputs)
+    return low_level_environment().run_op(op, [low_level_value(x) for x in sample.inputs])
+
+
+def low_level_environment() -> ProgramEnvironment:
+    """One thread of a team of one, and what plan-level ops name: 4 tokens, 2 rows, 16 positions, 2 slots."""
+    ids, logits, work = np.arange(4, dtype=np.int32), np.zeros(8, np.float32), np.zeros(4096, np.uint8)
+    memories = {name: Memory(ids.copy(), name) for name in ("ids", "positions", "slots", "rows")}
+    memories["logits"] = Memory(logits, "logits")
+    memories |= {name: Memory(work.copy(), name) for name in ("weights", "arena", "kv cache")}
+    kernel = FuncOp.create("nothing", [BufferType(F32), BufferType(F32), INDEX])
+    Builder.at_end(kernel.block).insert(ReturnOp())
+    team = Team(1, list(memories.values()))
+    sizes = {"tokens": 4, "rows": 2, "ctx": 16, "slots": 2}
+    return ProgramEnvironment(team, 0, {"nothing": kernel}, memories, sizes)
+
+
+def low_level_value(value: Any) -> Any:
+    """A sample's input as the interpreter of the tile and plan level holds it."""
+    if isinstance(value, Stored):
+        array = value.array.copy()
+        return BufferView(Memory(array, "sample"), format_of(array.dtype))
+    return np.int64(value) if type(value) is int else value
 
 
 def sample(op: str, label: str, /, *inputs: Any, types: Sequence[Type] = (), **named: Any) -> Sample:
@@ -106,8 +145,25 @@ def sample(op: str, label: str, /, *inputs: Any, types: Sequence[Type] = (), **n
     return Sample(op, label, inputs, tuple(types) or tuple(type_of(x) for x in inputs), named, regions)
 
 
-def fault(op: str, message: str, /, *types: Type, regions: Regions = no_regions, **attributes: Any) -> Fault:
-    return Fault(op, types, message, attributes, regions)
+def low_sample(op: str, label: str, /, *inputs: Any, **named: Any) -> Sample:
+    """A sample of the tile or plan level; operand types are those of the inputs, `result_types` may be given."""
+    for value in inputs:
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+    regions, result_types = named.pop("regions", no_regions), named.pop("result_types", None)
+    return Sample(op, label, inputs, tuple(low_level_type(x) for x in inputs), named, regions, result_types)
+
+
+def fault(
+    op: str,
+    message: str,
+    /,
+    *types: Type,
+    regions: Regions = no_regions,
+    result_types: tuple[Type, ...] | None = None,
+    **attributes: Any,
+) -> Fault:
+    return Fault(op, types, message, attributes, regions, result_types)
 
 
 def type_of(value: np.ndarray | KVState) -> Type:
@@ -115,6 +171,27 @@ def type_of(value: np.ndarray | KVState) -> Type:
     if isinstance(value, KVState):
         return KVCacheType(value.keys.shape[2], value.keys.shape[3], format_of(value.dtype))
     return TensorType(value.shape, format_of(value.dtype))
+
+
+def low_level_type(value: Any) -> Type:
+    """The tile-level type of a sample's input or of what the interpreter holds."""
+    if type(value) is int:
+        return INDEX
+    if isinstance(value, Stored):
+        return BufferType(format_of(value.array.dtype))
+    if isinstance(value, BufferView):
+        return BufferType(value.element, "global" if value.memory.shared else "private")
+    element = format_of(value.dtype)
+    return VectorType(len(value), element) if isinstance(value, np.ndarray) else ScalarType(element)
+
+
+def type_like(value: Any, type: Type) -> Type:
+    """The type of a value, in the family of `type`: an array is a tensor or a vector, an int64 an i64 or an index."""
+    if isinstance(type, TensorType | KVCacheType):
+        return type_of(value)
+    if isinstance(type, IndexType) and isinstance(value, np.int64):
+        return INDEX
+    return low_level_type(value)
 
 
 def format_of(dtype: np.dtype) -> PlainFormat:
@@ -143,6 +220,6 @@ def cache(slots: int, ctx: int, heads: int, dim: int, element: PlainFormat = F32
 
 
 __all__ = [
-    "BF16", "CTX", "F16", "F32", "I1", "I32", "ROWS", "TOKENS", "Fault", "Sample",
-    "cache", "fault", "ints", "normal", "run_sample", "sample", "t", "type_of",
+    "BF16", "CTX", "F16", "F32", "I1", "I32", "ROWS", "TOKENS", "Fault", "Sample", "Stored",
+    "cache", "fault", "ints", "low_sample", "normal", "run_sample", "sample", "t", "type_like", "type_of",
 ]  # fmt: skip

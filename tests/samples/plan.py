@@ -1,0 +1,73 @@
+"""plan.*: every input and size, places at the start of a memory and inside of it, a launch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ir.attributes import SymbolRef
+from ir.formats import BF16, F32, I32, PlainFormat
+from ir.types import INDEX, BufferType, ScalarType, Type
+from tests.samples.base import Fault, Sample, Stored, fault, low_sample
+
+F_BUFFER, I_BUFFER, HALVES = BufferType(F32), BufferType(I32), BufferType(BF16)
+PRIVATE = BufferType(F32, "private")
+NOTHING = SymbolRef("nothing")  # a kernel of two f32 buffers and a size, in the samples' environment
+
+
+def place(op: str, label: str, out: Type, **attributes: object) -> Sample:
+    return low_sample(f"plan.{op}", label, result_types=(out,), **attributes)
+
+
+def stored(element: PlainFormat = F32) -> Stored:
+    return Stored(np.arange(8).astype(element.dtype))
+
+
+SAMPLES: tuple[Sample, ...] = (
+    *(place("input", which, I_BUFFER, which=which) for which in ("ids", "positions", "slots", "rows")),
+    place("input", "logits", F_BUFFER, which="logits"),
+    *(low_sample("plan.size", which, which=which) for which in ("tokens", "rows", "ctx", "slots")),
+    low_sample("plan.size", "scaled", which="tokens", scale=8),
+    place("weight", "first", HALVES, symbol=SymbolRef("layers.0.mlp"), offset=0, bytes=128),
+    place("weight", "inside", F_BUFFER, symbol=SymbolRef("norm"), offset=128, bytes=64),
+    place("kv", "second_layer", HALVES, layer=1, heads=1, dim=4),
+    place("reserve", "inside", F_BUFFER, offset=256, bytes=64),
+    place("reserve", "empty", F_BUFFER, offset=0, bytes=0),
+    low_sample("plan.release", "f32", stored()),
+    low_sample("plan.launch", "two_buffers", stored(), stored(), 4, kernel=NOTHING, writes=(1,), reads=(0,)),
+    low_sample("plan.launch", "written_and_read", stored(), stored(), 4, kernel=NOTHING, writes=(0, 1), reads=(1,)),
+    low_sample("plan.barrier", "one"),
+)
+_LAUNCH = {"kernel": NOTHING, "writes": (1,), "reads": (0,)}
+_GLOBAL = "expected to give a global buffer of machine numbers, got"
+FAULTS: tuple[Fault, ...] = (
+    fault(
+        "plan.input", "expected one of ids, positions, slots, rows, logits, got 'tokens'",
+        which="tokens", result_types=(I_BUFFER,),
+    ),
+    fault("plan.input", "expected ids to be buffer<i32>, got buffer<f32>", which="ids", result_types=(F_BUFFER,)),
+    fault("plan.input", "expected logits to be buffer<f32>, got f32", which="logits", result_types=(ScalarType(F32),)),
+    fault("plan.size", "expected one of tokens, rows, ctx, slots, got 'batch'", which="batch"),
+    fault("plan.size", "expected scale >= 1, got 0", which="tokens", scale=0),
+    fault(
+        "plan.weight", "expected offset >= 0, got -1",
+        symbol=NOTHING, offset=-1, bytes=4, result_types=(F_BUFFER,),
+    ),
+    fault("plan.weight", "expected bytes >= 0, got -4", symbol=NOTHING, offset=0, bytes=-4, result_types=(F_BUFFER,)),
+    fault("plan.weight", f"{_GLOBAL} index", symbol=NOTHING, offset=0, bytes=4, result_types=(INDEX,)),
+    fault("plan.kv", "expected layer >= 0, got -1", layer=-1, heads=1, dim=16, result_types=(F_BUFFER,)),
+    fault("plan.kv", "expected heads >= 1, got 0", layer=0, heads=0, dim=16, result_types=(F_BUFFER,)),
+    fault("plan.kv", "expected dim >= 1, got 0", layer=0, heads=1, dim=0, result_types=(F_BUFFER,)),
+    fault("plan.kv", f"{_GLOBAL} {PRIVATE}", layer=0, heads=1, dim=1, result_types=(PRIVATE,)),
+    fault("plan.reserve", "expected offset >= 0, got -64", offset=-64, bytes=64, result_types=(F_BUFFER,)),
+    fault("plan.reserve", "expected bytes >= 0, got -1", offset=0, bytes=-1, result_types=(F_BUFFER,)),
+    fault("plan.reserve", f"{_GLOBAL} f32", offset=0, bytes=4, result_types=(ScalarType(F32),)),
+    fault("plan.release", "expected a buffer, got index", INDEX),
+    fault("plan.launch", "expected buffers and indices, got f32", F_BUFFER, ScalarType(F32), **_LAUNCH),
+    fault("plan.launch", "argument 1 is not a buffer of this launch", F_BUFFER, INDEX, **_LAUNCH),
+    fault("plan.launch", "argument 1 is not a buffer of this launch", F_BUFFER, **_LAUNCH),
+    fault(
+        "plan.launch", "argument x is not a buffer of this launch", F_BUFFER,
+        kernel=NOTHING, writes=("x",), reads=(0,),
+    ),
+    fault("plan.launch", "argument 2 is neither in reads nor in writes", F_BUFFER, F_BUFFER, I_BUFFER, **_LAUNCH),
+)  # fmt: skip

@@ -69,7 +69,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`. Ids that stand for nothing are left out; see `frontends.stream_decoder` for streaming."""
+        """The text of `ids`. Ids that stand for nothing are left out; see `runtime.stream_decoder` for streaming."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token(self, id: int) -> str | None:

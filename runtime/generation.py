@@ -19,7 +19,8 @@ import numpy as np
 from runtime.errors import RuntimeDiagnostic
 from runtime.sampling import Sampler, SamplingParams
 from runtime.session import Session
-from runtime.text_stream import CharacterStream, StopStrings
+from runtime.stop_strings import StopStrings
+from runtime.stream_decoder import StreamDecoder
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -195,7 +196,7 @@ class _Sequence:
         if request.params.stop_strings and decode is None:
             raise RuntimeDiagnostic("stop strings were given without a decoder", expected="decode=, ids to text")
         self._sampler = Sampler(request.params.sampling, self.unwritten)
-        self._characters = CharacterStream(decode, self.unwritten) if decode is not None else None
+        self._characters = StreamDecoder(decode, self.unwritten) if decode is not None else None
         self._stops = StopStrings(request.params.stop_strings)
 
     def admit(self, slot: int) -> None:
@@ -244,7 +245,7 @@ class _Sequence:
             return ""
         text = self._stops.push(self._characters.push(token)) if shown else ""
         if last:
-            text += self._stops.push(self._characters.finish()) + self._stops.finish()
+            text += self._stops.push(self._characters.flush()) + self._stops.finish()
         return text
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from frontends.stream_decoder import StreamDecoder
+from runtime.stream_decoder import StreamDecoder
 from tests.frontends.tokenizer_files import byte_fallback, byte_level
 
 TOKENIZERS = {

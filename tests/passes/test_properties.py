@@ -11,12 +11,16 @@ import copy
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ir
+from ir.attributes import SymbolRef
+from ir.builder import Builder
 from ir.core import Op
 from ir.formats import BF16, F16, F32
+from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.ops.tensor import CastOp, ConcatOp, ConstantOp, ReshapeOp, SliceOp
 from ir.types import KVCacheType, TensorType
 from passes import Pass, PassManager, print_pipeline
 from passes.clone import clone
@@ -82,6 +86,45 @@ def assert_same(generated: GeneratedModule, module: Op, tolerance: float) -> Non
 @given(generated=graph_modules())
 def test_results_keep_every_bit(name, generated):
     assert_same(generated, transformed(generated, [made(name)]), 0)
+
+
+@st.composite
+def movement_chains(draw: st.DrawFn) -> GeneratedModule:
+    """Slices, concats, reshapes and casts, each of the value before it and often of an older one: no dead code."""
+    type = TensorType((draw(st.integers(1, 4)), draw(st.integers(2, 8))), F32)
+    func = FuncOp.create("main", [type], ["x"])
+    b = Builder.at_end(func.block)
+    values = [func.arguments[0], b(ConstantOp(symbol=SymbolRef("w"), result_types=[type]))]
+    for _ in range(draw(st.integers(1, 10))):
+        x = values[-1] if draw(st.booleans()) else draw(st.sampled_from(values))
+        shape = x.type.shape
+        axis = draw(st.integers(0, len(shape) - 1))
+        match draw(st.integers(0, 3)):
+            case 0:
+                start = draw(st.integers(0, shape[axis] - 1))
+                values.append(b(SliceOp(x, axis=axis, start=start, size=draw(st.integers(1, shape[axis] - start)))))
+            case 1 if shape[axis] < 40:
+                fits = [v for v in values if v.type.element == x.type.element and len(v.type.shape) == len(shape)]
+                fits = [v for v in fits if all(v.type.shape[i] == n for i, n in enumerate(shape) if i != axis)]
+                values.append(b(ConcatOp(*draw(st.lists(st.sampled_from(fits), min_size=1, max_size=3)), x, axis=axis)))
+            case 2:
+                count = int(np.prod(shape))
+                rows = draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
+                values.append(b(ReshapeOp(x, shape=(rows, count // rows))))
+            case 3:
+                values.append(b(CastOp(x, to=draw(st.sampled_from([F32, BF16, F16])))))
+    b(ReturnOp(*values[-2:]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    x, w = (rng.standard_normal(type.shape).astype(np.float32) for _ in range(2))
+    return GeneratedModule(ModuleOp.create(func), [x], {"w": w})
+
+
+@settings(max_examples=200)
+@given(generated=movement_chains())
+def test_simplifying_keeps_every_bit_of_what_only_moves(generated):
+    module = transformed(generated, [made("canonicalize"), made("cse"), made("canonicalize")])
+    assert_same(generated, module, 0)
+    assert not PassManager("canonicalize").run(module).records[0].changed
 
 
 @pytest.mark.parametrize("name", EXACT_PASSES)

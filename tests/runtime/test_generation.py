@@ -197,6 +197,12 @@ def test_batch_shares_steps(artifact_path: Path) -> None:
     assert [event.sequence for event in events] == [0, 0, 0, 1, 0, 0, 0]
 
 
+def test_a_long_prompt_does_not_hold_up_the_others(artifact_path: Path) -> None:
+    with Session(artifact_path, threads=1, num_slots=2) as session:
+        requests = [GenerationRequest([2] * 40, GenerationParams(1)), GenerationRequest([1], GenerationParams(4))]
+        assert [event.sequence for event in generate_batch(session, requests)] == [1, 1, 1, 0, 1]
+
+
 def test_batch_of_nothing(session: Session) -> None:
     assert list(generate_batch(session, [])) == []
 

@@ -46,6 +46,7 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
                 "proc/self/cgroup": "0::/a/b",
                 "sys/fs/cgroup/a/b/cpu.max": "max 100000",
                 "sys/fs/cgroup/a/cpu.max": "300000 100000",
+                "sys/fs/cgroup/cpu.max": "600000 100000",
             },
             HostCores(8, 8, 3.0),
             3,

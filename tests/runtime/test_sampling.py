@@ -91,6 +91,16 @@ def test_filters_apply_in_order() -> None:
     assert candidates(logits, SamplingParams(temperature=0.5, top_p=0.55))[0].tolist() == [0]
 
 
+def test_top_p_reached_exactly() -> None:
+    """Two equal scores hold exactly half each: the first alone is enough for one half."""
+    assert candidates(np.zeros(2, dtype=np.float32), SamplingParams(1.0, top_p=0.5))[0].tolist() == [0]
+
+
+def test_a_draw_of_zero_takes_no_token_of_probability_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "_uniform", lambda self: 0.0)
+    assert Sampler(SamplingParams(1.0)).sample(np.array([-1e4, 0.0, -1e4], dtype=np.float32)) == 1
+
+
 def test_top_p_of_a_large_vocabulary_equals_the_full_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     """The short cut for large vocabularies changes nothing, also where its last value has ties and where it fails."""
     rng = np.random.default_rng(3)

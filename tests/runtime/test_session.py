@@ -294,10 +294,13 @@ def test_a_worker_that_never_arrives(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stuck_worker_does_not_keep_the_process(tmp_path: Path) -> None:
-    """Closing gives up on a thread that hangs in native code and keeps its memory; the process still exits."""
+    """Closing gives up on a thread that hangs in native code and keeps its memory: when it wakes up it finds it.
+
+    The process exits also while such a thread hangs.
+    """
     path = write_artifact(tmp_path / "a", files={**default_files(), "code/step.host.o": fake_object(wait_limit_s=1)})
     script = """
-import sys
+import sys, time
 import runtime.team
 from runtime import RuntimeDiagnostic, Session
 from tests.runtime.fake_artifact import STUCK_WORKER_ID
@@ -308,9 +311,9 @@ try:
 except RuntimeDiagnostic as fault:
     print(fault.message)
 session.close()
+time.sleep(float(sys.argv[2]))
 """
-    start = time.monotonic()
-    done = run_script(script, path)
-    assert done.returncode == 0, done.stderr
-    assert "a worker thread failed to arrive in time" in done.stdout
-    assert time.monotonic() - start < 30
+    for wait_s in (0, 5):
+        done = run_script(script, path, wait_s)
+        assert done.returncode == 0, done.stderr
+        assert "a worker thread failed to arrive in time" in done.stdout

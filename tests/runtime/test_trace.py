@@ -50,7 +50,7 @@ def made_profile(stamps_s: list[list[tuple[float, float]]], tokens: int = 2) -> 
 @pytest.fixture
 def profile() -> Iterator[Profile]:
     yield made_profile(
-        [[(0.000, 0.001), (0.0005, 0.002)], [(0.002, 0.004), (0.002, 0.003)], [(0.004, 0.006), (0.004, 0.005)]]
+        [[(0.0005, 0.001), (0.000, 0.002)], [(0.002, 0.004), (0.002, 0.003)], [(0.004, 0.006), (0.004, 0.005)]]
     )
 
 

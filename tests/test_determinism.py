@@ -1,4 +1,4 @@
-"""Same inputs, same bytes: two builds in other directories, with other hash seeds and empty caches, are one artifact."""
+"""Same inputs, same bytes: builds in two directories, with two hash seeds and empty caches, are one artifact."""
 
 from __future__ import annotations
 

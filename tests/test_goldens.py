@@ -16,7 +16,9 @@ from tests.goldens import GOLDEN_CASES, GOLDENS, Golden
 
 
 @pytest.fixture(scope="module", params=sorted(GOLDEN_CASES))
-def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Golden, Session, Session]:
+def session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Golden, Session, Session]:
     """(golden, f32 build, bf16 build)."""
     directory: Path = GOLDENS / request.param
     sessions = []

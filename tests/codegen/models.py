@@ -133,11 +133,12 @@ class _StepBuilder:
         order, offsets = b(moe.DispatchOp(ids, num_experts=s.experts))
         up_shape, down_shape = (s.ffn, s.hidden), (s.hidden, s.ffn)
         gate, up = (
-            b(moe.GroupedGemmOp(x, self.experts(f"{layer}.experts.*.{part}", *up_shape), order, offsets, gather=s.top_k))
-            for part in ("gate", "up")
+            b(moe.GroupedGemmOp(x, self.experts(name, *up_shape), order, offsets, gather=s.top_k))
+            for name in (f"{layer}.experts.*.gate", f"{layer}.experts.*.up")
         )
         hidden = b(tensor.MulOp(b(tensor.SiluOp(gate)), up))
-        down = b(moe.GroupedGemmOp(hidden, self.experts(f"{layer}.experts.*.down", *down_shape), order, offsets, gather=0))
+        w = self.experts(f"{layer}.experts.*.down", *down_shape)
+        down = b(moe.GroupedGemmOp(hidden, w, order, offsets, gather=0))
         return b(moe.CombineOp(down, shares, order))
 
     def build(self) -> Model:

@@ -134,7 +134,7 @@ b:
   ret i32 %x
 }
 """
-    with pytest.raises(DiagnosticError, match="LLVM refused the IR at verification in @f: .*does not dominate"):
+    with pytest.raises(DiagnosticError, match=r"LLVM refused the IR at verification in @f: .*does not dominate"):
         compile_many([request(text)])
 
 

@@ -137,7 +137,8 @@ def test_tile_ir_means_what_the_native_code_computes(index: int, dtype: str) -> 
     with running(step, lowered, 2) as native, running(step, lowered, 1) as meant:
         for batch, program in zip(steps, ("prefill", "decode"), strict=True):
             want = native.native(batch, program)
-            np.testing.assert_allclose(meant.interpreted(batch, program, 2), want, rtol=0, atol=1e-5 * np.abs(want).max())
+            got = meant.interpreted(batch, program, 2)
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("experts_used", ["one", "all"])

@@ -67,30 +67,21 @@ def test_cycle_counter_runs() -> None:
     assert counter() > first
 
 
-def test_loading_is_fast_and_light(artifact_path: Path) -> None:
-    """No compiler, no torch; the time from a warm interpreter to a ready session is a small part of a first token."""
+def test_loading_is_light(artifact_path: Path) -> None:
+    """No compiler, no torch, no grammar: what an artifact needs and nothing else."""
     script = """
-import sys, time
-start = time.perf_counter()
+import sys
 import runtime
 assert "numpy" not in sys.modules
-import numpy
-numpy_s = time.perf_counter() - start
-start = time.perf_counter()
 session = runtime.Session(sys.argv[1], threads=1)
-print(time.perf_counter() - start)
 heavy = {"torch", "transformers", "lark", "ir", "codegen", "passes", "frontends", "tokenizers", "numpy.random"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-    times = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(artifact_path)],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        times.append(float(done.stdout))
-    assert min(times) < 0.3  # 0.05 s on an idle machine; the margin is for a busy one
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(artifact_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr

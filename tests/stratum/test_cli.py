@@ -42,13 +42,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    code = (
-        "import sys, time; t = time.perf_counter(); import stratum; t = time.perf_counter() - t;"
-        f"print(t, [m for m in {HEAVY!r} if m in sys.modules])"
-    )
-    best = min(float(python(code).stdout.split()[0]) for _ in range(3))
-    assert python(code).stdout.split(maxsplit=1)[1].strip() == "[]"
-    assert best < 0.3
+    code = f"import sys, stratum; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
 
 
 def test_public_names_are_loaded_on_use() -> None:

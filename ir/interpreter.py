@@ -48,6 +48,9 @@ def interpret(
     return results
 
 
+_OF_A_TEAM = ("team", "thread", "wait", "place", "sizes", "launch")
+
+
 class Environment:
     """The values known so far. `values` maps every SSA value that has been computed to what it holds."""
 
@@ -58,6 +61,13 @@ class Environment:
         self.newest: dict[str, KVState] = {}
         self._symbol_of: dict[int, tuple[str, KVState]] = {}  # keyed by id; the state beside it keeps the id alive
         self._running: Op | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What ops of the plan and tile level ask for exists only where a team of threads runs them."""
+        if name in _OF_A_TEAM and self._running is not None:
+            message = f"'{self._running.name}' runs on a team of threads: use ir.tile_interpreter"
+            raise _error_at(self._running, message)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def run_block(self, block: Block, args: Sequence[Any]) -> list[Any]:
         """Runs the ops of a block whose arguments are `args`; the operands of its terminator."""

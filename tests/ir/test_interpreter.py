@@ -161,9 +161,17 @@ def test_row_number_outside_of_the_table() -> None:
         ir.interpret(func, [np.array([0, 3], np.int32), np.zeros((3, 2), F32)])
 
 
-def test_an_op_without_meaning() -> None:
-    func = func_of('func @f() {\n  %x = plan.input {which = "ids"} : () -> buffer<i32>\n  return\n}')
-    with pytest.raises(DiagnosticError, match=r"'plan\.input' has no meaning that the interpreter knows"):
+@pytest.mark.parametrize(
+    "op",
+    [
+        '%x = plan.input {which = "ids"} : () -> buffer<i32>',
+        "%t = tile.thread_id : () -> index",
+        "tile.barrier : () -> ()",
+    ],
+)
+def test_ops_of_a_team_are_refused(op: str) -> None:
+    func = func_of(f"func @f() {{\n  {op}\n  return\n}}")
+    with pytest.raises(DiagnosticError, match=r"runs on a team of threads: use ir\.tile_interpreter"):
         ir.interpret(func, [])
 
 

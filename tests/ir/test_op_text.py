@@ -39,10 +39,14 @@ SAID_EARLIER = {
     "to end in tensor.yield, got nothing": "is empty; expected a terminator",
     "one region of one block, got 0 regions": "expected 1 regions (body), got 0",
     "positive rows": "expected rows of strips to be a number of 1 or more",
+    "expected numbers that i64 holds": "expected an integer of at most 64 bits",
+    "expected its body to yield (), got no tile.yield": "expected to be inside of func.func, is inside of tile.for",
+    "expected two bodies, got 1": "expected 2 regions (then, otherwise), got 1",
 }
 
 
-IN_FUNCTIONS = [s for s in all_samples() if s.op != "tensor.yield"]  # which ends regions; other samples hold it
+REGION_ENDS = ("tensor.yield", "tile.yield")  # other samples hold them
+IN_FUNCTIONS = [s for s in all_samples() if s.op not in REGION_ENDS]
 
 
 @pytest.mark.parametrize("sample", IN_FUNCTIONS, ids=str)

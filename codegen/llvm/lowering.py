@@ -22,10 +22,12 @@ from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.tile import element_of
 from ir.types import BufferType, IndexType, ScalarType, Type, VectorType
 
+# bf16 and f16 are 16 bits to everything but `tile.cast` and `tile.dot2`: LLVM would convert them to f32 and back to
+# move them about where the CPU has no instructions for them, by calls to functions that nobody links.
 _ELEMENTS = {
     "f32": "float",
-    "bf16": "bfloat",
-    "f16": "half",
+    "bf16": "i16",
+    "f16": "i16",
     "f64": "double",
     "i1": "i1",
     "i8": "i8",
@@ -51,7 +53,7 @@ def lowering(op_class: type[Op]) -> Callable[[Lowering], Lowering]:
 
 
 def llvm_element(element: NumberFormat) -> str:
-    """`float` for f32 and so on."""
+    """`float` for f32, `i16` for bf16, and so on."""
     return _ELEMENTS[str(element)]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from codegen.llvm.lowering import FunctionEmitter, literal, llvm_element, llvm_type, lowering
 from ir.core import Value
-from ir.formats import BF16, F32, I1, I32, I64, U8
+from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.formats import BF16, F16, F32, I1, I32, I64, U8
 from ir.ops import tile, tile_control, tile_memory
 from ir.ops.tile import element_of, is_float, lanes_of, with_element
 from ir.types import VectorType
@@ -56,9 +57,10 @@ _lower_choice(tile.MaxOp, "ogt", "sgt")
 
 
 def _overloaded(value: Value) -> str:
-    """The suffix of an overloaded intrinsic: v16f32, f32."""
-    lanes = lanes_of(value.type)
-    return (f"v{lanes}" if isinstance(value.type, VectorType) else "") + str(element_of(value.type))
+    """The suffix of an overloaded intrinsic: v16f32, f32, v8i16 (of bf16)."""
+    lanes, element = lanes_of(value.type), llvm_element(element_of(value.type))
+    suffix = {"float": "f32", "double": "f64"}.get(element, element)
+    return (f"v{lanes}" if isinstance(value.type, VectorType) else "") + suffix
 
 
 @lowering(tile.SqrtOp)
@@ -91,7 +93,9 @@ def _dot2(e: FunctionEmitter, op: tile.Dot2Op) -> None:
     kind = llvm_type(op.acc.type)
     instruction = e.instructions.find("tile.dot2", "f32", lanes)
     if instruction:
-        e.define(op.out, e.intrinsic(instruction.intrinsic, kind, e.typed(op.acc), e.typed(op.a), e.typed(op.b)))
+        pairs = f"<{2 * lanes} x bfloat>"
+        a, b = (e.assign(f"bitcast {e.typed(value)} to {pairs}") for value in (op.a, op.b))
+        e.define(op.out, e.intrinsic(instruction.intrinsic, kind, e.typed(op.acc), f"{pairs} {a}", f"{pairs} {b}"))
         return
     # bf16 is the upper half of an f32: the even element sits in the low half of each 32-bit pair.
     bits = f"<{lanes} x i32>"
@@ -102,8 +106,9 @@ def _dot2(e: FunctionEmitter, op: tile.Dot2Op) -> None:
         odd = e.assign(f"and {bits} {pair}, splat (i32 -65536)")
         halves.append([e.assign(f"bitcast {bits} {half} to {kind}") for half in (even, odd)])
     (a_even, a_odd), (b_even, b_odd) = halves
-    partial = e.assign(fused_multiply_add(e, kind, a_odd, b_odd, e.name(op.acc), f"v{lanes}f32"))
-    e.define(op.out, fused_multiply_add(e, kind, a_even, b_even, partial, f"v{lanes}f32"))
+    suffix = _overloaded(op.acc)
+    partial = e.assign(fused_multiply_add(e, kind, a_odd, b_odd, e.name(op.acc), suffix))
+    e.define(op.out, fused_multiply_add(e, kind, a_even, b_even, partial, suffix))
 
 
 _PREDICATES = {
@@ -137,7 +142,8 @@ def _to_bf16(e: FunctionEmitter, x: Value) -> str:
     """f32 -> bf16 to nearest even; NaN stays NaN."""
     instruction = e.instructions.find("tile.cast", "bf16", lanes_of(x.type))
     if instruction and isinstance(x.type, VectorType):
-        return e.intrinsic(instruction.intrinsic, _shape(x, "bfloat"), e.typed(x))
+        made = e.assign(e.intrinsic(instruction.intrinsic, _shape(x, "bfloat"), e.typed(x)))
+        return f"bitcast {_shape(x, 'bfloat')} {made} to {_shape(x, 'i16')}"
 
     def many(number: int) -> str:
         return f"splat (i32 {number})" if isinstance(x.type, VectorType) else str(number)
@@ -152,16 +158,28 @@ def _to_bf16(e: FunctionEmitter, x: Value) -> str:
     is_nan = e.assign(f"fcmp uno {e.typed(x)}, {e.name(x)}")
     chosen = e.assign(f"select {_shape(x, 'i1')} {is_nan}, {words} {quiet}, {words} {rounded}")
     upper = e.assign(f"lshr {words} {chosen}, {many(16)}")
-    halves = e.assign(f"trunc {words} {upper} to {_shape(x, 'i16')}")
-    return f"bitcast {_shape(x, 'i16')} {halves} to {_shape(x, 'bfloat')}"
+    return f"trunc {words} {upper} to {_shape(x, 'i16')}"
 
 
 def _from_bf16(e: FunctionEmitter, x: Value) -> str:
-    halves = e.assign(f"bitcast {e.typed(x)} to {_shape(x, 'i16')}")
-    words = e.assign(f"zext {_shape(x, 'i16')} {halves} to {_shape(x, 'i32')}")
+    words = e.assign(f"zext {e.typed(x)} to {_shape(x, 'i32')}")
     sixteen = "splat (i32 16)" if isinstance(x.type, VectorType) else "16"
     bits = e.assign(f"shl {_shape(x, 'i32')} {words}, {sixteen}")
     return f"bitcast {_shape(x, 'i32')} {bits} to {_shape(x, 'float')}"
+
+
+def _cast_f16(e: FunctionEmitter, op: tile.CastOp) -> None:
+    """Between f32 and f16."""
+    if e.instructions.has("sse2") and not e.instructions.has("f16c"):
+        message = "'tile.cast' between f32 and f16 needs the CPU feature f16c (LLVM would call a function instead)"
+        raise DiagnosticError.of(Diagnostic("error", message, op.location))
+    half, bits = _shape(op.x, "half"), _shape(op.x, "i16")
+    if element_of(op.x.type) == F16:
+        number = e.assign(f"bitcast {e.typed(op.x)} to {half}")
+        e.define(op.out, f"fpext {half} {number} to {llvm_type(op.out.type)}")
+    else:
+        number = e.assign(f"fptrunc {e.typed(op.x)} to {half}")
+        e.define(op.out, f"bitcast {half} {number} to {bits}")
 
 
 @lowering(tile.CastOp)
@@ -174,6 +192,8 @@ def _cast(e: FunctionEmitter, op: tile.CastOp) -> None:
         e.define(op.out, _to_bf16(e, op.x))
     elif (have, want) == (BF16, F32):
         e.define(op.out, _from_bf16(e, op.x))
+    elif F16 in (have, want):
+        _cast_f16(e, op)
     elif have.is_float and want.is_float:
         e.define(op.out, f"{'fpext' if want.bits > have.bits else 'fptrunc'} {e.typed(op.x)} to {target}")
     elif have.is_float:

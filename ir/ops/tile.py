@@ -357,7 +357,9 @@ def _fused64(a: Any, b: Any, c: Any) -> Any:
     plain = np.asarray(a * b + c)
     out = plain.copy()
     for i, terms in enumerate(zip(np.atleast_1d(a), np.atleast_1d(b), np.atleast_1d(c), strict=True)):
-        if all(np.isfinite(t) for t in terms):
+        if np.isfinite(terms[0]) and np.isfinite(terms[1]) and np.isinf(terms[2]):
+            out.reshape(-1)[i] = terms[2]  # the product is finite, also where f64 does not hold it
+        elif all(np.isfinite(t) for t in terms):
             x, y, z = (Fraction(float(t)) for t in terms)
             exact = x * y + z
             if exact:  # of a zero, the sign is what the plain sum says

@@ -42,10 +42,10 @@ install-dev: $(VENV)/.installed-dev ## the same with the developers' tools
 
 # --- use -----------------------------------------------------------------------------------------------------------
 
-PROMPT ?= Return the
+PROMPT ?= def read_file(path):
 demo: $(VENV)/.installed ## install, compile examples/tiny-moe, generate text
 	$(BIN)/compile-model build examples/tiny-moe -o build/tiny-moe
-	$(BIN)/compile-model run build/tiny-moe --prompt '$(PROMPT)' -n 96
+	$(BIN)/compile-model run build/tiny-moe --prompt '$(PROMPT)' -n 96 --repetition-penalty 1.15
 
 # --- tests ---------------------------------------------------------------------------------------------------------
 

@@ -160,6 +160,7 @@ def train(folder: Path, state_file: Path, minutes: float, batch_tokens: int, res
             optimizer.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
         random = np.random.default_rng(step)
+    first_step = step
     budget, began, saved_at, mean_loss = minutes * 60, time.monotonic() - spent, spent, 0.0
     while (spent := time.monotonic() - began) < budget:
         progress = spent / budget
@@ -176,7 +177,7 @@ def train(folder: Path, state_file: Path, minutes: float, batch_tokens: int, res
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         step += 1
-        mean_loss += (float(loss.detach()) - mean_loss) * max(0.02, 1 / step)
+        mean_loss += (float(loss.detach()) - mean_loss) * max(0.02, 1 / (step - first_step))
         if step % 20 == 0:
             print(f"step {step} minutes {spent / 60:.1f} loss {mean_loss:.3f} balance {float(balance.detach()):.3f} "
                   f"tokens {step * batch_tokens}", flush=True)

@@ -33,7 +33,10 @@ _COS = (1.0, -0.5, 4.166664568298827e-2, -1.388731625493765e-3, 2.44331571180994
 
 
 def sin_cos(k: KernelBuilder, angle: Expr) -> tuple[Expr, Expr]:
-    """f32 sine and cosine of an f64 vector of angles (radians, |angle| < 2**31)."""
+    """f32 sine and cosine of an f64 vector of angles (radians), to 1e-7 for |angle| < 2**31.
+
+    Without fused multiply-add the reduction loses digits: 1e-7 up to 1e6, then 2e-7.
+    """
     lanes = angle.lanes
     quarter = k.round(angle * (2 / math.pi))
     reduced = k.fma(quarter, -math.pi / 2, angle)

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from codegen.file_system import exchange_directories, start_writeback, sync_directory
+from codegen.file_system import exchange_directories, sync_directory
 from ir.diagnostics import DiagnosticError
 
 FORMAT_VERSION = 1
@@ -72,13 +72,11 @@ class HashedFile:
         return len(view)
 
     def _store(self, view: memoryview) -> None:
-        start = self.nbytes
         while view:
             with self._writer.reporting():
                 written = os.write(self._descriptor, view)
             self.nbytes += written
             view = view[written:]
-        start_writeback(self._descriptor, start, self.nbytes - start)
 
     def record(self) -> FileRecord:
         """Size and hash of what was written so far."""

@@ -9,19 +9,21 @@ the artifact depend on model, pipeline, target and versions only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from codegen.artifact import ArtifactWriter
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
-from codegen.compile_step import CodegenTarget, CompiledStep, compile_step
+from codegen.compile_step import CodegenTarget, CompiledStep, LoweredStep, compile_lowered, lower_step
 from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
 from codegen.weights import plan_weights, write_weights
 from frontends.huggingface import ImportedModel
 from ir import print_module
 from ir.diagnostics import DiagnosticError
+from ir.ops.builtin import ModuleOp
 from passes.pass_base import Pass
 from passes.pass_manager import PassManager, PipelineReport
 from passes.pipeline_text import parse_pipeline, print_pipeline
@@ -85,25 +87,26 @@ def build_artifact(
     bundle = load_bundle(cache, key)
     cached = bundle is not None
     step = module.function("step")
-    if bundle is None or dump_dir is not None:
-        compiled = compile_step(step, target, cache=cache)
-        bundle = CodeBundle.of(module, compiled)
-        store_bundle(cache, key, bundle)
-        if dump_dir is not None:
-            _dump(dump_dir, bundle, compiled)
+    # Ops without a kernel are refused here, before a byte is written.
+    lowered = lower_step(step, frozenset(target.llvm_features)) if bundle is None or dump_dir is not None else None
     roots = [(name, value) for value, name in Lowering(step).weights.items()]
     _, total = plan_weights(roots)
-    companions = imported.files
-    with ArtifactWriter(out, expected_bytes=total) as writer:
+    with ArtifactWriter(out, expected_bytes=total) as writer, ThreadPoolExecutor(1, "build-code") as pool:
+        # LLVM runs in a process of its own: it works while the weights stream.
+        pending = pool.submit(_compile, module, lowered, target, cache, dump_dir) if lowered is not None else None
         with writer.open("weights/weights.bin") as file:
             tensors, _ = write_weights(
                 roots, imported.checkpoint, file, progress=lambda done, all: tell("weights", done / max(1, all))
             )
+        if pending is not None:
+            bundle = pending.result()
+            store_bundle(cache, key, bundle)
+        assert bundle is not None
         writer.add("graph.ir", bundle.graph_text)
         writer.add("plan.ir", bundle.plan_text)
         writer.add("tile.ir", bundle.tile_text)
         writer.add("code/step.o", bundle.object_code)
-        for name, path in sorted(companions.items()):
+        for name, path in sorted(imported.files.items()):
             writer.copy(name, path)
         record = writer.files["weights/weights.bin"]
         writer.finish(
@@ -148,6 +151,17 @@ def model_facts(imported: ImportedModel) -> dict[str, Any]:
         "num_experts": config.moe.num_experts if config.moe else 0,
         "experts_per_token": config.moe.top_k if config.moe else 0,
     }
+
+
+def _compile(
+    module: ModuleOp, lowered: LoweredStep, target: CodegenTarget, cache: ObjectCache | None, dump_dir: Path | None
+) -> CodeBundle:
+    """The bundle of a lowered step; its levels below the graph are dumped when asked for."""
+    compiled = compile_lowered(lowered, target, cache=cache)
+    bundle = CodeBundle.of(module, compiled)
+    if dump_dir is not None:
+        _dump(dump_dir, bundle, compiled)
+    return bundle
 
 
 def _dump(directory: Path, bundle: CodeBundle, compiled: CompiledStep) -> None:

@@ -109,8 +109,15 @@ def compile_step(
     opt_level: int = 1,
 ) -> CompiledStep:
     """Lowers and compiles. Raises DiagnosticError for ops without a kernel and for what LLVM refuses."""
+    lowered = lower_step(step, frozenset(target.llvm_features), programs=programs)
+    return compile_lowered(lowered, target, cache=cache, opt_level=opt_level)
+
+
+def compile_lowered(
+    lowered: LoweredStep, target: CodegenTarget, *, cache: ObjectCache | None = None, opt_level: int = 1
+) -> CompiledStep:
+    """The object code of a lowered step. Raises DiagnosticError for what LLVM refuses."""
     features = frozenset(target.llvm_features)
-    lowered = lower_step(step, features, programs=programs)
     width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
     attributes = f'nounwind {width}"target-cpu"="{target.llvm_cpu}" "target-features"="{target.feature_string()}"'
     text = module_text(lowered.programs, lowered.kernels, InstructionSet(features), target.llvm_triple, attributes)

@@ -1,6 +1,6 @@
-"""Three things that Python's `os` lacks: exchanging two directories, starting write-back, flushing a directory.
+"""Two things that Python's `os` lacks: exchanging two directories, flushing a directory.
 
-Each does nothing harmful where the system lacks it; the caller is told by the return value.
+An exchange does nothing where the system lacks it; the caller is told by the return value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_SYNC_FILE_RANGE_WRITE = 2
 
 
 def exchange_directories(first: Path, second: Path) -> bool:
@@ -22,13 +21,6 @@ def exchange_directories(first: Path, second: Path) -> bool:
     if call is None:
         return False
     return call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
-
-
-def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Asks the kernel to begin writing these bytes to the disk, so that a later fsync has little left to wait for."""
-    call = _c_function("sync_file_range")
-    if call is not None and nbytes:
-        call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def sync_directory(path: Path) -> None:

@@ -25,7 +25,7 @@ from ir.formats import PLAIN_FORMATS
 from ir.types import Layout, TensorType
 
 PAGE_BYTES = 4096
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The compiler's own speed on a 22-layer llama step: import, verify, print, parse, pipeline. Prints markdown.
 
-    python -m bench.compiler CHECKPOINT_DIR
+python -m bench.compiler CHECKPOINT_DIR
 """
 
 from __future__ import annotations

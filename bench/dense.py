@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, Finished, cli, machine, median, run, table
+from bench.measure import ROOT, Finished, cli, machine, median, run, seconds_to_first_byte, table
 
 MIB = 1 << 20
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--preset", default="llama-1.1b", help="a preset of examples/make_model.py")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where models are kept")
     parser.add_argument("--no-peer", action="store_true", help="without torch")
-    parser.add_argument("--depth", default="0,2048", help="depths of the decode rows")
+    parser.add_argument("--depth", default="0,1920", help="depths of the decode rows")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     model = options.work / options.preset
@@ -139,11 +139,11 @@ def start_rows(artifact: Path) -> list[list[str]]:
     python = [median([run([sys.executable, "-c", code]).seconds for _ in range(5)]) for code in programs]
     helped = median([run(cli("--help")).seconds for _ in range(5)])
     prompt = sixteen_tokens(artifact)
-    first = [run(cli("run", str(artifact), "--prompt", prompt, "-n", "1")).seconds for _ in range(6)]
+    first = [seconds_to_first_byte(cli("run", str(artifact), "--prompt", prompt, "-n", "2")) for _ in range(8)]
     return [
         ["import stratum", f"{(python[1] - python[0]) * 1000:.0f} ms over a bare interpreter", "< 300 ms", ""],
         ["compile-model --help", f"{helped * 1000:.0f} ms", "", ""],
-        ["first token, from process start to process end", f"{median(first[1:]) * 1000:.0f} ms", "< 500 ms", ""],
+        ["first token of a 16-token prompt, from process start", f"{median(first[1:]) * 1000:.0f} ms", "< 500 ms", ""],
     ]
 
 

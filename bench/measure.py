@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -49,6 +50,19 @@ def run(command: Sequence[str], *, env: dict[str, str] | None = None) -> Finishe
     if code != 0:
         raise SystemExit(f"{' '.join(command)}\nended with {code}:\n{texts[1]}")
     return Finished(seconds, peak, *texts)
+
+
+def seconds_to_first_byte(command: Sequence[str]) -> float:
+    """Seconds from starting a command to the first byte on its stdout; then it runs to its end."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as child:
+        assert child.stdout is not None
+        child.stdout.read(1)
+        seconds = time.perf_counter() - start
+        child.stdout.read()
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: ended with {child.returncode}")
+    return seconds
 
 
 def cli(*arguments: str) -> list[str]:

@@ -15,11 +15,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_FRACTION = 1 / 36
-SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-                             "encodings", "pydoc_data", "_bundled", "__phello__"})
+SKIPPED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "encodings",
+        "pydoc_data",
+        "_bundled",
+        "__phello__",
+    }
+)
 # Tables of data, not text anybody reads.
-SKIPPED_FILES = frozenset({"html/entities.py", "msilib/schema.py", "msilib/sequence.py", "msilib/text.py",
-                           "stringprep.py", "lib2to3/pgen2/grammar.py"})
+SKIPPED_FILES = frozenset(
+    {
+        "html/entities.py",
+        "msilib/schema.py",
+        "msilib/sequence.py",
+        "msilib/text.py",
+        "stringprep.py",
+        "lib2to3/pgen2/grammar.py",
+    }
+)
 SMALLEST_DOCUMENT = 400  # characters; shorter files are import stubs
 
 
@@ -65,8 +85,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

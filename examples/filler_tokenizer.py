@@ -13,7 +13,8 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 96  # printable ASCII and the newlin
 _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
 
 
 def byte_alphabet() -> list[str]:
@@ -36,8 +37,9 @@ def tokenizer_json(vocab_size: int, add_bos: bool) -> dict[str, object]:
         ValueError: the vocabulary is too small for printable text or larger than there are merges for.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"a vocabulary of {vocab_size} cannot hold printable text; "
-                         f"the smallest is {SMALLEST_VOCABULARY}")
+        raise ValueError(
+            f"a vocabulary of {vocab_size} cannot hold printable text; the smallest is {SMALLEST_VOCABULARY}"
+        )
     tokens = [*SPECIAL_TOKENS, *byte_alphabet()][:vocab_size]
     merges = [list(pair) for pair in itertools.islice(_merges(), vocab_size - len(tokens))]
     tokens += ["".join(pair) for pair in merges]
@@ -45,25 +47,61 @@ def tokenizer_json(vocab_size: int, add_bos: bool) -> dict[str, object]:
         raise ValueError(f"a vocabulary of {vocab_size} is larger than the {len(tokens)} tokens there are rules for")
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
-    template = {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second],
-                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for index, token in enumerate(SPECIAL_TOKENS)],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": template if add_bos else None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for index, token in enumerate(SPECIAL_TOKENS)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": template if add_bos else None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {token: index for index, token in enumerate(tokens)}, "merges": merges}}
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
 
 
 def tokenizer_config(add_bos: bool, longest: int) -> dict[str, object]:
     """The content of tokenizer_config.json, chat template included."""
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_prefix_space": False,
-            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "clean_up_tokenization_spaces": False,
-            "model_max_length": longest, "chat_template": CHAT_TEMPLATE}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "add_prefix_space": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def _merges() -> Iterator[tuple[str, str]]:

@@ -28,8 +28,11 @@ if not __package__:  # run as a script
 from examples import filler_tokenizer
 from examples.model_presets import PRESETS, ModelRequestError, TensorShape, config_fields, spelled, tensor_shapes
 
-DTYPES = {"f32": ("F32", "float32", np.dtype("<f4")), "f16": ("F16", "float16", np.dtype("<f2")),
-          "bf16": ("BF16", "bfloat16", np.dtype(ml_dtypes.bfloat16))}  # safetensors name, config.json name, numpy dtype
+DTYPES = {
+    "f32": ("F32", "float32", np.dtype("<f4")),
+    "f16": ("F16", "float16", np.dtype("<f2")),
+    "bf16": ("BF16", "bfloat16", np.dtype(ml_dtypes.bfloat16)),
+}  # safetensors name, config.json name, numpy dtype
 BLOCK = 1 << 17  # elements drawn at a time: their working arrays stay inside a second-level cache
 NORM_SPREAD, BIAS_SPREAD = 0.1, 0.1
 _FAMILIES_WITH_BOS = ("llama", "mistral", "mixtral")
@@ -41,9 +44,19 @@ class _Shard:
     tensors: tuple[TensorShape, ...]
 
 
-def write_model(preset: str, out: Path, *, dtype: str = "f32", seed: int = 0, config_style: str = "v5",
-                shard_size: int | None = None, init_std: float | None = None, embedding_scale: float = 1.0,
-                overrides: dict[str, object] | None = None, force: bool = False) -> Path:
+def write_model(
+    preset: str,
+    out: Path,
+    *,
+    dtype: str = "f32",
+    seed: int = 0,
+    config_style: str = "v5",
+    shard_size: int | None = None,
+    init_std: float | None = None,
+    embedding_scale: float = 1.0,
+    overrides: dict[str, object] | None = None,
+    force: bool = False,
+) -> Path:
     """Write a Hugging Face model directory with random weights.
 
     Args:
@@ -64,8 +77,9 @@ def write_model(preset: str, out: Path, *, dtype: str = "f32", seed: int = 0, co
         ModelRequestError: for an unknown name or value, contradicting sizes, an occupied directory, or a full disk.
     """
     if dtype not in DTYPES or config_style not in ("v4", "v5"):
-        raise ModelRequestError(f"dtype must be one of {', '.join(DTYPES)} and config_style v4 or v5, "
-                                f"not {dtype!r} and {config_style!r}")
+        raise ModelRequestError(
+            f"dtype must be one of {', '.join(DTYPES)} and config_style v4 or v5, not {dtype!r} and {config_style!r}"
+        )
     if shard_size is not None and shard_size < 1:
         raise ModelRequestError(f"shard_size must be at least 1 byte, not {shard_size}")
     if seed < 0:
@@ -79,24 +93,33 @@ def write_model(preset: str, out: Path, *, dtype: str = "f32", seed: int = 0, co
     tensors = tensor_shapes(fields)
     _take_directory(out, sum(_bytes(tensor, dtype) for tensor in tensors), force)
     for name, content in {
-            "config.json": spelled(fields, config_style, DTYPES[dtype][1]), "tokenizer.json": tokenizer,
-            "tokenizer_config.json": filler_tokenizer.tokenizer_config(add_bos, fields["max_position_embeddings"]),
-            "generation_config.json": {"bos_token_id": fields["bos_token_id"], "eos_token_id": fields["eos_token_id"],
-                                       "pad_token_id": fields["pad_token_id"], "do_sample": False}}.items():
+        "config.json": spelled(fields, config_style, DTYPES[dtype][1]),
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": filler_tokenizer.tokenizer_config(add_bos, fields["max_position_embeddings"]),
+        "generation_config.json": {
+            "bos_token_id": fields["bos_token_id"],
+            "eos_token_id": fields["eos_token_id"],
+            "pad_token_id": fields["pad_token_id"],
+            "do_sample": False,
+        },
+    }.items():
         text = json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
         (out / name).write_text(text + "\n", encoding="utf-8")
     shards = _shards(tensors, dtype, shard_size)
     for shard in shards:
         _write_shard(out / shard.name, shard.tensors, dtype, seed, init_std, embedding_scale)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(_bytes(tensor, dtype) for tensor in tensors)},
-                 "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors}}
+        index = {
+            "metadata": {"total_size": sum(_bytes(tensor, dtype) for tensor in tensors)},
+            "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
+        }
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def tensor_values(tensor: TensorShape, seed: int, init_std: float | None,
-                  embedding_scale: float) -> Iterator[np.ndarray]:
+def tensor_values(
+    tensor: TensorShape, seed: int, init_std: float | None, embedding_scale: float
+) -> Iterator[np.ndarray]:
     """The values of one tensor in row-major order, in float32 blocks of at most `BLOCK` elements."""
     if tensor.role == "norm":
         center, spread = 1.0, NORM_SPREAD
@@ -145,12 +168,15 @@ def _shards(tensors: list[TensorShape], dtype: str, shard_size: int | None) -> l
         room -= _bytes(tensor, dtype)
     if len(groups) == 1:
         return [_Shard("model.safetensors", tuple(groups[0]))]
-    return [_Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-            for number, group in enumerate(groups, 1)]
+    return [
+        _Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    ]
 
 
-def _write_shard(path: Path, tensors: tuple[TensorShape, ...], dtype: str, seed: int, init_std: float | None,
-                 embedding_scale: float) -> None:
+def _write_shard(
+    path: Path, tensors: tuple[TensorShape, ...], dtype: str, seed: int, init_std: float | None, embedding_scale: float
+) -> None:
     """Header first, then the tensors block by block: nothing of a tensor is kept."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -197,7 +223,7 @@ def _parse_size(text: str) -> int:
     """A number of bytes: 500000, 500MB, 2GiB."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.rstrip("kKmMgGiIbB")
-    unit = text[len(number):].upper()
+    unit = text[len(number) :].upper()
     if not number.isdigit() or unit not in units:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GiB, got {text!r}")
     return int(number) * units[unit]
@@ -215,8 +241,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=_parse_size, help="largest file, such as 2GiB; default: one file")
     parser.add_argument("--init-std", type=float, help="of every matrix; default: 1/sqrt(fan-in)")
     parser.add_argument("--embedding-scale", type=float, default=1.0, help="factor on the token embedding")
-    parser.add_argument("--set", action="append", type=_parse_setting, default=[], metavar="NAME=VALUE",
-                        help="override a config.json field; VALUE is JSON")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_parse_setting,
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a config.json field; VALUE is JSON",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite a checkpoint that is there")
     options = parser.parse_args(arguments)
     if options.list:
@@ -225,9 +257,18 @@ def main(arguments: list[str] | None = None) -> int:
     if options.preset is None or options.out is None:
         parser.error("a preset and an output directory are needed; --list names the presets")
     try:
-        out = write_model(options.preset, options.out, dtype=options.dtype, seed=options.seed,
-                          config_style=options.config_style, shard_size=options.shard_size, init_std=options.init_std,
-                          embedding_scale=options.embedding_scale, overrides=dict(options.set), force=options.force)
+        out = write_model(
+            options.preset,
+            options.out,
+            dtype=options.dtype,
+            seed=options.seed,
+            config_style=options.config_style,
+            shard_size=options.shard_size,
+            init_std=options.init_std,
+            embedding_scale=options.embedding_scale,
+            overrides=dict(options.set),
+            force=options.force,
+        )
     except (ModelRequestError, OSError) as error:
         print(f"make_model: {error}", file=sys.stderr)
         return 2

@@ -14,17 +14,38 @@ from typing import Any
 
 Fields = dict[str, Any]  # a config.json's content
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-                 "olmoe": "OlmoeForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
 FAMILIES = tuple(ARCHITECTURES)
 
 _COMMON: Fields = {
-    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 512,
-    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None,
-    "attention_dropout": 0.0}
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+}
 _ROUTING: Fields = {"num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.01}
 _QWEN: Fields = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 2}
 _OF_FAMILY: dict[str, Fields] = {
@@ -33,55 +54,177 @@ _OF_FAMILY: dict[str, Fields] = {
     "qwen2": {**_QWEN, "tie_word_embeddings": True},
     "qwen3": {**_QWEN, "attention_bias": False, "tie_word_embeddings": True},
     "mixtral": {**_ROUTING, "num_local_experts": 8, "sliding_window": None, "router_jitter_noise": 0.0},
-    "qwen3_moe": {**_ROUTING, "use_sliding_window": False, "sliding_window": None, "attention_bias": False,
-                  "num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True, "decoder_sparse_step": 1,
-                  "mlp_only_layers": []},
-    "olmoe": {**_ROUTING, "attention_bias": False, "num_experts": 8, "norm_topk_prob": False, "clip_qkv": None,
-              "num_key_value_heads": 4, "intermediate_size": 64},
+    "qwen3_moe": {
+        **_ROUTING,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "attention_bias": False,
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "olmoe": {
+        **_ROUTING,
+        "attention_bias": False,
+        "num_experts": 8,
+        "norm_topk_prob": False,
+        "clip_qkv": None,
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+    },
 }
 # (family, fields that differ from the tiny model of the family)
 _PUBLISHED: dict[str, tuple[str, Fields]] = {
-    "llama-1.1b": ("llama", {  # TinyLlama 1.1B
-        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5}),
-    "llama-8b": ("llama", {  # Llama 3.1 8B
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 8192}}),
-    "mistral-7b": ("mistral", {  # Mistral 7B v0.1
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5, "sliding_window": 4096}),
-    "qwen2-0.5b": ("qwen2", {  # Qwen2 0.5B
-        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0, "max_window_layers": 24}),
-    "qwen3-0.6b": ("qwen3", {  # Qwen3 0.6B
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0, "max_window_layers": 28}),
-    "mixtral-8x7b": ("mixtral", {  # Mixtral 8x7B
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0}),
-    "qwen3-30b-a3b": ("qwen3_moe", {  # Qwen3 30B-A3B
-        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}),
-    "olmoe-1b-7b": ("olmoe", {  # OLMoE 1B-7B
-        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8}),
+    "llama-1.1b": (
+        "llama",
+        {  # TinyLlama 1.1B
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "llama-8b": (
+        "llama",
+        {  # Llama 3.1 8B
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "mistral-7b": (
+        "mistral",
+        {  # Mistral 7B v0.1
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2-0.5b": (
+        "qwen2",
+        {  # Qwen2 0.5B
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "max_window_layers": 24,
+        },
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {  # Qwen3 0.6B
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rope_theta": 1000000.0,
+            "max_window_layers": 28,
+        },
+    ),
+    "mixtral-8x7b": (
+        "mixtral",
+        {  # Mixtral 8x7B
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+        },
+    ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {  # Qwen3 30B-A3B
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rope_theta": 1000000.0,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    ),
+    "olmoe-1b-7b": (
+        "olmoe",
+        {  # OLMoE 1B-7B
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+    ),
 }
 PRESETS = (*_PUBLISHED, *(f"tiny-{family}" for family in FAMILIES))
 
 # Sizes every family divides or multiplies by; anything but a positive int here would give a checkpoint nobody loads.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts", "num_local_experts",
-          "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
 
 
 class ModelRequestError(ValueError):
@@ -117,16 +260,19 @@ def config_fields(preset: str, overrides: Mapping[str, object] | None = None) ->
     elif preset.endswith(".json") and Path(preset).is_file():
         fields = _read_config(Path(preset))
     else:
-        raise ModelRequestError(f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}, "
-                                f"a family ({', '.join(FAMILIES)}), or the path of a config.json")
+        raise ModelRequestError(
+            f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}, "
+            f"a family ({', '.join(FAMILIES)}), or the path of a config.json"
+        )
     experts = "num_local_experts" if fields["model_type"] == "mixtral" else "num_experts"
     for other in ("num_experts", "num_local_experts"):
         if other in overrides and other != experts:
             overrides[experts] = overrides.pop(other)
     for name in overrides:
         if name not in fields or name == "model_type":
-            raise ModelRequestError(f"{fields['model_type']} has no config field {name!r} to set"
-                                    f"{_nearest(name, fields)}")
+            raise ModelRequestError(
+                f"{fields['model_type']} has no config field {name!r} to set{_nearest(name, fields)}"
+            )
     fields |= overrides
     _check_sizes(fields)
     if {"hidden_size", "num_attention_heads"} & set(overrides) and "head_dim" not in overrides:
@@ -150,8 +296,11 @@ def spelled(fields: Fields, style: str, dtype: str) -> Fields:
         content["num_local_experts"] = content.pop("num_experts")
     if "max_window_layers" in fields:
         content["layer_types"] = [
-            "sliding_attention" if fields["use_sliding_window"] and layer >= fields["max_window_layers"]
-            else "full_attention" for layer in range(fields["num_hidden_layers"])]
+            "sliding_attention"
+            if fields["use_sliding_window"] and layer >= fields["max_window_layers"]
+            else "full_attention"
+            for layer in range(fields["num_hidden_layers"])
+        ]
     return {**content, "dtype": dtype, "transformers_version": "5.0.0"}
 
 
@@ -181,15 +330,19 @@ def _attention(fields: Fields, prefix: str) -> list[TensorShape]:
     queries, keys = fields["num_attention_heads"] * width, fields["num_key_value_heads"] * width
     bias = bool(fields.get("attention_bias", False))
     input_bias = bias or family == "qwen2"
-    tensors = [*_linear(f"{prefix}.q_proj", queries, hidden, input_bias),
-               *_linear(f"{prefix}.k_proj", keys, hidden, input_bias),
-               *_linear(f"{prefix}.v_proj", keys, hidden, input_bias),
-               *_linear(f"{prefix}.o_proj", hidden, queries, bias)]
+    tensors = [
+        *_linear(f"{prefix}.q_proj", queries, hidden, input_bias),
+        *_linear(f"{prefix}.k_proj", keys, hidden, input_bias),
+        *_linear(f"{prefix}.v_proj", keys, hidden, input_bias),
+        *_linear(f"{prefix}.o_proj", hidden, queries, bias),
+    ]
     if family in ("qwen3", "qwen3_moe"):  # one norm over each head
         tensors += [TensorShape(f"{prefix}.{name}.weight", (width,), "norm") for name in ("q_norm", "k_norm")]
     if family == "olmoe":  # one norm over all heads together
-        tensors += [TensorShape(f"{prefix}.q_norm.weight", (queries,), "norm"),
-                    TensorShape(f"{prefix}.k_norm.weight", (keys,), "norm")]
+        tensors += [
+            TensorShape(f"{prefix}.q_norm.weight", (queries,), "norm"),
+            TensorShape(f"{prefix}.k_norm.weight", (keys,), "norm"),
+        ]
     return tensors
 
 
@@ -198,15 +351,21 @@ def _feed_forward(fields: Fields, prefix: str, layer: int) -> list[TensorShape]:
     if family == "mixtral":
         block, inner, count = f"{prefix}.block_sparse_moe", fields["intermediate_size"], fields["num_local_experts"]
         names = ("w1", "w3", "w2")
-    elif family == "olmoe" or (family == "qwen3_moe" and layer not in fields["mlp_only_layers"]
-                               and (layer + 1) % fields["decoder_sparse_step"] == 0):
+    elif family == "olmoe" or (
+        family == "qwen3_moe"
+        and layer not in fields["mlp_only_layers"]
+        and (layer + 1) % fields["decoder_sparse_step"] == 0
+    ):
         block, count = f"{prefix}.mlp", fields["num_experts"]
         inner = fields["intermediate_size" if family == "olmoe" else "moe_intermediate_size"]
         names = ("gate_proj", "up_proj", "down_proj")
     else:
         block, inner, bias = f"{prefix}.mlp", fields["intermediate_size"], bool(fields.get("mlp_bias", False))
-        return [*_linear(f"{block}.gate_proj", inner, hidden, bias), *_linear(f"{block}.up_proj", inner, hidden, bias),
-                *_linear(f"{block}.down_proj", hidden, inner, bias)]
+        return [
+            *_linear(f"{block}.gate_proj", inner, hidden, bias),
+            *_linear(f"{block}.up_proj", inner, hidden, bias),
+            *_linear(f"{block}.down_proj", hidden, inner, bias),
+        ]
     tensors = _linear(f"{block}.gate", count, hidden)
     for expert in range(count):
         gate, up, down = (f"{block}.experts.{expert}.{name}" for name in names)
@@ -267,8 +426,10 @@ def _check_heads(fields: Fields) -> None:
     if width < 2 or width % 2:
         raise ModelRequestError(f"head_dim must be even for rotary positions, but is {width}")
     if fields["model_type"] == "olmoe" and heads * width != fields["hidden_size"]:
-        raise ModelRequestError(f"olmoe needs num_attention_heads x head_dim = hidden_size, but {heads} x {width} is "
-                                f"not {fields['hidden_size']}")
+        raise ModelRequestError(
+            f"olmoe needs num_attention_heads x head_dim = hidden_size, but {heads} x {width} is "
+            f"not {fields['hidden_size']}"
+        )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

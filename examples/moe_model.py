@@ -147,18 +147,25 @@ def hugging_face_tensors(model: MoeModel) -> dict[str, Tensor]:
         assert isinstance(layer, Layer)
         prefix = f"model.layers.{index}"
         q, k, v = layer.attention.qkv.split([queries, keys, keys])
-        tensors |= {f"{prefix}.self_attn.q_proj.weight": q, f"{prefix}.self_attn.k_proj.weight": k,
-                    f"{prefix}.self_attn.v_proj.weight": v, f"{prefix}.self_attn.o_proj.weight": layer.attention.out,
-                    f"{prefix}.self_attn.q_norm.weight": layer.attention.q_norm,
-                    f"{prefix}.self_attn.k_norm.weight": layer.attention.k_norm,
-                    f"{prefix}.input_layernorm.weight": layer.attention_norm,
-                    f"{prefix}.post_attention_layernorm.weight": layer.experts_norm,
-                    f"{prefix}.mlp.gate.weight": layer.experts.router}
+        tensors |= {
+            f"{prefix}.self_attn.q_proj.weight": q,
+            f"{prefix}.self_attn.k_proj.weight": k,
+            f"{prefix}.self_attn.v_proj.weight": v,
+            f"{prefix}.self_attn.o_proj.weight": layer.attention.out,
+            f"{prefix}.self_attn.q_norm.weight": layer.attention.q_norm,
+            f"{prefix}.self_attn.k_norm.weight": layer.attention.k_norm,
+            f"{prefix}.input_layernorm.weight": layer.attention_norm,
+            f"{prefix}.post_attention_layernorm.weight": layer.experts_norm,
+            f"{prefix}.mlp.gate.weight": layer.experts.router,
+        }
         for expert in range(shape.num_experts):
             gate, up = layer.experts.gate_up[expert].chunk(2)
             name = f"{prefix}.mlp.experts.{expert}"
-            tensors |= {f"{name}.gate_proj.weight": gate, f"{name}.up_proj.weight": up,
-                        f"{name}.down_proj.weight": layer.experts.down[expert]}
+            tensors |= {
+                f"{name}.gate_proj.weight": gate,
+                f"{name}.up_proj.weight": up,
+                f"{name}.down_proj.weight": layer.experts.down[expert],
+            }
     return tensors
 
 
@@ -166,17 +173,35 @@ def save_checkpoint(model: MoeModel, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors (bf16) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **asdict(model.shape),
-        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0,
-        "decoder_sparse_step": 1, "hidden_act": "silu", "initializer_range": 0.02,
-        "intermediate_size": 2 * model.shape.moe_intermediate_size, "mlp_only_layers": [], "norm_topk_prob": True,
-        "output_router_logits": False, "rope_scaling": None, "router_aux_loss_coef": 0.01, "sliding_window": None,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False}
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **asdict(model.shape),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * model.shape.moe_intermediate_size,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "rope_scaling": None,
+        "router_aux_loss_coef": 0.01,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+    }
     generation = {"bos_token_id": 0, "eos_token_id": 0, "do_sample": False, "max_new_tokens": 256}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    tensors = {name: tensor.detach().to(torch.bfloat16).contiguous().clone()
-               for name, tensor in sorted(hugging_face_tensors(model).items())}
+    tensors = {
+        name: tensor.detach().to(torch.bfloat16).contiguous().clone()
+        for name, tensor in sorted(hugging_face_tensors(model).items())
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # the library makes it readable by its owner only
 

@@ -83,7 +83,7 @@ def learning_rate(progress: float) -> float:
 def windows(stream: np.ndarray, length: int, tokens: int, random: np.random.Generator) -> Tensor:
     """One batch of random windows. Shape (tokens // length, length + 1): inputs and, one later, targets."""
     starts = random.integers(0, len(stream) - length - 1, tokens // length)
-    return torch.from_numpy(np.stack([stream[start:start + length + 1] for start in starts]))
+    return torch.from_numpy(np.stack([stream[start : start + length + 1] for start in starts]))
 
 
 @torch.no_grad()
@@ -96,13 +96,17 @@ def evaluate(model: MoeModel, tokenizer: Tokenizer, text: str) -> dict[str, floa
     stream = torch.tensor(tokenizer.encode(text).ids)
     total, count = 0.0, 0
     for start in range(0, len(stream) - 1, EVALUATION_WINDOW):
-        piece = stream[start:start + EVALUATION_WINDOW + 1]
+        piece = stream[start : start + EVALUATION_WINDOW + 1]
         logits, _ = model(piece[None, :-1])
         total += float(functional.cross_entropy(logits[0].double(), piece[1:], reduction="sum"))
         count += len(piece) - 1
     size = len(text.replace(corpus.END_OF_TEXT, "").encode())
-    return {"tokens": count, "nats_per_token": total / count, "perplexity": math.exp(total / count),
-            "bits_per_byte": total / math.log(2) / size}
+    return {
+        "tokens": count,
+        "nats_per_token": total / count,
+        "perplexity": math.exp(total / count),
+        "bits_per_byte": total / math.log(2) / size,
+    }
 
 
 @torch.no_grad()
@@ -127,9 +131,16 @@ def prepare(folder: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray, str]:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = corpus.END_OF_TEXT
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_prefix_space": False,
-                "bos_token": special, "eos_token": special, "pad_token": special, "clean_up_tokenization_spaces": False,
-                "model_max_length": MoeShape().max_position_embeddings}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": special,
+        "eos_token": special,
+        "pad_token": special,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MoeShape().max_position_embeddings,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "held_out.txt").write_text(held_out, encoding="utf-8")
     stream = corpus.token_stream(tokenizer, training)
@@ -137,8 +148,9 @@ def prepare(folder: Path, vocab_size: int) -> tuple[Tokenizer, np.ndarray, str]:
     return tokenizer, stream, held_out
 
 
-def train(folder: Path, state_file: Path, minutes: float, batch_tokens: int, resume: bool,
-          export_minutes: float) -> None:
+def train(
+    folder: Path, state_file: Path, minutes: float, batch_tokens: int, resume: bool, export_minutes: float
+) -> None:
     """Train until `minutes` of work are spent and leave the final model in `folder`."""
     shape = MoeShape()
     torch.manual_seed(0)
@@ -148,9 +160,15 @@ def train(folder: Path, state_file: Path, minutes: float, batch_tokens: int, res
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "router" not in n and n != "embedding"]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     tables = [p for n, p in model.named_parameters() if n == "embedding" or "router" in n]
-    optimizers = [Muon(matrices, MUON_RATE),
-                  torch.optim.AdamW([{"params": tables, "lr": ADAM_RATE}, {"params": vectors, "lr": NORM_RATE}],
-                                    betas=(0.9, 0.98), weight_decay=0.0, foreach=True)]
+    optimizers = [
+        Muon(matrices, MUON_RATE),
+        torch.optim.AdamW(
+            [{"params": tables, "lr": ADAM_RATE}, {"params": vectors, "lr": NORM_RATE}],
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            foreach=True,
+        ),
+    ]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     step, spent, exported = 0, 0.0, export_minutes <= 0
     if resume and state_file.exists():
@@ -179,13 +197,23 @@ def train(folder: Path, state_file: Path, minutes: float, batch_tokens: int, res
         step += 1
         mean_loss += (float(loss.detach()) - mean_loss) * max(0.02, 1 / (step - first_step))
         if step % 20 == 0:
-            print(f"step {step} minutes {spent / 60:.1f} loss {mean_loss:.3f} balance {float(balance.detach()):.3f} "
-                  f"tokens {step * batch_tokens}", flush=True)
+            print(
+                f"step {step} minutes {spent / 60:.1f} loss {mean_loss:.3f} balance {float(balance.detach()):.3f} "
+                f"tokens {step * batch_tokens}",
+                flush=True,
+            )
         if spent - saved_at > 300:
             saved_at = spent
             temporary = state_file.with_suffix(".new")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "step": step, "spent": spent}, temporary)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step,
+                    "spent": spent,
+                },
+                temporary,
+            )
             temporary.replace(state_file)
             print({k: round(v, 4) for k, v in evaluate(model, tokenizer, held_out).items()}, flush=True)
         if not exported and spent > export_minutes * 60:
@@ -220,8 +248,7 @@ def main() -> None:
             print(json.dumps(evaluate(model, tokenizer, (options.folder / "held_out.txt").read_text("utf-8"))))
         return
     options.state.parent.mkdir(parents=True, exist_ok=True)
-    train(options.folder, options.state, options.minutes, options.batch_tokens, options.resume,
-          options.export_minutes)
+    train(options.folder, options.state, options.minutes, options.batch_tokens, options.resume, options.export_minutes)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,13 @@ class StreamDecoder:
 
         Taken by number, they may begin within a character, so up to three more are tried.
         """
+        tokens: list[int] = []
+        text = ""
         for count in range(_CONTEXT, _CONTEXT + _UNDECIDED + 1):
             tokens = list(context[-count:])
             text = self._decode(tokens) if tokens else ""
             if _BROKEN not in text:
-                return tokens, text
+                break
         return ([], "") if text.endswith(_BROKEN) else (tokens, text)
 
     def _final_part(self, text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 # Two cores are shared by pytest's workers; a library that starts a thread per core only slows the others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A suite started in the background of a shell is told to ignore Ctrl-C, and so would the children it interrupts.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # The same examples on every machine: a red run is a change in the code, never luck. `make fuzz` looks further.

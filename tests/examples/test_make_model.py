@@ -28,9 +28,9 @@ def read_shard(path: Path) -> dict[str, np.ndarray]:
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     assert size % 8 == 0
-    header = json.loads(data[8:8 + size])
+    header = json.loads(data[8 : 8 + size])
     kinds = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-    body, end, tensors = data[8 + size:], 0, {}
+    body, end, tensors = data[8 + size :], 0, {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -61,18 +61,28 @@ def test_preset_sizes_are_consistent(preset: str) -> None:
     assert ("lm_head.weight" in names) != fields["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [
-    ("llama-1.1b", 1_100_048_384), ("olmoe-1b-7b", 6_919_161_856), ("qwen2-0.5b", 494_032_768),
-    ("qwen3-0.6b", 596_049_920), ("mixtral-8x7b", 46_702_792_704), ("qwen3-30b-a3b", 30_532_122_624),
-    ("mistral-7b", 7_241_732_096), ("llama-8b", 8_030_261_248)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("llama-1.1b", 1_100_048_384),
+        ("olmoe-1b-7b", 6_919_161_856),
+        ("qwen2-0.5b", 494_032_768),
+        ("qwen3-0.6b", 596_049_920),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("mistral-7b", 7_241_732_096),
+        ("llama-8b", 8_030_261_248),
+    ],
+)
 def test_named_presets_have_the_published_parameter_count(preset: str, parameters: int) -> None:
     fields = config_fields(preset)
     assert sum(int(np.prod(tensor.shape)) for tensor in tensor_shapes(fields)) == parameters
 
 
 def test_same_seed_same_bytes_and_another_seed_other_weights(tmp_path: Path) -> None:
-    first, again, other = (write_model("tiny-qwen3_moe", tmp_path / name, seed=seed)
-                           for name, seed in (("a", 5), ("b", 5), ("c", 6)))
+    first, again, other = (
+        write_model("tiny-qwen3_moe", tmp_path / name, seed=seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (again / path.name).read_bytes()
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
@@ -138,7 +148,9 @@ def test_config_spellings() -> None:
     assert spelled(config_fields("qwen3_moe"), "v5", "float32")["num_local_experts"] == 8
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert spelled(config_fields("qwen3", windows), "v5", "float32")["layer_types"] == [
-        "full_attention", "sliding_attention"]
+        "full_attention",
+        "sliding_attention",
+    ]
 
 
 @pytest.mark.parametrize("style", ["v4", "v5"])
@@ -178,22 +190,25 @@ def test_tokenizer_encodes_any_bytes_and_uses_its_merges() -> None:
     assert tokenizer.encode("</s>").ids == [2]
 
 
-@pytest.mark.parametrize(("preset", "options", "message"), [
-    ("lama-1.1b", {}, "did you mean 'llama-1.1b'"),
-    ("tiny-llama", {"overrides": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
-    ("tiny-llama", {"overrides": {"model_type": "qwen2"}}, "model_type"),
-    ("tiny-llama", {"overrides": {"torch_dtype": "float16"}}, "dtype option"),
-    ("tiny-llama", {"overrides": {"num_attention_heads": 3}}, "not a multiple of num_key_value_heads 2"),
-    ("tiny-llama", {"overrides": {"num_hidden_layers": "two"}}, "positive whole number"),
-    ("tiny-llama", {"overrides": {"head_dim": 7}}, "head_dim must be even"),
-    ("tiny-llama", {"overrides": {"vocab_size": 50}}, "vocab_size"),
-    ("tiny-llama", {"overrides": {"vocab_size": 10**6}}, "vocab_size"),
-    ("tiny-olmoe", {"overrides": {"head_dim": 8}}, "hidden_size"),
-    ("tiny-mixtral", {"overrides": {"num_experts_per_tok": 9}}, "more than the 8 experts"),
-    ("tiny-llama", {"dtype": "int8"}, "f32, f16, bf16"),
-    ("tiny-llama", {"shard_size": 0}, "shard_size"),
-    ("tiny-llama", {"seed": -1}, "seed"),
-])
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("lama-1.1b", {}, "did you mean 'llama-1.1b'"),
+        ("tiny-llama", {"overrides": {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
+        ("tiny-llama", {"overrides": {"model_type": "qwen2"}}, "model_type"),
+        ("tiny-llama", {"overrides": {"torch_dtype": "float16"}}, "dtype option"),
+        ("tiny-llama", {"overrides": {"num_attention_heads": 3}}, "not a multiple of num_key_value_heads 2"),
+        ("tiny-llama", {"overrides": {"num_hidden_layers": "two"}}, "positive whole number"),
+        ("tiny-llama", {"overrides": {"head_dim": 7}}, "head_dim must be even"),
+        ("tiny-llama", {"overrides": {"vocab_size": 50}}, "vocab_size"),
+        ("tiny-llama", {"overrides": {"vocab_size": 10**6}}, "vocab_size"),
+        ("tiny-olmoe", {"overrides": {"head_dim": 8}}, "hidden_size"),
+        ("tiny-mixtral", {"overrides": {"num_experts_per_tok": 9}}, "more than the 8 experts"),
+        ("tiny-llama", {"dtype": "int8"}, "f32, f16, bf16"),
+        ("tiny-llama", {"shard_size": 0}, "shard_size"),
+        ("tiny-llama", {"seed": -1}, "seed"),
+    ],
+)
 def test_requests_that_cannot_be_met_are_refused(preset: str, options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelRequestError, match=message):
         write_model(preset, tmp_path / "out", **options)
@@ -210,8 +225,25 @@ def test_an_existing_checkpoint_is_overwritten_only_when_forced(tmp_path: Path) 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "m"
-    assert main(["tiny-mistral", str(out), "--dtype", "bf16", "--config-style", "v4", "--shard-size", "100KB",
-                 "--set", "sliding_window=16", "--set", "hidden_act=silu"]) == 0
+    assert (
+        main(
+            [
+                "tiny-mistral",
+                str(out),
+                "--dtype",
+                "bf16",
+                "--config-style",
+                "v4",
+                "--shard-size",
+                "100KB",
+                "--set",
+                "sliding_window=16",
+                "--set",
+                "hidden_act=silu",
+            ]
+        )
+        == 0
+    )
     config = json.loads((out / "config.json").read_text())
     assert (config["sliding_window"], config["torch_dtype"]) == (16, "bfloat16")
     assert "bytes of weights in" in capsys.readouterr().out

@@ -61,8 +61,13 @@ def test_the_corpus_is_the_same_twice_and_the_held_out_part_stays_out() -> None:
 
 def test_documents_are_cleaned(tmp_path: Path) -> None:
     body = "x = 1\n" * 100
-    for name, content in {"a.py": body, "b.py": body, "short.py": "x = 1\n", "test/c.py": body + "y",
-                          "d.py": body.replace("\n", "\r\n") + "if x:\r\n\ty\r\n"}.items():
+    for name, content in {
+        "a.py": body,
+        "b.py": body,
+        "short.py": "x = 1\n",
+        "test/c.py": body + "y",
+        "d.py": body.replace("\n", "\r\n") + "if x:\r\n\ty\r\n",
+    }.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content.encode())

@@ -18,6 +18,7 @@ from frontends.rope_config import read_rope
 from ir.interpreter import zero_states
 from tests.reference.tiny_models import CASES, LINEAR, LLAMA3, SMALL, YARN, save_model
 
+
 @pytest.mark.parametrize(("family", "changes", "dtype"), CASES)
 def test_logits_equal_transformers(family: str, changes: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     import torch

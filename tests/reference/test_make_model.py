@@ -19,7 +19,8 @@ def test_transformers_loads_it_without_missing_or_unexpected_tensors(family: str
     overrides = {"rope_theta": 5000.0, "rope_scaling": scaling}
     write_model(f"tiny-{family}", tmp_path, config_style=style, overrides=overrides)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True)
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.rope_parameters["rope_theta"] == 5000.0
     assert model.config.rope_parameters["factor"] == 2.0
@@ -34,9 +35,10 @@ def test_transformers_loads_it_without_missing_or_unexpected_tensors(family: str
 
 def test_biases_and_dense_layers_load_in_transformers(tmp_path: Path) -> None:
     for name, family, overrides in (
-            ("a", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-            ("b", "qwen3_moe", {"mlp_only_layers": [0], "attention_bias": True, "tie_word_embeddings": True}),
-            ("c", "qwen2", {"tie_word_embeddings": False, "head_dim": 32})):
+        ("a", "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+        ("b", "qwen3_moe", {"mlp_only_layers": [0], "attention_bias": True, "tie_word_embeddings": True}),
+        ("c", "qwen2", {"tie_word_embeddings": False, "head_dim": 32}),
+    ):
         write_model(family, tmp_path / name, overrides=overrides)
         _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

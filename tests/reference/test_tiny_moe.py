@@ -50,8 +50,17 @@ def test_grouped_experts_equal_a_loop_over_tokens() -> None:
 
 def test_a_saved_model_computes_the_same_in_transformers(tmp_path: Path) -> None:
     torch.manual_seed(2)
-    model = MoeModel(MoeShape(vocab_size=300, hidden_size=32, num_hidden_layers=3, head_dim=8,
-                              moe_intermediate_size=16, num_experts=4, max_position_embeddings=64))
+    model = MoeModel(
+        MoeShape(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=3,
+            head_dim=8,
+            moe_intermediate_size=16,
+            num_experts=4,
+            max_position_embeddings=64,
+        )
+    )
     with torch.no_grad():
         model.embedding.mul_(20)
         for parameter in model.parameters():
@@ -59,7 +68,8 @@ def test_a_saved_model_computes_the_same_in_transformers(tmp_path: Path) -> None
                 parameter.add_(0.1 * torch.randn_like(parameter))
     save_checkpoint(model, tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True)
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.randint(0, 300, (2, 40))
     with torch.no_grad():

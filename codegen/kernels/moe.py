@@ -15,6 +15,9 @@ from ir.ops.builtin import FuncOp
 from ir.ops.moe import DispatchOp, RouteOp
 from ir.types import ScalarType
 
+MASKED = -3e38  # a logit that no expert has
+LOWEST = float("-inf")
+
 
 @emitter(RouteOp)
 def emit_route(op: RouteOp, context: EmitContext) -> KernelSpec:
@@ -29,7 +32,7 @@ def _build_route(name: str, op: RouteOp) -> FuncOp:
     k = KernelBuilder(name)
     logits, ids, weights = k.buffer("logits", element_of(op.logits)), k.buffer("ids", I32), k.buffer("weights", F32)
     rows = k.size("rows")
-    share = k.scratch(padded, F32)
+    kept = k.scratch(padded, F32)  # logits; those of experts that are chosen become LOWEST
     first, last = k.thread_share(rows)
 
     def load(row: Expr, start: int, outside: float) -> Expr:
@@ -40,26 +43,27 @@ def _build_route(name: str, op: RouteOp) -> FuncOp:
         return k.select(mask, logits.load(row * experts + start, LANES, mask).cast(F32), outside)
 
     with k.loop(first, last) as row:
-        largest = load(row.i, 0, -3e38)
+        largest = load(row.i, 0, MASKED)
         for start in range(LANES, padded, LANES):
-            largest = largest.max(load(row.i, start, -3e38))
+            largest = largest.max(load(row.i, start, MASKED))
         top = largest.reduce("max")
         total = k.f32(0.0, LANES)
         for start in range(0, padded, LANES):
-            e = exp(k, load(row.i, start, -3e38) - top)
-            share.store(start, e)
-            total = total + e
+            logit = load(row.i, start, MASKED)
+            kept.store(start, logit.max(MASKED))
+            total = total + exp(k, logit - top)
         denominator = total.reduce("add")
         chosen = k.f32(0.0)
         for choice in range(op.top_k):
-            with k.loop(0, experts, 1, [k.f32(-1.0), k.constant(ScalarType(I32), 0)]) as loop:
+            # By logit: probabilities that differ may round to the same number, or to none.
+            with k.loop(0, experts, 1, [k.f32(LOWEST), k.constant(ScalarType(I32), 0)]) as loop:
                 best, at = loop.carried
-                here = share.load(loop.i)
+                here = kept.load(loop.i)
                 better = here.compare("gt", best)  # strictly: the lower number wins a tie
                 loop.carry(k.select(better, here, best), k.select(better, loop.i.from_index(), at))
             best, at = loop.results
-            share.store(at.to_index(), k.f32(-2.0))
-            probability = best / denominator
+            kept.store(at.to_index(), k.f32(LOWEST))
+            probability = exp(k, best - top) / denominator
             weights.store(row.i * op.top_k + choice, probability)
             ids.store(row.i * op.top_k + choice, at)
             chosen = chosen + probability

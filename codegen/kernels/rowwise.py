@@ -8,6 +8,7 @@ the threads by rows, and by pieces of rows where no norm needs the whole row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from codegen.kernels.call import (
     Argument,
@@ -191,8 +192,8 @@ def emit_rowwise(op: Op, context: EmitContext) -> KernelSpec:
     """One such op, or a fused region of kind "elementwise"."""
     body, outside, results = _region(op)
     inputs = list(outside)
-    if not isinstance(op, FusedOp):
-        _refuse_other_axes(op)
+    for inner in body:
+        _refuse_shapes(inner)
     arguments: list[Argument] = [outside[v] for v in inputs]
     writes = [len(arguments) + i for i in range(len(op.results))]
     arguments += list(op.results)
@@ -219,14 +220,21 @@ def _region(op: Op) -> tuple[list[Op], dict[Value, Value], list[Value]]:
     return [op], {v: v for v in op.operands}, list(op.results)
 
 
-def _refuse_other_axes(op: Op) -> None:
-    if isinstance(op, SliceOp):
-        assert isinstance(op.x.type, TensorType)
-        if op.axis != op.x.type.rank - 1 or op.x.type.rank != 2:
+def _refuse_shapes(op: Op) -> None:
+    """A row is everything behind the first dimension; ops that mean less by it are for matrices only."""
+    types = [v.type for v in op.operands if isinstance(v.type, TensorType)]
+    message = ""
+    match op:
+        case SliceOp() if op.axis != 1 or types[0].rank != 2:
             message = (
-                f"'tensor.slice' of {op.x.type} along axis {op.axis} has no kernel; only columns of a matrix are cut"
+                f"'tensor.slice' of {types[0]} along axis {op.axis} has no kernel; only columns of a matrix are cut"
             )
-            raise DiagnosticError.of(Diagnostic("error", message, op.location))
+        case RmsNormOp() | SwigluOp() if types[0].rank != 2:
+            message = f"'{op.name}' of {types[0]} has no kernel of its own; only rows of a matrix are taken"
+        case AddOp() | MulOp() if types[1].shape != types[0].shape and (types[0].rank, types[1].rank) != (2, 1):
+            message = f"'{op.name}' of {types[0]} and {types[1]} has no kernel; only a row is spread over a matrix"
+    if message:
+        raise DiagnosticError.of(Diagnostic("error", message, op.location))
 
 
 def _build(name: str, body: list[Op], inputs: list[Value], results: list[Value], combine: CombineOp | None) -> FuncOp:
@@ -244,17 +252,20 @@ def _build(name: str, body: list[Op], inputs: list[Value], results: list[Value],
         k.barrier()
         evaluator.inverse = inverse
     norms = [op for op in body if isinstance(op, RmsNormOp)]
-    width = width_of(results[0])
+    widths = list(dict.fromkeys(map(width_of, results)))
+    width = widths[0]
 
-    def write(column: Expr, lanes: int, mask: Expr | None) -> None:
+    def write(column: Expr, lanes: int, mask: Expr | None, width: int = width) -> None:
         for value, out in zip(results, outputs, strict=True):
-            out.store(evaluator.row * width_of(value) + column, evaluator.value(value, column, lanes, mask), mask)
+            if width_of(value) == width:
+                out.store(evaluator.row * width + column, evaluator.value(value, column, lanes, mask), mask)
 
-    if norms or any(width_of(v) != width for v in results):
+    if norms or len(widths) > 1:
         first, last = k.thread_share(rows)
         with k.loop(first, last) as row:
             evaluator.prepare_row(row.i, norms)
-            for_columns(k, 0, width, write)
+            for each in widths:
+                for_columns(k, 0, each, partial(write, width=each))
         return k.finish()
     pieces = -(-width // PIECE)
     first, last = k.thread_share(rows * pieces)

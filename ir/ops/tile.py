@@ -48,9 +48,9 @@ def is_float(type: Type) -> bool:
 ARITHMETIC = (F32, F64, I32, I64)  # what registers compute with; index counts as i64
 
 
-def _check_arithmetic(name: str, type: Type, elements: tuple[PlainFormat, ...] = ARITHMETIC) -> None:
+def _check_arithmetic(type: Type, elements: tuple[PlainFormat, ...] = ARITHMETIC) -> None:
     words = ", ".join(map(str, elements))
-    expect(element_of(type) in elements, f"{name} works on {words}, got {type}")
+    expect(element_of(type) in elements, f"works on {words}, got {type}")
 
 
 def _check_lanes(lanes: int) -> None:
@@ -120,7 +120,7 @@ class BinaryOp(Op):
     def inferred_types(cls, operand_types: Any, attributes: Any, regions: Any = ()) -> tuple[Type, ...]:
         left, right = operand_types
         expect(left == right, f"expected both operands of one type, got {left} and {right}")
-        _check_arithmetic(cls.name, left, cls.elements)
+        _check_arithmetic(left, cls.elements)
         return (left,)
 
 
@@ -285,7 +285,7 @@ class UnaryFloatOp(Op):
     @classmethod
     def inferred_types(cls, operand_types: Any, attributes: Any, regions: Any = ()) -> tuple[Type, ...]:
         (x,) = operand_types
-        _check_arithmetic(cls.name, x, (F32, F64))
+        _check_arithmetic(x, (F32, F64))
         return (x,)
 
 
@@ -330,7 +330,7 @@ class FmaOp(Op):
     @staticmethod
     def infer_types(a: Type, b: Type, c: Type) -> Type:
         expect(a == b == c, f"expected three operands of one type, got {a}, {b} and {c}")
-        _check_arithmetic("tile.fma", a, (F32, F64))
+        _check_arithmetic(a, (F32, F64))
         return a
 
     @staticmethod
@@ -434,7 +434,7 @@ class CompareOp(Op):
     @staticmethod
     def infer_types(a: Type, b: Type, predicate: str) -> Type:
         expect(a == b, f"expected both operands of one type, got {a} and {b}")
-        _check_arithmetic("tile.compare", a)
+        _check_arithmetic(a)
         expect(predicate in _COMPARE, f"expected predicate one of {', '.join(_COMPARE)}, got {predicate!r}")
         return with_element(a, I1)
 

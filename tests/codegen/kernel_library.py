@@ -82,7 +82,8 @@ def native_kernels(kernels: Sequence[FuncOp], target: MachineTarget) -> Iterator
         verify(kernel)
     text = library_text(kernels, target)
     request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, target.feature_string(), OPT_LEVEL, "kernels")
-    (code,) = compile_many([request], cache=ObjectCache())
+    # Hundreds of kernels in one module take half a minute alone, and minutes on a machine that is busy otherwise.
+    (code,) = compile_many([request], cache=ObjectCache(), timeout_seconds=900)
     loaded = NativeKernels(NativeCode(code, [f"run_{k.sym_name}" for k in kernels], where="test kernels"))
     try:
         yield loaded

@@ -53,7 +53,7 @@ test: $(VENV)/.installed ## install and run the suite (no torch needed)
 	$(PYTEST) -n $(WORKERS) --ignore=tests/reference $(ARGS)
 
 test-text: $(VENV)/.installed ## only the text tests: parser, printer, verifier, passes
-	$(PYTEST) -n $(WORKERS) tests/text tests/ir tests/passes $(ARGS)
+	$(PYTEST) -n $(WORKERS) tests/text $(ARGS)
 
 test-reference: $(VENV)/.installed-reference ## compare with torch and transformers
 	$(PYTEST) tests/reference $(ARGS)

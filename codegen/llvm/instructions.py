@@ -21,40 +21,23 @@ class Instruction:
     source: str
 
 
+_BF16, _BF16_VL = frozenset({"avx512bf16"}), frozenset({"avx512bf16", "avx512vl"})
 INSTRUCTIONS = (
-    Instruction(
-        "tile.dot2",
-        "f32",
-        16,
-        frozenset({"avx512bf16"}),
-        "llvm.x86.avx512bf16.dpbf16ps.512",
-        "Intel SDM, VDPBF16PS zmm",
-    ),
-    Instruction(
-        "tile.dot2",
-        "f32",
-        8,
-        frozenset({"avx512bf16", "avx512vl"}),
-        "llvm.x86.avx512bf16.dpbf16ps.256",
-        "Intel SDM, VDPBF16PS ymm",
-    ),
-    Instruction(
-        "tile.dot2",
-        "f32",
-        4,
-        frozenset({"avx512bf16", "avx512vl"}),
-        "llvm.x86.avx512bf16.dpbf16ps.128",
-        "Intel SDM, VDPBF16PS xmm",
-    ),
-    Instruction(
-        "tile.cast",
-        "bf16",
-        16,
-        frozenset({"avx512bf16"}),
-        "llvm.x86.avx512bf16.cvtneps2bf16.512",
-        "Intel SDM, VCVTNEPS2BF16 zmm",
-    ),
+    Instruction("tile.dot2", "f32", 16, _BF16, "llvm.x86.avx512bf16.dpbf16ps.512", "Intel SDM, VDPBF16PS zmm"),
+    Instruction("tile.dot2", "f32", 8, _BF16_VL, "llvm.x86.avx512bf16.dpbf16ps.256", "Intel SDM, VDPBF16PS ymm"),
+    Instruction("tile.dot2", "f32", 4, _BF16_VL, "llvm.x86.avx512bf16.dpbf16ps.128", "Intel SDM, VDPBF16PS xmm"),
+    Instruction("tile.cast", "bf16", 16, _BF16, "llvm.x86.avx512bf16.cvtneps2bf16.512", "Intel SDM, VCVTNEPS2BF16 zmm"),
 )
+
+
+def describe() -> str:
+    """The instructions as a Markdown table, for docs/codegen.md."""
+    rows = ["| op | result | needs | issued as | source |", "|---|---|---|---|---|"]
+    for entry in INSTRUCTIONS:
+        needs = ", ".join(sorted(entry.features))
+        cells = (f"`{entry.op}`", f"{entry.lanes} x {entry.element}", needs, f"`{entry.intrinsic}`", entry.source)
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,3 @@ class InstructionSet:
             if (entry.op, entry.element, entry.lanes) == (op, element, lanes) and entry.features <= self.features:
                 return entry
         return None
-
-    def used_features(self) -> frozenset[str]:
-        """Features any entry may ask for, present here."""
-        return frozenset().union(*(e.features for e in INSTRUCTIONS)) & self.features

@@ -153,8 +153,8 @@ def agree(got: np.ndarray, want: np.ndarray, share: float) -> None:
 
 
 Key = tuple[Any, ...]
-SIZES = (1, 3, 16, 17, 33)
-DEPTHS = (1, 2, 15, 16, 17, 33)
+SIZES = (1, 16, 17, 33)
+DEPTHS = (1, 2, 16, 17, 33)
 SHAPES: list[Key] = [(e, n, k) for e in (F32, BF16) for n in SIZES for k in DEPTHS]
 # All epilogues without a prologue, every third with one: neither looks at the other.
 FUSED: list[Key] = [

@@ -7,12 +7,13 @@ import pytest
 import ir
 from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import ModuleOp
-from tests.passes.plan_samples import plan_and_tile
+from tests.passes.plan_samples import SHAPES, plan_and_tile
 
 
-@pytest.mark.parametrize("name", ["experts", "window"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_plans_and_kernels_survive_text(name: str) -> None:
-    for module in plan_and_tile(name):
+    """Kernels of one model only: they are long, and all models have the same ops in them."""
+    for module in plan_and_tile(name)[: 2 if name == "experts" else 1]:
         ir.verify(module)
         text = ir.print_module(module)
         again = ir.parse(text)
@@ -31,7 +32,8 @@ def test_text_reads_like_a_plan() -> None:
 
 
 def test_a_broken_kernel_is_refused_with_its_neighbourhood() -> None:
-    text = ir.print_module(plan_and_tile("dense")[1])
+    _, tile = plan_and_tile("dense")
+    text = ir.print_module(next(kernel for kernel in tile.functions if "rms" in kernel.sym_name))
     wrong = text.replace('kind = "add"', 'kind = "mul"', 1)
     with pytest.raises(DiagnosticError) as caught:
         ir.verify(ir.parse(wrong, "tile.ir"))

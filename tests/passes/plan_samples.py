@@ -69,11 +69,13 @@ def model(name: str) -> Model:
     return made
 
 
+@cache
 def lowered(name: str) -> LoweredStep:
-    """A fresh lowering: the test may change it."""
+    """Its plans and kernels. A test that changes them puts them back."""
     return lower_step(model(name).step, host_target().llvm_features)
 
 
+@cache
 def plan_and_tile(name: str) -> tuple[ModuleOp, ModuleOp]:
     """The two levels as modules of their own."""
     step = lowered(name)

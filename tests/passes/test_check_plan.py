@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 import pytest
 
-from codegen.compile_step import LoweredStep
 from codegen.lower_to_plan import Program
 from ir.core import Op
 from ir.ops import plan
@@ -116,11 +114,6 @@ def test_a_barrier_forgets_what_was_before() -> None:
 # -- plans of real models
 
 
-@cache
-def real(name: str) -> LoweredStep:
-    return lowered(name)
-
-
 PROGRAMS = [(name, number) for name in SHAPES for number in (0, 1)]
 
 
@@ -139,7 +132,7 @@ def errors(chosen: Program) -> list[str]:
 
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)
 def test_real_plans_are_sound(name: str, number: int) -> None:
-    chosen = real(name).programs[number]
+    chosen = lowered(name).programs[number]
     assert errors(chosen) == []
     largest = max(op.offset + op.bytes for op in chosen.func.block.ops if isinstance(op, plan.ReserveOp))
     assert check_plan(chosen.func, largest - 1).errors
@@ -147,7 +140,7 @@ def test_real_plans_are_sound(name: str, number: int) -> None:
 
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)
 def test_no_barrier_can_go(name: str, number: int) -> None:
-    chosen = real(name).programs[number]
+    chosen = lowered(name).programs[number]
     removed = 0
     for _, _ in without(chosen.func, plan.BarrierOp):
         removed += 1
@@ -158,7 +151,7 @@ def test_no_barrier_can_go(name: str, number: int) -> None:
 
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)
 def test_no_release_can_go_or_come_early(name: str, number: int) -> None:
-    chosen = real(name).programs[number]
+    chosen = lowered(name).programs[number]
     for index, op in without(chosen.func, plan.ReleaseOp):
         assert any(message.endswith("are never released") for message in errors(chosen))
         last = max(i for i in range(index) if op.operands[0] in chosen.func.block.ops[i].operands)
@@ -169,7 +162,7 @@ def test_no_release_can_go_or_come_early(name: str, number: int) -> None:
 
 def test_no_reserve_can_move_onto_another() -> None:
     """Every buffer moved to where each other one lies, while both live, is found."""
-    chosen = real("dense").programs[1]
+    chosen = lowered("dense").programs[1]
     reserves = [op for op in chosen.func.block.ops if isinstance(op, plan.ReserveOp)]
     assert len(reserves) > 5
     for op in reserves:
@@ -197,13 +190,12 @@ def alive_together(func: FuncOp, a: Op, b: Op) -> bool:
 ROWS_STAY = {("rope", "gemm"), ("gather", "gemm"), ("experts", "combine")}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_missing_barrier_is_a_fault_when_the_plan_runs(number: int) -> None:
+def test_a_missing_barrier_is_a_fault_when_the_plan_runs() -> None:
     """Two threads, five tokens, a mixture of experts: without any one barrier the interpreter finds a race, or a kernel
     that reads what is not there yet. The plan as it is runs without a fault."""
-    step = real("experts")
+    step = lowered("experts")
     runner = Runner(step, model("experts"), None, None)  # type: ignore[arg-type]  # nothing native is asked for
-    chosen = step.programs[number]
+    chosen = step.programs[0]
     batch = Batch(np.arange(5), np.arange(5), np.zeros(5, int), np.arange(5))
     runner.interpreted(batch, chosen.name, 2)
     silent = set()

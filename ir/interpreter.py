@@ -4,8 +4,8 @@ An op means what its `reference(*operands, **attributes)` returns: one value, or
 more (its regions, a weight, a KV cache, memory) has `interpret(self, values, context) -> tuple` instead, where
 `context` is the Environment: `context.run_region(region, args)`, `context.weight(name)`, `context.state(name)`.
 
-Values: a tensor is an array of its element's dtype, a KV cache is an `ir.kv_state.KVState`; what tile-level types hold
-is up to the ops of that level.
+Values: a tensor is an array of its element's dtype (a PackedArray in a low-bit format), a KV cache is an
+`ir.kv_state.KVState`; what tile-level types hold is up to the ops of that level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ir.core import Block, Op, Region, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import PlainFormat
+from ir.formats import PackedArray, PlainFormat
 from ir.kv_state import KVState
 from ir.op_def import Op as DeclaredOp
 from ir.ops.builtin import FuncOp
@@ -144,7 +144,7 @@ class Environment:
         for index, (argument, value) in enumerate(zip(func.arguments, inputs, strict=True)):
             name = f"input {index}" + (f" (%{argument.name_hint})" if argument.name_hint else "")
             if isinstance(argument.type, TensorType) and not _fits(argument.type, value, sizes):
-                found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(type(value))
+                found = _described(value)
                 bound = ", ".join(f"{k} = {v}" for k, v in sizes.items())
                 raise DiagnosticError(
                     f"expected {name} to be {argument.type}{f' with {bound}' if bound else ''}, got {found}",
@@ -156,11 +156,22 @@ def _states(values: Sequence[Any]) -> list[KVState]:
     return [v for v in values if isinstance(v, KVState)]
 
 
+def _described(value: Any) -> str:
+    """What an array holds, and of which shape."""
+    if isinstance(value, PackedArray):
+        return f"{value.format}{list(value.shape)}"
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(type(value))
+
+
 def _fits(type: TensorType, value: Any, sizes: dict[str, int]) -> bool:
     """Whether an array has the type; binds the symbolic dimensions met for the first time."""
-    if not isinstance(value, np.ndarray) or value.ndim != type.rank:
+    if isinstance(value, PackedArray):
+        stored = value.format
+    elif isinstance(value, np.ndarray) and isinstance(type.element, PlainFormat):
+        stored = type.element if value.dtype == type.element.dtype else None
+    else:
         return False
-    if isinstance(type.element, PlainFormat) and value.dtype != type.element.dtype:
+    if stored != type.element or len(value.shape) != type.rank:
         return False
     for dim, size in zip(type.shape, value.shape, strict=True):
         if isinstance(dim, SymbolicDim):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ir.formats import BF16, F16, F32
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
 from ir.op_def import InferenceError, expect
 from ir.types import Dim, KVCacheType, SymbolicDim, TensorType, Type
 
@@ -24,6 +25,39 @@ def float_tensor(type: Type, name: str, rank: int | None = None, min_rank: int =
     found = tensor(type, name, rank, min_rank)
     expect(found.element in FLOATS, f"expected {name} of f32, bf16 or f16, got {found}")
     return found
+
+
+def low_bit_format(format: NumberFormat) -> NumberFormat:
+    """`format`, which must store its elements in groups with scales."""
+    expect(
+        not isinstance(format, PlainFormat), f"expected a low-bit format like q4_sym<group=32, scale=f16>, got {format}"
+    )
+    return format
+
+
+def low_bit(type: TensorType) -> TensorType:
+    """`type`, whose last dimension must be one that its low-bit format can hold."""
+    k = known(type.shape[-1], "last dimension of a low-bit tensor")
+    try:
+        type.element.nbytes((1, k))
+    except DiagnosticError as error:
+        fault = error.diagnostics[0]
+        wanted = [f"; expected {note.message}" for note in fault.notes if note.severity == "expected"]
+        raise InferenceError(fault.message + "".join(wanted)) from error
+    return type
+
+
+def low_bit_tensor(type: Type, name: str, rank: int | None = None) -> TensorType:
+    """`type` as a tensor in a low-bit format."""
+    found = tensor(type, name, rank)
+    expect(not isinstance(found.element, PlainFormat), f"expected {name} in a low-bit format, got {found}")
+    return low_bit(found)
+
+
+def factor(type: Type, name: str, rank: int) -> TensorType:
+    """`type` as something that a product can multiply: a tensor of floats or of low-bit numbers."""
+    found = tensor(type, name, rank)
+    return float_tensor(found, name) if isinstance(found.element, PlainFormat) else low_bit(found)
 
 
 def i32_tensor(type: Type, name: str, rank: int = 1) -> TensorType:

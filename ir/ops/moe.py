@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ir.formats import F32, I32
+from ir.formats import F32, I32, PackedArray
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.ops import checks
+from ir.ops.low_bit import unpacked
 from ir.sizes import dim_size, num_elements
 from ir.traits import Pure
 from ir.types import TensorType, Type
@@ -96,7 +97,7 @@ class GroupedGemmOp(Op):
     """One matrix product per expert: y[j] = x[i] @ w[e].T, e the expert whose group holds row j of grouped order.
 
     With gather > 0, x has one row per token and i = order[j] // gather (gather = top_k). With gather = 0, x is in
-    grouped order already and i = j.
+    grouped order already and i = j. The elements of x and w are floats or low-bit numbers, as for gemm.matmul.
 
     Example:
         %y = moe.grouped_gemm %x, %w, %order, %offsets {gather = 2}
@@ -115,7 +116,7 @@ class GroupedGemmOp(Op):
 
     @staticmethod
     def infer_types(x: Type, w: Type, order: Type, offsets: Type, *, gather: int) -> TensorType:
-        left, right = checks.float_tensor(x, "x", rank=2), checks.float_tensor(w, "w", rank=3)
+        left, right = checks.factor(x, "x", rank=2), checks.factor(w, "w", rank=3)
         pairs, starts = checks.i32_tensor(order, "order"), checks.i32_tensor(offsets, "offsets")
         experts, n, k = right.shape
         checks.same("k of x and w", left.shape[1], k)
@@ -129,7 +130,10 @@ class GroupedGemmOp(Op):
         return TensorType((pairs.shape[0], n), F32)
 
     @staticmethod
-    def reference(x: np.ndarray, w: np.ndarray, order: np.ndarray, offsets: np.ndarray, *, gather: int) -> np.ndarray:
+    def reference(
+        x: np.ndarray | PackedArray, w: np.ndarray | PackedArray, order: np.ndarray, offsets: np.ndarray, *, gather: int
+    ) -> np.ndarray:
+        x, w = unpacked(x), unpacked(w)
         y = np.zeros((order.shape[0], w.shape[1]), np.float64)
         for e in range(w.shape[0]):
             for j in range(int(offsets[e]), int(offsets[e + 1])):

@@ -6,14 +6,15 @@ Elementwise arithmetic is computed in float64 and rounded once to the element of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ir.attributes import SymbolRef
-from ir.formats import PlainFormat
+from ir.formats import PackedArray, PlainFormat
 from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
-from ir.ops import checks
+from ir.ops import checks, low_bit
 from ir.sizes import num_bytes, num_elements
 from ir.traits import Commutative, ConstantLike, Elementwise, Pure
 from ir.types import Dim, Layout, SymbolicDim, TensorType, Type
@@ -69,6 +70,8 @@ class ConstantStackOp(Op):
 class ConcatOp(Op):
     """The operands one after another along `axis`; all other dimensions and the elements are equal.
 
+    Low-bit tensors are joined by whole rows: any axis but the last.
+
     Example:
         %y = tensor.concat %a, %b {axis = 0} : (tensor<4 x 8 x f32>, tensor<2 x 8 x f32>) -> tensor<6 x 8 x f32>
     """
@@ -84,6 +87,7 @@ class ConcatOp(Op):
         expect(len(values) > 0, "expected one operand or more, got none")
         first = checks.tensor(values[0], "operand 0", min_rank=1)
         checks.axis_of(first, axis)
+        low_bit.expect_whole_rows(first, axis)
         total: Dim = 0
         for i, value in enumerate(values):
             found = checks.tensor(value, f"operand {i}", rank=first.rank)
@@ -91,11 +95,14 @@ class ConcatOp(Op):
             rest, other = (t.shape[:axis] + t.shape[axis + 1 :] for t in (first, found))
             expect(rest == other, f"expected operands 0 and {i} to agree off axis {axis}, got {first} and {found}")
             expect(found.layout is None, f"expected operand {i} without a layout, got {found}")
+            low_bit.expect_whole_blocks(first, axis, total)
             total = _sum_of(total, found.shape[axis], i)
         return first.with_shape(*first.shape[:axis], total, *first.shape[axis + 1 :])
 
     @staticmethod
-    def reference(*values: np.ndarray, axis: int) -> np.ndarray:
+    def reference(*values: Any, axis: int) -> Any:
+        if isinstance(values[0], PackedArray):
+            return low_bit.concatenate_rows(values, axis)
         return np.concatenate(values, axis=axis)
 
 
@@ -112,7 +119,7 @@ def _sum_of(total: Dim, dim: Dim, index: int) -> Dim:
 
 @register_op
 class SliceOp(Op):
-    """Elements start .. start+size-1 along `axis`, which has a known size.
+    """Elements start .. start+size-1 along `axis`, which has a known size; whole rows of a low-bit tensor.
 
     Example:
         %y = tensor.slice %x {axis = 1, start = 8, size = 4} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 4 x f32>
@@ -134,16 +141,23 @@ class SliceOp(Op):
         expect(found.layout is None, f"expected x without a layout, got {found}")
         inside = start >= 0 and size >= 1 and start + size <= extent
         expect(inside, f"expected a slice inside of 0 .. {extent}, got start = {start}, size = {size}")
+        low_bit.expect_whole_rows(found, axis)
+        low_bit.expect_whole_blocks(found, axis, start)
+        low_bit.expect_whole_blocks(found, axis, size if start + size < extent else 0)
         return found.with_shape(*found.shape[:axis], size, *found.shape[axis + 1 :])
 
     @staticmethod
-    def reference(x: np.ndarray, *, axis: int, start: int, size: int) -> np.ndarray:
+    def reference(x: Any, *, axis: int, start: int, size: int) -> Any:
+        if isinstance(x, PackedArray):
+            return low_bit.slice_rows(x, axis, start, size)
         return x.take(range(start, start + size), axis=axis)
 
 
 @register_op
 class ReshapeOp(Op):
     """The same elements in row-major order under another shape, at most one dimension of which is symbolic.
+
+    The last dimension of a low-bit tensor stays what it is.
 
     Example:
         %y = tensor.reshape %x {shape = [tokens, 2, 8]} : (tensor<tokens x 16 x f32>) -> tensor<tokens x 2 x 8 x f32>
@@ -163,10 +177,13 @@ class ReshapeOp(Op):
         expect(len(new[1]) <= 1, f"expected one symbolic dimension at most, got {', '.join(new[1])}")
         wanted = found.with_shape(*shape)
         expect(old == new, f"expected as many elements before as after, got {found} and {wanted}")
+        low_bit.expect_same_rows(found, wanted)
         return wanted
 
     @staticmethod
-    def reference(x: np.ndarray, *, shape: tuple[Dim, ...]) -> np.ndarray:
+    def reference(x: Any, *, shape: tuple[Dim, ...]) -> Any:
+        if isinstance(x, PackedArray):  # whose sizes are known
+            return replace(x, shape=shape)
         return x.reshape([-1 if isinstance(d, SymbolicDim) else d for d in shape])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ir.builder import Builder
 from ir.core import Block, Region
-from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, PlainFormat
+from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, NumberFormat, PackedArray, PlainFormat
 from ir.interpreter import Environment
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
@@ -139,10 +139,19 @@ def sample(op: str, label: str, /, *inputs: Any, types: Sequence[Type] = (), **n
     The arrays are made read-only: a reference that writes its inputs fails at once.
     """
     for value in inputs:
-        for array in (value.keys, value.values) if isinstance(value, KVState) else (value,):
+        for array in parts_of(value):
             array.flags.writeable = False
     regions = named.pop("regions", no_regions)
     return Sample(op, label, inputs, tuple(types) or tuple(type_of(x) for x in inputs), named, regions)
+
+
+def parts_of(value: Any) -> tuple[np.ndarray, ...]:
+    """The arrays that a value is made of."""
+    if isinstance(value, KVState):
+        return value.keys, value.values
+    if isinstance(value, PackedArray):
+        return tuple(v for v in vars(value).values() if isinstance(v, np.ndarray))
+    return (np.asarray(value),)
 
 
 def low_sample(op: str, label: str, /, *inputs: Any, **named: Any) -> Sample:
@@ -166,8 +175,10 @@ def fault(
     return Fault(op, types, message, attributes, regions, result_types)
 
 
-def type_of(value: np.ndarray | KVState) -> Type:
+def type_of(value: np.ndarray | PackedArray | KVState) -> Type:
     """The type of an array (all sizes known) or of a KV state."""
+    if isinstance(value, PackedArray):
+        return TensorType(value.shape, value.format)
     if isinstance(value, KVState):
         return KVCacheType(value.keys.shape[2], value.keys.shape[3], format_of(value.dtype))
     return TensorType(value.shape, format_of(value.dtype))
@@ -198,7 +209,7 @@ def format_of(dtype: np.dtype) -> PlainFormat:
     return next(f for f in PLAIN_FORMATS.values() if f.dtype == dtype)
 
 
-def t(*shape: Any, element: PlainFormat = F32) -> TensorType:
+def t(*shape: Any, element: NumberFormat = F32) -> TensorType:
     """tensor<... x f32>"""
     return TensorType(shape, element)
 
@@ -207,6 +218,11 @@ def normal(*shape: int, seed: str = "", element: PlainFormat = F32, scale: float
     """Normal numbers, the same ones for the same arguments."""
     rng = np.random.default_rng(zlib.crc32(repr((shape, seed)).encode()))
     return np.asarray(rng.standard_normal(shape) * scale).astype(element.dtype)
+
+
+def packed(values: np.ndarray, format: Any) -> PackedArray:
+    """The values in a low-bit format."""
+    return format.pack(values)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -221,5 +237,6 @@ def cache(slots: int, ctx: int, heads: int, dim: int, element: PlainFormat = F32
 
 __all__ = [
     "BF16", "CTX", "F16", "F32", "I1", "I32", "ROWS", "TOKENS", "Fault", "Sample", "Stored",
-    "cache", "fault", "ints", "low_sample", "normal", "run_sample", "sample", "t", "type_like", "type_of",
+    "cache", "fault", "ints", "low_sample", "normal", "packed", "parts_of", "run_sample", "sample", "t", "type_like",
+    "type_of",
 ]  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ir.ops.moe import DispatchOp
-from tests.samples.base import BF16, I32, TOKENS, Sample, fault, normal, sample, t
+from tests.samples.base import BF16, I32, TOKENS, Sample, fault, normal, packed, sample, t
+from tests.samples.quant import Q4, Q8
 
 _TIES = np.array([[1.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
 
@@ -37,9 +38,20 @@ def _grouped(label: str, experts: int, ids: tuple, gather: bool, element=BF16) -
     rows = chosen.shape[0] if gather else order.size
     x, w = normal(rows, 6), normal(experts, 5, 6, element=element)
     dim = TOKENS if gather else TOKENS * top_k
-    types = (t(dim, 6), t(experts, 5, 6, element=element), t(TOKENS * top_k, element=I32), t(experts + 1, element=I32))
+    pairs, starts = t(TOKENS * top_k, element=I32), t(experts + 1, element=I32)
+    types = (t(dim, 6), t(experts, 5, 6, element=element), pairs, starts)
     name = f"{label}_{'gather' if gather else 'grouped'}"
     return sample("moe.grouped_gemm", name, x, w, order, offsets, types=types, gather=top_k if gather else 0)
+
+
+def _low_bit(label: str, experts: int, ids: tuple, gather: bool) -> Sample:
+    """int8 rows and 4-bit experts."""
+    plain = _grouped(label, experts, ids, gather)
+    x, w = packed(normal(plain.inputs[0].shape[0], 32), Q8), packed(normal(experts, 5, 32), Q4)
+    x_type, _, pairs, starts = plain.types
+    types = (t(x_type.shape[0], 32, element=Q8), t(experts, 5, 32, element=Q4), pairs, starts)
+    name = f"q8_q4_{'gather' if gather else 'grouped'}"
+    return sample("moe.grouped_gemm", name, x, w, *plain.inputs[2:], types=types, **plain.attributes)
 
 
 def _combine(label: str, experts: int, ids: tuple) -> Sample:
@@ -58,6 +70,7 @@ SAMPLES = (
     sample("moe.route", "large", normal(2, 6, scale=1e3), top_k=2, normalize=True),
     *(_dispatch(*routing) for routing in ROUTINGS),
     *(_grouped(*routing, gather) for routing in ROUTINGS for gather in (True, False)),
+    *(_low_bit(*ROUTINGS[3], gather) for gather in (True, False)),
     *(_combine(*routing) for routing in ROUTINGS),
 )
 FAULTS = (

@@ -6,7 +6,8 @@ import numpy as np
 
 from ir.attributes import SymbolRef
 from ir.types import Layout, SymbolicDim
-from tests.samples.base import BF16, F16, F32, I32, ROWS, TOKENS, Fault, Sample, fault, ints, normal, sample, t
+from tests.samples.base import BF16, F16, F32, I32, ROWS, TOKENS, Fault, Sample, fault, ints, normal, packed, sample, t
+from tests.samples.quant import Q3, Q4, Q4_ZP
 
 _WEIGHT = normal(3, 5, element=BF16)
 _EXPERTS = {f"experts.{i}.up": normal(4, 2, seed=str(i), element=BF16) for i in range(3)}
@@ -28,6 +29,11 @@ SAMPLES = (
     sample("tensor.concat", "axis1_stacked", normal(2, 3, 5), normal(2, 4, 5), axis=1),
     sample("tensor.concat", "one", normal(7), axis=0),
     sample("tensor.concat", "symbols", normal(2, 3), normal(4, 3), types=(t(TOKENS, 3), t(TOKENS * 2, 3)), axis=0),
+    sample("tensor.concat", "low_bit", packed(normal(2, 32), Q4_ZP), packed(normal(3, 32), Q4_ZP), axis=0),
+    sample("tensor.concat", "low_bit_stacked", packed(normal(2, 3, 8), Q3), packed(normal(2, 4, 8), Q3), axis=1),
+    sample("tensor.slice", "low_bit", packed(normal(2, 5, 32), Q4), axis=1, start=1, size=3),
+    sample("tensor.reshape", "low_bit", packed(normal(2, 5, 32), Q4), shape=(10, 32)),
+    sample("tensor.layout", "low_bit", packed(normal(5, 32), Q4), layout=Layout(16, 4)),
     sample("tensor.slice", "middle", normal(3, 10), types=(t(TOKENS, 10),), axis=1, start=4, size=3),
     sample("tensor.slice", "whole", normal(1, 5, element=BF16), axis=1, start=0, size=5),
     sample("tensor.reshape", "heads", normal(3, 12), types=(t(TOKENS, 12),), shape=(TOKENS, 3, 4)),
@@ -76,6 +82,22 @@ FAULTS = (
     fault("tensor.concat", "operands 0 and 1 to agree off axis 0", t(2, 3), t(2, 4), axis=0),
     fault("tensor.concat", "elements of operands 0 and 1 to match, got f32 and bf16", t(2), t(2, element=BF16), axis=0),
     fault("tensor.concat", "add up, got tokens and 4", t(TOKENS), t(4), axis=0),
+    fault(
+        "tensor.concat",
+        "whole rows of a low-bit tensor, got axis = 1",
+        t(2, 32, element=Q4),
+        t(2, 32, element=Q4),
+        axis=1,
+    ),
+    fault(
+        "tensor.slice", "whole rows of a low-bit tensor, got axis = 1", t(2, 64, element=Q4), axis=1, start=0, size=32
+    ),
+    fault(
+        "tensor.reshape",
+        "expected whole rows of q4_sym<group=32, scale=f16> to stay",
+        t(2, 64, element=Q4),
+        shape=(4, 32),
+    ),
     fault("tensor.slice", "inside of 0 .. 10, got start = 8, size = 3", t(10), axis=0, start=8, size=3),
     fault("tensor.slice", "a known size along axis 0, got tokens", t(TOKENS), axis=0, start=0, size=1),
     fault("tensor.reshape", "as many elements before as after", t(TOKENS, 6), shape=(TOKENS, 5)),

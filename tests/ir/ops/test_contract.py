@@ -22,7 +22,7 @@ from ir.tile_memory_model import BufferView
 from ir.traits import ReadsKVCache, Terminator, WritesKVCache, has_trait
 from ir.types import KVCacheType, SymbolicDim, TensorType, Type
 from tests.samples import all_faults, all_samples
-from tests.samples.base import Fault, Sample, run_sample, type_like, type_of
+from tests.samples.base import Fault, Sample, parts_of, run_sample, type_like, type_of
 
 SAMPLES = all_samples()
 FAULTS = all_faults()
@@ -202,11 +202,9 @@ def split_types(text: str) -> list[str]:
 
 
 def arrays(value: Any) -> tuple[np.ndarray, ...]:
-    if isinstance(value, KVState):
-        return value.keys, value.values
     if isinstance(value, BufferView):
         return value.memory.bytes, np.array([value.start, *value.bounds])
-    return (np.asarray(value),)
+    return parts_of(value)
 
 
 def bind(sample: Sample) -> dict[str, int]:
@@ -217,7 +215,7 @@ def bind(sample: Sample) -> dict[str, int]:
             assert type == type_of(value)
             assert sizes.setdefault("ctx", value.ctx) == value.ctx
         elif isinstance(type, TensorType):
-            assert len(type.shape) == value.ndim
+            assert len(type.shape) == len(value.shape)
             for dim, size in zip(type.shape, value.shape, strict=True):
                 if isinstance(dim, SymbolicDim):
                     assert sizes.setdefault(dim.name, size // dim.scale) * dim.scale == size

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ir.builder import Builder
 from ir.core import Block, Region, Value
 from ir.formats import BF16, F32, I32, PlainFormat
-from ir.ops import tile, tile_control, tile_memory
+from ir.ops import tile, tile_control, tile_memory, tile_packed
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.types import INDEX, BufferType, IndexType, ScalarType, Type, VectorType
 
@@ -115,6 +115,10 @@ class Expr:
 
     def shifted_left(self, bits: int) -> Expr:
         return self._binary(tile.ShlOp, bits)
+
+    def shifted_right(self, bits: int) -> Expr:
+        """The sign is kept."""
+        return self._binary(tile.ShrOp, bits)
 
     def min(self, other: Expr | Number) -> Expr:
         return self._binary(tile.MinOp, other)
@@ -274,6 +278,12 @@ class KernelBuilder:
 
     def dot2(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         return Expr(self, self.emit(tile.Dot2Op(acc.value, a.value, b.value)))
+
+    def dot4(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return Expr(self, self.emit(tile_packed.Dot4Op(acc.value, a.value, b.value)))
+
+    def lookup(self, table: Expr, index: Expr) -> Expr:
+        return Expr(self, self.emit(tile_packed.LookupOp(table.value, index.value)))
 
     def sqrt(self, x: Expr) -> Expr:
         return Expr(self, self.emit(tile.SqrtOp(x.value)))

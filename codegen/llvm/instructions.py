@@ -22,10 +22,14 @@ class Instruction:
 
 
 _BF16, _BF16_VL = frozenset({"avx512bf16"}), frozenset({"avx512bf16", "avx512vl"})
+_VNNI, _VNNI_VL = frozenset({"avx512vnni"}), frozenset({"avx512vnni", "avx512vl"})
 INSTRUCTIONS = (
     Instruction("tile.dot2", "f32", 16, _BF16, "llvm.x86.avx512bf16.dpbf16ps.512", "Intel SDM, VDPBF16PS zmm"),
     Instruction("tile.dot2", "f32", 8, _BF16_VL, "llvm.x86.avx512bf16.dpbf16ps.256", "Intel SDM, VDPBF16PS ymm"),
     Instruction("tile.dot2", "f32", 4, _BF16_VL, "llvm.x86.avx512bf16.dpbf16ps.128", "Intel SDM, VDPBF16PS xmm"),
+    Instruction("tile.dot4", "i32", 16, _VNNI, "llvm.x86.avx512.vpdpbusd.512", "Intel SDM, VPDPBUSD zmm"),
+    Instruction("tile.dot4", "i32", 8, _VNNI_VL, "llvm.x86.avx512.vpdpbusd.256", "Intel SDM, VPDPBUSD ymm"),
+    Instruction("tile.dot4", "i32", 4, _VNNI_VL, "llvm.x86.avx512.vpdpbusd.128", "Intel SDM, VPDPBUSD xmm"),
     Instruction("tile.cast", "bf16", 16, _BF16, "llvm.x86.avx512bf16.cvtneps2bf16.512", "Intel SDM, VCVTNEPS2BF16 zmm"),
 )
 

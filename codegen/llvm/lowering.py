@@ -168,7 +168,8 @@ def _type_of_argument(argument: str) -> str:
 
 def lower_kernel(func: FuncOp, instructions: InstructionSet, declarations: dict[str, str], attributes: str) -> str:
     """The text of one kernel. `attributes` is the attribute group reference, e.g. `#0`."""
-    import codegen.llvm.tile_lowerings  # noqa: F401 - registers the lowerings
+    import codegen.llvm.packed_lowerings
+    import codegen.llvm.tile_lowerings  # noqa: F401 - both register lowerings
 
     emitter = FunctionEmitter(instructions, declarations)
     block = func.region.block

@@ -21,7 +21,7 @@ from ir.builder import Builder
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, F64, I8, I32, I64, U8, PlainFormat
 from ir.op_def import OPS
-from ir.ops import plan, tile
+from ir.ops import plan, tile, tile_packed
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.tile_interpreter import interpret_kernel
 from tests.codegen.harness import host_target
@@ -186,7 +186,7 @@ def test_the_interpreter_means_what_the_ops_say() -> None:
 
 def test_the_cases_meet_every_value_op() -> None:
     met = {type(op) for case in CASES["host"] for op in case.kernel.walk()}
-    wanted = {cls for cls in LOWERINGS if cls.__module__ == tile.__name__}
+    wanted = {cls for cls in LOWERINGS if cls.__module__ in (tile.__name__, tile_packed.__name__)}
     assert wanted - met == set()
     named = {name for name in OPS if name.startswith("tile.")}
     assert named - {"tile.yield"} == {cls.name for cls in LOWERINGS}
@@ -219,7 +219,7 @@ def test_an_instruction_is_issued_where_its_features_are(entry: Instruction) -> 
     assert InstructionSet(entry.features).find(entry.op, entry.element, entry.lanes) == entry
     for feature in entry.features:
         assert InstructionSet(entry.features - {feature}).find(entry.op, entry.element, entry.lanes) is None
-    named = {"tile.dot2": "dot2", "tile.cast": "cast_f32_bf16"}[entry.op]
+    named = {"tile.dot2": "dot2", "tile.dot4": "dot4", "tile.cast": "cast_f32_bf16"}[entry.op]
     case = next(c for c in CASES["host"] if c.name == f"{named}_{entry.lanes}")
     text = lower_kernel(case.kernel, InstructionSet(entry.features), {}, "#0")
     assert f"@{entry.intrinsic}(" in text

@@ -14,7 +14,7 @@ import numpy as np
 
 from codegen.tile_builder import Expr, KernelBuilder
 from ir.formats import BF16, F16, F32, F64, I1, I8, I32, I64, U8, PlainFormat
-from ir.ops import tile
+from ir.ops import tile, tile_packed
 from ir.ops.builtin import FuncOp
 from ir.types import ScalarType, Type, VectorType
 
@@ -126,6 +126,10 @@ def float_cases() -> Iterator[Case]:
         label = f"dot2_{lanes}"
         kernel = block_kernel(label, [F32, BF16, BF16], F32, lanes, emit(tile.Dot2Op), (1, 2, 2))
         yield Case(label, kernel, (F32, BF16, BF16), F32, lanes, tile.Dot2Op.reference, share=(1, 2, 2), group="dot2")
+    for lanes in LANES:
+        label = f"dot4_{lanes}"
+        kernel = block_kernel(label, [I32, U8, I8], I32, lanes, emit(tile_packed.Dot4Op), (1, 4, 4))
+        yield Case(label, kernel, (I32, U8, I8), I32, lanes, tile_packed.Dot4Op.reference, share=(1, 4, 4))
     for kind in ("add", "max"):
         for lanes in LANES:
             label = f"reduce_{kind}_{lanes}"
@@ -144,6 +148,28 @@ def _reduce(kind: str, lanes: int) -> Body:
 
 def _reduced(kind: str, lanes: int) -> Meaning:
     return lambda x: np.array([tile.ReduceOp.reference(row, kind) for row in x.reshape(-1, lanes)])
+
+
+def lookup_cases() -> Iterator[Case]:
+    """A table of its own for each block: in one register and in several, of entries that an instruction permutes."""
+    for element, entries in ((U8, 4), (U8, 16), (I8, 64), (BF16, 16), (BF16, 32), (F32, 4), (F32, 16), (I32, 32)):
+        for lanes in LANES[1:]:
+            label = f"lookup_{element}_{entries}_{lanes}"
+            wide, per_word = entries // lanes, 32 // element.bits  # table entries and results for each index lane
+            if wide * lanes != entries:
+                continue
+            kernel = block_kernel(label, [element, I32], element, lanes, emit(tile_packed.LookupOp), (wide, 1))
+            meaning = _looked_up(entries, lanes)
+            shares = {"share": (wide, 1), "out_share": (per_word, 1)}
+            yield Case(label, kernel, (element, I32), element, lanes, meaning, **shares)
+
+
+def _looked_up(entries: int, lanes: int) -> Meaning:
+    def meaning(tables: np.ndarray, index: np.ndarray) -> np.ndarray:
+        blocks = zip(tables.reshape(-1, entries), index.reshape(-1, lanes), strict=True)
+        return np.concatenate([tile_packed.LookupOp.reference(table, block) for table, block in blocks])
+
+    return meaning
 
 
 def choice_cases() -> Iterator[Case]:
@@ -310,5 +336,13 @@ def _constant_meaning(element: PlainFormat, stored: PlainFormat, lanes: int, val
 
 
 def all_cases(with_f16: bool = True) -> list[Case]:
-    makers = (binary_cases(), float_cases(), choice_cases(), cast_cases(with_f16), bit_cases(), shape_cases())
+    makers = (
+        binary_cases(),
+        float_cases(),
+        lookup_cases(),
+        choice_cases(),
+        cast_cases(with_f16),
+        bit_cases(),
+        shape_cases(),
+    )
     return [case for maker in (*makers, constant_cases()) for case in maker]

@@ -17,6 +17,7 @@ from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVAppendOp
 from ir.ops.moe import CombineOp, GroupedGemmOp
 from ir.ops.norm import RmsNormOp
+from ir.ops.quant import QuantizeOp, RotateOp
 from ir.ops.tensor import AddOp, CastOp, ClipOp, EmbedOp, MulOp, ReshapeOp, SiluOp, SliceOp, SwigluOp
 from ir.traits import Elementwise, has_trait
 
@@ -31,10 +32,14 @@ class FormError(Exception):
 
 @dataclass(frozen=True)
 class GemmForm:
-    """[norm] [cast] product, then the epilogue; `epilogue_operands[i]` is what `epilogue[i]` reads besides, or None."""
+    """[norm] [rotate] [narrow] product, then the epilogue; `epilogue_operands[i]` is what `epilogue[i]` reads besides.
+
+    `narrow` is the cast or the quantize that makes the activations what the product multiplies.
+    """
 
     norm: RmsNormOp | None
-    cast: CastOp | None
+    rotate: RotateOp | None
+    narrow: CastOp | QuantizeOp | None
     product: MatmulOp | GroupedGemmOp
     epilogue: tuple[Op, ...]
     x: int
@@ -43,6 +48,21 @@ class GemmForm:
     order: int | None
     offsets: int | None
     epilogue_operands: tuple[int | None, ...]
+
+    @property
+    def cast(self) -> CastOp | None:
+        """The cast in front of the product."""
+        return self.narrow if isinstance(self.narrow, CastOp) else None
+
+    @property
+    def quantize(self) -> QuantizeOp | None:
+        """The quantize in front of the product: its activations are low-bit numbers."""
+        return self.narrow if isinstance(self.narrow, QuantizeOp) else None
+
+    @property
+    def prologue(self) -> tuple[Op, ...]:
+        """What is done to the activations inside of the region, in order."""
+        return tuple(op for op in (self.norm, self.rotate, self.narrow) if op is not None)
 
     @property
     def has_swiglu(self) -> bool:
@@ -142,16 +162,17 @@ def _argument(value: Value) -> int:
 
 def _bare_gemm(product: MatmulOp | GroupedGemmOp) -> GemmForm:
     order, offsets = (2, 3) if isinstance(product, GroupedGemmOp) else (None, None)
-    return GemmForm(None, None, product, (), 0, 1, None, order, offsets, ())
+    return GemmForm(None, None, None, product, (), 0, 1, None, order, offsets, ())
 
 
 def _gemm(body: Sequence[Op], end: Op) -> GemmForm:
     rest = list(body)
     norm = rest.pop(0) if isinstance(rest[0], RmsNormOp) else None
-    cast = rest.pop(0) if rest and isinstance(rest[0], CastOp) else None
+    rotate = rest.pop(0) if rest and isinstance(rest[0], RotateOp) else None
+    narrow = rest.pop(0) if rest and isinstance(rest[0], (CastOp, QuantizeOp)) else None
     _require(bool(rest) and isinstance(rest[0], PRODUCTS), "expected gemm.matmul or moe.grouped_gemm")
     product = rest.pop(0)
-    chain = [op for op in (norm, cast, product, *rest) if op is not None]
+    chain = [op for op in (norm, rotate, narrow, product, *rest) if op is not None]
     for before, op in itertools.pairwise(chain):
         _require(op.operands[0] is before.results[0], f"{op.name} does not continue the chain")
     for op in rest:
@@ -162,7 +183,7 @@ def _gemm(body: Sequence[Op], end: Op) -> GemmForm:
     weight, *groups = [_argument(v) for v in product.operands[1:]]
     order, offsets = groups or (None, None)
     extra = tuple(_argument(op.operands[1]) if len(op.operands) == 2 else None for op in rest)
-    return GemmForm(norm, cast, product, tuple(rest), x, weight, gain, order, offsets, extra)  # type: ignore[arg-type]
+    return GemmForm(norm, rotate, narrow, product, tuple(rest), x, weight, gain, order, offsets, extra)  # type: ignore[arg-type]
 
 
 def _attention(body: Sequence[Op], end: Op) -> AttentionForm:

@@ -207,7 +207,7 @@ def test_explain_groups_what_happened_alike():
     )
     assert "2 fuse-norm-gemm" in told
     assert (
-        "layers.0.self_attn.q_proj and 8 more: FoldNormIntoGemm left gemm.matmul alone: norm.rms has 3 readers" in told
+        "layers.0.self_attn.q_proj and 8 more: FoldPrologueIntoGemm left gemm.matmul alone: norm.rms has 3 readers" in told
     )
 
 

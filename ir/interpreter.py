@@ -19,6 +19,7 @@ import numpy as np
 from ir.core import Block, Op, Region, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import PackedArray, PlainFormat
+from ir.kv_low_bit import empty_state
 from ir.kv_state import KVState
 from ir.op_def import Op as DeclaredOp
 from ir.ops.builtin import FuncOp
@@ -189,9 +190,7 @@ def zero_states(func: FuncOp, slots: int, ctx: int) -> dict[str, KVState]:
         for result in op.results:
             symbol = op.attributes.get("symbol")
             if isinstance(op, DeclaredOp) and isinstance(result.type, KVCacheType) and symbol is not None:
-                kind = result.type
-                assert isinstance(kind.element, PlainFormat)
-                states[symbol.name] = KVState.zeros(slots, ctx, kind.num_kv_heads, kind.head_dim, kind.element.dtype)
+                states[symbol.name] = empty_state(result.type, slots, ctx)
     return states
 
 

@@ -1,7 +1,8 @@
 """KVState: the value of one layer's KV cache in the interpreter.
 
 The meaning of `kv<...>`: keys and values of every sequence slot, stored in the cache's element (so storing rounds),
-read back as floats. How the compiled program lays the cache out in memory is not visible here.
+read back as floats. How the compiled program lays the cache out in memory is not visible here. A low-bit cache is an
+`ir.kv_low_bit.LowBitKVState`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class KVState:
         return self.keys.shape[0]
 
     @property
+    def heads(self) -> int:
+        """Key and value heads."""
+        return self.keys.shape[2]
+
+    @property
     def ctx(self) -> int:
         """Positions that one slot can hold."""
         return self.keys.shape[1]
@@ -49,13 +55,21 @@ class KVState:
 
         Raises IndexError when a row lies outside of the cache.
         """
+        self.check_rows(positions, slots)
         keys, values = self.keys.copy(), self.values.copy()
+        keys[slots, positions] = k.astype(self.dtype)
+        values[slots, positions] = v.astype(self.dtype)
+        return KVState(keys, values)
+
+    def check_rows(self, positions: np.ndarray, slots: np.ndarray) -> None:
+        """Raises IndexError when a row lies outside of the cache."""
         for t, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
             if not (0 <= slot < self.slots and 0 <= position < self.ctx):
                 raise IndexError(
                     f"row {t} goes to slot {slot}, position {position}, "
                     f"but the cache has {self.slots} slots of {self.ctx} positions"
                 )
-            keys[slot, position] = k[t].astype(self.dtype)
-            values[slot, position] = v[t].astype(self.dtype)
-        return KVState(keys, values)
+
+    def rows(self, slot: int, head: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """keys and values [ctx, d] of a slot and head as the row at `position` of that slot reads them."""
+        return self.keys[slot, :, head], self.values[slot, :, head]

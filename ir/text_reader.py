@@ -20,6 +20,7 @@ from ir.spelling import did_you_mean
 from ir.syntax import ValueSyntax
 from ir.types import (
     INDEX,
+    KV_OPTIONS,
     BufferType,
     Dim,
     KVCacheType,
@@ -152,10 +153,22 @@ class TextReader:
 
     def kv(self, node: ValueSyntax) -> KVCacheType:
         shape, element = self.shape_and_format(node)
-        if len(node.items) != 1 or len(shape) != 2 or not all(isinstance(d, int) for d in shape):
+        if len(shape) != 2 or not all(isinstance(d, int) for d in shape):
             raise _fault(node.token, "expected kv<heads x width x format>, like kv<4 x 64 x bf16>")
+        options: dict[str, int] = {}
+        for item in node.items[1:]:
+            name = str(item.token)
+            if item.kind != "named" or name not in KV_OPTIONS or name in options:
+                raise _fault(item.token or node.token, f"expected one each of {', '.join(KV_OPTIONS)}, like rotate=64")
+            value = self.plain(item.items[0])
+            if type(value) is not int or value < 0:
+                raise _fault(item.token or node.token, f"expected {name} to be a number of 0 or more")
+            options[name] = value
         heads, width = shape
-        return KVCacheType(cast("int", heads), cast("int", width), element)
+        made = KVCacheType(cast("int", heads), cast("int", width), element, **options)
+        if made.fault:
+            raise _fault(node.token, made.fault)
+        return made
 
     def vector(self, node: ValueSyntax) -> VectorType:
         shape, element = self.shape_and_format(node)

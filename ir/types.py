@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ir.formats import NumberFormat
+from ir.formats import GroupedIntFormat, NumberFormat, PlainFormat
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,63 @@ class KVCacheType(Type):
     """The keys and values of one layer for every sequence slot: `kv<4 x 64 x bf16>` (kv heads, head width, format).
 
     Logically two arrays [slots, ctx, num_kv_heads, head_dim]; `slots` and `ctx` belong to the run, not to the type.
+    The rest is how a low-bit cache is kept (docs/kv_cache.md):
+    - `rotate`: keys and values are stored times an orthonormal Hadamard matrix in blocks of this many columns, 0 = as
+      they are. What is read is rotated back;
+    - `recent`: a row reads at least this many positions up to its own in bf16, 0 = everything in the element;
+    - `key_group`: keys share scale and zero point by column over this many positions, 0 = by position and head.
+
+    Text: `kv<4 x 64 x q4_sym<group=row, scale=f16>, rotate=64, recent=16>`.
     """
 
     num_kv_heads: int
     head_dim: int
     element: NumberFormat
+    rotate: int = 0
+    recent: int = 0
+    key_group: int = 0
 
     def __str__(self) -> str:
-        return f"kv<{self.num_kv_heads} x {self.head_dim} x {self.element}>"
+        return f"kv<{self.num_kv_heads} x {self.head_dim} x {self.format_text}>"
+
+    @property
+    def format_text(self) -> str:
+        """How a number is kept: the part of the text form behind the sizes."""
+        options = [f"{name}={getattr(self, name)}" for name in KV_OPTIONS if getattr(self, name)]
+        return ", ".join([str(self.element), *options])
+
+    @property
+    def low_bit(self) -> bool:
+        """Whether positions are kept as codes and scales."""
+        return not isinstance(self.element, PlainFormat)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the fields, for a diagnostic; "" when nothing is."""
+        element = self.element
+        if isinstance(element, PlainFormat):
+            return "" if not (self.rotate or self.recent or self.key_group) else f"{element} takes no options"
+        if not isinstance(element, GroupedIntFormat) or element.group or element.bits not in (2, 4, 8):
+            return f"expected f32, bf16, f16 or integers of 2, 4 or 8 bits with group=row, got {element}"
+        if self.rotate and (self.rotate & (self.rotate - 1) or self.head_dim % self.rotate):
+            return f"expected rotate to be a power of two that divides {self.head_dim}, got {self.rotate}"
+        if self.recent % KV_BLOCK or self.key_group % KV_BLOCK:
+            return f"expected recent and key_group to be multiples of {KV_BLOCK}, got {self.recent}, {self.key_group}"
+        if self.key_group and not self.recent:
+            return "expected recent > 0 with key_group: the positions of an unfinished group are read in bf16"
+        return ""
+
+    def recent_start(self, position: int) -> int:
+        """The first position that a row at `position` reads in bf16; what lies before is read as codes.
+
+        It depends on nothing but the row's position, so a token means the same in a prompt chunk and alone.
+        """
+        unit = self.key_group or KV_BLOCK
+        return max(0, position + 1 - self.recent) // unit * unit if self.recent else position + 1
+
+
+KV_BLOCK = 16  # positions that are kept together
+KV_OPTIONS = ("rotate", "recent", "key_group")
 
 
 @dataclass(frozen=True)

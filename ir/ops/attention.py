@@ -154,12 +154,12 @@ class ScoresOp(Op):
         q: np.ndarray, cache: KVState, positions: np.ndarray, slots: np.ndarray, *, scale: float, window: int
     ) -> np.ndarray:
         tokens, heads, _ = q.shape
-        group = heads // cache.keys.shape[2]
+        group = heads // cache.heads
         scores = np.full((tokens, heads, cache.ctx), -np.inf)
         for t in range(tokens):
             seen = visible(int(positions[t]), window, cache.ctx)
             for h in range(heads):
-                keys = cache.keys[slots[t], :, h // group].astype(np.float64)  # [ctx, d]
+                keys = cache.rows(int(slots[t]), h // group, int(positions[t]))[0].astype(np.float64)  # [ctx, d]
                 scores[t, h, seen] = (scale * (keys @ q[t, h].astype(np.float64)))[seen]
         return scores.astype(np.float32)
 
@@ -218,6 +218,7 @@ class CombineOp(Op):
     @staticmethod
     def infer_types(p: Type, cache: Type, slots: Type) -> TensorType:
         found, kv = checks.float_tensor(p, "p", rank=3), checks.kv_cache(cache)
+        expect(not kv.recent, f"cannot read {kv} without the rows' positions: fuse attention before setting its format")
         out = TensorType((found.shape[0], found.shape[1], kv.head_dim), F32)
         heads_per_kv_head(out, kv)
         _check_rows(out, None, slots)
@@ -226,7 +227,7 @@ class CombineOp(Op):
     @staticmethod
     def reference(p: np.ndarray, cache: KVState, slots: np.ndarray) -> np.ndarray:
         tokens, heads, _ = p.shape
-        group = heads // cache.keys.shape[2]
+        group = heads // cache.heads
         out = np.zeros((tokens, heads, cache.keys.shape[3]), np.float64)
         for t in range(tokens):
             for h in range(heads):
@@ -246,8 +247,7 @@ class CombineOp(Op):
 def _rows_read(cache: KVCacheType, query: TensorType, sizes: dict[str, int], window: int) -> int:
     """Bytes of keys (or values) read when every row reads its own: an upper bound, rows of one slot share them."""
     seen = min(sizes["ctx"], window) if window else sizes["ctx"]
-    row = TensorType((query.shape[0], seen, cache.num_kv_heads, cache.head_dim), cache.element)
-    return num_bytes(row, sizes)
+    return num_bytes(TensorType((query.shape[0], seen, cache.num_kv_heads, cache.head_dim), cache.element), sizes)
 
 
 def row_argument_types(head_dim: int) -> tuple[TensorType, ...]:
@@ -319,14 +319,13 @@ class AttentionOp(Op):
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         q, cache, positions, slots = values
         tokens, heads, _ = q.shape
-        group = heads // cache.keys.shape[2]
+        group = heads // cache.heads
         scale = np.asarray(self.scale, np.float32)
         y = np.zeros(q.shape, np.float32)
         for t in range(tokens):
             mask = visible(int(positions[t]), self.window, cache.ctx)
             for h in range(heads):
-                k = cache.keys[slots[t], :, h // group].astype(np.float32)
-                v = cache.values[slots[t], :, h // group].astype(np.float32)
+                k, v = (x.astype(np.float32) for x in cache.rows(int(slots[t]), h // group, int(positions[t])))
                 (y[t, h],) = context.run_region(self.body, (q[t, h].astype(np.float32), k, v, mask, scale))
         return (y,)
 

@@ -71,6 +71,7 @@ def kv_cache(type: Type, name: str = "cache") -> KVCacheType:
     """`type` as the type of a KV cache."""
     if not isinstance(type, KVCacheType):
         raise InferenceError(f"expected {name} to be a kv cache, got {type}")
+    expect(not type.fault, type.fault)
     return type
 
 

@@ -31,8 +31,11 @@ class KVStateOp(Op):
     cache = result("kv<heads x width x element>")
 
     def verify(self, diag: DiagnosticSink) -> None:
-        if not isinstance(self.cache.type, KVCacheType):
-            diag.error(self.location, f"expected {self.name} to give a kv cache, got {self.cache.type}")
+        type = self.cache.type
+        if not isinstance(type, KVCacheType):
+            diag.error(self.location, f"expected {self.name} to give a kv cache, got {type}")
+        elif type.fault:
+            diag.error(self.location, type.fault)
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         return (context.state(self.symbol.name),)

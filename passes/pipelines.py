@@ -8,7 +8,7 @@ Each function says why its order is as it is. `PIPELINES` holds them by name for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from passes.fuse.fuse_attention import FuseAttentionPass
 from passes.fuse.fuse_elementwise import FuseElementwisePass
@@ -19,6 +19,7 @@ from passes.fuse.fuse_qkv import FuseQKVPass
 from passes.fuse.fuse_rope_append import FuseRopeAppendPass
 from passes.layout.choose_layouts import ChooseLayoutsPass
 from passes.pass_base import Pass
+from passes.quantize.quantize import QuantizePass
 from passes.quantize.set_precision import FloatName, SetPrecisionPass
 from passes.simplify.canonicalize import CanonicalizePass
 from passes.simplify.cse import CSEPass
@@ -42,6 +43,14 @@ def set_precision(weights: FloatName, activations: FloatName, kv: FloatName) -> 
     return SetPrecisionPass(weights, activations, kv), CanonicalizePass()
 
 
+def quantize(recipe: Sequence[str], floats: FloatName) -> Pipeline:
+    """What takes the place of `set_precision` when there is a recipe.
+
+    The canonicalize in front joins what a quantized checkpoint stores, so that a fused product has one low-bit weight.
+    """
+    return CanonicalizePass(), QuantizePass(tuple(recipe), floats), CanonicalizePass()
+
+
 def fuse_within_kernels() -> Pipeline:
     """Fusions that make regions, greediest last.
 
@@ -53,13 +62,21 @@ def fuse_within_kernels() -> Pipeline:
 
 
 def cpu_pipeline(
-    weights: FloatName = "bf16", activations: FloatName = "bf16", kv: FloatName = "bf16", vector_bits: int = 0
+    weights: FloatName = "bf16",
+    activations: FloatName = "bf16",
+    kv: FloatName = "bf16",
+    vector_bits: int = 0,
+    recipe: Sequence[str] = (),
 ) -> Pipeline:
-    """The graph-level pipeline of CPU targets. Layouts come last: they need to know which gate | up pairs there are."""
+    """The graph-level pipeline of CPU targets. Layouts come last: they need to know which gate | up pairs there are.
+
+    With a `recipe` (names or paths) that decides the formats, and `weights` is what it leaves open.
+    """
+    precision = quantize(recipe, weights) if recipe else set_precision(weights, activations, kv)
     return (
         *simplify(),
         *fuse_across_kernels(),
-        *set_precision(weights, activations, kv),
+        *precision,
         *fuse_within_kernels(),
         ChooseLayoutsPass(vector_bits=vector_bits),
         DeadCodePass(),

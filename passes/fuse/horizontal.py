@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ir.core import Op, Value
+from ir.ops.quant import DequantizeOp
 from ir.ops.tensor import ConcatOp
 from ir.rewriter import PatternRewriter, fused_location
 from passes.analysis.constants import is_constant_expression
@@ -21,9 +22,18 @@ def stackable_weights(weights: Sequence[Value], axis: int) -> str:
             return "a weight has a layout already"
     if len({t.element for t in types}) > 1:
         return "the weights have the elements " + ", ".join(str(t.element) for t in types)
+    stored = [_stored_element(w) for w in weights]
+    if len(set(stored)) > 1:
+        return "the weights are stored in the formats " + ", ".join(stored)
     if len({t.shape[:axis] + t.shape[axis + 1 :] for t in types}) > 1:
         return "the weights have the shapes " + ", ".join(str(t) for t in types)
     return ""
+
+
+def _stored_element(weight: Value) -> str:
+    """The low-bit format that a weight is dequantized from; "floats" for other weights."""
+    op = weight.defining_op()
+    return str(tensor_type(op.w).element) if isinstance(op, DequantizeOp) else "floats"
 
 
 def hoist(value: Value, anchor: Op, rewriter: PatternRewriter) -> None:

@@ -56,10 +56,10 @@ class SetPrecisionPass(FunctionPass):
             if isinstance(op, (MatmulOp, GroupedGemmOp)):
                 self._set_product(op, casts, rewriter)
             elif isinstance(op, EmbedOp):
-                self._set_embedding(op, rewriter)
+                set_embedding(op, PLAIN_FORMATS[self.weights], rewriter)
             elif isinstance(op, KVStateOp) and isinstance(op.cache.type, KVCacheType):
                 old = op.cache.type
-                self._set_cache(op.cache, KVCacheType(old.num_kv_heads, old.head_dim, PLAIN_FORMATS[self.kv]), rewriter)
+                set_cache(op.cache, KVCacheType(old.num_kv_heads, old.head_dim, PLAIN_FORMATS[self.kv]), rewriter)
 
     def _set_product(
         self, op: MatmulOp | GroupedGemmOp, casts: dict[tuple[Value, PlainFormat], Value], rewriter: PatternRewriter
@@ -79,33 +79,35 @@ class SetPrecisionPass(FunctionPass):
                 casts[key] = rewriter.insert_before(op, CastOp(value, to=to)).results[0]
             rewriter.set_operand(op, index, casts[key])
 
-    def _set_embedding(self, op: EmbedOp, rewriter: PatternRewriter) -> None:
-        """embed(table) --> cast(embed(cast(table))): readers see the element that they saw before.
 
-        A reader that widens the rows reads a table that holds them exactly without going through their old element.
-        """
-        to, old = PLAIN_FORMATS[self.weights], op.table.type.element
-        if old == to or isinstance(op.parent_op, FusedOp):
-            return
-        table = rewriter.insert_before(op, CastOp(op.table, to=to))
-        rows = rewriter.insert_before(op, EmbedOp(op.ids, table.results[0], location=op.location))
-        if is_exact(old, to):
-            for reader in [u for u in op.y.users if isinstance(u, CastOp)]:
-                rewriter.set_operand(reader, 0, rows.results[0])
-        rewriter.replace(op, CastOp(rows.results[0], to=old))
+def set_embedding(op: EmbedOp, to: PlainFormat, rewriter: PatternRewriter) -> None:
+    """embed(table) --> cast(embed(cast(table) to `to`)): readers see the element that they saw before.
 
-    def _set_cache(self, cache: Value, type: KVCacheType, rewriter: PatternRewriter) -> None:
-        """Gives `cache` and every later version of it the type."""
-        worklist = [cache]
-        while worklist:
-            value = worklist.pop()
-            if value.type == type:
-                continue
-            rewriter.set_type(value, type)
-            for user, index in value.uses:
-                if isinstance(user, FusedOp):
-                    worklist.append(user.region.block.arguments[index])
-                elif user.name == "tensor.yield" and isinstance(user.parent_op, FusedOp):
-                    worklist.append(user.parent_op.results[index])
-                elif isinstance(user, DeclaredOp):
-                    worklist.extend(r for r in user.results if isinstance(r.type, KVCacheType))
+    A reader that widens the rows reads a table that holds them exactly without going through their old element.
+    """
+    old = op.table.type.element
+    if old == to or isinstance(op.parent_op, FusedOp):
+        return
+    table = rewriter.insert_before(op, CastOp(op.table, to=to))
+    rows = rewriter.insert_before(op, EmbedOp(op.ids, table.results[0], location=op.location))
+    if is_exact(old, to):
+        for reader in [u for u in op.y.users if isinstance(u, CastOp)]:
+            rewriter.set_operand(reader, 0, rows.results[0])
+    rewriter.replace(op, CastOp(rows.results[0], to=old))
+
+
+def set_cache(cache: Value, type: KVCacheType, rewriter: PatternRewriter) -> None:
+    """Gives `cache` and every later version of it the type."""
+    worklist = [cache]
+    while worklist:
+        value = worklist.pop()
+        if value.type == type:
+            continue
+        rewriter.set_type(value, type)
+        for user, index in value.uses:
+            if isinstance(user, FusedOp):
+                worklist.append(user.region.block.arguments[index])
+            elif user.name == "tensor.yield" and isinstance(user.parent_op, FusedOp):
+                worklist.append(user.parent_op.results[index])
+            elif isinstance(user, DeclaredOp):
+                worklist.extend(r for r in user.results if isinstance(r.type, KVCacheType))

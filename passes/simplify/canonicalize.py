@@ -5,6 +5,7 @@
     reshape(reshape(x))    one reshape                                     concat(concat(a), b)  concat(a, b)
     add/mul                chain value first: broadcast operand second, weights second, silu first
     cast over weights      casts stand directly above the constants: concat(cast(a), cast(b)), never cast(concat(a, b))
+    dequantize             comes last: dequantize(concat(a, b)), never concat(dequantize(a), dequantize(b)), no cast
 
 Dead pure ops go. The result is a fixed point: running it twice changes nothing. Nothing is rounded differently.
 """
@@ -17,25 +18,28 @@ from typing import ClassVar
 from ir.core import Op
 from ir.rewriter import apply_greedily
 from passes.pass_base import FunctionPass, PassContext, register_pass
-from passes.simplify.cast_patterns import FoldCastOfCast, RemoveIdentityCast, SinkCastToConstants
+from passes.simplify.cast_patterns import FoldCastOfCast, FoldCastOfDequantize, RemoveIdentityCast, SinkCastToConstants
 from passes.simplify.movement_patterns import (
     FlattenConcat,
     FoldReshapeOfReshape,
     FoldSliceOfConcat,
     FoldSliceOfSlice,
     RemoveIdentityMovement,
+    SinkMovementBelowDequantize,
 )
 from passes.simplify.operand_order import OrderCommutativeOperands
 
 PATTERNS = (
     RemoveIdentityCast(),
     FoldCastOfCast(),
+    FoldCastOfDequantize(),
     SinkCastToConstants(),
     RemoveIdentityMovement(),
     FoldReshapeOfReshape(),
     FoldSliceOfConcat(),
     FoldSliceOfSlice(),
     FlattenConcat(),
+    SinkMovementBelowDequantize(),
     OrderCommutativeOperands(),
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ir.core import Op
+from ir.formats import F32
+from ir.ops.quant import DequantizeOp
 from ir.ops.tensor import CastOp, ConcatOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter, RewritePattern
 from passes.analysis.constants import is_constant_expression
@@ -38,6 +40,20 @@ class FoldCastOfCast(RewritePattern[CastOp]):
         if not is_exact(source, inner.to):
             return rewriter.no_match(op, f"the inner cast from {source} to {inner.to} rounds")
         return rewriter.replace(op, CastOp(inner.x, to=op.to))
+
+
+class FoldCastOfDequantize(RewritePattern[CastOp]):
+    """cast(dequantize(w)) --> dequantize(w) to that element: the numbers are f32, and rounded once either way"""
+
+    op_type: ClassVar[type[Op]] = CastOp
+
+    def match_and_rewrite(self, op: CastOp, rewriter: PatternRewriter) -> bool:
+        inner = op.x.defining_op()
+        if not isinstance(inner, DequantizeOp):
+            return False
+        if inner.to != F32:
+            return rewriter.no_match(op, f"the dequantize to {inner.to} rounds")
+        return rewriter.replace(op, DequantizeOp(inner.w, to=op.to))
 
 
 class SinkCastToConstants(RewritePattern[CastOp]):

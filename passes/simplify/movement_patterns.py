@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ir.core import Op, Value
+from ir.op_def import InferenceError
+from ir.ops.quant import DequantizeOp
 from ir.ops.tensor import ConcatOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter, RewritePattern
 from passes.analysis.value_types import tensor_type
@@ -84,3 +86,27 @@ class FlattenConcat(RewritePattern[ConcatOp]):
         if len(values) == len(op.operands):
             return False
         return rewriter.replace(op, ConcatOp(*values, axis=op.axis))
+
+
+class SinkMovementBelowDequantize(RewritePattern[Op]):
+    """concat(dequantize(a), dequantize(b)) --> dequantize(concat(a, b)), and the same for slice and reshape
+
+    Of one low-bit format, and only where whole rows (and what shares a scale) are moved: a weight stays one tensor as
+    the checkpoint stores it.
+    """
+
+    def match_and_rewrite(self, op: Op, rewriter: PatternRewriter) -> bool:
+        if not isinstance(op, (ConcatOp, SliceOp, ReshapeOp)):
+            return False
+        makers = [v.defining_op() for v in op.operands]
+        sources = [m for m in makers if isinstance(m, DequantizeOp)]
+        if not sources or len(sources) < len(makers) or len({m.to for m in sources}) > 1:
+            return False
+        weights = [m.w for m in sources]
+        try:
+            (moved,) = type(op).inferred_types([w.type for w in weights], op.attributes)
+        except InferenceError as error:
+            return rewriter.no_match(op, str(error))
+        inner = type(op)(*weights, result_types=[moved], location=op.location, **op.attributes)
+        rewriter.insert_before(op, inner)
+        return rewriter.replace(op, DequantizeOp(inner.results[0], to=sources[0].to, location=sources[0].location))

@@ -1,0 +1,244 @@
+"""quantize: the formats that a recipe gives to weights, to activations in front of products, and to the KV cache.
+
+    %y = gemm.matmul %x, %w   -->   %q = quant.quantize %x {format = q8_sym<group=32, scale=f32>}
+                                    %v = quant.quantize %w {format = q4_sym<...>, rounding = "mse"}     (constant)
+                                    %y = gemm.matmul %q, %v
+
+Takes the place of set-precision, behind the fusions that join products: members of one product share a format, the
+most precise one that the recipe asks for among them. What a recipe leaves open are `floats`, or what the checkpoint
+stores: of a weight `dequantize(w)` the product takes w itself, bit by bit. Every product gets a quantize of its own,
+which fuse-norm-gemm moves into it; casts are shared. A format whose groups do not fill the rows of a weight gives way
+to one with smaller groups, at last to floats, with a remark. Products inside of regions are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ir.core import Op, Value
+from ir.formats import BF16, F16, F32, PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.ops.fused import FusedOp
+from ir.ops.gemm import MatmulOp
+from ir.ops.kv_cache import KVStateOp
+from ir.ops.moe import GroupedGemmOp
+from ir.ops.quant import DequantizeOp, QuantizeOp, RotateOp
+from ir.ops.tensor import CastOp, ConcatOp, EmbedOp, ReshapeOp, SliceOp
+from ir.rewriter import PatternRewriter
+from ir.text_reader import parse_format
+from ir.types import KVCacheType
+from passes.analysis.constants import is_constant_expression
+from passes.analysis.exactness import is_exact
+from passes.analysis.value_types import tensor_type
+from passes.pass_base import FunctionPass, PassContext, register_pass
+from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, has_integer_levels, is_int8, load_recipe
+from passes.quantize.roles import weight_parts
+from passes.quantize.set_precision import FloatName, set_cache, set_embedding
+
+INT8 = parse_format("q8_sym<group=32, scale=f32>")  # activations in front of integers, unless a recipe says otherwise
+SMALLER_GROUPS = (128, 64, 32)
+_MOVES = (ConcatOp, ReshapeOp, SliceOp)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a product's operands are stored. `stored` is the weight where it stays as the checkpoint has it."""
+
+    weights: NumberFormat
+    activations: PlainFormat | NumberFormat
+    stored: Value | None = None
+    rounding: str = "mse"
+    rotate: int = 0
+    outliers: int = 0
+
+
+@register_pass
+@dataclass(frozen=True)
+class QuantizePass(FunctionPass):
+    """Formats by a recipe: names of shipped recipes or paths of files, later ones deciding where several speak."""
+
+    name: ClassVar[str] = "quantize"
+    recipe: tuple[str, ...] = ("as-stored",)
+    floats: FloatName = "bf16"
+
+    def run(self, func: Op, ctx: PassContext) -> None:
+        rewriter = ctx.rewriter()
+        rewriter.pattern = self.name
+        _Quantizer(load_recipe(self.recipe), PLAIN_FORMATS[self.floats], ctx, rewriter).function(func)
+
+
+class _Quantizer:
+    def __init__(self, recipe: Recipe, floats: PlainFormat, ctx: PassContext, rewriter: PatternRewriter) -> None:
+        self.recipe, self.floats, self.ctx, self.rewriter = recipe, floats, ctx, rewriter
+        self.roles: dict[str, str] = ctx.options.get("roles", {})
+        self.made: dict[Hashable, Value] = {}
+
+    def function(self, func: Op) -> None:
+        cache_element = parse_format(self.recipe.kv) if self.recipe.kv else self.floats
+        for op in list(func.walk()):
+            if isinstance(op, (MatmulOp, GroupedGemmOp)):
+                self.product(op)
+            elif isinstance(op, EmbedOp):
+                asked = self.recipe.choice("", "embedding").format
+                set_embedding(op, asked if isinstance(asked, PlainFormat) else self.floats, self.rewriter)
+            elif isinstance(op, KVStateOp) and isinstance(op.cache.type, KVCacheType):
+                old = op.cache.type
+                set_cache(op.cache, KVCacheType(old.num_kv_heads, old.head_dim, cache_element), self.rewriter)
+
+    # -- choosing ----------------------------------------------------------------------------------------------------
+
+    def product(self, op: MatmulOp | GroupedGemmOp) -> None:
+        if isinstance(op.parent_op, FusedOp):
+            self.rewriter.no_match(op, "it is inside of a fused region: quantize before fusing")
+            return
+        if not is_constant_expression(op.w):
+            self.rewriter.no_match(op, "the weight is computed from step inputs")
+            return
+        parts = weight_parts(op, self.roles)
+        found = [self._storage(op, self.recipe.choice(name, role), role) for name, role in parts]
+        widest = max(found, key=lambda s: _bits(s.weights, op))
+        activations = max((s.activations for s in found), key=_precision)
+        if is_int8(activations) and not has_integer_levels(widest.weights):
+            activations = self.floats
+        storage = replace(widest, activations=activations)
+        if len({s.weights for s in found}) > 1:
+            self.ctx.remark(op, f"its parts share one format, the most precise: {storage.weights}")
+        self._store(op, storage)
+
+    def _storage(self, op: MatmulOp | GroupedGemmOp, choice: Choice, role: str) -> Storage:
+        """What a choice comes to for this product."""
+        k = tensor_type(op.w).shape[-1]
+        assert isinstance(k, int)  # weights are constants
+        floats = F32 if role == "router" else self.floats
+        stored = _stored(op.w)
+        stored_format = tensor_type(stored).element if stored is not None else None
+        asked = choice.format if choice.format is not None else (FLOAT if role == "router" else STORED)
+        if asked == STORED:
+            asked = stored_format or FLOAT
+        weights = floats if isinstance(asked, str) else asked
+        as_stored = weights == stored_format
+        if stored is not None and not as_stored and not isinstance(weights, PlainFormat):
+            self.ctx.remark(op, f"stored as {stored_format}, quantized again to {weights}")
+        if not isinstance(weights, PlainFormat) and not as_stored:
+            weights = self._fitting(op, weights, k, floats)
+        activations = choice.activations
+        if activations is None and not isinstance(weights, PlainFormat):
+            group = getattr(weights, "group", 1)
+            activations = INT8 if has_integer_levels(weights) and (group == 0 or group >= 32) else FLOAT
+        chosen = floats if activations is None or isinstance(activations, str) else activations
+        if isinstance(weights, PlainFormat) and not isinstance(chosen, PlainFormat):
+            chosen = floats
+        if not isinstance(chosen, PlainFormat):
+            chosen = self._fitting(op, chosen, k, replace(chosen, group=0))  # type: ignore[call-arg]  # int8 has groups
+        float_weights = isinstance(weights, PlainFormat)
+        return Storage(
+            weights,
+            chosen,
+            stored if as_stored else None,
+            choice.rounding or "mse",
+            0 if as_stored or float_weights else self._block(op, choice.rotate or 0, k),
+            0 if as_stored or float_weights else choice.outliers or 0,
+        )
+
+    def _fitting(self, op: Op, format: NumberFormat, k: int, last: NumberFormat) -> NumberFormat:
+        """`format`, with smaller groups where its own do not fill rows of k elements; `last` when none do."""
+        group = getattr(format, "group", 0)
+        candidates = [format, *(replace(format, group=g) for g in SMALLER_GROUPS if g < group)]  # type: ignore[call-arg]
+        for candidate in candidates:
+            if k % (getattr(candidate, "group", 0) or getattr(candidate, "dim", 1)) == 0:
+                if candidate != format:
+                    self.ctx.remark(op, f"rows of {k} are not whole groups of {format}: {candidate} instead")
+                return candidate
+        self.ctx.remark(op, f"rows of {k} are not whole groups of {format}: {last} instead")
+        return last
+
+    def _block(self, op: Op, block: int, k: int) -> int:
+        """The rotation's block, or the largest power of two below it that divides k; 0 when there is none."""
+        fitting = block
+        while fitting > 1 and k % fitting:
+            fitting //= 2
+        if fitting != block:
+            self.ctx.remark(op, f"rows of {k} are rotated in blocks of {fitting}, not {block}")
+        return fitting if fitting > 1 else 0
+
+    # -- rewriting ---------------------------------------------------------------------------------------------------
+
+    def _store(self, op: MatmulOp | GroupedGemmOp, storage: Storage) -> None:
+        if isinstance(storage.weights, PlainFormat):
+            weight = self._cast(op, op.w, storage.weights)
+        elif storage.stored is not None:
+            weight = storage.stored
+        else:
+            weight = self._quantized(op, storage)
+        x = op.x
+        if storage.rotate:
+            x = self.rewriter.insert_before(op, RotateOp(x, block=storage.rotate, location=op.location)).results[0]
+        if isinstance(storage.activations, PlainFormat):
+            x = self._cast(op, x, storage.activations)
+        else:
+            made = QuantizeOp(x, format=storage.activations, location=op.location)
+            x = self.rewriter.insert_before(op, made).results[0]
+        self.rewriter.set_operand(op, 0, x)
+        self.rewriter.set_operand(op, 1, weight)
+
+    def _quantized(self, op: MatmulOp | GroupedGemmOp, storage: Storage) -> Value:
+        key = (op.w, storage.weights, storage.rounding, storage.rotate)
+        if self._is_there(key, op):
+            return self.made[key]
+        weight = self._unwidened(op, op.w)
+        location = op.w.defining_op().location  # type: ignore[union-attr]  # constants are made by ops
+        if storage.rotate:
+            rotated = RotateOp(weight, block=storage.rotate, location=location)
+            weight = self.rewriter.insert_before(op, rotated).results[0]
+        made = QuantizeOp(weight, format=storage.weights, rounding=storage.rounding, location=location)
+        self.made[key] = self.rewriter.insert_before(op, made).results[0]
+        return self.made[key]
+
+    def _cast(self, op: Op, value: Value, to: PlainFormat) -> Value:
+        """`value` in the format `to`, in front of `op`; one cast for all its readers."""
+        if tensor_type(value).element == to:
+            return value
+        key = (value, to)
+        if not self._is_there(key, op):
+            self.made[key] = self.rewriter.insert_before(op, CastOp(value, to=to)).results[0]
+        return self.made[key]
+
+    def _is_there(self, key: Hashable, op: Op) -> bool:
+        """Whether what `key` stands for was made in front of `op`."""
+        return key in self.made and self.made[key].owner.parent is op.parent  # type: ignore[union-attr]
+
+    def _unwidened(self, op: Op, value: Value) -> Value:
+        """A constant with the numbers of `value` in fewer bytes: without the casts that only widen what is stored."""
+        maker = value.defining_op()
+        if isinstance(maker, CastOp) and is_exact(tensor_type(maker.x).element, maker.to):
+            return self._unwidened(op, maker.x)
+        if not isinstance(maker, _MOVES):
+            return value
+        inner = [self._unwidened(op, v) for v in maker.operands]
+        if inner == list(maker.operands) or len({tensor_type(v).element for v in inner}) > 1:
+            return value
+        moved = type(maker)(*inner, location=maker.location, **maker.attributes)
+        return self.rewriter.insert_before(op, moved).results[0]
+
+
+def _stored(value: Value) -> Value | None:
+    """The low-bit tensor of the checkpoint whose numbers `value` holds; None when it holds others."""
+    maker = value.defining_op()
+    if isinstance(maker, DequantizeOp) and maker.to == F32:
+        return maker.w
+    return _stored(maker.x) if isinstance(maker, CastOp) and is_exact(maker.x.type.element, maker.to) else None
+
+
+def _bits(format: NumberFormat, op: MatmulOp | GroupedGemmOp) -> float:
+    """Bits of a weight in this format, scales included."""
+    shape = tuple(d for d in tensor_type(op.w).shape if isinstance(d, int))
+    elements = 1
+    for d in shape:
+        elements *= d
+    return format.nbytes(shape) * 8 / elements
+
+
+def _precision(format: NumberFormat) -> int:
+    """Activation formats by how little they lose."""
+    return {F32: 2, F16: 1, BF16: 1}.get(format, 0)  # type: ignore[call-overload]  # others are int8

@@ -32,7 +32,7 @@ from passes.analysis.constants import is_constant_expression
 from passes.analysis.exactness import is_exact
 from passes.analysis.value_types import tensor_type
 from passes.pass_base import FunctionPass, PassContext, register_pass
-from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, has_integer_levels, is_int8, load_recipe
+from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, has_integer_levels, is_int8, load_recipe
 from passes.quantize.roles import weight_parts
 from passes.quantize.set_precision import FloatName, set_cache, set_embedding
 
@@ -75,7 +75,7 @@ class _Quantizer:
         self.made: dict[Hashable, Value] = {}
 
     def function(self, func: Op) -> None:
-        cache_element = parse_format(self.recipe.kv) if self.recipe.kv else self.floats
+        kept = self.recipe.kv or str(self.floats)
         for op in list(func.walk()):
             if isinstance(op, (MatmulOp, GroupedGemmOp)):
                 self.product(op)
@@ -84,7 +84,7 @@ class _Quantizer:
                 set_embedding(op, asked if isinstance(asked, PlainFormat) else self.floats, self.rewriter)
             elif isinstance(op, KVStateOp) and isinstance(op.cache.type, KVCacheType):
                 old = op.cache.type
-                set_cache(op.cache, KVCacheType(old.num_kv_heads, old.head_dim, cache_element), self.rewriter)
+                set_cache(op.cache, cache_type(kept, old.num_kv_heads, old.head_dim), self.rewriter)
 
     # -- choosing ----------------------------------------------------------------------------------------------------
 

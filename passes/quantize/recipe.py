@@ -22,10 +22,11 @@ and formats that cannot be multiplied by each other. docs/passes/quantize.md lis
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
 from ir.ops.quant import ROUNDINGS
 from ir.spelling import did_you_mean
-from ir.text_reader import parse_format
+from ir.text_reader import parse_format, parse_type
+from ir.types import KVCacheType
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_BYTES = 4 << 20  # of a file: a rule for each of 30 000 tensors
@@ -219,9 +221,7 @@ def read_recipe(text: str, where: str) -> Recipe:
     rules = tuple(_rule(rule) for rule in top.tables("rule"))
     weights = top.table("weights")
     weights.only(tuple(f.name for f in dataclasses.fields(Choice)))
-    recipe = Recipe(
-        top.text("name") or Path(where).stem, top.text("description"), _choice(weights), rules, kv.text("format")
-    )
+    recipe = Recipe(top.text("name") or Path(where).stem, top.text("description"), _choice(weights), rules, _kv(kv))
     _check_pairs(recipe, where)
     return recipe
 
@@ -324,6 +324,28 @@ def _activations(table: _Table) -> NumberFormat | str | None:
             '"bf16", "f32", "f16", "float", or "q8_sym<group=N, scale=f32>", "q8_sym<group=row, scale=f32>"',
         )
     return found
+
+
+_ANY_WIDTH = 1 << 16  # of heads, when a recipe is read without a model
+
+
+def _kv(table: _Table) -> str:
+    text = table.text("format")
+    try:
+        return cache_type(text, 1, _ANY_WIDTH).format_text if text else ""
+    except DiagnosticError as error:
+        words = error.diagnostics[0].message
+        like = '"bf16", "f16", "f32", or "q8_sym<group=row, scale=f16>" and its options'
+        raise table.fault(f"format = {text!r}: {words}", like) from error
+
+
+def cache_type(text: str, num_kv_heads: int, head_dim: int) -> KVCacheType:
+    """The type of a KV cache kept as `[kv] format` says; blocks of a rotation are cut to what divides the heads."""
+    found = parse_type(f"kv<{num_kv_heads} x {_ANY_WIDTH} x {text}>")
+    if not isinstance(found, KVCacheType):
+        raise DiagnosticError(f"{text!r} is no format of a KV cache")
+    block = math.gcd(found.rotate, head_dim) if found.rotate else 0
+    return replace(found, head_dim=head_dim, rotate=block if block > 1 else 0)
 
 
 def is_int8(format: object) -> bool:

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16
 from ir.text_reader import parse_format
-from passes.quantize.recipe import Choice, Recipe, Rule, load_recipe, read_recipe, shipped_recipes
+from passes.quantize.recipe import Choice, Recipe, Rule, cache_type, load_recipe, read_recipe, shipped_recipes
 
 Q4, Q6, Q8 = (parse_format(f"q{bits}_sym<group=32, scale=f16>") for bits in (4, 6, 8))
 INT8 = parse_format("q8_sym<group=32, scale=f32>")
 SHIPPED = shipped_recipes()
 EXPECTED = {
     *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "w3", "w2a8", "w1a8"),
-    *("as-stored", "none"),
+    *("as-stored", "none", "kv8", "kv4", "kv2"),
 }
 
 
@@ -114,6 +114,9 @@ FAULTS = [
     ("rule = 3", "rule is 3"),
     ("rule = [3]", "rule holds 3"),
     ("[kv]\nbits = 8", "[kv]: unknown key 'bits'"),
+    ("[kv]\nformat = 'q3_sym<group=row, scale=f16>'", "[kv]: format = 'q3_sym<group=row, scale=f16>': expected f32"),
+    ("[kv]\nformat = 'bf16>, tensor<4 x f32'", "[kv]: format = 'bf16>, tensor<4 x f32'"),
+    ("[kv]\nformat = 'bf16, rotat=64'", "[kv]: format = 'bf16, rotat=64': expected one each of rotate"),
     (
         "[weights]\nformat = 'bf16'\nactivations = 'q8_sym<group=32, scale=f32>'",
         "[weights]: q8_sym<group=32, scale=f32> activations cannot be multiplied by bf16 weights",
@@ -168,6 +171,15 @@ CHOICES = st.builds(
     st.sampled_from([None, 0, 64]),
     st.sampled_from([None, 0, 16]),
 )
+
+
+def test_rotations_of_the_cache_fit_the_heads():
+    kv4 = load_recipe("w4a8-g32,kv4").kv
+    assert cache_type(kv4, 2, 128).rotate == 64
+    assert cache_type(kv4, 2, 32).rotate == 32
+    assert str(cache_type("bf16", 2, 80)) == "kv<2 x 80 x bf16>"
+
+
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 

@@ -1,0 +1,318 @@
+"""What a model loses when one group of weights is stored in one format: measured, or estimated from the weights.
+
+    table = SensitivityTable(path)                            # kept on disk line by line: a killed run goes on
+    measure(products, read, tokens, candidates, table)        # with tokens: Kullback-Leibler divergence of the logits
+    estimate(products, read, candidates, table)               # without: error of the weights, see `PRIOR`
+
+The loss of a pair (group, candidate) is the mean divergence KL(model || model with this one group in that format), in
+nats per token, over the given tokens. Where so many runs of the model would take too long, it is measured with one
+candidate in the middle and scaled by the relative error of the product's output, |y - y'|^2 / |y|^2, which is measured
+for every candidate (the divergence grows with the square of a small perturbation). Losses of several groups add up
+nearly: each is small and their directions are unrelated.
+
+`estimate` knows no activations: it expects inputs of independent elements whose sizes are the gains of the norm in
+front, and multiplies the relative error of the output by what that costs on average in this part of a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ir.core import Value
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F32, PlainFormat
+from ir.ops.builtin import FuncOp
+from ir.ops.norm import RmsNormOp
+from passes.quantize.forward import Factors, Forward, ProductOp, constant_value
+from passes.quantize.weight_groups import WeightGroup
+
+# Divergence in nats per relative squared error of a product's output, by the part of the model: averages over the
+# layers of examples/tiny-moe at 3 and 4 bits (docs/passes/bits_per_weight.md). Only their ratios matter.
+PRIOR = {
+    "attention.q": 0.45,
+    "attention.o": 0.3,
+    "mlp.gate": 0.13,
+    "mlp.down": 0.1,
+    "experts.gate": 0.13,
+    "experts.down": 0.1,
+    "head": 3.5,
+}
+MAX_DIRECT_FLOPS = 2e13  # above, one candidate of each group is run through the model, not all
+Products = Sequence[tuple[ProductOp, WeightGroup]]
+Tell = Callable[[int, int], None]  # pairs done, pairs in all
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format of weights, and what the activation in front of the product is rounded to."""
+
+    weights: Any
+    activations: Any = BF16
+    rounding: str = "mse"
+
+    def __str__(self) -> str:
+        return f"{self.weights} x {self.activations}" + ("" if self.rounding == "mse" else f" ({self.rounding})")
+
+    def fits(self, group: WeightGroup) -> bool:
+        """Whether rows of the group are whole groups of the formats."""
+        k = group.shape[-1]
+        return all(not getattr(f, "group", 0) or k % f.group == 0 for f in (self.weights, self.activations))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`error`: relative, of the product's output; `loss`: nats per token; `how`: measured, scaled or estimated."""
+
+    group: str
+    candidate: str
+    error: float
+    loss: float
+    how: str
+
+
+class SensitivityTable:
+    """Entries by (group, candidate), kept in a file of JSON lines when one is given.
+
+    Lines that are cut short (a killed run) or of another kind are passed over and measured again.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.entries: dict[tuple[str, str], Entry] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
+                entry = _read_entry(line)
+                if entry is not None:
+                    self.entries[entry.group, entry.candidate] = entry
+
+    def get(self, group: WeightGroup, candidate: Candidate) -> Entry | None:
+        """The entry of a pair, if it is known."""
+        return self.entries.get((group.name, str(candidate)))
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Remembers entries, and writes them to the file at once. Raises DiagnosticError when that fails."""
+        self.entries.update({(e.group, e.candidate): e for e in entries})
+        if self.path is None or not entries:
+            return
+        text = "".join(json.dumps(asdict(e)) + "\n" for e in entries)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(("\n" if file.tell() else "") + text)
+        except OSError as error:
+            raise DiagnosticError(
+                f"the measured sensitivities cannot be kept: {error.strerror}",
+                where=str(self.path),
+                hint="set STRATUM_CACHE to a directory with room",
+            ) from None
+
+
+def _read_entry(line: str) -> Entry | None:
+    try:
+        found = json.loads(line)
+        entry = Entry(**found)
+        numbers = (float(entry.error), float(entry.loss))
+    except (ValueError, TypeError):
+        return None
+    return entry if all(math.isfinite(n) and n >= 0 for n in numbers) else None
+
+
+# -- with activations ------------------------------------------------------------------------------------------------
+
+
+def measure(
+    func: FuncOp,
+    products: Products,
+    read: Callable[[str], np.ndarray],
+    tokens: np.ndarray,
+    candidates: Sequence[Candidate],
+    table: SensitivityTable,
+    *,
+    row_step: int = 1,
+    max_direct_flops: float = MAX_DIRECT_FLOPS,
+    tell: Tell | None = None,
+) -> None:
+    """Fills `table` for every pair that fits, from the int32 `tokens` [sequences, length]; what it knows is kept.
+
+    `func` is the one that `products` are in.
+    """
+    by_op = dict(products)
+    missing = {g.name: [c for c in candidates if c.fits(g) and table.get(g, c) is None] for g in by_op.values()}
+    total = sum(len(m) for m in missing.values())
+    if not total:
+        return
+    direct = _direct_flops(products, missing, tokens.size) <= max_direct_flops
+    forward = Forward(func, read, tokens, row_step=row_step)
+    base = log_softmax(forward.run())
+    done = 0
+    for visit in forward.products():
+        group = by_op.get(visit.op)
+        wanted = missing[group.name] if group is not None else []
+        if group is None or not wanted:
+            continue
+        exact = visit.factors.product()
+        size = float(np.vdot(exact, exact)) or 1.0
+
+        def answers(candidate: Candidate, visit=visit, exact=exact, size=size) -> tuple[np.ndarray, float]:
+            y = lowered(visit.factors, candidate).product()
+            off = y - exact
+            return y, float(np.vdot(off, off)) / size
+
+        if direct:
+            for candidate in wanted:
+                y, error = answers(candidate)
+                loss = divergence(base, visit.logits_with(y))
+                table.add([Entry(group.name, str(candidate), error, loss, "measured")])
+                done += 1
+                if tell is not None:
+                    tell(done, total)
+            continue
+        errors = {}
+        for candidate in wanted:
+            _, errors[candidate] = answers(candidate)
+        middle = sorted(wanted, key=lambda c: (errors[c], str(c)))[len(wanted) // 2]
+        loss = divergence(base, visit.logits_with(answers(middle)[0]))
+        gain = loss / errors[middle] if errors[middle] else 0.0
+        table.add(
+            [Entry(group.name, str(c), e, gain * e, "measured" if c is middle else "scaled") for c, e in errors.items()]
+        )
+        done += len(wanted)
+        if tell is not None:
+            tell(done, total)
+
+
+def _direct_flops(products: Products, missing: dict[str, list[Candidate]], tokens: int) -> float:
+    """Of running the model behind a product for every missing pair."""
+    sizes = [2.0 * g.count * tokens * _share_used(g) for _, g in products]
+    return sum(len(missing[group.name]) * sum(sizes[at:]) for at, (_, group) in enumerate(products))
+
+
+def _share_used(group: WeightGroup) -> float:
+    """Of the experts' weights a token uses few; a guess of two is enough for a limit."""
+    return min(1.0, 2.0 / group.shape[0]) if len(group.shape) == 3 else 1.0
+
+
+def lowered(factors: Factors, candidate: Candidate) -> Factors:
+    """What a product multiplies when both factors are rounded to the formats of the candidate."""
+    return Factors(
+        round_values(factors.x, candidate.activations, "nearest"),
+        round_values(factors.w, candidate.weights, candidate.rounding),
+        factors.offsets,
+    )
+
+
+def round_values(values: np.ndarray, format: Any, rounding: str) -> np.ndarray:
+    """f32: what `values` are after having been stored in the format."""
+    if isinstance(format, PlainFormat):
+        return np.asarray(values if format == F32 else format.pack(values), np.float32)
+    return format.unpack(format.pack(values, rounding))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """f32 [rows, vocabulary], normalized."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def divergence(base: np.ndarray, logits: np.ndarray) -> float:
+    """Mean KL(p || q) in nats: p by its log-probabilities [rows, vocabulary], q by its logits."""
+    total = 0.0
+    for start in range(0, base.shape[0], 256):
+        p, q = base[start : start + 256], log_softmax(logits[start : start + 256])
+        total += float((np.exp(p, dtype=np.float64) * (p - q)).sum())
+    return max(0.0, total / max(1, base.shape[0]))
+
+
+class WholeModel:
+    """The model over a batch of tokens, to compare assignments of a format to every group."""
+
+    def __init__(
+        self,
+        func: FuncOp,
+        products: Products,
+        read: Callable[[str], np.ndarray],
+        tokens: np.ndarray,
+        *,
+        row_step: int = 1,
+    ) -> None:
+        self._groups = dict(products)
+        self._forward = Forward(func, read, tokens, row_step=row_step)
+        self._base = log_softmax(self._forward.run())
+
+    def loss(self, assignment: Mapping[str, Candidate]) -> float:
+        """Mean KL divergence in nats per token of the model whose groups are stored so; others stay in f32."""
+
+        def answer(op: ProductOp, factors: Factors) -> np.ndarray | None:
+            group = self._groups.get(op)
+            return lowered(factors, assignment[group.name]).product() if group is not None else None
+
+        return divergence(self._base, self._forward.run(answer))
+
+
+# -- without ---------------------------------------------------------------------------------------------------------
+
+
+def estimate(
+    products: Products,
+    read: Callable[[str], np.ndarray],
+    candidates: Sequence[Candidate],
+    table: SensitivityTable,
+    *,
+    tell: Tell | None = None,
+) -> None:
+    """Fills `table` without any text, for every pair that fits; what it knows is kept."""
+    total, done = len(products) * len(candidates), 0
+    for op, group in products:
+        wanted = [c for c in candidates if c.fits(group) and table.get(group, c) is None]
+        if wanted:
+            gains = _input_gains(op, read, group.shape[-1])
+            weights = constant_value(op.w, read)
+            matrices = weights.reshape(-1, *group.shape[-2:])
+            size = math.fsum(_weighted(m, gains) for m in matrices) or 1.0
+            entries = []
+            for candidate in wanted:
+                error = (
+                    math.fsum(
+                        _weighted(
+                            round_values(m, candidate.weights, candidate.rounding) - np.asarray(m, np.float32), gains
+                        )
+                        for m in matrices
+                    )
+                    / size
+                )
+                prior = PRIOR.get(group.parts[0], PRIOR["attention.q"])
+                entries.append(Entry(group.name, str(candidate), error, prior * error, "estimated"))
+            table.add(entries)
+        done += len(candidates)
+        if tell is not None:
+            tell(done, total)
+
+
+def _weighted(matrix: np.ndarray, gains: np.ndarray) -> float:
+    """Sum of squares of [n, k], each column times its gain."""
+    return float((matrix.astype(np.float64) ** 2).sum(axis=0) @ gains**2)
+
+
+def _input_gains(op: ProductOp, read: Callable[[str], np.ndarray], k: int) -> np.ndarray:
+    """f64 [k]: how large the inputs of a product are beside one another: by the gains of the norm in front, else 1."""
+    maker = op.operands[0].defining_op()
+    if isinstance(maker, RmsNormOp):
+        name = _constant_name(maker.operands[1])
+        if name is not None:
+            return read(name).astype(np.float64).reshape(k)
+    return np.ones(k)
+
+
+def _constant_name(value: Value) -> str | None:
+    """The constant behind a value, casts in between."""
+    op = value.defining_op()
+    while op is not None and op.name == "tensor.cast":
+        op = op.operands[0].defining_op()
+    return op.attributes["symbol"].name if op is not None and op.name == "tensor.constant" else None

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from codegen.artifact import ArtifactWriter
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import CodegenTarget, CompiledStep, LoweredStep, compile_lowered, lower_step
+from codegen.format_report import FormatUse, bits_per_weight, format_uses
 from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
 from codegen.weights import plan_weights, write_weights
@@ -24,10 +25,13 @@ from frontends.huggingface import ImportedModel
 from ir import print_module
 from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import ModuleOp
-from passes.pass_base import Pass
+from ir.ops.quant import DequantizeOp
+from passes.pass_base import Pass, PassContext
 from passes.pass_manager import PassManager, PipelineReport
 from passes.pipeline_text import parse_pipeline, print_pipeline
 from passes.pipelines import cpu_pipeline
+from passes.quantize.quantize import QuantizePass
+from passes.quantize.recipe import load_recipe
 
 DTYPES = ("bf16", "f32")
 Progress = Callable[[str, float], None]  # stage, fraction of it that is done
@@ -43,20 +47,25 @@ class Target(CodegenTarget, Protocol):
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Where the artifact is and how it came about."""
+    """Where the artifact is and how it came about. `notes` say what the recipe could not have as it is written."""
 
     path: Path
     code_was_cached: bool
     weights_bytes: int
     report: PipelineReport
+    formats: tuple[FormatUse, ...]
+    notes: tuple[str, ...]
 
 
-def default_pipeline(target: CodegenTarget, dtype: str) -> tuple[Pass, ...]:
-    """The passes for a CPU target; `dtype` is bf16 or f32. Raises DiagnosticError for other dtypes."""
+def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """The passes for a CPU target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats.
+
+    Raises DiagnosticError for other dtypes.
+    """
     if dtype not in DTYPES:
         raise DiagnosticError(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
     wide = "avx512f" in target.llvm_features
-    passes = cpu_pipeline(dtype, dtype, dtype)  # type: ignore[arg-type]
+    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)  # type: ignore[arg-type]
     if wide:
         return passes
     narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 small-rows=16}")[0]
@@ -70,19 +79,28 @@ def build_artifact(
     target: Target,
     dtype: str = "bf16",
     pipeline: str | None = None,
+    recipe: str | None = None,
     progress: Progress | None = None,
     dump_dir: Path | None = None,
     cache: ObjectCache | None = None,
     version: str = "",
 ) -> BuildResult:
-    """Builds `out`. Raises DiagnosticError for pipelines that fail, models without kernels and full disks."""
+    """Builds `out`. Raises DiagnosticError for pipelines that fail, models without kernels and full disks.
+
+    `recipe` names recipes by commas (`passes.quantize.recipe`); a checkpoint that is quantized stays as it is stored
+    unless another recipe or a pipeline is given.
+    """
     tell = progress or (lambda stage, fraction: None)
-    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype)
-    text = print_pipeline(passes)
     module = imported.module
-    key = bundle_key(print_module(module), text, target)
+    parts = recipe_parts(recipe, pipeline, module)
+    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts)
+    text = print_pipeline(passes)
+    recipes = [load_recipe(p.recipe) for p in passes if isinstance(p, QuantizePass)]  # files may change
+    recipe_text = "\n".join(r.to_toml() for r in recipes)
+    key = bundle_key(print_module(module), text, target, [recipe_text])
     tell("passes", 0.0)
-    report = PassManager(passes, dump_dir=dump_dir).run(module)
+    roles = {name: spec.role for name, spec in imported.weights.items()}
+    report = PassManager(passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
     tell("code", 0.0)
     bundle = load_bundle(cache, key)
     cached = bundle is not None
@@ -91,6 +109,7 @@ def build_artifact(
     lowered = lower_step(step, frozenset(target.llvm_features)) if bundle is None or dump_dir is not None else None
     roots = [(name, value) for value, name in Lowering(step).weights.items()]
     _, total = plan_weights(roots)
+    formats = format_uses(roots)
     with ArtifactWriter(out, expected_bytes=total) as writer, ThreadPoolExecutor(1, "build-code") as pool:
         # LLVM runs in a process of its own: it works while the weights stream.
         pending = pool.submit(_compile, module, lowered, target, cache, dump_dir) if lowered is not None else None
@@ -106,6 +125,8 @@ def build_artifact(
         writer.add("plan.ir", bundle.plan_text)
         writer.add("tile.ir", bundle.tile_text)
         writer.add("code/step.o", bundle.object_code)
+        if recipe_text:
+            writer.add("recipe.toml", recipe_text)
         for name, path in sorted(imported.files.items()):
             writer.copy(name, path)
         record = writer.files["weights/weights.bin"]
@@ -114,6 +135,7 @@ def build_artifact(
                 "stratum_version": version,
                 "model": model_facts(imported),
                 "dtype": dtype,
+                "recipe": ",".join(r.name for r in recipes),
                 "target": {
                     "name": target.name,
                     "triple": target.llvm_triple,
@@ -126,11 +148,40 @@ def build_artifact(
                 "weights": {
                     "file": "weights/weights.bin",
                     "bytes": record.nbytes,
+                    "bits_per_weight": round(bits_per_weight(formats), 4),
+                    "formats": [asdict(use) for use in formats],
                     "tensors": [t.manifest_entry() for t in tensors],
                 },
             }
         )
-    return BuildResult(Path(out), cached, total, report)
+    return BuildResult(Path(out), cached, total, report, formats, _notes(report))
+
+
+def recipe_parts(recipe: str | None, pipeline: str | None, module: ModuleOp) -> tuple[str, ...]:
+    """What `--recipe` names, each part by itself; the default of a quantized checkpoint; () for builds of floats."""
+    if recipe is not None and pipeline is not None:
+        raise DiagnosticError(
+            "a recipe and a pipeline are given, and each decides the formats",
+            expected="one of them",
+            hint=f"the pipeline may name the recipe: quantize{{recipe={recipe}}}",
+        )
+    if recipe is None:
+        return ("as-stored",) if any(isinstance(op, DequantizeOp) for op in module.walk()) else ()
+    load_recipe(recipe)  # refuses what is no recipe before anything is done
+    return tuple(part.strip() for part in recipe.split(","))
+
+
+def _notes(report: PipelineReport) -> tuple[str, ...]:
+    """What the recipe asked for and could not have, equal remarks counted."""
+    counts: dict[str, list[str]] = {}
+    for record in report.records:
+        if record.name == QuantizePass.name:
+            for remark in record.remarks:
+                counts.setdefault(remark.message, []).append(remark.origin)
+    return tuple(
+        f"{origins[0]}{f' and {len(origins) - 1} more' if len(origins) > 1 else ''}: {message}"
+        for message, origins in counts.items()
+    )
 
 
 def model_facts(imported: ImportedModel) -> dict[str, Any]:

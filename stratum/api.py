@@ -10,13 +10,14 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RuntimeDiagnostic
 from stratum import __version__
 from stratum.progress import Progress
 
 if TYPE_CHECKING:
+    from codegen.build import BuildResult
     from stratum.model import Model
 
 Warn = Callable[[str], None]
@@ -29,15 +30,18 @@ def build(
     target: str = "host",
     dtype: str = "bf16",
     pipeline: str | None = None,
+    recipe: str | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
+    told: Callable[[BuildResult], None] | None = None,
 ) -> Path:
     """Compiles the Hugging Face directory `model` into the artifact `out`, replacing an artifact that is there.
 
     `target` is a name of `hw_targets` (`host`, `x86-64-v3`, ...), `dtype` bf16 or f32, `pipeline` the text or name of
-    a pass pipeline (None: the default one). Returns the path of the artifact. Raises `ir.diagnostics.DiagnosticError`
-    for every fault in the model, the options or the disk.
+    a pass pipeline (None: the default one), `recipe` the names or paths of recipes by commas (None: floats, or what a
+    quantized checkpoint stores). `told` gets the result when it is there. Returns the path of the artifact. Raises
+    `ir.diagnostics.DiagnosticError` for every fault in the model, the options or the disk.
     """
     import hw_targets
     from codegen.build import build_artifact
@@ -58,11 +62,14 @@ def build(
             target=chosen,
             dtype=dtype,
             pipeline=resolve_pipeline(pipeline) if pipeline is not None else None,
+            recipe=recipe,
             progress=_fractions(progress, checkpoint.nbytes) if progress is not None else None,
             dump_dir=Path(dump_ir) if dump_ir is not None else None,
             cache=ObjectCache(),
             version=__version__,
         )
+    if told is not None:
+        told(result)
     return result.path
 
 
@@ -72,6 +79,7 @@ def ensure_built(
     target: str = "host",
     dtype: str = "bf16",
     pipeline: str | None = None,
+    recipe: str | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
 ) -> Path:
@@ -87,10 +95,11 @@ def ensure_built(
     from stratum.model_cache import cache_entry, cached
 
     model = check_directory(Path(path))
-    entry = cache_entry(model, [__version__, *_target_key(target), dtype, pipeline or ""])
+    entry = cache_entry(model, [__version__, *_target_key(target), dtype, pipeline or "", _recipe_text(recipe)])
+    options = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
 
     def make(out: Path) -> None:
-        build(model, out, target=target, dtype=dtype, pipeline=pipeline, progress=progress, warn=warn)
+        build(model, out, progress=progress, warn=warn, **options)
 
     return cached(entry, make)
 
@@ -104,6 +113,7 @@ def load(
     target: str = "host",
     dtype: str = "bf16",
     pipeline: str | None = None,
+    recipe: str | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
 ) -> Model:
@@ -115,7 +125,8 @@ def load(
     from runtime.artifact import is_artifact, open_artifact
     from stratum.model import Model
 
-    options = {"target": target, "dtype": dtype, "pipeline": pipeline, "progress": progress, "warn": warn}
+    options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
+    options |= {"progress": progress, "warn": warn}
     artifact = ensure_built(path, **options)
     try:
         return Model(artifact, threads=threads, max_context=max_context, verify=verify)
@@ -138,6 +149,13 @@ def _target_key(target: str) -> list[str]:
 
     found = hw_targets.load(target)
     return [found.name, found.llvm_triple, found.llvm_cpu, found.feature_string()]
+
+
+def _recipe_text(recipe: str | None) -> str:
+    """What a recipe says, not what it is called: its file may change."""
+    from passes.quantize.recipe import load_recipe
+
+    return load_recipe(recipe).to_toml() if recipe is not None else ""
 
 
 def _fractions(progress: Progress, checkpoint_bytes: int) -> Callable[[str, float], None]:

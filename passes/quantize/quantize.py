@@ -99,7 +99,9 @@ class _Quantizer:
         found = [self._storage(op, self.recipe.choice(name, role), role) for name, role in parts]
         widest = max(found, key=lambda s: _bits(s.weights, op))
         activations = max((s.activations for s in found), key=_precision)
-        if is_int8(activations) and not has_integer_levels(widest.weights):
+        if isinstance(widest.weights, PlainFormat):
+            activations = widest.weights  # products of floats multiply floats of one kind
+        elif is_int8(activations) and not has_integer_levels(widest.weights):
             activations = self.floats
         storage = replace(widest, activations=activations)
         if len({s.weights for s in found}) > 1:
@@ -127,9 +129,9 @@ class _Quantizer:
             group = getattr(weights, "group", 1)
             activations = INT8 if has_integer_levels(weights) and (group == 0 or group >= 32) else FLOAT
         chosen = floats if activations is None or isinstance(activations, str) else activations
-        if isinstance(weights, PlainFormat) and not isinstance(chosen, PlainFormat):
-            chosen = floats
-        if not isinstance(chosen, PlainFormat):
+        if isinstance(weights, PlainFormat):
+            chosen = weights
+        elif not isinstance(chosen, PlainFormat):
             chosen = self._fitting(op, chosen, k, replace(chosen, group=0))  # type: ignore[call-arg]  # int8 has groups
         float_weights = isinstance(weights, PlainFormat)
         return Storage(

@@ -13,6 +13,7 @@ from stratum.cli.build import build
 from stratum.cli.errors import guarded
 from stratum.cli.inspect import inspect
 from stratum.cli.opt import opt
+from stratum.cli.recipes import recipes
 from stratum.cli.run import run
 from stratum.cli.targets import targets
 
@@ -28,7 +29,7 @@ def cli() -> None:
     """Compile a language model's checkpoint to native code, and run it."""
 
 
-for command in (build, run, inspect, opt, bench, targets):
+for command in (build, run, inspect, opt, bench, targets, recipes):
     cli.add_command(command)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stratum.cli.options import DTYPES, NumberList
+from stratum.cli.options import DTYPES, NumberList, recipe_option
 
 if TYPE_CHECKING:
     from hw_targets.calibrate import Calibration
@@ -30,6 +30,7 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="For a directory. Default: bf16.")
+@recipe_option("For a directory. ")
 @click.option("--target", metavar="NAME", help="For a directory. Default: host.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def bench(
@@ -43,6 +44,7 @@ def bench(
     jsonl: Path | None,
     no_calibration: bool,
     dtype: str | None,
+    recipe: str | None,
     target: str | None,
     quiet: bool,
 ) -> None:
@@ -52,12 +54,13 @@ def bench(
     from stratum.cli.run import refuse_build_options
     from stratum.progress import make_reporter
 
-    refuse_build_options(model, dtype=dtype, target=target)
+    refuse_build_options(model, dtype=dtype, target=target, recipe=recipe)
     with make_reporter(quiet=quiet) as reporter:
         path = api.ensure_built(
             model,
             dtype=dtype or "bf16",
             target=target or "host",
+            recipe=recipe,
             progress=reporter,
             warn=lambda m: click.echo(m, err=True),
         )

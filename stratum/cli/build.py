@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ def build(
     output: Path,
     target: str,
     dtype: str,
+    recipe: str | None,
     pipeline: str | None,
     dump_ir: Path | None,
     quiet: bool,
@@ -30,17 +32,25 @@ def build(
     """Compile the checkpoint in DIR into the artifact OUT."""
     import time
 
+    from codegen.build import BuildResult
+    from codegen.format_report import bits_per_weight, format_text
     from stratum import api
     from stratum.progress import format_bytes, make_reporter
 
     started = time.monotonic()
+    results: list[BuildResult] = []
+    options = {"target": target, "dtype": dtype, "recipe": recipe, "pipeline": pipeline, "dump_ir": dump_ir}
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
-        out = api.build(
-            model, output, target=target, dtype=dtype, pipeline=pipeline, dump_ir=dump_ir, progress=reporter
-        )
+        out = api.build(model, output, progress=reporter, told=results.append, **options)
+    (result,) = results
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     seconds = time.monotonic() - started
     if as_json:
-        reporter.event("done", path=str(out), bytes=size, seconds=round(seconds, 3))
+        bits = round(bits_per_weight(result.formats), 4)
+        formats = [asdict(use) for use in result.formats]
+        facts = {"bits_per_weight": bits, "formats": formats, "notes": result.notes}
+        reporter.event("done", path=str(out), bytes=size, seconds=round(seconds, 3), **facts)
     elif not quiet:
-        click.echo(f"{out}: {format_bytes(size)} in {seconds:.1f} s", err=True)
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"{out}: {format_bytes(size)} in {seconds:.1f} s; {format_text(result.formats)}", err=True)

@@ -13,11 +13,12 @@ DTYPES = ("bf16", "f32")
 
 
 def compile_options(function: F) -> F:
-    """--target, --dtype, --pipeline: what decides the code that is made."""
+    """--target, --dtype, --recipe, --pipeline: what decides the code that is made."""
     for option in (
         click.option("-p", "--pipeline", metavar="PIPELINE", help="Graph passes instead of the default ones."),
+        recipe_option(),
         click.option(
-            "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="Weights and KV cache."
+            "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="What is no low-bit number."
         ),
         click.option(
             "--target", default="host", show_default=True, metavar="NAME", help="See 'compile-model targets'."
@@ -25,6 +26,12 @@ def compile_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def recipe_option(prefix: str = "") -> Callable[[F], F]:
+    """--recipe: names and paths by commas."""
+    text = "Number formats: names of 'compile-model recipes' and paths of files, by commas."
+    return click.option("--recipe", metavar="NAME[,NAME...]|FILE", help=prefix + text)
 
 
 def output_options(function: F) -> F:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.diagnostics import DiagnosticError
-from stratum.cli.options import DTYPES, output_options
+from stratum.cli.options import DTYPES, output_options, recipe_option
 
 if TYPE_CHECKING:
+    from runtime.manifest import Manifest
     from runtime.sampling import SamplingParams
     from stratum.model import Generation, Model
     from stratum.progress import Reporter
@@ -38,6 +39,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("-t", "--threads", type=int, help="Default: one a physical core this process may use.")
 @click.option("-c", "--context", type=int, help="Positions of the KV cache. Default: the model's.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="For a directory: weights and KV cache. Default: bf16.")
+@recipe_option("For a directory. ")
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
@@ -55,6 +57,7 @@ def run(
     context: int | None,
     dtype: str | None,
     target: str | None,
+    recipe: str | None,
     pipeline: str | None,
     trace: Path | None,
     profile: bool,
@@ -74,7 +77,7 @@ def run(
     from stratum.progress import make_reporter
 
     text = _prompt(prompt_argument, prompt)
-    refuse_build_options(model, dtype=dtype, target=target, pipeline=pipeline)
+    refuse_build_options(model, dtype=dtype, target=target, recipe=recipe, pipeline=pipeline)
     reporter = make_reporter(quiet=quiet, as_json=as_json)
     with reporter:
         loaded = api.load(
@@ -84,6 +87,7 @@ def run(
             verify=verify,
             dtype=dtype or "bf16",
             target=target or "host",
+            recipe=recipe,
             pipeline=pipeline,
             progress=reporter,
             warn=lambda message: click.echo(f"warning: {message}", err=True),
@@ -150,6 +154,7 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
             instructions=instructions,
             threads=session.threads,
             dtype=manifest.dtype,
+            recipe=manifest.raw.get("recipe", ""),
             context=session.max_context,
             weights_bytes=memory.weights,
             kv_reserved_bytes=memory.kv_reserved,
@@ -157,14 +162,24 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
             sampling=vars(sampling),
         )
         return
-    parameters = format_count(manifest.model.get("parameters") or 0)
+    parameters = f"{format_count(manifest.model.get('parameters') or 0)} parameters in {formats_of(manifest)}"
     click.echo(
-        f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters} parameters in {manifest.dtype}; "
+        f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "
         f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}\n"
         f"memory: weights {format_bytes(memory.weights)} mapped, KV cache up to {format_bytes(memory.kv_reserved)} for "
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
         err=True,
     )
+
+
+def formats_of(manifest: Manifest) -> str:
+    """What the weights are stored in, in a few words: `bf16`, or `w4a8-g32 (4.86 bits per weight)`."""
+    recipe = manifest.raw.get("recipe")
+    if not isinstance(recipe, str) or recipe in ("", "none"):
+        return manifest.dtype
+    weights = manifest.raw.get("weights")
+    bits = weights.get("bits_per_weight") if isinstance(weights, dict) else None
+    return f"{recipe} ({bits:.2f} bits per weight)" if isinstance(bits, float) else recipe
 
 
 def _sampling_text(sampling: SamplingParams) -> str:

@@ -34,7 +34,8 @@ ALLOWED_LIBRARIES: dict[str, frozenset[str]] = {
     "codegen": frozenset({"numpy", "ml_dtypes", "llvmlite", "psutil", "msgspec"}),
     # tokenizers and jinja2 turn text into token ids and back; everything else runs on numpy and LLVM's loader.
     "runtime": frozenset({"numpy", "ml_dtypes", "llvmlite", "tokenizers", "jinja2"}),
-    "stratum": frozenset({"numpy", "click", "rich", "psutil", "msgspec"}),
+    # matplotlib is the extra `plot`: imported by the one function that draws, which says so when it is not there.
+    "stratum": frozenset({"numpy", "click", "rich", "psutil", "msgspec", "matplotlib"}),
 }
 
 

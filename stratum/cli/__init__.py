@@ -11,6 +11,7 @@ from stratum import __version__
 from stratum.cli.bench import bench
 from stratum.cli.build import build
 from stratum.cli.errors import guarded
+from stratum.cli.eval import evaluate
 from stratum.cli.inspect import inspect
 from stratum.cli.opt import opt
 from stratum.cli.recipes import recipes
@@ -29,7 +30,7 @@ def cli() -> None:
     """Compile a language model's checkpoint to native code, and run it."""
 
 
-for command in (build, run, inspect, opt, bench, targets, recipes):
+for command in (build, run, inspect, opt, bench, evaluate, targets, recipes):
     cli.add_command(command)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,7 +94,7 @@ def build_artifact(
     module = imported.module
     parts = recipe_parts(recipe, pipeline, module)
     passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts)
-    text = print_pipeline(passes)
+    text = print_pipeline([_without_paths(p) for p in passes])
     recipes = [load_recipe(p.recipe) for p in passes if isinstance(p, QuantizePass)]  # files may change
     recipe_text = "\n".join(r.to_toml() for r in recipes)
     key = bundle_key(print_module(module), text, target, [recipe_text])
@@ -169,6 +169,15 @@ def recipe_parts(recipe: str | None, pipeline: str | None, module: ModuleOp) -> 
         return ("as-stored",) if any(isinstance(op, DequantizeOp) for op in module.walk()) else ()
     load_recipe(recipe)  # refuses what is no recipe before anything is done
     return tuple(part.strip() for part in recipe.split(","))
+
+
+def _without_paths(made: Pass) -> Pass:
+    """The pass as the manifest names it: a recipe from a file by the artifact's own copy, so that equal recipes give
+    equal artifacts wherever they lay.
+    """
+    if isinstance(made, QuantizePass) and any("/" in part or part.endswith(".toml") for part in made.recipe):
+        return replace(made, recipe=("recipe.toml",))
+    return made
 
 
 def _notes(report: PipelineReport) -> tuple[str, ...]:

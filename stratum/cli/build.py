@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import compile_options, output_options
 
 
@@ -16,6 +18,7 @@ from stratum.cli.options import compile_options, output_options
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The artifact to write."
 )
 @compile_options
+@bit_options
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the IR after every pass.")
 @output_options
 def build(
@@ -25,6 +28,7 @@ def build(
     dtype: str,
     recipe: str | None,
     pipeline: str | None,
+    budget: BitRequest,
     dump_ir: Path | None,
     quiet: bool,
     as_json: bool,
@@ -39,8 +43,10 @@ def build(
 
     started = time.monotonic()
     results: list[BuildResult] = []
-    options = {"target": target, "dtype": dtype, "recipe": recipe, "pipeline": pipeline, "dump_ir": dump_ir}
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
+        options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline}
+        shown = {"reporter": reporter, "as_json": as_json, "quiet": quiet}
+        options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown), "dump_ir": dump_ir}
         out = api.build(model, output, progress=reporter, told=results.append, **options)
     (result,) = results
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

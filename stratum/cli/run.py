@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.diagnostics import DiagnosticError
+from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import DTYPES, output_options, recipe_option
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("-c", "--context", type=int, help="Positions of the KV cache. Default: the model's.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="For a directory: weights and KV cache. Default: bf16.")
 @recipe_option("For a directory. ")
+@bit_options
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
@@ -59,6 +61,7 @@ def run(
     target: str | None,
     recipe: str | None,
     pipeline: str | None,
+    budget: BitRequest,
     trace: Path | None,
     profile: bool,
     verify: bool,
@@ -77,20 +80,20 @@ def run(
     from stratum.progress import make_reporter
 
     text = _prompt(prompt_argument, prompt)
-    refuse_build_options(model, dtype=dtype, target=target, recipe=recipe, pipeline=pipeline)
+    refuse_build_options(model, dtype=dtype, target=target, recipe=recipe, pipeline=pipeline, **budget.given)
     reporter = make_reporter(quiet=quiet, as_json=as_json)
     with reporter:
+        options: dict[str, Any] = {"dtype": dtype or "bf16", "target": target or "host", "pipeline": pipeline}
+        shown = {"reporter": reporter, "as_json": as_json, "quiet": quiet}
+        options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown)}
         loaded = api.load(
             model,
             threads=threads,
             max_context=context,
             verify=verify,
-            dtype=dtype or "bf16",
-            target=target or "host",
-            recipe=recipe,
-            pipeline=pipeline,
             progress=reporter,
             warn=lambda message: click.echo(f"warning: {message}", err=True),
+            **options,
         )
     with loaded, contextlib.ExitStack() as stack:
         generation = loaded.generate(text, max_tokens=max_tokens, stop=stop, chat=chat, **sampling)
@@ -125,7 +128,7 @@ def _prompt(argument: str | None, option: str | None) -> str:
         raise DiagnosticError(f"the prompt is not UTF-8 text (byte {error.start})", where="<stdin>") from error
 
 
-def refuse_build_options(model: Path, **options: str | None) -> None:
+def refuse_build_options(model: Path, **options: object) -> None:
     """An artifact was built already; options that would have decided how are not silently ignored."""
     from runtime.artifact import is_artifact
 

@@ -161,7 +161,7 @@ def measure(
         size = float(np.vdot(exact, exact)) or 1.0
 
         def answers(candidate: Candidate, visit=visit, exact=exact, size=size) -> tuple[np.ndarray, float]:
-            y = lowered(visit.factors, candidate).product()
+            y = lowered_product(visit.factors, candidate)
             off = y - exact
             return y, float(np.vdot(off, off)) / size
 
@@ -199,13 +199,20 @@ def _share_used(group: WeightGroup) -> float:
     return min(1.0, 2.0 / group.shape[0]) if len(group.shape) == 3 else 1.0
 
 
-def lowered(factors: Factors, candidate: Candidate) -> Factors:
-    """What a product multiplies when both factors are rounded to the formats of the candidate."""
-    return Factors(
-        round_values(factors.x, candidate.activations, "nearest"),
-        round_values(factors.w, candidate.weights, candidate.rounding),
-        factors.offsets,
-    )
+def lowered_product(factors: Factors, candidate: Candidate) -> np.ndarray:
+    """f32 [m, n]: the product when both factors are rounded to the formats of the candidate.
+
+    Of stacked matrices one is rounded at a time, and only those of experts that have rows.
+    """
+    x = round_values(factors.x, candidate.activations, "nearest")
+    if factors.offsets is None:
+        return Factors(x, round_values(factors.w, candidate.weights, candidate.rounding)).product()
+    y = np.zeros((x.shape[0], factors.w.shape[1]), np.float32)
+    for expert, matrix in enumerate(factors.w):
+        rows = slice(int(factors.offsets[expert]), int(factors.offsets[expert + 1]))
+        if rows.start < rows.stop:
+            y[rows] = Factors(x[rows], round_values(matrix, candidate.weights, candidate.rounding)).product()
+    return y
 
 
 def round_values(values: np.ndarray, format: Any, rounding: str) -> np.ndarray:
@@ -251,7 +258,7 @@ class WholeModel:
 
         def answer(op: ProductOp, factors: Factors) -> np.ndarray | None:
             group = self._groups.get(op)
-            return lowered(factors, assignment[group.name]).product() if group is not None else None
+            return lowered_product(factors, assignment[group.name]) if group is not None else None
 
         return divergence(self._base, self._forward.run(answer))
 

@@ -28,7 +28,7 @@ from passes.quantize.bit_choice import BitChoice, BitProblem, choose
 from passes.quantize.bit_recipe import candidates_of, recipe_of
 from passes.quantize.bit_report import report_of
 from passes.quantize.recipe import Recipe, load_recipe, read_recipe
-from passes.quantize.sensitivity import SensitivityTable, WholeModel, estimate, measure
+from passes.quantize.sensitivity import SensitivityTable, WholeModel, affordable_sequences, estimate, measure
 from passes.quantize.weight_groups import joined_products
 from stratum.calibration_tokens import tokens_of_model, tokens_of_text
 from stratum.model_cache import cache_entry
@@ -139,7 +139,7 @@ def _solve(
             func,
             products,
             read,
-            tokens[~checks],
+            tokens[~checks][: affordable_sequences(products, tokens.shape[1])],
             candidates,
             table,
             row_step=step,

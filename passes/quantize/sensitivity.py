@@ -45,6 +45,7 @@ PRIOR = {
     "head": 3.5,
 }
 MAX_DIRECT_FLOPS = 2e13  # above, one candidate of each group is run through the model, not all
+MAX_FLOPS = 6e13  # of these runs; what takes more gets fewer sequences
 Products = Sequence[tuple[ProductOp, WeightGroup]]
 Tell = Callable[[int, int], None]  # pairs done, pairs in all
 
@@ -148,7 +149,8 @@ def measure(
     total = sum(len(m) for m in missing.values())
     if not total:
         return
-    direct = _direct_flops(products, missing, tokens.size) <= max_direct_flops
+    counts = [len(missing[g.name]) for _, g in products]
+    direct = tokens.size * _flops_behind(products, counts) <= max_direct_flops
     forward = Forward(func, read, tokens, row_step=row_step)
     base = log_softmax(forward.run())
     done = 0
@@ -188,10 +190,15 @@ def measure(
             tell(done, total)
 
 
-def _direct_flops(products: Products, missing: dict[str, list[Candidate]], tokens: int) -> float:
-    """Of running the model behind a product for every missing pair."""
-    sizes = [2.0 * g.count * tokens * _share_used(g) for _, g in products]
-    return sum(len(missing[group.name]) * sum(sizes[at:]) for at, (_, group) in enumerate(products))
+def affordable_sequences(products: Products, length: int, limit: float = MAX_FLOPS) -> int:
+    """How many sequences of `length` tokens `measure` may run through all that is behind each product; at least 1."""
+    return max(1, int(limit // (length * _flops_behind(products, [1] * len(products)))))
+
+
+def _flops_behind(products: Products, counts: Sequence[int]) -> float:
+    """For one token, of running the model from each product on as many times as `counts` says."""
+    sizes = [2.0 * g.count * _share_used(g) for _, g in products]
+    return sum(count * sum(sizes[at:]) for at, count in enumerate(counts)) or 1.0
 
 
 def _share_used(group: WeightGroup) -> float:

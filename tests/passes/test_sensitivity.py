@@ -19,6 +19,7 @@ from passes.quantize.sensitivity import (
     Candidate,
     SensitivityTable,
     WholeModel,
+    affordable_sequences,
     divergence,
     estimate,
     log_softmax,
@@ -164,6 +165,12 @@ def test_without_text_the_error_of_the_weights_is_weighed_by_the_norm_in_front(c
     assert entry.error == pytest.approx(wanted, rel=1e-5)
     exact = table.get(group, CANDIDATES[2])
     assert exact is not None and exact.loss == 0  # the checkpoint is bf16
+
+
+def test_large_models_are_measured_with_fewer_sequences(case: Case) -> None:
+    assert affordable_sequences(case.products, 256) > 12
+    assert affordable_sequences(case.products, 256, limit=1e9) < affordable_sequences(case.products, 128, limit=1e9)
+    assert affordable_sequences(case.products, 256, limit=1.0) == 1
 
 
 def test_divergence_of_equal_logits_is_zero_and_of_known_ones_is_known() -> None:

@@ -15,7 +15,7 @@ class ValueSyntax:
     """An attribute value, or an item inside of `<...>`.
 
     `kind`: integer, number, string, symbol, word, scaled (`tokens*2`), nested (a whole BRACKETED token), array,
-    product (`4 x f32`), named (`rows=64`), bracketed (`strips<...>`). `token` is its first token, None for arrays.
+    product (`4 x f32`), block (`128x128`), named (`rows=64`), bracketed (`strips<...>`). `token` is its first token, None for arrays.
     """
 
     kind: str
@@ -124,6 +124,9 @@ class SyntaxBuilder:
 
     def word(self, children: list[Any]) -> ValueSyntax:
         return ValueSyntax("word", children[0])
+
+    def block(self, children: list[Any]) -> ValueSyntax:
+        return ValueSyntax("block", children[0])
 
     def nested(self, children: list[Any]) -> ValueSyntax:
         return ValueSyntax("nested", children[0])

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Callable
 from typing import Any, cast, get_type_hints
 
 from ir.attributes import ATTRIBUTES, Attribute, SymbolRef
 from ir.diagnostics import DiagnosticError
-from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat, read_grouped_format
+from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat, format_family, format_names, format_word
 from ir.spelling import did_you_mean
 from ir.syntax import ValueSyntax
 from ir.types import (
@@ -34,7 +33,6 @@ from ir.types import (
 
 MAX_NESTING = 32  # of lists in lists
 _LIMIT = 2**63
-_GROUPED = re.compile(r"q([0-9]+)_([a-z]+)", re.ASCII)
 _BUFFER_SPACES = ("global", "private")
 
 
@@ -74,10 +72,10 @@ class TextReader:
                 found = self.build(self.parse_brackets(text), text.startswith("#"))
             elif text == "index":
                 found = INDEX
-            elif text in PLAIN_FORMATS:
-                found = PLAIN_FORMATS[text]
+            elif format_word(text) is not None:
+                found = format_word(text)
             else:
-                names = [*PLAIN_FORMATS, "index", *_BUILDERS]
+                names = [*format_names(), "index", *_BUILDERS]
                 raise TextFault(f"unknown type {text!r}{did_you_mean(text, names)}", 0, len(text))
             if len(self.known) > 10_000:
                 self.known.clear()
@@ -91,15 +89,15 @@ class TextReader:
             return self.structured(node)
         if name in _BUILDERS:
             return _BUILDERS[name](self, node)
-        grouped = _GROUPED.fullmatch(name)
-        if grouped:
-            fields = {field: str(value.token) for field, value in self.named(node).items()}
-            try:
-                return read_grouped_format(int(grouped[1][:4]), grouped[2], fields)
-            except ValueError as error:
-                raise _fault(node.token, str(error)) from error
-        hint = did_you_mean(name, [*_BUILDERS, "q4_sym", "q4_zp"])
-        raise _fault(node.token, f"unknown type or format {name!r}{hint}")
+        family = format_family(name)
+        if family is None:
+            hint = did_you_mean(name, [*_BUILDERS, *format_names()])
+            raise _fault(node.token, f"unknown type or format {name!r}{hint}")
+        fields = {field: str(value.token) for field, value in self.named(node).items()}
+        try:
+            return family.read(name, fields)
+        except ValueError as error:
+            raise _fault(node.token, str(error)) from error
 
     # -- types -------------------------------------------------------------------------------------------------------
 
@@ -119,20 +117,21 @@ class TextReader:
             return size
         if node.kind in ("word", "scaled"):
             name = str(node.token)
-            if name in PLAIN_FORMATS:
+            if format_word(name) is not None:
                 raise _fault(node.token, f"expected a size, got the format {name}; the format stands last")
             return scaled(node)
         raise _fault(node.token, "expected a size: a number, a symbol like tokens, or tokens*2")
 
     def number_format(self, node: ValueSyntax) -> NumberFormat:
         text = str(node.token)
-        if node.kind == "word" and text in PLAIN_FORMATS:
-            return PLAIN_FORMATS[text]
+        word = format_word(text) if node.kind == "word" else None
+        if word is not None:
+            return word
         if node.kind == "bracketed":
             found = self.build(node)
             if isinstance(found, NumberFormat):
                 return found
-        names = [*PLAIN_FORMATS, "q4_sym"]
+        names = format_names()
         what = f"a number format, got {text!r}" if node.kind != "integer" else f"a number format last, got {text}"
         raise _fault(node.token, f"expected {what}{did_you_mean(text, names)}")
 
@@ -260,7 +259,7 @@ class TextReader:
             case "symbol":
                 return SymbolRef(unquoted(node.token, text[1:]) if text[1] == '"' else text[1:])
             case "word":
-                return _WORDS[text] if text in _WORDS else PLAIN_FORMATS.get(text) or SymbolicDim(text)
+                return _WORDS[text] if text in _WORDS else format_word(text) or SymbolicDim(text)
             case "scaled":
                 return scaled(node)
             case "nested":

@@ -2,13 +2,24 @@
 
 Every format knows its exact size in bytes (`nbytes`), packs arrays of floats (`pack`), unpacks them (`unpack`) and
 bounds the error of doing so (`error_bound`). Where the elements lie in memory is a layout, not a format.
+
+A new family of formats is one file in this folder: it registers how its text is read (`ir.formats.registry`), and
+importing this package imports every file of it.
 """
 
 from __future__ import annotations
 
-from ir.formats.grouped_int import GroupedIntFormat, PackedArray, read_grouped_format
+import importlib
+import pkgutil
+
+from ir.formats.fp8 import FP8Format
+from ir.formats.grouped_int import GroupedIntFormat
+from ir.formats.packed import PackedArray, concatenate_packed
 from ir.formats.plain import (
     BF16,
+    E8M0,
+    F8E4M3,
+    F8E5M2,
     F16,
     F32,
     F64,
@@ -21,9 +32,14 @@ from ir.formats.plain import (
     NumberFormat,
     PlainFormat,
 )
+from ir.formats.registry import format_family, format_names, format_word
+from ir.formats.scaled import ScaledFormat
 
 __all__ = [
     "BF16",
+    "E8M0",
+    "F8E4M3",
+    "F8E5M2",
     "F16",
     "F32",
     "F64",
@@ -33,9 +49,17 @@ __all__ = [
     "I64",
     "PLAIN_FORMATS",
     "U8",
+    "FP8Format",
     "GroupedIntFormat",
     "NumberFormat",
     "PackedArray",
     "PlainFormat",
-    "read_grouped_format",
+    "ScaledFormat",
+    "concatenate_packed",
+    "format_family",
+    "format_names",
+    "format_word",
 ]
+
+for _module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")

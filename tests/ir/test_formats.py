@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from ir.diagnostics import DiagnosticError
 from ir.formats import (
     BF16,
+    F8E4M3,
+    F8E5M2,
     F16,
     F32,
     F64,
@@ -26,7 +28,7 @@ from ir.formats import (
     PlainFormat,
 )
 from ir.formats.bit_packing import pack_codes, row_bytes, unpack_codes
-from ir.formats.grouped_int import round_up
+from ir.formats.scaled import round_up
 from ir.sizes import num_bytes
 from ir.text_reader import parse_format
 from ir.types import TensorType
@@ -241,7 +243,7 @@ def test_plain_formats_survive_text(name: str) -> None:
 
 
 @given(
-    st.sampled_from([F32, F16, BF16, F64]),
+    st.sampled_from([F32, F16, BF16, F64, F8E4M3, F8E5M2]),
     st.lists(st.floats(width=64, allow_nan=False, allow_infinity=False), max_size=8),
 )
 def test_error_bound_of_plain_formats_holds(format: PlainFormat, values: list[float]) -> None:

@@ -1,0 +1,85 @@
+"""The text forms of number formats: a family of formats registers how its text is read, so that it is one file.
+
+`name<field=value, ...>` is read by the family whose pattern fits the name; a lone word stands for one format. Writing
+is `str(format)`. Refused, as ValueError: unknown, missing and ill-formed fields, each with what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ir.formats.plain import BF16, F16, F32, PLAIN_FORMATS, NumberFormat, PlainFormat
+
+SCALE_FORMATS = {"f16": F16, "bf16": BF16, "f32": F32}
+MAX_GROUP_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class FormatFamily:
+    """`read(name, fields)` gives the format of a text whose name fits `pattern`. `names` are shown as examples."""
+
+    pattern: re.Pattern[str]
+    read: Callable[[str, dict[str, str]], NumberFormat]
+    names: tuple[str, ...]
+
+
+_FAMILIES: list[FormatFamily] = []
+_WORDS: dict[str, NumberFormat] = dict(PLAIN_FORMATS)
+
+
+def register_family(pattern: str, names: Iterable[str], read: Callable[[str, dict[str, str]], NumberFormat]) -> None:
+    """Adds a family of formats with fields."""
+    _FAMILIES.append(FormatFamily(re.compile(pattern, re.ASCII), read, tuple(names)))
+
+
+def register_word(format: NumberFormat) -> None:
+    """Adds a format without fields: its text is one word."""
+    _WORDS[str(format)] = format
+
+
+def format_word(word: str) -> NumberFormat | None:
+    """The format that a word stands for, plain ones among them."""
+    return _WORDS.get(word)
+
+
+def format_names() -> list[str]:
+    """Names of formats, for suggestions."""
+    return [*_WORDS, *(name for family in _FAMILIES for name in family.names)]
+
+
+def format_family(name: str) -> FormatFamily | None:
+    """The family that reads `name<...>`."""
+    return next((family for family in _FAMILIES if family.pattern.fullmatch(name)), None)
+
+
+# -- fields that families share ----------------------------------------------------------------------------------------
+
+
+def check_fields(
+    name: str, fields: dict[str, str], required: tuple[str, ...], example: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError for fields that do not exist and for those that are missing."""
+    known = (*required, *optional)
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{name} has no field {field!r}; it has {', '.join(known)}")
+    if any(field not in fields for field in required):
+        raise ValueError(f"{name} needs {' and '.join(required)}, like {example}")
+
+
+def read_group(text: str) -> int:
+    """`32`, or `row` (0)."""
+    if text == "row":
+        return 0
+    if not (text.isdecimal() and len(text) <= MAX_GROUP_DIGITS and int(text) > 0):
+        raise ValueError(f"expected a group of 1 or more, or group=row, got {text}")
+    return int(text)
+
+
+def read_scale(text: str) -> PlainFormat:
+    """The format of a scale: f16, bf16 or f32."""
+    if text not in SCALE_FORMATS:
+        raise ValueError(f"expected a scale of f16, bf16 or f32, got {text}")
+    return SCALE_FORMATS[text]

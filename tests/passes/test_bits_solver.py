@@ -44,6 +44,28 @@ def test_optimum_is_that_of_trying_everything(groups: list[Group], budget: int) 
     assert found.gap <= 1e-9 or wanted < 1e-9
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_optimum_where_choices_compete(seed: int) -> None:
+    """Sizes and losses of which the relaxation alone seldom finds the best assignment."""
+    rng = random.Random(seed)
+    for _ in range(25):
+        groups = [
+            Group(
+                f"g{i}",
+                tuple(
+                    Choice(f"q{j}", size, rng.uniform(0.8, 1.2) / (1 + size))
+                    for j, size in enumerate(rng.sample(range(3, 60), 4))
+                ),
+            )
+            for i in range(5)
+        ]
+        low, high = smallest_bytes(groups), sum(max(c.nbytes for c in g.choices) for g in groups)
+        budget = rng.randint(low, high)
+        found = solve(groups, budget)
+        assert found.loss == pytest.approx(least_loss(groups, budget), rel=1e-9)
+        assert found.nbytes <= budget and found.gap == 0
+
+
 @given(problems, st.integers(0, 160), st.integers(0, 40))
 def test_more_room_never_loses_more(groups: list[Group], budget: int, more: int) -> None:
     if smallest_bytes(groups) <= budget:

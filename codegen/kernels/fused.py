@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codegen.kernels.columns  # noqa: F401 - registers emitters
 from codegen.kernels.attention import emit_attention
 from codegen.kernels.call import EmitContext, KernelSpec, emitter
 from codegen.kernels.gemm import emit_gemm

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ir import formats
 from ir.formats import I8, U8, PackedArray, PlainFormat
+from ir.formats.packed import concatenate_packed
 from ir.op_def import expect
 from ir.types import Dim, TensorType
 
@@ -22,24 +22,21 @@ def is_low_bit(type: TensorType) -> bool:
 
 def has_table(format: Any) -> bool:
     """Whether every matrix in this format has a table of its own."""
-    return hasattr(format, "integer_levels") and format.integer_levels is None
+    return getattr(format, "table_shape", None) is not None
 
 
 def scale_parts(format: Any, shape: Sequence[Dim]) -> dict[str, TensorType]:
     """The parts beside the codes of a tensor [..., n, k] of known size in a low-bit format, by name, in order."""
     *outer, n, k = (d for d in shape if isinstance(d, int))
-    if hasattr(format, "block_rows"):
-        blocks = -(-n // (format.block_rows or n)), -(-k // (format.block_cols or k))
-        return {"scales": TensorType((*outer, *blocks), format.scale)}
-    groups = (*outer, n, format.groups(k))
+    blocks = n if format.block_rows == 1 else -(-n // format.block_rows)
+    groups = (*outer, blocks, format.groups(k))
     parts = {"scales": TensorType(groups, format.scale)}
     if format.zero_point:
         parts["zeros"] = TensorType(groups, U8)
-    if getattr(format, "channel", None) is not None:
+    if format.channel is not None:
         parts["channel"] = TensorType((*outer, n), format.channel)
     if has_table(format):
-        entry = (format.dim,) if hasattr(format, "dim") else ()
-        parts["table"] = TensorType((*outer, 1 << format.bits, *entry), I8)
+        parts["table"] = TensorType((*outer, *format.table_shape), I8)
     return parts
 
 
@@ -90,7 +87,7 @@ def concatenate_rows(values: Sequence[PackedArray], axis: int) -> PackedArray:
             rows = math.prod(value.shape[axis:-1])
             parts.append(value.rows(index * rows, (index + 1) * rows))
     joined = sum(value.shape[axis] for value in values)
-    return replace(formats.concatenate_packed(parts), shape=(*first.shape[:axis], joined, *first.shape[axis + 1 :]))
+    return replace(concatenate_packed(parts), shape=(*first.shape[:axis], joined, *first.shape[axis + 1 :]))
 
 
 def slice_rows(value: PackedArray, axis: int, start: int, size: int) -> PackedArray:
@@ -98,4 +95,4 @@ def slice_rows(value: PackedArray, axis: int, start: int, size: int) -> PackedAr
     outer, inner = math.prod(value.shape[:axis]), math.prod(value.shape[axis + 1 : -1])
     extent = value.shape[axis] * inner
     parts = [value.rows(i * extent + start * inner, i * extent + (start + size) * inner) for i in range(outer)]
-    return replace(formats.concatenate_packed(parts), shape=(*value.shape[:axis], size, *value.shape[axis + 1 :]))
+    return replace(concatenate_packed(parts), shape=(*value.shape[:axis], size, *value.shape[axis + 1 :]))

@@ -15,16 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ir.core import Op, Value
 from ir.formats import BF16, F16, F32, PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.op_def import Op as DeclaredOp
 from ir.ops.fused import FusedOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVStateOp
 from ir.ops.moe import GroupedGemmOp
+from ir.ops.norm import RmsNormOp
 from ir.ops.quant import DequantizeOp, QuantizeOp, RotateOp
-from ir.ops.tensor import CastOp, ConcatOp, EmbedOp, ReshapeOp, SliceOp
+from ir.ops.quant_columns import ClearColumnsOp, OutlierColumnsOp, SelectColumnsOp
+from ir.ops.tensor import AddOp, CastOp, ConcatOp, EmbedOp, ReshapeOp, SliceOp
 from ir.rewriter import PatternRewriter
 from ir.text_reader import parse_format
 from ir.types import KVCacheType
@@ -139,8 +142,8 @@ class _Quantizer:
             chosen,
             stored if as_stored else None,
             choice.rounding or "mse",
-            0 if as_stored or float_weights else self._block(op, choice.rotate or 0, k),
-            0 if as_stored or float_weights else choice.outliers or 0,
+            0 if as_stored or float_weights or choice.outliers else self._block(op, choice.rotate or 0, k),
+            0 if as_stored or float_weights else min(choice.outliers or 0, k),
         )
 
     def _fitting(self, op: Op, format: NumberFormat, k: int, last: NumberFormat) -> NumberFormat:
@@ -171,40 +174,65 @@ class _Quantizer:
             weight = self._cast(op, op.w, storage.weights)
         elif storage.stored is not None:
             weight = storage.stored
+        elif storage.outliers:
+            self._split(op, storage)
+            return
         else:
-            weight = self._quantized(op, storage)
-        x = op.x
+            weight = self._quantized(op, self._unwidened(op, op.w), storage)
+        self.rewriter.set_operand(op, 0, self._narrow(op, op.x, storage))
+        self.rewriter.set_operand(op, 1, weight)
+
+    def _split(self, op: MatmulOp | GroupedGemmOp, storage: Storage) -> None:
+        """x w^T --> (x cleared) q(w cleared)^T + (columns of x) (columns of w)^T, the latter product in floats"""
+        weight = self._unwidened(op, op.w)
+        groups = op.operands[2:]
+        columns = self._made(op, OutlierColumnsOp, weight, count=storage.outliers)
+        few = self._cast(op, self._made(op, SelectColumnsOp, weight, columns), self.floats)
+        x_few = self._cast(op, self._made(op, SelectColumnsOp, op.x, columns), self.floats)
+        small = type(op)(x_few, few, *groups, location=op.location, **op.attributes)
+        rest = self._quantized(op, self._made(op, ClearColumnsOp, weight, columns), storage)
+        x = op.x if isinstance(storage.activations, PlainFormat) else self._without(op, columns)
+        x_rest = self._narrow(op, x, storage)
+        main = type(op)(x_rest, rest, *groups, location=op.location, **op.attributes)
+        for product in (small, main):
+            self.rewriter.insert_before(op, product)
+        self.rewriter.replace(op, AddOp(main.y, small.y, location=op.location))
+
+    def _without(self, op: MatmulOp | GroupedGemmOp, columns: Value) -> Value:
+        """The activations with zeros in `columns`, which then do not stretch int8 scales; by the gain of a norm."""
+        norm = op.x.defining_op()
+        if isinstance(norm, RmsNormOp) and isinstance(op, MatmulOp) and is_constant_expression(norm.gain):
+            gain = self._made(op, ClearColumnsOp, norm.gain, columns)
+            return self.rewriter.insert_before(op, RmsNormOp(norm.x, gain, eps=norm.eps)).results[0]
+        return self._made(op, ClearColumnsOp, op.x, columns)
+
+    def _narrow(self, op: MatmulOp | GroupedGemmOp, x: Value, storage: Storage) -> Value:
+        """`x` as the product multiplies it. A rotation and a quantize belong to one product alone."""
         if storage.rotate:
             x = self.rewriter.insert_before(op, RotateOp(x, block=storage.rotate, location=op.location)).results[0]
         if isinstance(storage.activations, PlainFormat):
-            x = self._cast(op, x, storage.activations)
-        else:
-            made = QuantizeOp(x, format=storage.activations, location=op.location)
-            x = self.rewriter.insert_before(op, made).results[0]
-        self.rewriter.set_operand(op, 0, x)
-        self.rewriter.set_operand(op, 1, weight)
+            return self._cast(op, x, storage.activations)
+        made = QuantizeOp(x, format=storage.activations, location=op.location)
+        return self.rewriter.insert_before(op, made).results[0]
 
-    def _quantized(self, op: MatmulOp | GroupedGemmOp, storage: Storage) -> Value:
-        key = (op.w, storage.weights, storage.rounding, storage.rotate)
-        if self._is_there(key, op):
-            return self.made[key]
-        weight = self._unwidened(op, op.w)
-        location = op.w.defining_op().location  # type: ignore[union-attr]  # constants are made by ops
+    def _quantized(self, op: Op, weight: Value, storage: Storage) -> Value:
         if storage.rotate:
-            rotated = RotateOp(weight, block=storage.rotate, location=location)
-            weight = self.rewriter.insert_before(op, rotated).results[0]
-        made = QuantizeOp(weight, format=storage.weights, rounding=storage.rounding, location=location)
-        self.made[key] = self.rewriter.insert_before(op, made).results[0]
+            weight = self._made(op, RotateOp, weight, block=storage.rotate)
+        return self._made(op, QuantizeOp, weight, format=storage.weights, rounding=storage.rounding)
+
+    def _made(self, op: Op, kind: type[DeclaredOp], *operands: Value, **attributes: Any) -> Value:
+        """The result of such an op, in front of `op`; one op for all its readers."""
+        key = (kind, operands, tuple(attributes.items()))
+        if not self._is_there(key, op):
+            maker = operands[0].defining_op()
+            location = maker.location if maker is not None else op.location
+            made = kind(*operands, location=location, **attributes)
+            self.made[key] = self.rewriter.insert_before(op, made).results[0]
         return self.made[key]
 
     def _cast(self, op: Op, value: Value, to: PlainFormat) -> Value:
         """`value` in the format `to`, in front of `op`; one cast for all its readers."""
-        if tensor_type(value).element == to:
-            return value
-        key = (value, to)
-        if not self._is_there(key, op):
-            self.made[key] = self.rewriter.insert_before(op, CastOp(value, to=to)).results[0]
-        return self.made[key]
+        return value if tensor_type(value).element == to else self._made(op, CastOp, value, to=to)
 
     def _is_there(self, key: Hashable, op: Op) -> bool:
         """Whether what `key` stands for was made in front of `op`."""

@@ -270,6 +270,8 @@ def _choice(table: _Table) -> Choice:
     outliers = table.of_type("outliers", int, "a number of columns")
     if outliers is not None and not 0 <= outliers <= 4096:
         raise table.fault(f"outliers = {outliers}", "a number of columns, 0 .. 4096")
+    if rotate and outliers:
+        raise table.fault("rotate and outliers exclude each other: a rotation spreads what the columns hold")
     return Choice(_format(table, "format"), _activations(table), rounding, rotate, outliers)
 
 
@@ -356,7 +358,7 @@ def is_int8(format: object) -> bool:
 
 def has_integer_levels(format: object) -> bool:
     """Whether the codes of a low-bit format stand for small integers, which int8 activations multiply exactly."""
-    return not isinstance(format, PlainFormat) and not hasattr(format, "block_rows")
+    return not isinstance(format, PlainFormat) and hasattr(format, "integer_levels")
 
 
 def _check_pairs(recipe: Recipe, where: str) -> None:

@@ -105,6 +105,7 @@ FAULTS = [
     ("[weights]\nrotate = 48", "rotate = 48"),
     ("[weights]\nrotate = true", "rotate is True"),
     ("[weights]\noutliers = -1", "outliers = -1"),
+    ("[weights]\noutliers = 8\nrotate = 64", "rotate and outliers exclude each other"),
     ("[[rule]]\nformat = 'bf16'", "rule 1: it says not what it is about"),
     ("[[rule]]\nrole = 'head'", "rule 1: it says nothing"),
     ("[[rule]]\nrole = 'haed'\nformat = 'bf16'", "unknown role 'haed'; did you mean 'head'?"),

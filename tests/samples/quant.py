@@ -6,7 +6,7 @@ import numpy as np
 
 from ir.formats import F16, U8, GroupedIntFormat
 from ir.types import KVCacheType
-from tests.samples.base import BF16, F32, I1, TOKENS, Sample, fault, normal, packed, sample, t
+from tests.samples.base import BF16, F32, I1, I32, TOKENS, Sample, fault, ints, normal, packed, sample, t
 
 Q8 = GroupedIntFormat(8, 32, scale=F32)
 Q8_ROW = GroupedIntFormat(8, 0, scale=F32)
@@ -43,6 +43,13 @@ SAMPLES = (
     sample("quant.dequantize", "q4", packed(normal(5, 64), Q4)),
     sample("quant.dequantize", "bf16", packed(normal(2, 3, 32), Q4_ZP), to=BF16),
     sample("quant.dequantize", "activations", packed(normal(3, 7), Q8_ROW), types=(t(TOKENS, 7, element=Q8_ROW),)),
+    sample("quant.outlier_columns", "bf16", normal(5, 12, element=BF16), count=3),
+    sample("quant.outlier_columns", "ties", np.ones((2, 4), np.float32), count=2),
+    sample("quant.outlier_columns", "experts", normal(2, 3, 8), count=8),
+    sample("quant.select_columns", "f32", normal(3, 8), ints(1, 5), types=(t(TOKENS, 8), t(2, element=I32))),
+    sample("quant.select_columns", "stack", normal(2, 3, 8, element=BF16), ints(7, 0, 0)),
+    sample("quant.clear_columns", "f32", normal(3, 8), ints(1, 5), types=(t(TOKENS, 8), t(2, element=I32))),
+    sample("quant.clear_columns", "gain", normal(5), ints(0, 1, 2, 3, 4)),
     sample("quant.rotate", "f32", normal(3, 96), types=(t(TOKENS, 96),), block=32),
     sample("quant.rotate", "bf16_weight", normal(2, 3, 8, element=BF16), block=8),
     sample("quant.rotate", "block_of_one", normal(5), block=1),
@@ -75,6 +82,10 @@ FAULTS = (
     fault("quant.dequantize", "expected w in a low-bit format, got tensor<5 x 64 x f32>", t(5, 64)),
     fault("quant.dequantize", "expected to = f32, bf16 or f16, got i1", t(5, 64, element=Q4), to=I1),
     fault("quant.dequantize", "expected w to be a tensor, got kv<2 x 4 x f32>", KVCacheType(2, 4, F32)),
+    fault("quant.outlier_columns", "expected 1 <= count <= 8 columns, got count = 9", t(3, 8), count=9),
+    fault("quant.select_columns", "expected columns of i32", t(3, 8), t(2)),
+    fault("quant.select_columns", "expected 4 columns at most, got 5", t(3, 4), t(5, element=I32)),
+    fault("quant.clear_columns", "expected x of f32, bf16 or f16", t(3, 8, element=I32), t(2, element=I32)),
     fault("quant.rotate", "a block that is a power of two, got 24", t(3, 48), block=24),
     fault("quant.rotate", "multiple of block = 32, got 48", t(3, 48), block=32),
     fault("quant.rotate", "expected x of f32, bf16 or f16", t(3, 64, element=Q4), block=32),

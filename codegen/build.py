@@ -68,7 +68,7 @@ def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = 
     passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)  # type: ignore[arg-type]
     if wide:
         return passes
-    narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 small-rows=16}")[0]
+    narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 low-bit-rows=16 small-rows=16}")[0]
     return tuple(narrow if p.name == "choose-layouts" else p for p in passes)
 
 

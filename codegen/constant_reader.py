@@ -1,23 +1,27 @@
 """Reads any part of a constant expression of graph IR without making the rest of it.
 
 A constant expression is a tree of `tensor.constant`, `tensor.constant_stack`, `tensor.cast`, `tensor.concat`,
-`tensor.slice`, `tensor.reshape` and `tensor.layout`. `ConstantReader(value, source).read(box)` gives the elements in
-a box (a half-open range along each axis), asking the checkpoint for the rows it needs and for nothing more, so that a
-tensor of any size is produced in pieces. Meaning: that of the ops' references. Refuses values that are not constant
+`tensor.slice`, `tensor.reshape`, `tensor.layout`, `quant.rotate`, `quant.dequantize` and of the ops about columns
+(`codegen.column_reader`). `ConstantReader(value, source).read(box)` gives the elements in a box (a half-open range
+along each axis), asking the checkpoint for the rows it needs and for nothing more, so that a tensor of any size is
+produced in pieces. Meaning: that of the ops' references. Refuses values that are not constant
 expressions and checkpoint tensors whose shape or format is not what the IR says.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
+from codegen.column_reader import COLUMN_READERS
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
+from ir.ops.quant import RotateOp
 from ir.types import TensorType
 
 Box = tuple[tuple[int, int], ...]
@@ -72,7 +76,13 @@ class ConstantReader:
         self.casts = _without_round_trips(self.stored_dtype, casts)
         self.dtype = self.casts[-1] if self.casts else self.stored_dtype
         self.source = source
-        self.children = [ConstantReader(operand, source, casts) for operand in op.operands]
+        if op.name == "quant.dequantize":
+            from codegen.packed_reader import PackedReader  # which reads plain parts through this module
+
+            self.children, self.packed = [], PackedReader(op.operands[0], source)
+        else:
+            below = () if op.name in _ARITHMETIC else casts
+            self.children = [ConstantReader(operand, source, below) for operand in op.operands]
 
     def read(self, box: Box) -> np.ndarray:
         """The elements in `box`; may be a view of what the source gave. Shape: the extents of the box."""
@@ -83,6 +93,8 @@ class ConstantReader:
 
     def symbols(self) -> list[str]:
         """The checkpoint tensors behind this expression, in reading order."""
+        if self.op.name == "quant.dequantize":
+            return self.packed.symbols()
         if self.op.name == "tensor.constant":
             return [self.op.attributes["symbol"].name]
         if self.op.name == "tensor.constant_stack":
@@ -93,14 +105,21 @@ class ConstantReader:
 
 def static_type(value: Value) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, numpy dtype) of a constant; a DiagnosticError names what is not known when it is built."""
+    shape = fixed_shape(value)
+    assert isinstance(value.type, TensorType)
+    if not isinstance(value.type.element, PlainFormat):
+        raise DiagnosticError(f"a low-bit weight of type {value.type} is read as if it were plain")
+    return shape, value.type.element.dtype
+
+
+def fixed_shape(value: Value) -> tuple[int, ...]:
+    """The sizes of a constant; a DiagnosticError names one that is not known when it is built."""
     found = value.type
     op = value.defining_op()
-    where = op.location.origin if op is not None else ""
     if not isinstance(found, TensorType) or not all(isinstance(d, int) for d in found.shape):
+        where = op.location.origin if op is not None else ""
         raise DiagnosticError(f"a weight of type {found} has no fixed size", where=where, expected="sizes in numbers")
-    if not isinstance(found.element, PlainFormat):
-        raise DiagnosticError(f"weights in format {found.element} cannot be stored yet", where=where)
-    return tuple(int(d) for d in found.shape if isinstance(d, int)), found.element.dtype
+    return tuple(int(d) for d in found.shape if isinstance(d, int))
 
 
 def _without_round_trips(stored: np.dtype, casts: tuple[np.dtype, ...]) -> tuple[np.dtype, ...]:
@@ -209,10 +228,39 @@ def _read_run(child: ConstantReader, start: int, stop: int) -> np.ndarray:
     return child.read(box).reshape(-1)[start - low * step : stop - low * step]
 
 
+def _read_rotate(node: ConstantReader, box: Box) -> np.ndarray:
+    """Whole rows, for a rotation mixes the columns of a row."""
+    rows = node.children[0].read((*box[:-1], (0, node.shape[-1])))
+    return _narrowed(node, RotateOp.reference(rows, block=node.op.attributes["block"]), box[-1])
+
+
+def _read_dequantize(node: ConstantReader, box: Box) -> np.ndarray:
+    """The matrices of a stack one by one."""
+    *outer, rows, _ = box
+    parts = []
+    for matrix in itertools.product(*(range(first, last) for first, last in outer)):
+        packed = node.packed.read(matrix, rows)
+        parts.append(packed.format.unpack(packed).astype(node.stored_dtype))
+    whole = np.stack(parts) if outer else parts[0]
+    return _narrowed(node, whole.reshape(*(b - a for a, b in box[:-1]), -1), box[-1])
+
+
+def _narrowed(node: ConstantReader, rows: np.ndarray, columns: tuple[int, int]) -> np.ndarray:
+    """The columns asked for, in the dtype that the node's readers get."""
+    part = rows[..., columns[0] : columns[1]]
+    for dtype in node.casts:
+        part = part.astype(dtype)
+    return part
+
+
+_ARITHMETIC = ("quant.rotate", "quant.dequantize", *COLUMN_READERS)  # casts do not pass through these
 _READERS: dict[str, Callable[[ConstantReader, Box], np.ndarray]] = {
     "tensor.constant": _read_constant,
     "tensor.constant_stack": _read_stack,
     "tensor.concat": _read_concat,
     "tensor.slice": _read_slice,
     "tensor.reshape": _read_reshape,
+    "quant.rotate": _read_rotate,
+    "quant.dequantize": _read_dequantize,
+    **COLUMN_READERS,
 }

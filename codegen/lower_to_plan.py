@@ -18,7 +18,7 @@ from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import F32, PlainFormat
+from ir.formats import F32, U8, PlainFormat
 from ir.ops import plan
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.kv_cache import KVStateOp
@@ -276,8 +276,9 @@ class _ProgramBuilder:
 
 
 def _plain(type: Type) -> PlainFormat:
-    assert isinstance(type, TensorType | KVCacheType) and isinstance(type.element, PlainFormat)
-    return type.element
+    """The element of the buffer that holds a value: low-bit numbers lie in bytes."""
+    assert isinstance(type, TensorType | KVCacheType)
+    return type.element if isinstance(type.element, PlainFormat) else U8
 
 
 class _Pending:

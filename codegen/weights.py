@@ -17,11 +17,15 @@ from typing import Protocol
 
 import numpy as np
 
-from codegen.constant_reader import Box, ConstantReader, TensorSource, static_type
+from codegen.constant_reader import Box, ConstantReader, TensorSource, fixed_shape
+from codegen.packed_reader import PackedReader
+from codegen.packed_strips import PackedStrips
+from codegen.packed_weights import load_packed, packed_pieces
 from codegen.strips import StripPacker, strip_count, strip_rows, unpack_strips
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import PLAIN_FORMATS
+from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.text_reader import parse_format
 from ir.types import Layout, TensorType
 
 PAGE_BYTES = 4096
@@ -65,12 +69,16 @@ def layout_of(value: Value) -> Layout | None:
     return value.type.layout if isinstance(value.type, TensorType) else None
 
 
-def stored_bytes(shape: tuple[int, ...], dtype: np.dtype, layout: Layout | None) -> int:
-    """Exact bytes of a stored tensor, padding of its strips included."""
+def stored_bytes(shape: tuple[int, ...], element: NumberFormat, layout: Layout | None) -> int:
+    """Exact bytes of a stored tensor, padding of its strips included. DiagnosticError for what no kernel reads."""
     if layout is None:
-        return math.prod(shape) * dtype.itemsize
+        if not isinstance(element, PlainFormat):
+            raise DiagnosticError(f"a weight in {element} needs a layout", hint="run choose-layouts")
+        return math.prod(shape) * element.dtype.itemsize
+    if not isinstance(element, PlainFormat):
+        return math.prod(shape[:-2]) * PackedStrips(*shape[-2:], layout, element).matrix_bytes  # type: ignore[arg-type]
     rows, columns = layout.padded(shape[-2], shape[-1])
-    return math.prod(shape[:-2]) * rows * columns * dtype.itemsize
+    return math.prod(shape[:-2]) * rows * columns * element.dtype.itemsize
 
 
 def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor], int]:
@@ -82,16 +90,15 @@ def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor]
         if name in seen:
             raise ValueError(f"two weights are named {name!r}")
         seen[name] = None
-        shape, dtype = static_type(value)
-        layout = layout_of(value)
+        shape, layout = fixed_shape(value), layout_of(value)
         if layout is not None and (len(shape) not in (2, 3) or shape[-2] % layout.interleave):
             raise DiagnosticError(
                 f"a weight of shape {list(shape)} cannot be laid out as {layout}",
                 where=name,
                 expected=f"[n, k] or [E, n, k] with n a multiple of {layout.interleave}",
             )
-        size = stored_bytes(shape, dtype, layout)
         assert isinstance(value.type, TensorType)
+        size = stored_bytes(shape, value.type.element, layout)
         tensors.append(StoredTensor(name, offset, size, str(value.type.element), shape, layout))
         offset += -(-size // PAGE_BYTES) * PAGE_BYTES
     return tensors, offset
@@ -99,8 +106,12 @@ def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor]
 
 def stored_pieces(value: Value, source: TensorSource, *, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
     """The stored bytes of one weight, in order. A piece is valid until the next one is asked for."""
-    reader = ConstantReader(value, source)
     layout = layout_of(value)
+    assert isinstance(value.type, TensorType)
+    if layout is not None and not isinstance(value.type.element, PlainFormat):
+        yield from packed_pieces(PackedReader(value, source), layout, piece_bytes)
+        return
+    reader = ConstantReader(value, source)
     if layout is None:
         yield from _plain_pieces(reader, (), piece_bytes)
     elif len(reader.shape) == 2:
@@ -141,7 +152,11 @@ def write_weights(
 
 
 def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
-    """The logical array of one stored tensor; `data` is the whole weights file."""
+    """The logical array of one stored tensor; `data` is the whole weights file. f32 numbers of a low-bit one."""
+    if tensor.format not in PLAIN_FORMATS:
+        assert tensor.layout is not None
+        stored = np.frombuffer(data, np.uint8, tensor.nbytes, tensor.offset)
+        return load_packed(stored, parse_format(tensor.format), tensor.shape, tensor.layout)
     dtype = PLAIN_FORMATS[tensor.format].dtype
     flat = np.frombuffer(data, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
     if tensor.layout is None:

@@ -75,33 +75,6 @@ def row_scale(k: KernelBuilder, load: Callable[[Expr, int, Expr | None], Expr], 
     return 1.0 / k.sqrt(squares.reduce("add") * (1.0 / width) + eps)
 
 
-def normalize_rows(
-    k: KernelBuilder, x: Buffer, gain: Buffer | None, eps: float, out: Buffer, width: int, stride: int, rows: Expr
-) -> None:
-    """out[r] = x[r] normed and multiplied by `gain` (or just cast, when `gain` is None), rows shared among threads.
-
-    A row of `out` has `stride` elements; zeros follow the first `width`.
-    """
-    first, last = k.thread_share(rows)
-    with k.loop(first, last) as row:
-        source, target = x.at(row.i * width), out.at(row.i * stride)
-
-        def load(column: Expr, lanes: int, mask: Expr | None) -> Expr:
-            return source.load(column, lanes, mask).cast(F32)
-
-        scale = row_scale(k, load, width, eps) if gain is not None else None
-
-        def write(column: Expr, lanes: int, mask: Expr | None) -> None:
-            value = load(column, lanes, mask)
-            if scale is not None and gain is not None:
-                value = value * scale * gain.load(column, lanes, mask)
-            target.store(column, value.cast(out.element), mask)
-
-        for_columns(k, 0, width, write)
-        for column in range(width, stride):
-            target.store(column, k.f32(0.0).cast(out.element))
-
-
 class RowEvaluator:
     """Values of a region at (row, columns), computed on demand from the buffers of its block arguments."""
 

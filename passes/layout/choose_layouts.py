@@ -5,8 +5,10 @@
 
 Weights lie in strips of `rows` rows, inside of which `pack` neighbours of a row come together: a dot instruction that
 adds pairs wants two bf16 at once. Rows follow from the width of a vector register, so that one strip is the register
-tile of a kernel: four registers of f32 sums for 16-bit weights, two for f32 (64 and 32 rows at 512 bits). A matrix
-with fewer rows than a strip, or one that would grow by more than `max_padding`, gets strips of 16 rows, the fewest
+tile of a kernel: four registers of f32 sums for 16-bit weights, two for f32 (64 and 32 rows at 512 bits), and for
+low-bit weights two again, since each sum there takes a second register; their pack is what the activations ask for (4
+bytes, 2 bf16, 1 f32) and their padding is cheap, so they take whole strips where they have as many rows. A matrix with
+fewer rows than a strip, or one that would grow by more than `max_padding`, gets strips of 16 rows, the fewest
 that a kernel sums. The gate | up pair in front of a swiglu is interleaved, half a strip of each (but no fewer than 16
 rows), so that one tile holds both halves of a pair.
 
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ir.core import Op, Value
-from ir.formats import BF16, F16, F32, NumberFormat
+from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
 from ir.ops.fused import FusedOp
 from ir.ops.tensor import LayoutOp, SwigluOp
 from ir.rewriter import PatternRewriter
@@ -46,11 +48,12 @@ class ChooseLayoutsPass(FunctionPass):
     f16_pack: int = 1
     f32_rows: int = 0
     f32_pack: int = 1
+    low_bit_rows: int = 0
     small_rows: int = 0
     max_padding: float = 0.1
 
     def __post_init__(self) -> None:
-        rows = (self.bf16_rows, self.f16_rows, self.f32_rows, self.small_rows)
+        rows = (self.bf16_rows, self.f16_rows, self.f32_rows, self.low_bit_rows, self.small_rows)
         if any(n < 0 or n % MIN_ROWS for n in rows):
             raise ValueError(f"expected rows in multiples of {MIN_ROWS}, got {', '.join(map(str, rows))}")
         if self.vector_bits < 0 or self.vector_bits % 128:
@@ -82,9 +85,9 @@ class ChooseLayoutsPass(FunctionPass):
             rewriter.no_match(op, "the weight is computed from step inputs")
             return
         pairs = form.has_swiglu or any(isinstance(user, SwigluOp) for user in op.results[0].users)
-        layout = self.layout_of(type, lanes, interleave=2 if pairs else 1)
+        layout = self.layout_of(type, tensor_type(form.product.x).element, lanes, interleave=2 if pairs else 1)
         if layout is None:
-            rewriter.no_match(op, f"there is no layout for weights of {type.element}")
+            rewriter.no_match(op, f"there is no layout for weights of {type.element} and this activation")
             return
         key = (weight, layout)
         if key not in laid_out or laid_out[key].owner.parent is not op.parent:
@@ -95,21 +98,27 @@ class ChooseLayoutsPass(FunctionPass):
         if isinstance(op, FusedOp):
             rewriter.set_type(op.region.block.arguments[index], laid_out[key].type)
 
-    def layout_of(self, type: TensorType, lanes: int, interleave: int = 1) -> Layout | None:
+    def layout_of(self, type: TensorType, activation: NumberFormat, lanes: int, interleave: int = 1) -> Layout | None:
         """The layout of a weight [.., n, k] of `type` on registers of `lanes` f32; None for other formats."""
         n = type.shape[-2]
-        chosen = self._strip(type.element, lanes)
+        chosen = self._strip(type.element, activation, lanes)
         if chosen is None or not isinstance(n, int):
             return None
         rows, pack = chosen
         smallest = self.small_rows or MIN_ROWS
         pairs = interleave if n % interleave == 0 else 1
+        if not isinstance(type.element, PlainFormat):
+            # No half strips for pairs: a group of 32 rows keeps a thread in one stream of memory.
+            return Layout(rows if n >= rows * pairs else smallest, pack, pairs)
         layout = Layout(max(rows // pairs, MIN_ROWS), pack, pairs)
         fits = n >= layout.rows * pairs and layout.padded(n, 1)[0] <= n * (1 + self.max_padding)
         return layout if fits else Layout(smallest, pack, pairs)
 
-    def _strip(self, element: NumberFormat, lanes: int) -> tuple[int, int] | None:
+    def _strip(self, element: NumberFormat, activation: NumberFormat, lanes: int) -> tuple[int, int] | None:
         """(rows, pack) of a whole strip."""
+        if not isinstance(element, PlainFormat):
+            pack = {BF16: 2, F32: 1}.get(activation) if isinstance(activation, PlainFormat) else 4
+            return None if pack is None else (self.low_bit_rows or 2 * lanes, pack)
         if element == BF16:
             return self.bf16_rows or 4 * lanes, self.bf16_pack
         if element == F16:

@@ -17,10 +17,12 @@ import codegen.lower_to_plan  # noqa: F401 - registers every emitter
 from codegen.kernels.call import EMITTERS, EmitContext, SizeArgument, Temporary
 from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
+from codegen.packed_strips import PackedStrips
+from codegen.packed_weights import matrix_pieces
 from codegen.strips import pack_strips
 from ir.builder import Builder
 from ir.core import Block, Op, Region, Value
-from ir.formats import PlainFormat
+from ir.formats import PackedArray, PlainFormat
 from ir.interpreter import Environment
 from ir.kv_state import KVState
 from ir.ops.builtin import FuncOp
@@ -140,8 +142,25 @@ def stored(type: Type, value: Any) -> np.ndarray:
         assert isinstance(type, KVCacheType)
         return pack_cache(value, type)
     assert isinstance(type, TensorType)
+    if isinstance(value, PackedArray):
+        return packed_strips(value, type)
     flat = packed(value, type.layout).reshape(-1) if type.layout else value.reshape(-1)
     memory = aligned(flat.nbytes).view(flat.dtype)
+    memory[:] = flat
+    return memory
+
+
+def packed_strips(value: PackedArray, type: TensorType) -> np.ndarray:
+    """A low-bit weight [n, k] or [E, n, k] in its strips."""
+    assert type.layout is not None
+    n, k = value.shape[-2:]
+    strips = PackedStrips(n, k, type.layout, type.element)  # type: ignore[arg-type]
+    count = value.codes.shape[0] // n
+    pieces = [
+        piece for e in range(count) for piece in matrix_pieces(value.rows(e * n, (e + 1) * n), strips, strips.strips)
+    ]
+    flat = np.concatenate([np.frombuffer(piece, np.uint8) for piece in pieces])
+    memory = aligned(flat.nbytes)
     memory[:] = flat
     return memory
 

@@ -92,14 +92,17 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
 
 
 def kv_entry(compiled: CompiledStep) -> dict[str, Any]:
-    """The manifest's `kv`; `bytes_per_position` counts all layers."""
+    """The manifest's `kv`; `bytes_per_position` and `bytes_per_slot` count all layers."""
     kv = compiled.kv
     assert kv is not None
     return {
         "layers": compiled.num_layers,
         "num_kv_heads": kv.heads,
         "head_dim": kv.dim,
-        "format": str(kv.element),
+        "format": kv.format,
         "bytes_per_position": kv.bytes_per_position * compiled.num_layers,
+        "bytes_per_slot": kv.bytes_per_slot * compiled.num_layers,
+        "recent": kv.recent,
+        "ring": kv.ring_blocks * kv.block,
         "block": kv.block,
     }

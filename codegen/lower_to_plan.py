@@ -13,7 +13,7 @@ from typing import Any
 import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
 from codegen.kernels.call import EMITTERS, EmitContext, KernelSpec, SizeArgument, Temporary
-from codegen.kernels.kv_layout import KVLayout
+from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Op, Value
@@ -132,6 +132,8 @@ class _ProgramBuilder:
         self.sizes = {"tokens": spec.max_tokens, "rows": spec.max_tokens, "ctx": 1, "slots": 1}
 
     def build(self) -> Program:
+        kv = self.lowering.kv
+        assert kv is None or not kv.recent or self.spec.max_tokens <= MAX_STEP_TOKENS, "the ring is too short"
         for op in self.lowering.step.block.ops[:-1]:
             self._lower(op)
         self._write_logits_directly()
@@ -260,9 +262,9 @@ class _ProgramBuilder:
         if isinstance(op, KVStateOp):
             kv = self.lowering.kv
             assert kv is not None
-            return b(
-                plan.KVOp(layer=self.lowering.layers[op.symbol.name], heads=kv.heads, dim=kv.dim, result_types=[buffer])
-            )
+            layer = self.lowering.layers[op.symbol.name]
+            sizes = {"position_bytes": kv.bytes_per_position, "slot_bytes": kv.bytes_per_slot}
+            return b(plan.KVOp(layer=layer, **sizes, result_types=[buffer]))
         assert op is None, f"{op} has no place"
         which = list(plan.INPUTS)[key.index]
         return b(plan.InputOp(which=which, result_types=[buffer]), which)

@@ -1,8 +1,9 @@
 """The key/value cache: one reservation of virtual memory that fills page by page as sequences grow.
 
 Layout (the generated code's): layer-major, then slot, then key/value head; within a head, blocks of 16 positions, each
-the keys of the block followed by its values. The runtime needs of it only that the bytes of one slot in one layer are
-contiguous. Fresh memory is zero and nothing ever needs clearing: positions are written before they are read.
+the keys of the block followed by its values, and behind the blocks of a low-bit cache a ring of the newest positions in
+16 bits. The runtime needs of it only that the bytes of one slot in one layer are contiguous. Fresh memory is zero and
+nothing ever needs clearing: positions are written before they are read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class KVCache:
     def __init__(self, info: KVInfo, max_context: int, num_slots: int) -> None:
         self.capacity = -(-max_context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
         self.num_slots = num_slots
-        self.reserved_bytes = info.bytes_per_position * self.capacity * num_slots
+        per_slot = info.bytes_per_position * self.capacity + info.bytes_per_slot
+        self.reserved_bytes = per_slot * num_slots
         if self.reserved_bytes > _MAX_RESERVATION_BYTES:
             raise RuntimeDiagnostic(
                 f"the KV cache for {num_slots} sequences of {max_context} positions takes {self.reserved_bytes} bytes",
@@ -29,7 +31,7 @@ class KVCache:
                 hint="ask for a smaller context or fewer sequences",
             )
         self._layers = info.layers
-        self._slot_bytes = info.bytes_per_position // max(1, info.layers) * self.capacity  # one slot in one layer
+        self._slot_bytes = per_slot // max(1, info.layers)  # one slot in one layer
         self._memory = Reservation(self.reserved_bytes, what="the KV cache")
 
     @property

@@ -21,6 +21,7 @@ REBUILD_HINT = "build the artifact again: compile-model build MODEL -o OUT"
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _HEX = re.compile(r"[0-9a-f]+")
 _ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_LOW_BIT = re.compile(r"q[1-8]_(sym|zp)<")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class ProgramInfo:
 
 @dataclass(frozen=True)
 class KVInfo:
-    """Shape of the key/value cache; `bytes_per_position` counts keys and values of all layers."""
+    """Shape of the key/value cache; bytes count keys and values of all layers.
+
+    `bytes_per_slot` is what a sequence takes besides its positions: a ring of the newest `ring` positions in 16 bits,
+    of which a token reads at least `recent`. All three are 0 where everything is read in `format`.
+    """
 
     layers: int
     num_kv_heads: int
@@ -58,6 +63,9 @@ class KVInfo:
     format: str
     bytes_per_position: int
     block: int
+    bytes_per_slot: int = 0
+    recent: int = 0
+    ring: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,9 @@ def _typed(raw: dict[str, Any], top: _Fields) -> Manifest:
             format=kv.text("format"),
             bytes_per_position=kv.integer("bytes_per_position", 0, 1 << 32),
             block=kv.integer("block", 1, 1 << 16),
+            bytes_per_slot=kv.integer("bytes_per_slot", 0, 1 << 40, 0),
+            recent=kv.integer("recent", 0, 1 << 30, 0),
+            ring=kv.integer("ring", 0, 1 << 30, 0),
         ),
         weights=_weights(top.child("weights")),
         files=_files(top.child("files")),
@@ -245,12 +256,19 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
     """Numbers that state the same fact twice must agree: the KV size, the weights' size."""
     kv = manifest.kv
     element_bytes = _ELEMENT_BYTES.get(kv.format)
-    if element_bytes is None:
-        top.fail("kv.format", " or ".join(_ELEMENT_BYTES), kv.format)
-    needed = kv.layers * kv.num_kv_heads * kv.head_dim * 2 * element_bytes
+    if element_bytes is None and not _LOW_BIT.match(kv.format):
+        top.fail("kv.format", f"{', '.join(_ELEMENT_BYTES)} or a low-bit format like q8_sym<...>", kv.format)
+    numbers = kv.layers * kv.num_kv_heads * kv.head_dim * 2
+    needed = numbers * element_bytes if element_bytes else kv.bytes_per_position
     if kv.bytes_per_position != needed:
         top.fail("kv.bytes_per_position", f"layers * kv heads * head_dim * 2 * {element_bytes} = {needed}",
                  kv.bytes_per_position)  # fmt: skip
+    if kv.bytes_per_position > 4 * numbers or kv.bytes_per_position % max(1, kv.layers):
+        top.fail("kv.bytes_per_position", f"a multiple of the layers, at most {4 * numbers}", kv.bytes_per_position)
+    if kv.bytes_per_slot % max(1, kv.layers) or kv.bytes_per_slot > 4 * numbers * kv.ring:
+        top.fail("kv.bytes_per_slot", f"a multiple of the layers, at most {4 * numbers * kv.ring}", kv.bytes_per_slot)
+    if kv.ring and kv.ring < kv.recent + max(program.max_tokens for program in manifest.programs):
+        top.fail("kv.ring", "room for the recent positions and those of a step", kv.ring)
     listed = manifest.files.get(manifest.weights.file)
     if listed is None:
         top.fail("weights.file", "a file listed under 'files'", manifest.weights.file)
@@ -291,8 +309,8 @@ class _Fields:
         name = f"{self._prefix}.{key}" if self._prefix else key
         return [_Fields(item, self._where, f"{name}[{index}]") for index, item in enumerate(value)]
 
-    def integer(self, key: str, low: int, high: int) -> int:
-        value = self.values.get(key)
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             self.fail(key, f"an integer in {low}..{high}", value)
         return value

@@ -93,6 +93,7 @@ class Session:
             raise
         self._broken = False
         self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
+        self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
         self._profile: Profile | None = None
 
     def _acquire(self) -> None:
@@ -144,6 +145,7 @@ class Session:
         with self._lock:
             self._check_usable()
             inputs.check_continues(self._filled)
+            self._check_ring(inputs)
             start = 0
             while start < len(inputs.ids):
                 program = self._program_for(len(inputs.ids) - start)
@@ -154,6 +156,23 @@ class Session:
         if not in_order:
             logits[order] = target
         return logits
+
+    def _check_ring(self, inputs: StepInputs) -> None:
+        """A low-bit cache keeps the newest positions in 16 bits: a sequence cannot go back to where they are gone."""
+        kv = self.manifest.kv
+        if not kv.ring:
+            return
+        reach = kv.ring - kv.recent - 2 * kv.block
+        gone = self._newest[inputs.slots] - inputs.positions >= reach
+        if gone.any():
+            at = int(np.flatnonzero(gone)[0])
+            slot, position = int(inputs.slots[at]), int(inputs.positions[at])
+            raise RuntimeDiagnostic(
+                f"slot {slot} goes back to position {position} from position {int(self._newest[slot])}",
+                where=self._where,
+                expected=f"fewer than {reach} positions back: the cache ({kv.format}) keeps no more in 16 bits",
+                hint="release the slot and start the sequence again",
+            )
 
     def _program_for(self, tokens: int) -> ProgramInfo:
         """The smallest program that takes all tokens at once, else the largest."""
@@ -186,6 +205,7 @@ class Session:
                 hint="the process was stopped or the machine is overloaded; open a new session, with fewer threads",
             )
         self._filled[inputs.slots[start:stop]] = inputs.positions[start:stop] + 1  # ascending by slot: the last wins
+        np.maximum.at(self._newest, inputs.slots[start:stop], inputs.positions[start:stop])
         if profile is not None and stamps is not None:
             profile.add(StepRecord(program, stop - start, len(rows), stamps, started_s, ended_s))
 
@@ -210,7 +230,7 @@ class Session:
         slot = self._checked_slot(slot)
         with self._lock:
             self._check_usable()
-            self._filled[slot] = 0
+            self._filled[slot], self._newest[slot] = 0, -1
             return self._kv.release(slot)
 
     def _checked_slot(self, slot: int) -> int:

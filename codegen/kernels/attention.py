@@ -1,16 +1,22 @@
 """Attention over the KV cache in one pass (online softmax; Milakov and Gimelshein, arXiv:1805.02867).
 
 One unit of work is one kv head and a tile of rows: its query heads (GQA) times a few consecutive tokens of a sequence.
-Blocks of positions stream by once: scores, running maximum, rescaled sums, weighted values. A tile whose tokens are not
-consecutive positions of one slot is done token by token, so that any ragged batch is right and a prompt chunk is fast.
+Steps of 64 positions stream by once: scores of all rows; maximum, exponentials and sum row by row; weighted values. The
+bytes of the next step are prefetched meanwhile. A tile whose tokens are not consecutive positions of one slot is done
+token by token, so that any ragged batch is right and a prompt chunk is fast.
+
+A low-bit cache with recent positions is read in two runs of steps: codes up to `KVLayout.recent_start`, then the ring.
+Where steps begin depends on the position of the row, not on the chunk it came in: a token has the same bits in a prompt
+chunk and alone.
 """
 
 from __future__ import annotations
 
 from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
-from codegen.kernels.kv_layout import KVLayout
+from codegen.kernels.hadamard import rotate_row
+from codegen.kernels.kv_layout import BLOCK, KVLayout
+from codegen.kernels.kv_products import LANES, MOST_SUMS, STEP, STEP_BLOCKS, BlockOf, Products, chunks, products
 from codegen.kernels.math import LOG2_E, exp2
-from codegen.kernels.micro import LANES, StripMatrix, TileShape, multiply_rows
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
@@ -23,6 +29,7 @@ from passes.analysis.cascade_passes import count_passes
 
 MASKED = -1e30  # finite, so that the difference of two masked scores is a number
 TILE_ROWS = 8  # query rows (tokens x heads) that share one read of the keys
+LINE = 64  # bytes that one prefetch brings
 
 
 @emitter(AttentionOp)
@@ -61,20 +68,20 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
     kv, heads = KVLayout.of(cache), q_type.shape[1]
     assert isinstance(heads, int)
     group = heads // kv.heads
-    tokens_per_tile = max(1, TILE_ROWS // group) if context.program == "prefill" else 1
+    decode = context.program != "prefill"
+    tokens_per_tile = 1 if decode else max(1, TILE_ROWS // group)
 
     k = KernelBuilder(name)
     q, cache_buffer = k.buffer("q", F32), k.buffer("cache", kv.element)
     positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
     out = k.buffer("out", out_element)
     rows, ctx = k.size("rows"), k.size("ctx")
+    tile = _Tile(k, op, kv, cache.head_dim, heads, tokens_per_tile, q, positions, out, prefetch=decode)
 
     def one_tile(first_row: Expr, head: Expr, tokens: int) -> None:
         slot = slots.load(first_row).to_index()
-        keys = cache_buffer.at(kv.head_start(slot, head, ctx))
-        tile.attend(first_row, head, tokens, keys)
+        tile.attend(first_row, head, tokens, kv.head(cache_buffer, slot, head, ctx), ctx)
 
-    tile = _Tile(k, op, kv, cache.head_dim, heads, group, tokens_per_tile, q, positions, out)
     tiles = (rows + (tokens_per_tile - 1)) // tokens_per_tile
     first, last = k.thread_share(tiles * kv.heads)
     with k.loop(first, last) as unit:
@@ -83,7 +90,7 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
             one_tile(row, head, 1)
         else:
             end = (row + tokens_per_tile).min(rows)
-            together = _consecutive(k, positions, slots, row, end, tokens_per_tile)
+            together = _consecutive(k, positions, slots, row, end, tokens_per_tile, kv)
             with k.when(together.compare("ne", 0)):
                 one_tile(row, head, tokens_per_tile)
             with k.when(together.compare("eq", 0)), k.loop(row, end) as single:
@@ -91,138 +98,166 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
     return k.finish()
 
 
-def _consecutive(k: KernelBuilder, positions: Buffer, slots: Buffer, row: Expr, end: Expr, count: int) -> Expr:
-    """index 1 when rows row .. row + count exist, share a slot and have consecutive positions, else 0."""
+def _consecutive(
+    k: KernelBuilder, positions: Buffer, slots: Buffer, row: Expr, end: Expr, count: int, kv: KVLayout
+) -> Expr:
+    """index 1 when rows row .. row + count exist, share a slot, have consecutive positions and read the same ones in
+    the ring, else 0."""
     slot, position = slots.load(row), positions.load(row)
-    short = end - row
+    short, zero = end - row, k.index(0)
     with k.loop(1, short, 1, [k.index(1)]) as loop:
         same = slots.load(row + loop.i).compare("eq", slot)
         follows = positions.load(row + loop.i).compare("eq", position + loop.i.from_index())
-        zero = k.index(0)
         loop.carry(k.select(same, k.select(follows, loop.carried[0], zero), zero))
-    return k.select(short.compare("eq", count), loop.results[0], k.index(0))
+    together = k.select(short.compare("eq", count), loop.results[0], zero)
+    if kv.recent:
+        first = position.to_index()
+        alike = kv.recent_start(first).compare("eq", kv.recent_start(first + (count - 1)))
+        together = k.select(alike, together, zero)
+    return together
 
 
 class _Tile:
     """Writes the attention of one tile of query rows over all blocks of one kv head."""
 
     def __init__(
-        self, k: KernelBuilder, op: AttentionOp, kv: KVLayout, dim: int, heads: int, group: int, max_tokens: int,
-        q: Buffer, positions: Buffer, out: Buffer,
+        self, k: KernelBuilder, op: AttentionOp, kv: KVLayout, dim: int, heads: int, max_tokens: int, q: Buffer,
+        positions: Buffer, out: Buffer, prefetch: bool,
     ) -> None:  # fmt: skip
-        self.k, self.op, self.kv, self.dim, self.heads, self.group = k, op, kv, dim, heads, group
+        self.k, self.op, self.kv, self.dim, self.heads, self.prefetch = k, op, kv, dim, heads, prefetch
+        self.group = heads // kv.heads
         self.q, self.positions, self.out = q, positions, out
-        most = max_tokens * group
-        self.blocks = _blocks_per_step(group)
-        self.query = k.scratch(most * kv.dim, kv.element)  # query rows in the cache's element
-        self.weights = k.scratch(most * self.blocks * kv.block, kv.element)  # exp of the scores of one step
+        most = max_tokens * self.group
+        self.row = k.scratch(kv.dim, F32)  # one query, rotated
+        self.scores = k.scratch(most * STEP, F32)  # of one step, in base 2
+        self.maxima = k.scratch(most, F32)  # largest score so far
+        self.corrections = k.scratch(most, F32)  # what the sums before this step are worth after it
+        self.totals = k.scratch(most * LANES, F32)  # sums of the weights so far, in 16 parts
         self.sums = k.scratch(most * kv.dim, F32)  # weighted values so far
+        factor = op.scale * LOG2_E  # scores in base 2: exponentials become powers of two
+        self.parts: list[Products] = [products(k, kv.blocks, most, factor)]
+        if kv.recent:
+            self.parts.append(products(k, kv.ring, most, factor))
 
-    def attend(self, first_row: Expr, head: Expr, tokens: int, keys: Buffer) -> None:
+    def attend(self, first_row: Expr, head: Expr, tokens: int, blocks: Buffer, ctx: Expr) -> None:
         """Rows first_row .. + tokens (consecutive positions of one slot), the query heads of kv head `head`."""
         k, kv = self.k, self.kv
         count = tokens * self.group
-        blocks = self.blocks
-        step = blocks * kv.block
-        self._load_queries(first_row, head, tokens)
+        self._begin(first_row, head, tokens)
         first_position = self.positions.load(first_row).to_index()
         end = first_position + tokens
         start = k.index(0)
         if self.op.window:
-            start = (first_position - (self.op.window - 1)).max(0) // step * step
-        initial = [k.f32(MASKED)] * count + [k.f32(0.0, LANES)] * count
-        with k.loop(start, end, step, initial) as loop:
-            maxima, totals = loop.carried[:count], loop.carried[count:]
-            block = keys.at(loop.i * (2 * kv.dim))
-            scores = self._scores(block, blocks, count)
-            new_maxima, new_totals, corrections = [], [], []
-            for i in range(count):
-                position = first_position + i // self.group
-                masked = [self._mask(scores[i][b], loop.i + b * kv.block, position) for b in range(blocks)]
-                largest = masked[0]
-                for other in masked[1:]:
-                    largest = largest.max(other)
-                maximum = largest.reduce("max").max(maxima[i])
-                correction = exp2(k, maxima[i] - maximum)
-                total = totals[i] * correction
-                for b, score in enumerate(masked):
-                    e = exp2(k, score - k.splat(maximum, LANES))
-                    total = total + e
-                    self.weights.store(i * step + b * kv.block, e.cast(kv.element))
-                new_maxima.append(maximum)
-                new_totals.append(total)
-                corrections.append(correction)
-            self._add_values(block, blocks, count, corrections)
-            loop.carry(*new_maxima, *new_totals)
-        self._store(first_row, head, loop.results[count:])
+            start = (first_position - (self.op.window - 1)).max(0) // STEP * STEP
+        border = kv.recent_start(first_position) if kv.recent else end
 
-    def _load_queries(self, first_row: Expr, head: Expr, tokens: int) -> None:
-        """Query rows into scratch, token by token and head by head, in the cache's element; sums start at zero."""
+        def stored(position: Expr) -> Buffer:
+            return kv.block_of(blocks, position)
+
+        def recent(position: Expr) -> Buffer:
+            return kv.ring_of(blocks, position, ctx)
+
+        with k.loop(start, border, STEP) as loop:
+            self._step(self.parts[0], stored, loop.i, border, count, first_position)
+        if kv.recent:
+            with k.loop(border, end, STEP) as loop:
+                self._step(self.parts[1], recent, loop.i, end, count, first_position)
+        self._store(first_row, head, count)
+
+    def _begin(self, first_row: Expr, head: Expr, tokens: int) -> None:
+        """Queries, token by token and head by head; sums start at zero."""
         k, kv = self.k, self.kv
+        for c in range(self.dim // LANES * LANES, kv.dim, LANES):
+            self.row.store(c, k.f32(0.0, LANES))
         for t in range(tokens):
             with k.loop(0, self.group) as loop:
                 source = ((first_row + t) * self.heads + head * self.group + loop.i) * self.dim
-                target = (loop.i + t * self.group) * kv.dim
-                for c in range(0, kv.dim, LANES):
+                row = loop.i + t * self.group
+                for c in range(0, self.dim, LANES):
                     mask = k.lanes_below(self.dim - c, LANES) if c + LANES > self.dim else None
-                    self.query.store(target + c, self.q.load(source + c, LANES, mask).cast(kv.element))
-                    self.sums.store(target + c, k.f32(0.0, LANES))
+                    self.row.store(c, self.q.load(source + c, LANES, mask))
+                if kv.rotate:
+                    rotate_row(k, self.row, 0, self.dim, kv.rotate)
+                for part in self.parts:
+                    part.take_query(row, self.row)
+                self.maxima.store(row, k.f32(MASKED))
+                self.totals.store(row * LANES, k.f32(0.0, LANES))
+                for c in range(0, kv.dim, LANES):
+                    self.sums.store(row * kv.dim + c, k.f32(0.0, LANES))
 
-    def _scores(self, block: Buffer, blocks: int, count: int) -> list[list[Expr]]:
-        """[count][blocks] vectors of 16 positions: q . k, scaled to base 2."""
-        k, kv = self.k, self.kv
-        matrix = StripMatrix(kv.block, kv.dim, kv.strips, kv.element)
-        rows = [(self.query, k.index(i * kv.dim)) for i in range(count)]
-        vectors = [(block.at(b * 2 * kv.dim * kv.block), 0) for b in range(blocks)]
-        scores = multiply_rows(k, rows, vectors, matrix, TileShape(unroll=2))
-        factor = self.op.scale * LOG2_E
-        return [[s * factor for s in row] for row in scores]
+    def _step(self, part: Products, block_of: BlockOf, at: Expr, end: Expr, count: int, first_position: Expr) -> None:
+        """Positions at .. at + STEP, those before `end` only, joined to what was summed before."""
+        k = self.k
+        blocks = ((end - at + (BLOCK - 1)) // BLOCK).min(STEP_BLOCKS)
+        part.begin_step(block_of, at, count)
+        for number, rows in enumerate(chunks(count, MOST_SUMS)):
+            together = max(1, min(STEP_BLOCKS, 8 // len(rows)))  # sums that wait for no other
+            with k.loop(0, blocks, together) as loop:
+                places = [block_of(at + (loop.i + u) * BLOCK) for u in range(together)]
+                if self.prefetch and number == 0 and part is self.parts[0]:
+                    for place in places:
+                        self._prefetch(place)
+                scores = part.scores([(place, loop.i + u) for u, place in enumerate(places)], rows)
+                for row, vectors in zip(rows, scores, strict=True):
+                    for u, vector in enumerate(vectors):
+                        self.scores.store((loop.i + u) * BLOCK + row * STEP, vector)
+        with k.loop(0, count) as loop:
+            self._join(part, loop.i, at, end, first_position + loop.i // self.group)
+        part.add_values(block_of, at, blocks, count, self.sums, self.corrections)
 
-    def _mask(self, score: Expr, first: Expr, position: Expr) -> Expr:
-        """Scores of positions after `position`, or before its window, become MASKED."""
+    def _prefetch(self, block: Buffer) -> None:
+        """The lines of the block that is as far into the next step as `block` is in this one."""
+        size, width = self.kv.blocks.size, self.kv.element.bits // 8
+        for line in range(0, size * width, LINE):
+            block.prefetch(STEP_BLOCKS * size + line // width)
+
+    def _join(self, part: Products, row: Expr, at: Expr, end: Expr, position: Expr) -> None:
+        """Scores of one row become weights; its maximum and the sum of its weights follow."""
+        k = self.k
+        last = position.min(end - 1) if self.kv.recent else position
+        scores = []
+        for b in range(STEP_BLOCKS):
+            score = self.scores.load(row * STEP + b * BLOCK, LANES)
+            scores.append(self._mask(score, at + b * BLOCK, last, position))
+        largest = scores[0].max(scores[1]).max(scores[2].max(scores[3]))
+        before = self.maxima.load(row)
+        maximum = largest.reduce("max").max(before)
+        correction = exp2(k, before - maximum)
+        weights = [exp2(k, score - maximum) for score in scores]
+        total = self.totals.load(row * LANES, LANES) * correction
+        for weight in weights:
+            total = total + weight
+        self.maxima.store(row, maximum)
+        self.corrections.store(row, correction)
+        self.totals.store(row * LANES, total)
+        self.parts[0].scale_constant_part(row, correction)
+        part.store_weights(row, weights)
+
+    def _mask(self, score: Expr, first: Expr, last: Expr, position: Expr) -> Expr:
+        """Scores of positions after `last`, or before the window of `position`, become MASKED."""
         k = self.k
         at = k.iota(LANES) + k.splat(first.from_index(), LANES)
-        limit = k.splat(position.from_index(), LANES)
-        score = k.select(at.compare("le", limit), score, MASKED)
+        score = k.select(at.compare("le", k.splat(last.from_index(), LANES)), score, MASKED)
         if self.op.window:
-            score = k.select(at.compare("gt", limit - self.op.window), score, MASKED)
+            limit = k.splat(position.from_index(), LANES) - self.op.window
+            score = k.select(at.compare("gt", limit), score, MASKED)
         return score
 
-    def _add_values(self, block: Buffer, blocks: int, count: int, corrections: list[Expr]) -> None:
-        """sums = sums * correction + weights . values, some strips of 16 columns at a time."""
-        k, kv = self.k, self.kv
-        matrix = StripMatrix(16, kv.block, kv.strips, kv.element)
-        strips = kv.dim // 16
-        width = max(1, min(strips, 16 // count))
-        for first in range(0, strips, width):
-            chosen = range(first, min(first + width, strips))
-            sums = [[self.sums.load(i * kv.dim + s * 16, LANES) * corrections[i] for s in chosen] for i in range(count)]
-            for b in range(blocks):
-                values = block.at(b * 2 * kv.dim * kv.block + kv.block * kv.dim)
-                rows = [(self.weights, k.index(i * blocks * kv.block + b * kv.block)) for i in range(count)]
-                vectors = [(values.at(s * 16 * kv.block), 0) for s in chosen]
-                sums = multiply_rows(k, rows, vectors, matrix, TileShape(unroll=8), sums)
-            for i in range(count):
-                for j, s in enumerate(chosen):
-                    self.sums.store(i * kv.dim + s * 16, sums[i][j])
-
-    def _store(self, first_row: Expr, head: Expr, totals: list[Expr]) -> None:
+    def _store(self, first_row: Expr, head: Expr, count: int) -> None:
         """sums / totals into the output."""
         k, kv = self.k, self.kv
-        for i, total in enumerate(totals):
-            factor = 1.0 / total.reduce("add")
-            row = first_row + i // self.group
-            target = (row * self.heads + head * self.group + i % self.group) * self.dim
-            for c in range(0, kv.dim, LANES):
+        with k.loop(0, count) as loop:
+            factor = 1.0 / self.totals.load(loop.i * LANES, LANES).reduce("add")
+            constant = self.parts[0].constant_part(loop.i)
+            start = loop.i * kv.dim
+            if constant is not None:
+                for c in range(0, kv.dim, LANES):
+                    self.sums.store(start + c, self.sums.load(start + c, LANES) + constant)
+            if kv.rotate:
+                rotate_row(k, self.sums, start, self.dim, kv.rotate)
+            row = first_row + loop.i // self.group
+            target = (row * self.heads + head * self.group + loop.i % self.group) * self.dim
+            for c in range(0, self.dim, LANES):
                 mask = k.lanes_below(self.dim - c, LANES) if c + LANES > self.dim else None
-                value = self.sums.load(i * kv.dim + c, LANES) * factor
+                value = self.sums.load(start + c, LANES) * factor
                 self.out.store(target + c, value.cast(self.out.element), mask)
-
-
-def _blocks_per_step(group: int) -> int:
-    """Blocks of 16 positions per step: as many sums as registers hold for the query heads of one kv head.
-
-    It depends on nothing else, neither the program nor how many tokens share a tile: the same positions are then
-    joined in the same steps, and a token has the same bits in a prompt chunk and alone.
-    """
-    return 2 if group <= 10 else 1

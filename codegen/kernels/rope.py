@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable
 
 from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
-from codegen.kernels.kv_layout import KVLayout
+from codegen.kernels.kv_append import GroupPacker, kv_writer
+from codegen.kernels.kv_layout import CodeBlocks, KVLayout
 from codegen.kernels.math import clip
 from codegen.kernels.rowwise import LANES, row_scale
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
@@ -128,6 +129,14 @@ def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
         first, last = k.thread_share(rows * parts.kv_heads)
         with k.loop(first, last) as unit:
             writer.unit(unit.i // parts.kv_heads, unit.i % parts.kv_heads)
+        blocks = parts.kv.blocks
+        if isinstance(blocks, CodeBlocks) and blocks.key_group:
+            k.barrier()  # a group may have rows of several threads
+            packer = GroupPacker(k, parts.kv, buffers["cache"], ctx)
+            with k.loop(first, last) as unit:
+                row = unit.i // parts.kv_heads
+                position, slot = (buffers[name].load(row).to_index() for name in ("positions", "slots"))
+                packer.pack(slot, unit.i % parts.kv_heads, position)
         return k.finish()
 
     return KernelSpec(
@@ -136,7 +145,7 @@ def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
         arguments,
         (3, out_at),
         build,
-        reads=tuple(i for i in range(out_at) if i != 3),
+        reads=tuple(i for i in range(out_at) if i != 3 or parts.kv.recent),
     )
 
 
@@ -146,7 +155,8 @@ class _RopeWriter:
     def __init__(
         self, k: KernelBuilder, parts: _RopeAppend, buffers: dict[str, Buffer], out: Buffer, ctx: Expr
     ) -> None:
-        self.k, self.parts, self.buffers, self.out, self.ctx = k, parts, buffers, out, ctx
+        self.k, self.parts, self.buffers, self.out = k, parts, buffers, out
+        self.writer = kv_writer(k, parts.kv, parts.dim, buffers["cache"], ctx)
         half = parts.dim // 2
         self.lanes = next(n for n in (16, 8, 4, 2) if half % n == 0)
 
@@ -158,8 +168,7 @@ class _RopeWriter:
         source = self.buffers["qkv"].at(row * width)
         position = self.buffers["positions"].load(row).to_index()
         slot = self.buffers["slots"].load(row).to_index()
-        block = p.kv.block_start(slot, head, position, self.ctx)
-        inside = position % p.kv.block
+        self.writer.begin(slot, head, position)
         with k.loop(0, group) as loop:
             q_head = head * group + loop.i
             start = q_head * dim
@@ -170,15 +179,13 @@ class _RopeWriter:
 
             self._rope(source, first_column, start, row, p.q_norm, "q_gain", p.q_heads * dim, store_q)
         k_columns = p.q_heads * dim
-
-        def store_k(column: Expr, value: Expr) -> None:
-            p.kv.store_key(self.buffers["cache"], block, inside, column, value)
-
-        self._rope(source, k.index(k_columns), head * dim, row, p.k_norm, "k_gain", p.kv_heads * dim, store_k)
+        columns = k.index(k_columns)
+        self._rope(source, columns, head * dim, row, p.k_norm, "k_gain", p.kv_heads * dim, self.writer.key)
         v_start = head * dim + (p.q_heads + p.kv_heads) * dim
         with k.loop(0, dim, self.lanes) as loop:
             value = self._clip(source.load(v_start + loop.i, self.lanes))
-            p.kv.store_value(self.buffers["cache"], block, inside, loop.i, value)
+            self.writer.value(loop.i, value)
+        self.writer.end()
 
     def _clip(self, value: Expr) -> Expr:
         limits = self.parts.clip
@@ -199,6 +206,8 @@ class _RopeWriter:
         k, dim = self.k, self.parts.dim
         half = dim // 2
         scale = gain = gain_offset = None
+        of_heads = norm is not None and len(norm.operands[0].type.shape) == 3
+        clip_first = self._clip if of_heads else lambda value: value  # a clip stands between row norm and head norm
         if norm is not None:
             gain = self.buffers[gain_name]
             per_head = norm.gain.type.shape[0] == dim
@@ -206,16 +215,16 @@ class _RopeWriter:
             gain_offset = k.index(0) if per_head else start
 
             def load_all(column: Expr, lanes: int, mask: Expr | None) -> Expr:
-                return source.load(norm_start + column, lanes, mask)
+                return clip_first(source.load(norm_start + column, lanes, mask))
 
             scale = row_scale(k, load_all, norm_width, norm.eps)
         angles = row * half
 
         def head(column: Expr) -> Expr:
-            value = source.load(base + start + column, self.lanes)
+            value = clip_first(source.load(base + start + column, self.lanes))
             if scale is not None and gain is not None and gain_offset is not None:
                 value = value * scale * gain.load(gain_offset + column, self.lanes)
-            return self._clip(value)
+            return value if of_heads else self._clip(value)
 
         with k.loop(0, half, self.lanes) as loop:
             cos = self.buffers["cos"].load(angles + loop.i, self.lanes)

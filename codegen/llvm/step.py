@@ -17,7 +17,6 @@ from codegen.llvm.lowering import lower_kernel
 from codegen.llvm.team import team_text
 from codegen.lower_to_plan import Program
 from ir.core import Op, Value
-from ir.formats import PlainFormat
 from ir.ops import plan
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.types import BufferType
@@ -119,9 +118,8 @@ class _StepWriter:
         self.names[op.out] = self._assign(f"getelementptr i8, ptr {self.arena}, i64 {op.offset}")
 
     def _kv(self, op: plan.KVOp) -> None:
-        assert isinstance(op.out.type, BufferType) and isinstance(op.out.type.element, PlainFormat)
-        position_bytes = 2 * op.heads * op.dim * (op.out.type.element.bits // 8)
-        per_slot = self._assign(f"mul i64 {self.ctx}, {position_bytes * op.layer}")
+        growing = self._assign(f"mul i64 {self.ctx}, {op.position_bytes * op.layer}")
+        per_slot = self._assign(f"add i64 {growing}, {op.slot_bytes * op.layer}")
         offset = self._assign(f"mul i64 {per_slot}, {self.slots}")
         self.names[op.out] = self._assign(f"getelementptr i8, ptr {self.kv}, i64 {offset}")
 

@@ -110,21 +110,20 @@ class WeightOp(PlaceOp):
 
 @register_op
 class KVOp(PlaceOp):
-    """The KV cache of one layer: every slot, every kv head.
+    """The KV cache of one layer: every slot, every kv head. All layers are of one size.
 
-    %kv = plan.kv {layer = 0, heads = 4, dim = 64} : () -> buffer<bf16>
+    %kv = plan.kv {layer = 0, position_bytes = 1024} : () -> buffer<bf16>
     """
 
     name = "plan.kv"
     traits = (Pure,)
     layer = attr(int, "which")
-    heads = attr(int, "kv heads")
-    dim = attr(int, "stored width of a head")
-    least: ClassVar[dict[str, int]] = {"layer": 0, "heads": 1, "dim": 1}
+    position_bytes = attr(int, "bytes of one position, keys and values of all kv heads")
+    slot_bytes = attr(int, "bytes of one slot that do not grow with its positions", default=0)
+    least: ClassVar[dict[str, int]] = {"layer": 0, "position_bytes": 1, "slot_bytes": 0}
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
-        position_bytes = 2 * self.heads * self.dim * self.element.dtype.itemsize
-        size = context.sizes["slots"] * context.sizes["ctx"] * position_bytes
+        size = context.sizes["slots"] * (context.sizes["ctx"] * self.position_bytes + self.slot_bytes)
         return (context.place("kv cache", self.element, self.layer * size, size),)
 
 

@@ -82,7 +82,8 @@ class Runner:
         self.weights = weights_image(compiled, model)
         self.programs = {p.name: p for p in compiled.programs}
         assert compiled.kv is not None
-        self.kv = aligned(compiled.num_layers * SLOTS * CTX * compiled.kv.bytes_per_position)
+        per_slot = CTX * compiled.kv.bytes_per_position + compiled.kv.bytes_per_slot
+        self.kv = aligned(compiled.num_layers * SLOTS * per_slot)
 
     def native(self, batch: Batch, program: str) -> np.ndarray:
         """Logits [rows, vocab] by the native code. Arena memory is filled with NaN patterns first."""

@@ -15,15 +15,15 @@ import numpy as np
 
 import codegen.lower_to_plan  # noqa: F401 - registers every emitter
 from codegen.kernels.call import EMITTERS, EmitContext, SizeArgument, Temporary
-from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
 from codegen.packed_strips import PackedStrips
 from codegen.packed_weights import matrix_pieces
 from codegen.strips import pack_strips
 from ir.builder import Builder
 from ir.core import Block, Op, Region, Value
-from ir.formats import PackedArray, PlainFormat
+from ir.formats import BF16, PackedArray, PlainFormat
 from ir.interpreter import Environment
+from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp, YieldOp
@@ -31,6 +31,7 @@ from ir.tile_interpreter import interpret_kernel
 from ir.types import KVCacheType, Layout, SymbolicDim, TensorType, Type
 from tests.codegen.harness import aligned
 from tests.codegen.kernel_library import NativeKernels
+from tests.codegen.kv_memory import low_bit_memory, low_bit_parts
 
 SMALL = TileShape(rows=2, vectors=2, unroll=2)  # full and partial register tiles with few rows
 PREFILL, DECODE = EmitContext(SMALL, "prefill"), EmitContext(SMALL, "decode")
@@ -174,8 +175,8 @@ def _cache_places(type: KVCacheType, slots: int, ctx: int) -> tuple[np.ndarray, 
 
     Written from the description in codegen/kernels/kv_layout.py, not from its code.
     """
-    layout = KVLayout.of(type)
-    heads, width, pack = type.num_kv_heads, layout.dim, layout.pack
+    heads, pack = type.num_kv_heads, 2 if type.element == BF16 else 1
+    width = -(-type.head_dim // 16) * 16
     s, c, h, d = np.indices((slots, ctx, heads, type.head_dim))
     block = ((s * heads + h) * (ctx // 16) + c // 16) * 2 * 16 * width
     keys = block + (d // pack * 16 + c % 16) * pack + d % pack
@@ -185,14 +186,18 @@ def _cache_places(type: KVCacheType, slots: int, ctx: int) -> tuple[np.ndarray, 
 
 def pack_cache(state: KVState, type: KVCacheType) -> np.ndarray:
     """The cache memory of one layer that holds `state`; padding is zero."""
+    if isinstance(state, LowBitKVState):
+        return low_bit_memory(state)
     keys, values, total = _cache_places(type, state.slots, state.ctx)
     memory = aligned(total * state.dtype.itemsize).view(state.dtype)
     memory[keys], memory[values] = state.keys, state.values
     return memory
 
 
-def unpack_cache(memory: np.ndarray, type: KVCacheType, sizes: dict[str, int]) -> KVState:
-    """The state that cache memory holds. Fails when padding is not zero any more."""
+def unpack_cache(memory: np.ndarray, type: KVCacheType, sizes: dict[str, int]) -> Any:
+    """The state that cache memory holds (of a low-bit cache its parts by name). Fails when padding is not zero."""
+    if type.low_bit:
+        return low_bit_parts(memory, type, sizes["slots"], sizes["ctx"])
     keys, values, total = _cache_places(type, sizes["slots"], sizes["ctx"])
     padding = np.ones(total, bool)
     padding[keys], padding[values] = False, False

@@ -16,7 +16,8 @@ from ir.attributes import Rope
 from ir.builder import Builder
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, F32, I32, PlainFormat
+from ir.formats import BF16, F16, F32, F64, I32, GroupedIntFormat, PlainFormat
+from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.ops import tensor
 from ir.ops.attention import AttentionOp, RopeOp, RopeTableOp
@@ -31,11 +32,22 @@ from tests.codegen.op_kernels import DECODE, PREFILL, OpKernel, fused, single
 TOKENS = SymbolicDim("tokens")
 IDS = TensorType((TOKENS,), I32)
 CTX, SLOTS = 192, 2
-ELEMENTS = {"f32": F32, "bf16": BF16}
+CODES = {bits: GroupedIntFormat(bits, 0, zero_point=bits == 2, scale=F16) for bits in (2, 4, 8)}
+OPTIONS: dict[str, dict[str, Any]] = {  # what stands behind the sizes of a cache's type
+    "f32": {"element": F32}, "bf16": {"element": BF16}, "f16": {"element": F16},
+    "q8": {"element": CODES[8]}, "q8r": {"element": CODES[8], "rotate": 8}, "q4": {"element": CODES[4]},
+    "q4r": {"element": CODES[4], "rotate": 16, "recent": 16}, "q4w": {"element": CODES[4], "rotate": 4, "recent": 48},
+    "q2": {"element": CODES[2], "rotate": 8, "recent": 32, "key_group": 32},
+}  # fmt: skip
 # Largest difference as a share of the largest element. f32: sums in another order. bf16: the weights of the values are
 # rounded, each by up to 2**-9 of itself (queries here are bf16 numbers already); a result that is rounded too, and what
-# is appended, may come out beside the other side of a tie, 2**-8 away.
-SHARE = {"f32": 1e-5, "bf16": 2.0**-7}
+# is appended, may come out beside the other side of a tie, 2**-8 away. Codes: queries and weights are rounded to eight
+# bits, a query to 1/254 of its largest element, the weights of a step to 1/510 of their largest.
+SHARE = {"f32": 1e-5, "bf16": 2.0**-7, "f16": 2.0**-10} | dict.fromkeys(("q8", "q8r", "q4", "q4r", "q4w", "q2"), 0.03)
+
+
+def kv_type(element: str, kv_heads: int, dim: int) -> KVCacheType:
+    return KVCacheType(kv_heads, dim, **OPTIONS[element])
 
 
 # -- attention
@@ -51,7 +63,7 @@ def attention_op(
     passes: Any = build_online_softmax,
 ) -> Op:
     """attn.attention alone, or with what follows it in a region of kind "attention"."""
-    types = [TensorType((TOKENS, q_heads, dim), F32), KVCacheType(kv_heads, dim, ELEMENTS[element]), IDS, IDS]
+    types = [TensorType((TOKENS, q_heads, dim), F32), kv_type(element, kv_heads, dim), IDS, IDS]
 
     def attention(*operands: Value) -> Op:
         return AttentionOp(*operands, scale=dim**-0.5, window=window, regions=[passes(dim)])
@@ -66,6 +78,10 @@ def attention_op(
 ATTENTION: list[tuple[Any, ...]] = [
     ("f32", 16, 4, 2), ("f32", 24, 3, 1, 5), ("f32", 4, 2, 2), ("f32", 64, 8, 1, 70, "reshape"), ("f32", 16, 16, 1),
     ("bf16", 16, 4, 2), ("bf16", 24, 3, 1, 5, "cast"), ("bf16", 64, 2, 2, 33), ("bf16", 20, 16, 2, 0, "reshape"),
+    ("q8", 16, 4, 2), ("q8", 20, 3, 1, 5, "cast"), ("q8", 64, 16, 1, 70), ("q8r", 24, 4, 4),
+    ("q4", 64, 8, 1, 0, "reshape"), ("q4", 16, 2, 2), ("q4r", 32, 4, 2), ("q4r", 80, 1, 1, 20),
+    ("q4w", 20, 5, 1, 0, "cast"), ("q2", 64, 4, 1), ("q2", 24, 2, 2, 45),
+    ("f16", 24, 4, 2), ("f16", 16, 2, 2, 7, "cast"),
 ]  # fmt: skip
 
 
@@ -84,11 +100,14 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return x.astype(BF16.dtype).astype(np.float32)
 
 
-def filled_cache(kv_heads: int, dim: int, element: PlainFormat, seed: int) -> KVState:
+def filled_cache(type: KVCacheType, seed: int) -> KVState:
     """Numbers at every position, so that one seen wrongly shows."""
     random = np.random.default_rng(seed)
-    keys, values = random.standard_normal((2, SLOTS, CTX, kv_heads, dim))
-    return KVState(keys.astype(element.dtype), values.astype(element.dtype))
+    keys, values = random.standard_normal((2, SLOTS, CTX, type.num_kv_heads, type.head_dim))
+    if type.low_bit:
+        return LowBitKVState.of(type, keys, values)
+    assert isinstance(type.element, PlainFormat)
+    return KVState(keys.astype(type.element.dtype), values.astype(type.element.dtype))
 
 
 Places = list[tuple[int, int]]  # (slot, position) of each token
@@ -96,10 +115,10 @@ Places = list[tuple[int, int]]  # (slot, position) of each token
 
 def attention_values(made: OpKernel, places: Places, seed: int = 0) -> list[Any]:
     q, kv = (v.type for v in made.op.operands[:2])
-    assert isinstance(q, TensorType) and isinstance(kv, KVCacheType) and isinstance(kv.element, PlainFormat)
+    assert isinstance(q, TensorType) and isinstance(kv, KVCacheType)
     queries = rounded(np.random.default_rng(seed).standard_normal((len(places), *q.shape[1:])))
     slots, positions = np.array(places, np.int32).reshape(-1, 2).T
-    state = filled_cache(kv.num_kv_heads, kv.head_dim, kv.element, seed + 1)
+    state = filled_cache(kv, seed + 1)
     return [queries, state, np.ascontiguousarray(positions), np.ascontiguousarray(slots)]
 
 
@@ -120,7 +139,7 @@ def chunk(slot: int, start: int, count: int) -> Places:
 def rope_append_op(element: str, dim: int, q_heads: int, kv_heads: int, norm: str = "", clip: float = 0.0) -> Op:
     """The region of docs/passes/fuse.md: slices, [row norm], [clip], reshapes, [head norm], rope, append."""
     counts = (q_heads, kv_heads, kv_heads)
-    kv = KVCacheType(kv_heads, dim, ELEMENTS[element])
+    kv = kv_type(element, kv_heads, dim)
     table = TensorType((TOKENS, dim // 2), F32)
     types = [TensorType((TOKENS, sum(counts) * dim), F32), table, table, kv, IDS, IDS]
     if norm:
@@ -149,6 +168,8 @@ def rope_append_op(element: str, dim: int, q_heads: int, kv_heads: int, norm: st
 ROPE_APPEND: list[tuple[Any, ...]] = [
     ("f32", 16, 4, 2), ("f32", 4, 2, 1, "head"), ("f32", 24, 3, 3, "row", 0.5), ("f32", 64, 2, 1, "", 0.25),
     ("bf16", 16, 4, 2, "head"), ("bf16", 20, 2, 2, "row"), ("bf16", 8, 3, 1, "", 0.5), ("bf16", 32, 1, 1, "row"),
+    ("q8", 16, 4, 2), ("q8r", 24, 2, 1, "head"), ("q4", 64, 2, 1), ("q4r", 80, 1, 1, "row"), ("q4w", 20, 3, 3),
+    ("q2", 64, 2, 1), ("q2", 24, 2, 2, "head", 0.5), ("f16", 20, 2, 1),
 ]  # fmt: skip
 
 
@@ -162,10 +183,9 @@ def rope_append_values(made: OpKernel, places: Places, seed: int = 0) -> list[An
     random = np.random.default_rng([seed, 1])
     qkv, table, _, kv = (v.type for v in made.op.operands[:4])
     assert isinstance(qkv, TensorType) and isinstance(table, TensorType) and isinstance(kv, KVCacheType)
-    assert isinstance(kv.element, PlainFormat)
     angles = random.uniform(0, 7, (len(places), table.shape[1]))
     slots, positions = np.array(places, np.int32).reshape(-1, 2).T
-    state = filled_cache(kv.num_kv_heads, kv.head_dim, kv.element, seed)
+    state = filled_cache(kv, seed)
     gains = [(1 + 0.1 * random.standard_normal(v.type.shape)).astype(np.float32) for v in made.op.operands[6:]]
     rows = random.standard_normal((len(places), qkv.shape[1])).astype(np.float32)
     tables = [f(angles).astype(np.float32) for f in (np.cos, np.sin)]
@@ -179,10 +199,31 @@ def agree_on_append(got: list[Any], want: tuple[Any, ...], places: Places, key: 
     fresh = np.zeros((SLOTS, CTX), bool)
     for slot, position in places:
         fresh[slot, position] = True
+    if isinstance(want[1], LowBitKVState):
+        agree_on_codes(got[1], want[1], fresh)
+        return
     for part in ("keys", "values"):
         mine, meant = getattr(got[1], part), getattr(want[1], part)
         agree(mine[fresh], meant[fresh], share)
         np.testing.assert_array_equal(mine[~fresh], meant[~fresh])
+
+
+def agree_on_codes(parts: dict[str, np.ndarray], meant: LowBitKVState, fresh: np.ndarray) -> None:
+    """The same codes and scales, but where a rounding error of rope moves a number past the middle of two codes."""
+    group = meant.type.key_group
+    ended = fresh[:, group - 1 :: group] if group else fresh
+    touched = np.repeat(ended, group, axis=1) if group else fresh
+    for name, mine in parts.items():
+        want = getattr(meant, name)
+        at = fresh
+        if group and name.startswith("key"):
+            at = touched if name == "key_codes" else ended
+        np.testing.assert_array_equal(mine[~at], want[~at], err_msg=name)
+        apart = np.abs(mine[at].astype(np.float64) - want[at].astype(np.float64))
+        if name.endswith("codes"):
+            assert apart.max(initial=0) <= 1 and apart.sum() <= 2 + apart.size // 200, name
+        else:
+            assert (apart <= 2.0**-7 * np.abs(want[at].astype(np.float64))).all(), name
 
 
 ROPE_TABLES = [Rope(dim=d) for d in (4, 8, 20, 32, 128)] + [Rope(dim=40, attention_factor=0.75, theta=1e6)]
@@ -302,5 +343,6 @@ def test_refusals() -> None:
         words = f"'attn.attention' reads the keys in {passes} passes; fuse-attention brings it to one"
         assert words in refused(attention_op("f32", 16, 2, 1, passes=build))
     assert "rope kernels take head widths that are multiples of 4, got 6" in refused(rope_append_op("f32", 6, 2, 1))
-    with pytest.raises(DiagnosticError, match="no layout of a KV cache of f16"):
-        KVLayout.of(KVCacheType(2, 16, F16))
+    for element in (F64, GroupedIntFormat(4, 0, zero_point=True), GroupedIntFormat(8, 0, scale=BF16), CODES[2]):
+        with pytest.raises(DiagnosticError, match=f"no layout of a KV cache of {element}"):
+            KVLayout.of(KVCacheType(2, 16, element))

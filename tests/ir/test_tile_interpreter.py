@@ -226,7 +226,7 @@ func @decode() {
   %out = plan.input {which = "logits"} : () -> buffer<f32>
   plan.launch %b, %out, %n {kernel = @reverse, writes = [1], reads = [0]} : (buffer<f32>, buffer<f32>, index) -> ()
   plan.release %b : (buffer<f32>) -> ()
-  %kv = plan.kv {layer = 1, heads = 1, dim = 2} : () -> buffer<f32>
+  %kv = plan.kv {layer = 1, position_bytes = 16} : () -> buffer<f32>
   plan.launch %w, %kv, %n {kernel = @double, writes = [1], reads = [0]} : (buffer<f32>, buffer<f32>, index) -> ()
   plan.barrier : () -> ()
   return

@@ -23,7 +23,7 @@ func @decode() {
   plan.launch %ids, %a, %n {kernel = @first, writes = [1], reads = [0]} : (buffer<i32>, buffer<f32>, index) -> ()
   plan.barrier : () -> ()
   %b = plan.reserve {offset = 64, bytes = 64} : () -> buffer<f32>
-  %kv = plan.kv {layer = 0, heads = 1, dim = 16} : () -> buffer<f32>
+  %kv = plan.kv {layer = 0, position_bytes = 128} : () -> buffer<f32>
   plan.launch %a, %w, %b, %kv {kernel = @second, writes = [2, 3], reads = [0, 1]}
     : (buffer<f32>, buffer<f32>, buffer<f32>, buffer<f32>) -> ()
   plan.release %a : (buffer<f32>) -> ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,16 @@ def test_capacity_is_a_multiple_of_64() -> None:
         assert cache.capacity == capacity
         assert cache.reserved_bytes == LLAMA.bytes_per_position * capacity * 2
         cache.close()
+
+
+def test_rings_of_a_low_bit_cache_are_reserved_too() -> None:
+    info = replace(
+        LLAMA, format="q4_sym<group=row, scale=f16>, recent=16", bytes_per_slot=3 * 4096, recent=16, ring=544
+    )
+    cache = KVCache(info, 64, 2)
+    assert cache.reserved_bytes == 2 * (info.bytes_per_position * 64 + 3 * 4096)
+    assert cache.release(1) == cache.reserved_bytes // 2
+    cache.close()
 
 
 def test_release_frees_one_slot_of_every_layer() -> None:

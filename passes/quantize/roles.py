@@ -40,13 +40,16 @@ def weight_parts(op: MatmulOp | GroupedGemmOp, roles: Mapping[str, str]) -> list
 
 
 def _role_of(name: str, coarse: str, roles: Mapping[str, str]) -> str:
-    given = roles.get(name) or roles.get(f"{name}.weight", "")
-    first, _, part = given.partition(".")
-    if not given:
-        part = next(reversed(_PART.findall(name)), "")
-    if coarse in ("head", "router") or first == "embedding":
-        return coarse if coarse == "router" else "head"
-    return f"{coarse}.{part}" if part else coarse
+    """The role that the frontend gave to a tensor, in the words of recipes; else by graph and name."""
+    first, _, part = (roles.get(name) or roles.get(f"{name}.weight", "")).partition(".")
+    if coarse == "router" or (first, part) == ("moe", "router"):
+        return "router"
+    if first == "moe":
+        return f"experts.{part}"
+    if first:
+        return "head" if first == "embedding" else f"{first}.{part}" if part else first
+    part = next(reversed(_PART.findall(name)), "")
+    return f"{coarse}.{part}" if part and coarse in ("attention", "mlp", "experts") else coarse
 
 
 def graph_role(op: MatmulOp | GroupedGemmOp) -> str:

@@ -17,6 +17,9 @@ covers columns t * pack .. + pack; a plane of b bits has the steps of a register
 
 so that one shift and one mask give the codes of a step. A matrix in a format with a learned table begins with that
 table, padded to 64 bytes. Columns beyond k hold the code of zero.
+
+Product quantization has one byte for each 4 columns: a block is a byte of each of the 16 rows for each step, and the
+table holds the 4 levels of a code, 128 more than they are, as the word that a gather brings.
 """
 
 from __future__ import annotations
@@ -59,6 +62,11 @@ class PackedStrips:
             )
         if self.layout.pack not in (1, 2, 4):
             raise DiagnosticError(f"kernels take 1, 2 or 4 columns at once, got {self.layout}")
+        if self.dim > 1 and (self.dim, self.bits, self.layout.pack) != (4, 8, 4):
+            raise DiagnosticError(
+                f"no kernel for {self.format} in {self.layout}",
+                expected="dim=4 and bits=8 with int8 activations",
+            )
         group = self._format_group
         if group and group % BLOCK:
             raise DiagnosticError(
@@ -125,9 +133,14 @@ class PackedStrips:
         return self.layout.padded(self.n, 1)[0] // self.layout.rows
 
     @property
+    def dim(self) -> int:
+        """Columns of one code: more than one in product quantization."""
+        return getattr(self.format, "dim", 1)
+
+    @property
     def vector_bytes(self) -> int:
         """One block of 16 rows."""
-        return _REGISTER_BYTES * self.bits
+        return LANES * self.steps if self.dim > 1 else _REGISTER_BYTES * self.bits
 
     @property
     def block_bytes(self) -> int:
@@ -159,7 +172,7 @@ class PackedStrips:
     @property
     def table_bytes(self) -> int:
         """What a matrix begins with."""
-        return -(-(1 << self.bits) // _LINE) * _LINE if self.learned else 0
+        return -(-(self.dim << self.bits) // _LINE) * _LINE if self.learned else 0
 
     @property
     def matrix_bytes(self) -> int:

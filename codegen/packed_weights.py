@@ -11,7 +11,7 @@ import numpy as np
 
 from codegen.pack_blocks import pack_blocks
 from codegen.packed_reader import PackedReader, scales_by_row
-from codegen.packed_strips import PackedStrips, planes_of, unpack_blocks, zero_code
+from codegen.packed_strips import BLOCK, LANES, PackedStrips, planes_of, unpack_blocks, zero_code
 from codegen.strips import strip_rows
 from ir.formats import F32, PackedArray, ScaledFormat
 from ir.formats.fp8 import FP8Format
@@ -37,7 +37,8 @@ def matrix_pieces(whole: PackedArray, s: PackedStrips, per_piece: int) -> Iterat
     if s.learned:
         assert whole.table is not None
         stored = np.zeros(s.table_bytes, np.uint8)
-        stored[: whole.table.size] = whole.table.reshape(-1).view(np.uint8)
+        table = whole.table.reshape(-1)
+        stored[: table.size] = table.astype(np.int16) + 128 if s.dim > 1 else table.view(np.uint8)
         yield stored.data
     by_row = scales_by_row(whole)
     yield from _strip_pieces(lambda rows: by_row.rows(*rows), s, per_piece)
@@ -62,11 +63,11 @@ def pack_strips(part: PackedArray | None, s: PackedStrips, count: int) -> np.nda
     """Consecutive strips, uint8 [count, strip_bytes], from the rows there are; what is missing means zero."""
     rows = s.layout.rows
     out = np.zeros((count, s.strip_bytes), np.uint8)
-    codes = np.full((count * rows, s.stored_k), zero_code(s.format), np.uint8)
+    codes = np.full((count * rows, s.stored_k // s.dim), zero_code(s.format), np.uint8)
     groups = out[:, : s.channel_at].reshape(count, s.groups, s.group_bytes)
     if part is not None:
         given = part.codes.shape[0]
-        codes[:given, : s.k] = part.code_array()
+        codes[:given, : s.k // s.dim] = part.code_array()
         scales = part.scales if isinstance(s.format, ScaledFormat) else part.scales.astype(np.float32)
         _put(groups, 0, scales, rows)
         if s.has_zeros:
@@ -76,11 +77,21 @@ def pack_strips(part: PackedArray | None, s: PackedStrips, count: int) -> np.nda
             channel = np.zeros(count * rows, np.float32)
             channel[:given] = part.channel.reshape(-1).astype(np.float32)
             out[:, s.channel_at :] = channel.view(np.uint8).reshape(count, -1)
+    if s.dim > 1:
+        groups[:, :, s.blocks_at :] = _by_steps(codes, s, count)
+        return out
     planes = np.array(planes_of(s.bits), np.int64)
     pack_blocks(
         codes.reshape(count, rows, s.stored_k), out, s.groups, s.group_bytes, s.blocks_at, planes, s.layout.pack
     )
     return out
+
+
+def _by_steps(codes: np.ndarray, s: PackedStrips, count: int) -> np.ndarray:
+    """Codes of product quantization, a byte for each step and row: [strips, groups, bytes of the blocks of a group]."""
+    blocks = s.stored_k // BLOCK
+    shaped = codes.reshape(count, s.vectors, LANES, blocks, s.steps)
+    return shaped.transpose(0, 3, 1, 4, 2).reshape(count, s.groups, -1)
 
 
 def _put(groups: np.ndarray, at: int, values: np.ndarray, rows: int) -> None:
@@ -102,11 +113,13 @@ def load_packed(
 
 
 def _load_matrix(stored: np.ndarray, s: PackedStrips) -> np.ndarray:
-    levels = _levels(stored, s)
+    levels = _levels(stored, s)  # [codes], or [codes, dim]
     out = np.zeros((s.n, s.k), np.float32)
     for number, strip in enumerate(stored[s.table_bytes :].reshape(s.strips, s.strip_bytes)):
         groups = strip[: s.channel_at].reshape(s.groups, s.group_bytes)
-        worth = levels[unpack_blocks(groups[:, s.blocks_at :], s)].reshape(s.layout.rows, s.groups, s.group)
+        blocks = groups[:, s.blocks_at :]
+        codes = unpack_blocks(blocks, s) if s.dim == 1 else _from_steps(blocks, s)
+        worth = levels[codes].reshape(s.layout.rows, s.groups, s.group)
         if s.has_zeros:
             worth = worth - groups[:, s.zeros_at : s.zeros_at + s.layout.rows].T.astype(np.float64)[:, :, None]
         raw = np.ascontiguousarray(groups[:, : s.zeros_at]).view(s.scale.dtype)
@@ -118,11 +131,19 @@ def _load_matrix(stored: np.ndarray, s: PackedStrips) -> np.ndarray:
     return out
 
 
+def _from_steps(blocks: np.ndarray, s: PackedStrips) -> np.ndarray:
+    """The inverse of `_by_steps` for one strip: codes [rows, stored_k / dim]."""
+    shaped = blocks.reshape(s.stored_k // BLOCK, s.vectors, s.steps, LANES)
+    return shaped.transpose(1, 3, 0, 2).reshape(s.layout.rows, -1)
+
+
 def _levels(stored: np.ndarray, s: PackedStrips) -> np.ndarray:
     """f64: what each code is worth in scales, before zero points."""
     if isinstance(s.format, FP8Format):
         with np.errstate(invalid="ignore"):
             return np.arange(256, dtype=np.uint8).view(s.format.element.dtype).astype(np.float64)
+    if s.dim > 1:
+        return stored[: s.dim << s.bits].reshape(-1, s.dim).astype(np.float64) - 128
     if s.learned:
         return stored[: 1 << s.bits].view(np.int8).astype(np.float64)
     assert s.format.integer_levels is not None

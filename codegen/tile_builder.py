@@ -174,6 +174,10 @@ class Buffer:
             return Expr(self.kernel, self.kernel.emit(tile_memory.LoadMaskedOp(self.value, at, mask.value)))
         return Expr(self.kernel, self.kernel.emit(tile_memory.LoadOp(self.value, at, lanes=lanes)))
 
+    def gather(self, index: Expr) -> Expr:
+        """The elements at the lanes of an i32 vector."""
+        return Expr(self.kernel, self.kernel.emit(tile_memory.GatherOp(self.value, index.value)))
+
     def store(self, index: Expr | int, value: Expr, mask: Expr | None = None) -> None:
         at = self.kernel.index(index).value
         if mask is not None:

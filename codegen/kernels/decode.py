@@ -28,7 +28,8 @@ class WeightDecoder:
         self.float8 = w.format.element if isinstance(w.format, FP8Format) else None
         self.linear = self.levels is not None and _is_linear(self.levels)
         self.bias = self.bias_of(w)
-        self.table = self._table(table)
+        self.words = table.view(I32) if table is not None and w.dim > 1 else None
+        self.table = self._table(table) if self.words is None else None
         # One bit means -1 and 1: where no table says so, the code counts double.
         self.lift = 1 if self.table is None and self.levels is not None and self.levels[1] - self.levels[0] == 2 else 0
 
@@ -76,6 +77,8 @@ class WeightDecoder:
 
     def registers(self, block: Buffer) -> list[Expr]:
         """The registers of a block of 16 rows, as words."""
+        if self.words is not None:
+            return [block.load(LANES * i, LANES).cast(I32) for i in range(self.w.steps)]
         return [block.load(64 * i, 64).bitcast(WORDS) for i in range(self.w.bits)]
 
     def codes(self, registers: list[Expr], step: int) -> Expr:
@@ -97,6 +100,8 @@ class WeightDecoder:
 
     def step(self, registers: list[Expr], step: int, zeros: Expr | None) -> Expr:
         """The weights of a step: 64 u8, 32 bf16 or 16 f32. `zeros` are zero points as i32 lanes; bytes ignore them."""
+        if self.words is not None:
+            return self.words.gather(registers[step]).bitcast(VectorType(4 * LANES, U8))
         codes = self.codes(registers, step)
         if self.float8 is not None:
             return self._float8(codes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codegen.llvm.lowering import FunctionEmitter, llvm_element, llvm_type, lowering
-from ir.ops import tile_packed
+from ir.ops import tile_memory, tile_packed
 from ir.ops.tile import element_of, lanes_of
 
 
@@ -76,6 +76,19 @@ _PERMUTATIONS: dict[int, tuple[tuple[str, int, int, str], ...]] = {
         ("avx2", 32, 8, "llvm.x86.avx2.permd"),
     ),
 }
+
+
+@lowering(tile_memory.GatherOp)
+def _gather(e: FunctionEmitter, op: tile_memory.GatherOp) -> None:
+    lanes, kind = lanes_of(op.out.type), llvm_type(op.out.type)
+    element = llvm_element(element_of(op.out.type))
+    pointers, mask = f"<{lanes} x ptr>", f"<{lanes} x i1>"
+    places = e.assign(f"getelementptr inbounds {element}, ptr {e.name(op.buffer)}, {e.typed(op.index)}")
+    suffix = "f32" if element == "float" else element
+    name = f"llvm.masked.gather.v{lanes}{suffix}.v{lanes}p0"
+    e.define(
+        op.out, e.intrinsic(name, kind, f"{pointers} align 4 {places}", f"{mask} splat (i1 true)", f"{kind} poison")
+    )
 
 
 @lowering(tile_packed.LookupOp)

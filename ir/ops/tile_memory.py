@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ir.diagnostics import DiagnosticSink
-from ir.formats import I1, I32, PlainFormat
+from ir.formats import F32, I1, I32, PlainFormat
 from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
 from ir.ops.builtin import FuncOp
 from ir.ops.tile import element_of, lanes_of
@@ -80,6 +82,31 @@ class LoadMaskedOp(Op):
     @staticmethod
     def reference(buffer: Any, index: Any, mask: Any) -> Any:
         return buffer.load_masked(int(index), mask)
+
+
+@register_op
+class GatherOp(Op):
+    """The elements at each lane of `index`, which counts from the beginning of the buffer.
+
+    %v = tile.gather %b, %i : (buffer<i32>, vector<16 x i32>) -> vector<16 x i32>
+    """
+
+    name = "tile.gather"
+    traits = (ReadsMemory,)
+    buffer = operand("buffer of f32 or i32")
+    index = operand("i32 vector, no lane negative")
+    out = result("vector of as many lanes")
+
+    @staticmethod
+    def infer_types(buffer: Type, index: Type) -> Type:
+        element = _buffer_element(buffer)
+        expect(element in (F32, I32), f"expected a buffer of f32 or i32, got {buffer}")
+        expect(isinstance(index, VectorType) and element_of(index) == I32, f"expected an i32 vector, got {index}")
+        return VectorType(lanes_of(index), element)
+
+    @staticmethod
+    def reference(buffer: Any, index: Any) -> Any:
+        return np.array([buffer.load(int(i), 1) for i in index])
 
 
 @register_op

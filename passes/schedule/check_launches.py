@@ -14,7 +14,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
-from ir.ops.tile_memory import LoadMaskedOp, LoadOp, OffsetOp, ScratchOp, StoreMaskedOp, StoreOp, ViewOp
+from ir.ops.tile_memory import GatherOp, LoadMaskedOp, LoadOp, OffsetOp, ScratchOp, StoreMaskedOp, StoreOp, ViewOp
 
 
 @dataclass
@@ -30,10 +30,12 @@ def accesses_of(kernel: FuncOp) -> Accesses:
     found = Accesses()
     parameters: dict[Value, int] = {value: i for i, value in enumerate(kernel.arguments)}
     for op in kernel.walk():
-        if isinstance(op, LoadOp | LoadMaskedOp | StoreOp | StoreMaskedOp):
+        if isinstance(op, LoadOp | LoadMaskedOp | GatherOp | StoreOp | StoreMaskedOp):
             number = parameters.get(_origin(op.operands[0]))
             if number is not None:
-                (found.loads if isinstance(op, LoadOp | LoadMaskedOp) else found.stores).setdefault(number, op)
+                (found.loads if isinstance(op, LoadOp | LoadMaskedOp | GatherOp) else found.stores).setdefault(
+                    number, op
+                )
     return found
 
 

@@ -47,6 +47,15 @@ def masked(element: PlainFormat, lanes: int) -> FuncOp:
     return k.finish()
 
 
+def gathered(element: PlainFormat, lanes: int) -> FuncOp:
+    """y[i] = x[index[i]]."""
+    k = KernelBuilder(f"gathered_{element}_{lanes}")
+    x, index, y, count = k.buffer("x", element), k.buffer("index", I32), k.buffer("y", element), k.size("blocks")
+    with k.loop(0, count) as block:
+        y.store(block.i * lanes, x.gather(index.load(block.i * lanes, lanes)))
+    return k.finish()
+
+
 def tail(element: PlainFormat) -> FuncOp:
     """y = x of `n` elements, the last vector masked; prefetches far outside of both."""
     k = KernelBuilder(f"tail_{element}")
@@ -135,6 +144,7 @@ UNITS = (1, 4, 16)
 KERNELS = [
     *(copy(e, lanes) for e in FORMATS for lanes in (1, *VECTORS)),
     *(masked(e, lanes) for e in FORMATS for lanes in VECTORS),
+    *(gathered(e, lanes) for e in (F32, I32) for lanes in VECTORS),
     *map(tail, FORMATS), views(), loops(), branches(), *map(shares, UNITS), relay(),
 ]  # fmt: skip
 BY_NAME = {kernel.sym_name: kernel for kernel in KERNELS}
@@ -170,6 +180,19 @@ def test_copies_keep_every_bit(kernels: NativeKernels, element: PlainFormat) -> 
         want[1:65] = x[1:65]
         kernels.run(f"copy_{element}_{lanes}", x, y, 64 // lanes)
         assert same(y, want), lanes
+
+
+@pytest.mark.parametrize("element", [F32, I32], ids=str)
+def test_gathers_bring_each_lane_its_element(kernels: NativeKernels, element: PlainFormat) -> None:
+    x = bytes_of(element, 300)
+    index = np.random.default_rng(0).integers(0, 300, 64).astype(np.int32)
+    index[:2] = 0, 299
+    for lanes in VECTORS:
+        y, by_interpreter = bytes_of(element, 64, seed=1), bytes_of(element, 64, seed=1)
+        kernels.run(f"gathered_{element}_{lanes}", x, index, y, 64 // lanes)
+        interpret_kernel(BY_NAME[f"gathered_{element}_{lanes}"], [x, index, by_interpreter, 64 // lanes], 1)
+        assert same(y, x[index]), lanes
+        assert same(y, by_interpreter), lanes
 
 
 def masks(lanes: int) -> np.ndarray:

@@ -37,6 +37,10 @@ $(VENV)/.installed-reference: pyproject.toml $(VENV)/.installed
 	$(PIP) install -e '.[test,reference]'
 	@touch $@
 
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
+	$(PIP) install -e '.[test,bench]'
+	@touch $@
+
 install: $(VENV)/.installed ## create .venv and install stratum into it
 install-dev: $(VENV)/.installed-dev ## the same with the developers' tools
 
@@ -82,6 +86,9 @@ types: $(VENV)/.installed-dev ## type check
 bench: $(VENV)/.installed ## llama-bench's rows for MODEL=DIR (default: the demo model)
 	$(BIN)/compile-model bench $(or $(MODEL),examples/tiny-moe) $(ARGS)
 
+quality: $(VENV)/.installed-bench ## what each number format costs examples/tiny-moe; writes docs/quality.md
+	$(PY) -m bench.quality $(ARGS)
+
 docs: $(VENV)/.installed ## regenerate the op pages under docs/ops from the op classes
 	$(PY) -m ir.op_docs
 
@@ -91,4 +98,4 @@ ci: ## what CI runs
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install install-dev demo test test-text test-reference fuzz mutants format lint types bench docs ci clean
+.PHONY: help install install-dev demo test test-text test-reference fuzz mutants format lint types bench quality docs ci clean

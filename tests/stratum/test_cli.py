@@ -29,7 +29,8 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["build", "-h"], ["bench", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["build", "-h"], ["bench", "--help"], ["eval", "--help"], ["--version"]],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -1,0 +1,273 @@
+"""What every number format costs examples/tiny-moe: perplexity and divergence from its float build. Writes markdown.
+
+    python -m bench.quality                        # all rows; writes the tables of docs/quality.md
+    python -m bench.quality --only kv --only gguf  # only rows whose key holds one of these; prints, writes nothing
+
+All builds read the held-out text side by side with the f32 build of the same model, in windows of 512 predictions that
+start without context (`compile-model eval --ctx 513 --stride 512`). The yardstick is llama.cpp's own rounding by the
+package `gguf` (extra `bench`). Rows that this version cannot build are shown as missing, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import ROOT, machine, table
+from bench.quality_checks import checks
+from bench.quality_rows import (
+    MissingError,
+    Row,
+    built,
+    calibrated_row,
+    recipe_row,
+    rounded_row,
+    shipped,
+    solver_rows,
+    with_format,
+    with_gguf,
+    with_recipe,
+)
+from runtime.session import Session
+from stratum.evaluation import Evaluation, Plan, Text, encode_text, evaluate, plan_windows, read_text
+from stratum.model import Model
+
+MODEL = ROOT / "examples" / "tiny-moe"
+PAGE = ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- figures: python -m bench.quality -->", "<!-- end of figures -->"
+BATCH = 6  # builds that run side by side with one run of the reference
+CONTEXT, STRIDE = 513, 512
+LAYERS, WHOLE, RECIPES, KV, CHOSEN = (
+    "The layers' weights alone",
+    "The layers' weights and the head's, alone",
+    "Recipes: the weights alone, and the whole build",
+    "KV cache, all weights float",
+    "Chosen by measuring",
+)
+# Formats in groups of 32 unless said otherwise; the text form is that of docs/ir-text.md.
+FORMATS = {
+    "q8": "q8_sym<group=32, scale=f16>",
+    "q6": "q6_sym<group=32, scale=f16>",
+    "q5": "q5_sym<group=32, scale=f16>",
+    "q4": "q4_sym<group=32, scale=f16>",
+    "q4-zp": "q4_zp<group=32, scale=f16>",
+    "q4-g64": "q4_sym<group=64, scale=f16>",
+    "q4-g128": "q4_sym<group=128, scale=f16>",
+    "q4-two-level": "q4_sym<group=32, scale=u8, channel=f16>",
+    "nf4": "nf4<group=32, scale=f16>",
+    "k4": "k4<group=32, scale=f16>",
+    "mxfp4": "mxfp4",
+    "q3": "q3_sym<group=32, scale=f16>",
+    "k3": "k3<group=32, scale=f16>",
+    "q2": "q2_sym<group=32, scale=f16>",
+    "k2": "k2<group=32, scale=f16>",
+    "pq2": "pq<dim=4, bits=8, scale=f16>",
+    "ternary": "ternary<group=32, scale=f16>",
+    "q1": "q1_sym<group=32, scale=f16>",
+    "fp8-row": "f8e4m3<block=row, scale=f32>",
+    "fp8-block": "f8e4m3<block=128x128, scale=f32>",
+}
+UNIFORM = ("q8", "q6", "q5", "q4", "q4-g64", "q4-g128", "nf4", "k4", "q3")  # with the head, beside the solver
+NAMES = (
+    *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "nf4", "k4", "mxfp4"),
+    *("w3", "w2a8", "w1a8", "ternary", "pq2", "fp8"),
+)
+KV_FORMATS = {
+    "kv8": "kv8",
+    "kv4": "kv4",
+    "kv4-plain": 'name = "kv4-plain"\n[kv]\nformat = "q4_sym<group=row, scale=f16>"\n',
+    "kv2": "kv2",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One line of the tables; `missing` says why there are no figures."""
+
+    key: str
+    section: str
+    name: str
+    missing: str = ""
+    bits: float | None = None
+    perplexity: float = 0.0
+    divergence: float = 0.0
+    divergence_error: float = 0.0
+    p99: float = 0.0
+    top1: float = 0.0
+
+
+def all_rows(model: Path) -> list[Row]:
+    """Every row, in the order of the tables."""
+    rows = []
+    for section, scope, head in ((LAYERS, "layers", False), (WHOLE, "whole", True)):
+        for kind in ("Q4_0", "Q8_0"):
+            rows.append(
+                rounded_row(
+                    model,
+                    f"{scope}/gguf-{kind}",
+                    section,
+                    f"llama.cpp {kind}",
+                    lambda kind=kind, head=head: with_gguf(kind, head=head),
+                )
+            )
+        for name in UNIFORM if head else FORMATS:
+            text = FORMATS[name]
+            methods = ("nearest", "mse") if name in ("q8", "q4") and not head else ("mse",)
+            for method in methods:
+                ending = ", largest value kept" if method == "nearest" else ""
+                key = f"{scope}/{name}" + ("-nearest" if method == "nearest" else "")
+                rows.append(
+                    rounded_row(
+                        model,
+                        key,
+                        section,
+                        f"`{text}`{ending}",
+                        lambda text=text, method=method, head=head: with_format(text, method, head=head),
+                    )
+                )
+    for name in NAMES:
+        rows.append(
+            rounded_row(
+                model, f"alone/{name}", RECIPES, f"{name}: weights", lambda name=name: with_recipe(shipped(name))
+            )
+        )
+        rows.append(recipe_row(model, f"f32/{name}", RECIPES, f"{name}: build, rest f32", name, "f32"))
+        rows.append(recipe_row(model, f"bf16/{name}", RECIPES, f"{name}: build, rest bf16", name))
+    rows.append(Row("bf16", KV, "all bf16", lambda folder: (built(model, folder / "built", "--dtype", "bf16"), None)))
+    rows += [recipe_row(model, f"kv/{name}", KV, name, text, "f32") for name, text in KV_FORMATS.items()]
+    for method in ("gptq", "awq"):
+        for recipe in ("w4a16-g32", "w4a16-g128"):
+            rows.append(calibrated_row(model, f"{method}/{recipe}", CHOSEN, f"{method}, {recipe}", method, recipe))
+    for bits in (4.125, 4.25, 4.5):
+        rows += solver_rows(model, f"solver/{bits}", CHOSEN, f"solver, {bits} bits", bits)
+    return rows
+
+
+def measure(rows: Sequence[Row], model: Path, threads: int | None) -> Iterator[Figures]:
+    """Builds and evaluates rows, a batch at a time; what cannot be built is told as missing."""
+    with tempfile.TemporaryDirectory(prefix="stratum-quality-") as work, contextlib.ExitStack() as stack:
+        reference = stack.enter_context(Model(built(model, Path(work) / "f32", "--dtype", "f32"), threads=threads))
+        text = encode_text(read_text(model / "held_out.txt"), reference.tokenizer)
+        plan = plan_windows(len(text.ids), CONTEXT, stride=STRIDE)
+        for at in range(0, len(rows), BATCH):
+            yield from _measure_batch(rows[at : at + BATCH], reference.session, text, plan, threads)
+
+
+def _measure_batch(
+    rows: Sequence[Row], reference: Session, text: Text, plan: Plan, threads: int | None
+) -> Iterator[Figures]:
+    with tempfile.TemporaryDirectory(prefix="stratum-quality-") as work, contextlib.ExitStack() as stack:
+        sessions: dict[str, tuple[Session, float | None]] = {}
+        missing: dict[str, str] = {}
+        for number, row in enumerate(rows):
+            folder = Path(work) / str(number)
+            folder.mkdir()
+            try:
+                artifact, bits = row.make(folder)
+            except MissingError as error:
+                missing[row.key] = str(error)
+                continue
+            session = stack.enter_context(Session(artifact, threads=threads))
+            sessions[row.key] = session, bits if bits is not None else stored_bits(session)
+        results = evaluate([s for s, _ in sessions.values()], text, plan, reference=reference) if sessions else []
+        found = dict(zip(sessions, results, strict=True))
+        for row in rows:
+            if row.key in missing:
+                yield Figures(row.key, row.section, row.name, missing=missing[row.key])
+            else:
+                yield _figures(row, found[row.key], sessions[row.key][1])
+
+
+def stored_bits(session: Session) -> float | None:
+    """What the manifest says of the products' weights."""
+    weights = session.manifest.raw.get("weights")
+    bits = weights.get("bits_per_weight") if isinstance(weights, dict) else None
+    return float(bits) if isinstance(bits, (int, float)) else None
+
+
+def _figures(row: Row, result: Evaluation, bits: float | None) -> Figures:
+    divergence = result.divergence
+    assert divergence is not None  # there was a reference
+    return Figures(
+        row.key,
+        row.section,
+        row.name,
+        bits=bits,
+        perplexity=result.perplexity.perplexity,
+        divergence=divergence.mean,
+        divergence_error=divergence.error,
+        p99=divergence.p99,
+        top1=divergence.top1,
+    )
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def markdown(figures: Sequence[Figures], reference: str) -> str:
+    """The tables, one a section, and the checks."""
+    parts = [reference]
+    for section in (LAYERS, WHOLE, RECIPES, KV, CHOSEN):
+        lines = [_cells(f) for f in figures if f.section == section]
+        if lines:
+            head = ["build", "bits/weight", "perplexity", "KL mean, nats", "KL 99 %", "top-1"]
+            parts.append(f"### {section}\n\n{table(head, lines)}")
+    found = checks({f.key: f for f in figures if not f.missing})
+    parts.append("### Bars\n\n" + table(["bar", "measured", ""], [[c.bar, c.measured, c.verdict] for c in found]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(f: Figures) -> list[str]:
+    if f.missing:
+        return [f.name, "", "", f"missing: {f.missing.replace('|', '/')}", "", ""]
+    bits = f"{f.bits:.3f}" if f.bits is not None else ""
+    kl = f"{f.divergence:.5f} ± {f.divergence_error:.5f}"
+    return [f.name, bits, f"{f.perplexity:.3f}", kl, f"{f.p99:.4f}", f"{100 * f.top1:.2f} %"]
+
+
+def header(model: Path) -> str:
+    """Where and with what this was measured."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "llvmlite", "gguf"))
+    return (
+        f"Measured by `python -m bench.quality`: {machine()}, {versions}. Model: {model.relative_to(ROOT)}; text: its "
+        "held_out.txt, 50 176 predictions in 98 windows of 512 without context; reference: its f32 build."
+    )
+
+
+def write_page(text: str) -> None:
+    """Puts the tables into the page, between its markers."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="rows whose key holds this")
+    parser.add_argument("--threads", type=int, help="default: one a physical core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here as well")
+    options = parser.parse_args()
+    rows = [r for r in all_rows(MODEL) if not options.only or any(part in r.key for part in options.only)]
+    figures: list[Figures] = []
+    for found in measure(rows, MODEL, options.threads):
+        figures.append(found)
+        print(f"{found.key:<24}", *_cells(found)[1:], sep="  ", flush=True)
+    records: list[dict[str, Any]] = [asdict(f) for f in figures]
+    if options.json is not None:
+        options.json.write_text(json.dumps(records, indent=1) + "\n")
+    text = markdown(figures, header(MODEL))
+    print(f"\n{text}")
+    if not options.only:
+        write_page(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from ir.formats.codebook import MXFP4, LearnedFormat, MXFP4Format, TableFormat, TernaryFormat
 from ir.formats.fp8 import FP8Format
 from ir.formats.grouped_int import GroupedIntFormat
 from ir.formats.packed import PackedArray, concatenate_packed
@@ -32,6 +33,7 @@ from ir.formats.plain import (
     NumberFormat,
     PlainFormat,
 )
+from ir.formats.product import ProductFormat
 from ir.formats.registry import format_family, format_names, format_word
 from ir.formats.scaled import ScaledFormat
 
@@ -50,6 +52,12 @@ __all__ = [
     "PLAIN_FORMATS",
     "U8",
     "FP8Format",
+    "MXFP4",
+    "LearnedFormat",
+    "MXFP4Format",
+    "ProductFormat",
+    "TableFormat",
+    "TernaryFormat",
     "GroupedIntFormat",
     "NumberFormat",
     "PackedArray",

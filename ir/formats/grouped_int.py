@@ -6,6 +6,7 @@ consecutive elements of a row.
     q1_sym<group=row, scale=f32>                  x = scale * (2 * code - 1): one bit is the sign; one group a row
     q4_sym<group=32, scale=u8, channel=f16>       x = channel * scale * (code - 8): a scale of a byte for each group
                                                   under one for the row (the progressive scales of arXiv:2405.04532)
+    q4_sym<group=32, scale=i8, channel=f16>       the same with signed scales, which rounding="mse" makes use of
 
 Bytes: the codes of each row, code i in bits [i * bits, (i + 1) * bits) from the lowest bit of its first byte; then the
 scales of each row; then its zero points, packed as codes are; then the channel scales.
@@ -18,16 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ir.formats.plain import F16, U8, PlainFormat
-from ir.formats.registry import check_fields, read_group, read_scale, register_family
+from ir.formats.least_squares import SearchPlan
+from ir.formats.plain import F16, I8, PlainFormat
+from ir.formats.registry import check_fields, read_group, read_scales, register_family
 from ir.formats.scaled import ScaledFormat, check_scales
+from ir.formats.search_plans import clipped_errors, symmetric_plan, zero_point_plan
 
 
 @dataclass(frozen=True)
 class GroupedIntFormat(ScaledFormat):
     """`bits` 1..8; `group` elements share a scale (0 = the whole row); `zero_point` or symmetric; format of scales.
 
-    `channel` is the format of the second level, under which `scale` is u8.
+    `channel` is the format of the second level, under which `scale` is u8 or i8.
     """
 
     bits: int
@@ -42,6 +45,8 @@ class GroupedIntFormat(ScaledFormat):
         if self.group < 0:
             raise ValueError(f"expected a group of 1 or more, or 0 for the whole row, got {self.group}")
         check_scales(self.scale, self.channel)
+        if self.zero_point and self.scale == I8:
+            raise ValueError("expected scale=u8 beside zero points, got scale=i8")
 
     def __str__(self) -> str:
         scheme = "zp" if self.zero_point else "sym"
@@ -92,8 +97,20 @@ class GroupedIntFormat(ScaledFormat):
             return (quotient >= 0).astype(np.uint8), None
         return (np.rint(quotient) + self.offset).astype(np.uint8), None
 
-    def _code_errors(self, rounding: str, table: np.ndarray | None) -> np.ndarray:
-        return np.full(1 << self.bits, self.half_step)
+    def search_plan(self, size: int, levels: np.ndarray | None) -> SearchPlan:
+        if self.zero_point:
+            return zero_point_plan(self.bits, size, self.scale, self.channel)
+        return symmetric_plan(self.integer_levels, self.bits, size, self.scale, self.channel)
+
+    def _code_errors(self, rounding: str, table: np.ndarray | None, size: int) -> np.ndarray:
+        errors = np.full(1 << self.bits, self.half_step)
+        if rounding == "nearest":
+            return errors
+        reach = float(self.search_plan(size, None).reach)
+        if not self.zero_point:
+            return np.maximum(errors, clipped_errors(self.integer_levels, reach))
+        errors[[0, -1]] = max(0.5, reach)
+        return errors
 
 
 def _read(name: str, fields: dict[str, str]) -> GroupedIntFormat:
@@ -104,8 +121,7 @@ def _read(name: str, fields: dict[str, str]) -> GroupedIntFormat:
         raise ValueError(f"expected q{bits}_sym or q{bits}_zp, got {name}")
     check_fields(name, fields, ("group", "scale"), "q4_sym<group=32, scale=f16>", ("channel",))
     group = read_group(fields["group"])
-    channel = read_scale(fields["channel"]) if "channel" in fields else None
-    scale = U8 if fields["scale"] == "u8" else read_scale(fields["scale"])
+    scale, channel = read_scales(fields)
     return GroupedIntFormat(bits, group, scheme == "zp", scale, channel)
 
 

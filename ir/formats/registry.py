@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ir.formats.plain import BF16, F16, F32, PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.formats.plain import BF16, F16, F32, I8, PLAIN_FORMATS, U8, NumberFormat, PlainFormat
 
 SCALE_FORMATS = {"f16": F16, "bf16": BF16, "f32": F32}
 MAX_GROUP_DIGITS = 9
@@ -83,3 +83,14 @@ def read_scale(text: str) -> PlainFormat:
     if text not in SCALE_FORMATS:
         raise ValueError(f"expected a scale of f16, bf16 or f32, got {text}")
     return SCALE_FORMATS[text]
+
+
+def read_scales(fields: dict[str, str]) -> tuple[PlainFormat, PlainFormat | None]:
+    """The formats of scale and channel; a scale of u8 or i8 stands under a channel scale."""
+    channel = read_scale(fields["channel"]) if "channel" in fields else None
+    integers = {"u8": U8, "i8": I8} if channel is not None else {}
+    if fields["scale"] in integers:
+        return integers[fields["scale"]], channel
+    if channel is not None or fields["scale"] == "u8":
+        raise ValueError(f"expected scale=u8 or scale=i8 under channel=f16, bf16 or f32, got scale={fields['scale']}")
+    return read_scale(fields["scale"]), None

@@ -14,13 +14,15 @@ import numpy as np
 
 from ir.diagnostics import DiagnosticError
 from ir.formats.bit_packing import pack_codes
+from ir.formats.least_squares import GroupSearch, SearchPlan
 from ir.formats.packed import PackedArray, stored_bytes
-from ir.formats.plain import BF16, F16, F32, U8, NumberFormat, PlainFormat
+from ir.formats.plain import BF16, F16, F32, I8, U8, NumberFormat, PlainFormat
 
 ROUNDINGS = ("nearest", "mse")
 _F32_MAX = float(np.finfo(np.float32).max)
 # The quotient value / scale is computed in float64, below 2**8 and with a relative error of 2**-53.
 QUOTIENT_SLACK = 2.0**-44
+SEARCH_SLACK = 2.0**-12  # in float32, with a few roundings, below 2**9
 _CHUNK = 1 << 20  # elements converted to float64 at a time
 
 
@@ -163,9 +165,70 @@ class ScaledFormat(NumberFormat):
         self, wide: np.ndarray, rounding: str, levels: np.ndarray | None, first_row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Codes [n, groups, size], scales and zeros [n, groups], channel [n] of f64 [n, groups, size]."""
+        plan = self.search_plan(wide.shape[2], levels) if rounding == "mse" else None
+        if plan is None:
+            return self._encode_nearest(wide, levels, first_row)
+        tame = self.tame(plan, np.abs(wide).max(axis=-1))
+        if tame.all():
+            return self._encode_least(plan, wide)
+        found = self._encode_nearest(wide, levels, first_row)
+        if not tame.any():
+            return found
+        least = self._encode_least(plan, np.where(tame[..., None], wide, 0.0))
+        codes = np.where(tame[..., None], least[0], found[0])
+        parts = [
+            None if b is None or a is None else np.where(tame if a.ndim == 2 else tame[:, 0], a, b)
+            for a, b in zip(least[1:], found[1:], strict=True)
+        ]
+        return codes, np.asarray(parts[0]).astype(self.scale.dtype), parts[1], parts[2]
+
+    def _encode_nearest(
+        self, wide: np.ndarray, levels: np.ndarray | None, first_row: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
         scales, channel = self._nearest_scales(wide, levels, first_row)
         codes, zeros = self._nearest_codes(wide, effective_scales(scales, channel) * self.level_unit, levels)
         return codes, scales, zeros, channel
+
+    # -- least squared error -----------------------------------------------------------------------------------------
+
+    def search_plan(self, size: int, levels: np.ndarray | None) -> SearchPlan | None:
+        """How scales of groups of `size` are searched; None where nearest rounding is all there is."""
+        raise TypeError(f"{type(self).__name__} does not say how its scales are searched")
+
+    def tame(self, plan: SearchPlan, extent: np.ndarray) -> np.ndarray:
+        """bool like `extent` [n, groups], the largest magnitudes: which groups are searched; others go to nearest.
+
+        Groups under one channel scale go together.
+        """
+        fits = (extent == 0) | ((extent >= plan.low) & (extent <= plan.high))
+        return fits if self.channel is None else np.broadcast_to(fits.all(axis=-1, keepdims=True), fits.shape)
+
+    def stored_scales(self, scales: np.ndarray) -> np.ndarray:
+        """f32 scales that were found, which the format represents, as they are stored."""
+        return scales.astype(self.scale.dtype)
+
+    def channel_of(self, plan: SearchPlan, scales: np.ndarray) -> np.ndarray:
+        """Channel scales [n] over f32 scales [n, groups]."""
+        assert self.channel is not None
+        return round_up(np.abs(scales).max(axis=-1).astype(np.float64) / plan.limit, self.channel)
+
+    def _encode_least(
+        self, plan: SearchPlan, wide: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        n, groups, size = wide.shape
+        x = np.ascontiguousarray(wide.astype(np.float32).reshape(-1, size).T)
+        search = GroupSearch(plan, x)
+        search.run()
+        scales, channel = search.scale, None
+        if self.channel is not None:
+            channel = self.channel_of(plan, search.scale.reshape(n, groups))
+            over = np.repeat(channel.astype(np.float32), groups)
+            first, zero = search.scale, search.zero
+            search = GroupSearch(plan, x)
+            scales = search.run_integers(over, first, zero)
+        codes, zeros = search.codes()
+        stored = self.stored_scales(scales).reshape(n, groups)
+        return codes.T.reshape(n, groups, size), stored, zeros.reshape(n, groups) if self.zero_point else None, channel
 
     # -- nearest -----------------------------------------------------------------------------------------------------
 
@@ -188,10 +251,11 @@ class ScaledFormat(NumberFormat):
             scales = round_up(span, self.scale)
             self._refuse_large(scales, wide, first_row)
             return scales, None
-        channel = round_up(span.max(axis=-1) / 255, self.channel)
+        limit = 255 if self.scale == U8 else 127
+        channel = round_up(span.max(axis=-1) / limit, self.channel)
         self._refuse_large(np.repeat(channel[:, None], span.shape[1], axis=1), wide, first_row)
         divisor = np.where(channel == 0, 1.0, channel.astype(np.float64))
-        return np.minimum(np.ceil(span / divisor[:, None]), 255).astype(np.uint8), channel
+        return np.minimum(np.ceil(span / divisor[:, None]), limit).astype(self.scale.dtype), channel
 
     def _refuse_large(self, scales: np.ndarray, wide: np.ndarray, first_row: int) -> None:
         finite = np.isfinite(scales.astype(np.float64))
@@ -237,7 +301,8 @@ class ScaledFormat(NumberFormat):
         groups = self.groups(k)
         bound = np.zeros((packed.codes.shape[0], k))
         for rows, table in self._row_chunks(packed.shape, packed.table):
-            reach = self._code_errors(rounding, table)[packed.code_array(rows)] + QUOTIENT_SLACK
+            slack = QUOTIENT_SLACK if rounding == "nearest" else SEARCH_SLACK
+            reach = self._code_errors(rounding, table, k // groups)[packed.code_array(rows)] + slack
             scales = np.abs(packed_scales(packed, rows))
             bound[rows] = (reach.reshape(-1, groups, k // groups) * scales[..., None]).reshape(-1, k)
         bound = bound.reshape(packed.shape)
@@ -246,8 +311,8 @@ class ScaledFormat(NumberFormat):
             bound = bound + np.maximum(values * 2.0**-23, 2.0**-149)
         return bound
 
-    def _code_errors(self, rounding: str, table: np.ndarray | None) -> np.ndarray:
-        """f64 [2**bits]: how far from its level, in scales, the value of a code may lie."""
+    def _code_errors(self, rounding: str, table: np.ndarray | None, size: int) -> np.ndarray:
+        """f64 [2**bits]: how far from its level, in scales, the value of a code in groups of `size` may lie."""
         raise TypeError(f"{type(self).__name__} does not bound its errors")
 
 
@@ -272,10 +337,12 @@ def round_up(values: np.ndarray, format: PlainFormat) -> np.ndarray:
 
 
 def check_scales(scale: PlainFormat, channel: PlainFormat | None) -> None:
-    """Raises ValueError unless scales are f16, bf16 or f32, or u8 under a channel scale of those."""
+    """Raises ValueError unless scales are f16, bf16 or f32, or u8 or i8 under a channel scale of those."""
     floats = (F16, BF16, F32)
     if channel is None and scale not in floats:
-        hint = "; u8 goes with channel=f16, bf16 or f32" if scale == U8 else ""
+        hint = f"; {scale} goes with channel=f16, bf16 or f32" if scale in (U8, I8) else ""
         raise ValueError(f"expected a scale of f16, bf16 or f32, got {scale}{hint}")
-    if channel is not None and (scale != U8 or channel not in floats):
-        raise ValueError(f"expected scale=u8 with channel=f16, bf16 or f32, got scale={scale}, channel={channel}")
+    if channel is not None and (scale not in (U8, I8) or channel not in floats):
+        raise ValueError(
+            f"expected scale=u8 or scale=i8 with channel=f16, bf16 or f32, got scale={scale}, channel={channel}"
+        )

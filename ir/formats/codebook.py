@@ -15,12 +15,12 @@ Bytes: as in `ir.formats.grouped_int`: codes, scales, channel scales; then the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from ir.formats.least_squares import GroupSearch, SearchPlan, peaks
+from ir.formats.least_squares import GroupSearch, SearchPlan
 from ir.formats.plain import E8M0, F16, PlainFormat
 from ir.formats.registry import check_fields, read_group, read_scales, register_family, register_word
 from ir.formats.scaled import ScaledFormat, check_scales
@@ -34,8 +34,14 @@ _NF4 = (
 )  # fmt: skip
 _NL4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # in halves
+# Where learning begins: what it makes of normally distributed values in groups of 32.
+_START = {
+    2: (-90, -18, 44, 127),
+    3: (-102, -61, -32, -6, 19, 46, 78, 127),
+    4: (-107, -83, -65, -50, -37, -25, -14, -3, 9, 21, 33, 47, 62, 79, 101, 127),
+}
 # Learning: at most so many values of a matrix, so many bins, so many steps for each of so many choices of scales.
-_SAMPLE, _BINS, _STEPS, _ROUNDS = 1 << 17, 1 << 12, 40, 3
+_SAMPLE, _BINS, _STEPS, _ROUNDS = 1 << 16, 1 << 12, 20, 3
 
 
 class CodebookFormat(ScaledFormat):
@@ -180,8 +186,8 @@ class LearnedFormat(CodebookFormat):
         return symmetric_plan(levels, self.bits, size, self.scale, self.channel)
 
     def learn(self, matrix: np.ndarray) -> np.ndarray:
-        """int8 [2**bits], ascending. The first scales put the largest value of a group on 127; then those of least
-        squared error and the levels are found in turn. It begins with quantiles and takes no random number.
+        """int8 [2**bits], ascending. From fixed levels on, the scales of least squared error and the levels of least
+        squared error (Lloyd's algorithm) are found in turn. No random number is taken.
         """
         size = self.group or matrix.shape[1]
         groups = matrix.reshape(-1, size)
@@ -192,17 +198,14 @@ class LearnedFormat(CodebookFormat):
         x = x[:, magnitude > unit * 2.0**-30] / (unit or 1.0)  # scaled so that all is tame
         if not x.size:
             return _even_table(self.bits)
-        scales = peaks(x) / REACH
-        levels = None
-        table = _even_table(self.bits)
+        levels = np.array(_START[self.bits], np.float64)
         for _ in range(_ROUNDS):
-            levels = _lloyd(x, scales, 1 << self.bits, levels)
-            table = _distinct(levels * (REACH / np.abs(levels).max()))
-            levels = table.astype(np.float64)
-            search = GroupSearch(symmetric_plan(table, self.bits, size, self.scale), x.astype(np.float32))
+            plan = symmetric_plan(_distinct(levels), self.bits, size, self.scale)
+            search = GroupSearch(replace(plan, levels=levels.astype(np.float32)), x.astype(np.float32))
             search.run()
-            scales = search.scale.astype(np.float64)
-        return table
+            levels = _lloyd(x, search.scale.astype(np.float64), levels)
+            levels = levels * (REACH / np.abs(levels).max())
+        return _distinct(levels)
 
 
 def _even_table(bits: int) -> np.ndarray:
@@ -210,11 +213,12 @@ def _even_table(bits: int) -> np.ndarray:
     return np.rint(np.linspace(-REACH, REACH, 1 << bits)).astype(np.int8)
 
 
-def _lloyd(x: np.ndarray, scales: np.ndarray, entries: int, levels: np.ndarray | None) -> np.ndarray:
-    """f64 levels [entries], ascending, that minimize the squared error of x [size, groups] under scales [groups].
+def _lloyd(x: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """f64 levels, ascending, of less squared error of x [size, groups] under scales [groups] than `levels`.
 
-    Works on a histogram of x / scale, weighted by scale**2; begins with `levels`, or with quantiles.
+    Works on a histogram of x / scale, weighted by scale**2.
     """
+    entries = len(levels)
     edge = 2.0 * REACH
     quotient = np.clip(x / scales, -edge, edge).reshape(-1)
     weight = np.broadcast_to(scales**2, x.shape).reshape(-1)
@@ -223,9 +227,6 @@ def _lloyd(x: np.ndarray, scales: np.ndarray, entries: int, levels: np.ndarray |
     total = np.bincount(index, weight * quotient, _BINS)
     used = np.flatnonzero(count)
     centers, count, total = total[used] / count[used], count[used], total[used]
-    if levels is None:
-        share = (np.cumsum(count) - count / 2) / count.sum()
-        levels = np.interp((np.arange(entries) + 0.5) / entries, share, centers)
     for _ in range(_STEPS):
         nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, centers)
         weights = np.bincount(nearest, count, entries)

@@ -102,14 +102,28 @@ def write_rows(k: KernelBuilder, source: RowSource, out: Buffer, stride: int, ro
 
 
 def quantize_rows(
-    k: KernelBuilder, source: RowSource, out: Activations, segment: int, start_factor: int, stride: int, rows: Expr
+    k: KernelBuilder,
+    source: RowSource,
+    out: Activations,
+    segment: int,
+    start_factor: int,
+    stride: int,
+    rows: Expr,
+    pieces: int = 1,
 ) -> None:
-    """Rows as int8 with their scales, and as start values the sum of each segment times `start_factor`."""
+    """Rows as int8 with their scales, and as start values the sum of each segment times `start_factor`.
+
+    `pieces` of a row, where they divide its groups, are work for different threads; each forms the norm for itself.
+    """
     scratch = _scratch(k, source)
-    first, last = k.thread_share(rows)
-    with k.loop(first, last) as row:
-        read = source.reader(k, row.i, scratch)
-        _RowQuantizer(k, read, source.width, out, segment, start_factor, stride).row(row.i)
+    if scratch is not None or (stride // (out.group or stride)) % pieces:
+        pieces = 1
+    first, last = k.thread_share(rows * pieces)
+    with k.loop(first, last) as unit:
+        row = unit.i // pieces
+        read = source.reader(k, row, scratch)
+        quantizer = _RowQuantizer(k, read, source.width, out, segment, start_factor, stride)
+        quantizer.part(row, unit.i % pieces, pieces)
 
 
 class _RowQuantizer:
@@ -122,7 +136,8 @@ class _RowQuantizer:
         self.segment, self.factor, self.stride = segment, factor, stride
         self.group = out.group or stride
 
-    def row(self, row: Expr) -> None:
+    def part(self, row: Expr, piece: Expr, pieces: int) -> None:
+        """One of `pieces` equal parts of a row."""
         k, out = self.k, self.out
         assert out.scales is not None and out.starts is not None
         groups = self.stride // self.group
@@ -130,7 +145,8 @@ class _RowQuantizer:
         values = out.values.at(row * self.stride)
         scales = out.scales.at(row * groups)
         starts = out.starts.at(row * (groups * segments))
-        with k.loop(0, groups) as group:
+        each = groups // pieces
+        with k.loop(piece * each, (piece + 1) * each) as group:
             column = group.i * self.group
             largest = self._largest(column)
             small = largest.compare("lt", SMALLEST)

@@ -48,7 +48,7 @@ class Gemm:
         except FormError as fault:
             message = f"no kernel for this '{op.name}' of kind \"gemm\": {fault}"
             raise DiagnosticError.of(Diagnostic("error", message, op.location)) from None
-        self.op, self.shape = op, context.shape
+        self.op, self.shape, self.few = op, context.shape, context.program == "decode"
         self.x = op.operands[self.form.x]
         self.w = op.operands[self.form.weight]
         self.result = op.results[0]
@@ -122,7 +122,7 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
 
     if memory:
         rotation = form.rotate.block if form.rotate else 0
-        product.prepare(k, RowSource(x, gemm.k, form.norm, gain, rotation), memory, x_rows)
+        product.prepare(k, RowSource(x, gemm.k, form.norm, gain, rotation), memory, x_rows, gemm.few)
         k.barrier()
     product.use_rows(memory or [x])
 
@@ -203,10 +203,16 @@ class _TileEmitter:
         """`count` rows times one strip (or pair of strips), a few vectors of columns at a time."""
         k, product = self.k, self.product
         rows = [source_row(row + i) for i in range(count)]
-        group = max(1, product.widest(count) // self.halves)
+        together = 1 if product.one_stream else self.halves
+        group = max(1, product.widest(count) // together)
         for j in range(0, product.vectors, group):
             width = min(group, product.vectors - j)
-            sums = product.sums(k, rows, [(s, j + v) for s in strips for v in range(width)])
+            chosen = [[(s, j + v) for v in range(width)] for s in strips]
+            if together == 1:
+                parts = [product.sums(k, rows, half) for half in chosen]
+                sums = [[value for part in parts for value in part[i]] for i in range(count)]
+            else:
+                sums = product.sums(k, rows, [vector for half in chosen for vector in half])
             for i in range(count):
                 self.finish(row + i, column + j * LANES, sums[i], width)
 

@@ -21,6 +21,7 @@ from ir.formats import BF16, F32, I8, I32, U8, GroupedIntFormat, NumberFormat, P
 from ir.types import Dim, Layout, TensorType
 
 PACKS: dict[NumberFormat, int] = {BF16: 2, F32: 1}  # pairs for `tile.dot2`, single numbers for `tile.fma`
+PIECES = 4  # of a row, for threads that have none of their own
 INT8_PACK = 4  # bytes for `tile.dot4`
 
 
@@ -32,13 +33,14 @@ class Product(Protocol):
     vectors: int  # registers across a strip
     matrix_size: int  # of one matrix, in elements of the buffer of weights
     weight_element: PlainFormat  # of that buffer
+    one_stream: bool  # whether the strips of a gate | up pair are read one after the other
 
     def temporaries(self, rows: Dim) -> list[Temporary]:
         """Arena memory that prepared rows take."""
         ...
 
-    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr) -> None:
-        """Writes `rows` rows of the source into `memory`."""
+    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr, few: bool) -> None:
+        """Writes `rows` rows of the source into `memory`; `few` of them, maybe fewer than threads."""
         ...
 
     def use_rows(self, memory: list[Buffer]) -> None:
@@ -70,6 +72,8 @@ class Product(Protocol):
 class PlainProduct:
     """Weights of machine numbers, in the element of the activations."""
 
+    one_stream = False
+
     def __init__(self, matrix: StripMatrix, shape: TileShape) -> None:
         self.matrix, self.shape = matrix, shape
         self.layout, self.strips, self.vectors = matrix.layout, matrix.strips, matrix.vectors
@@ -78,7 +82,7 @@ class PlainProduct:
     def temporaries(self, rows: Dim) -> list[Temporary]:
         return [Temporary(TensorType((rows, self.matrix.stored_k), self.matrix.element))]
 
-    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr) -> None:
+    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr, few: bool) -> None:
         write_rows(k, source, memory[0], self.matrix.stored_k, rows)
 
     def use_rows(self, memory: list[Buffer]) -> None:
@@ -106,6 +110,8 @@ class PackedProduct:
     """Low-bit weights with int8, bf16 or f32 activations. A tile has half the sums of a plain one: each takes two
     registers, one for the segment and one for the row."""
 
+    one_stream = True
+
     def __init__(self, matrix: PackedStrips, x: NumberFormat, shape: TileShape) -> None:
         self.matrix, self.shape = matrix, shape
         self.layout, self.strips, self.vectors = matrix.layout, matrix.strips, matrix.vectors
@@ -125,13 +131,14 @@ class PackedProduct:
         scales = Temporary(TensorType((rows, k // (self.group or k)), F32))
         return [values, scales, Temporary(TensorType((rows, k // self.segment), I32))]
 
-    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr) -> None:
+    def prepare(self, k: KernelBuilder, source: RowSource, memory: list[Buffer], rows: Expr, few: bool) -> None:
         stored = self.matrix.stored_k
         if not self.integer:
             write_rows(k, source, memory[0], stored, rows)
             return
         factor = 1 if self.matrix.has_zeros else -WeightDecoder.bias_of(self.matrix)
-        quantize_rows(k, source, Activations(*memory, group=self.group), self.segment, factor, stored, rows)
+        pieces = PIECES if few else 1
+        quantize_rows(k, source, Activations(*memory, group=self.group), self.segment, factor, stored, rows, pieces)
 
     def use_rows(self, memory: list[Buffer]) -> None:
         self.x = Activations(*memory, group=self.group) if self.integer else Activations(memory[0])

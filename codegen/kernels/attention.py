@@ -16,11 +16,11 @@ from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument
 from codegen.kernels.hadamard import rotate_row
 from codegen.kernels.kv_layout import BLOCK, KVLayout
 from codegen.kernels.kv_products import LANES, MOST_SUMS, STEP, STEP_BLOCKS, BlockOf, Products, chunks, products
-from codegen.kernels.math import LOG2_E, exp2
+from codegen.kernels.math import LOG2_E, exp2, exp2_short
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import F32, I32, PlainFormat
+from ir.formats import F16, F32, I32, PlainFormat
 from ir.ops.attention import AttentionOp
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp
@@ -130,11 +130,14 @@ class _Tile:
         most = max_tokens * self.group
         self.row = k.scratch(kv.dim, F32)  # one query, rotated
         self.scores = k.scratch(most * STEP, F32)  # of one step, in base 2
-        self.maxima = k.scratch(most, F32)  # largest score so far
-        self.corrections = k.scratch(most, F32)  # what the sums before this step are worth after it
+        padded = -(-most // LANES) * LANES
+        self.largest = k.scratch(padded, F32)  # largest score of this step
+        self.maxima = k.scratch(padded, F32)  # largest score so far
+        self.corrections = k.scratch(padded, F32)  # what the sums before this step are worth after it
         self.totals = k.scratch(most * LANES, F32)  # sums of the weights so far, in 16 parts
         self.sums = k.scratch(most * kv.dim, F32)  # weighted values so far
         factor = op.scale * LOG2_E  # scores in base 2: exponentials become powers of two
+        self.exp2 = exp2 if kv.element in (F32, F16) else exp2_short  # weights have no more digits than that
         self.parts: list[Products] = [products(k, kv.blocks, most, factor)]
         if kv.recent:
             self.parts.append(products(k, kv.ring, most, factor))
@@ -201,8 +204,19 @@ class _Tile:
                 for row, vectors in zip(rows, scores, strict=True):
                     for u, vector in enumerate(vectors):
                         self.scores.store((loop.i + u) * BLOCK + row * STEP, vector)
+        self._mask(at, end, count, first_position)
         with k.loop(0, count) as loop:
-            self._join(part, loop.i, at, end, first_position + loop.i // self.group)
+            scores = [self.scores.load(loop.i * STEP + b * BLOCK, LANES) for b in range(STEP_BLOCKS)]
+            largest = scores[0].max(scores[1]).max(scores[2].max(scores[3]))
+            self.largest.store(loop.i, largest.reduce("max"))
+        for row in range(0, count, LANES):  # of 16 rows at once
+            before, largest = self.maxima.load(row, LANES), self.largest.load(row, LANES)
+            maximum = largest.max(before)
+            self.maxima.store(row, maximum)
+            self.corrections.store(row, self.exp2(k, before - maximum))
+            part.bound_weights(row, self.exp2(k, largest - maximum))
+        with k.loop(0, count) as loop:
+            self._weigh(part, loop.i)
         part.add_values(block_of, at, blocks, count, self.sums, self.corrections)
 
     def _prefetch(self, block: Buffer) -> None:
@@ -211,37 +225,39 @@ class _Tile:
         for line in range(0, size * width, LINE):
             block.prefetch(STEP_BLOCKS * size + line // width)
 
-    def _join(self, part: Products, row: Expr, at: Expr, end: Expr, position: Expr) -> None:
-        """Scores of one row become weights; its maximum and the sum of its weights follow."""
+    def _weigh(self, part: Products, row: Expr) -> None:
+        """Scores of one row become weights, and are added to the sum of its weights."""
         k = self.k
-        last = position.min(end - 1) if self.kv.recent else position
-        scores = []
-        for b in range(STEP_BLOCKS):
-            score = self.scores.load(row * STEP + b * BLOCK, LANES)
-            scores.append(self._mask(score, at + b * BLOCK, last, position))
-        largest = scores[0].max(scores[1]).max(scores[2].max(scores[3]))
-        before = self.maxima.load(row)
-        maximum = largest.reduce("max").max(before)
-        correction = exp2(k, before - maximum)
-        weights = [exp2(k, score - maximum) for score in scores]
+        maximum, correction = self.maxima.load(row), self.corrections.load(row)
+        weights = []
         total = self.totals.load(row * LANES, LANES) * correction
-        for weight in weights:
+        for b in range(STEP_BLOCKS):
+            weight = self.exp2(k, self.scores.load(row * STEP + b * BLOCK, LANES) - maximum)
             total = total + weight
-        self.maxima.store(row, maximum)
-        self.corrections.store(row, correction)
+            weights.append(weight)
         self.totals.store(row * LANES, total)
         self.parts[0].scale_constant_part(row, correction)
         part.store_weights(row, weights)
 
-    def _mask(self, score: Expr, first: Expr, last: Expr, position: Expr) -> Expr:
-        """Scores of positions after `last`, or before the window of `position`, become MASKED."""
-        k = self.k
-        at = k.iota(LANES) + k.splat(first.from_index(), LANES)
-        score = k.select(at.compare("le", k.splat(last.from_index(), LANES)), score, MASKED)
-        if self.op.window:
-            limit = k.splat(position.from_index(), LANES) - self.op.window
-            score = k.select(at.compare("gt", limit), score, MASKED)
-        return score
+    def _mask(self, at: Expr, end: Expr, count: int, first_position: Expr) -> None:
+        """Scores of positions that a row does not see, or from `end` on, become MASKED. Most steps have none."""
+        k, window = self.k, self.op.window
+        partly = (at + STEP).compare("gt", end.min(first_position + 1))
+        if window:
+            newest = first_position + (count // self.group - 1)
+            partly = partly | (at + window).compare("le", newest)
+        with k.when(partly), k.loop(0, count) as row:
+            position = first_position + row.i // self.group
+            limit = k.splat(position.min(end - 1).from_index(), LANES)
+            for b in range(STEP_BLOCKS):
+                place = row.i * STEP + b * BLOCK
+                score = self.scores.load(place, LANES)
+                here = k.iota(LANES) + k.splat((at + b * BLOCK).from_index(), LANES)
+                score = k.select(here.compare("le", limit), score, MASKED)
+                if window:
+                    oldest = k.splat(position.from_index(), LANES) - window
+                    score = k.select(here.compare("gt", oldest), score, MASKED)
+                self.scores.store(place, score)
 
     def _store(self, first_row: Expr, head: Expr, count: int) -> None:
         """sums / totals into the output."""

@@ -53,6 +53,9 @@ class FloatProducts:
         sums = [total * self.factor for total in sums]
         return [sums[i * len(blocks) : (i + 1) * len(blocks)] for i in range(len(rows))]
 
+    def bound_weights(self, row: int, bound: Expr) -> None:
+        """No weight of rows `row` .. + 16 in this step is larger than the lane of `bound`. Floats need not know."""
+
     def store_weights(self, row: Expr, weights: list[Expr]) -> None:
         """The weights of a row for every block of the step."""
         for b, weight in enumerate(weights):
@@ -129,7 +132,9 @@ class CodeProducts:
         self.factors = k.scratch(rows * self.sets, F32)  # what an integer of the query is worth
         self.starts = k.scratch(rows * self.sets, I32)  # the part of a sum that the offset of the codes takes off
         self.weights = k.scratch(rows * STEP, U8)
-        self.weight_scales = k.scratch(rows, F32)
+        padded = -(-rows // LANES) * LANES
+        self.weight_factors = k.scratch(padded, F32)  # from a weight times the scale of its value to an integer
+        self.weight_scales = k.scratch(padded, F32)  # and back
         self.value_scales = k.scratch(STEP, F32)
         if not blocks.signed:
             self.value_lows = k.scratch(STEP, F32)
@@ -167,11 +172,14 @@ class CodeProducts:
 
     def begin_step(self, block_of: BlockOf, at: Expr, rows: int) -> None:
         k, blocks = self.k, self.blocks
+        scales = []
         for b in range(STEP_BLOCKS):
             halves = block_of(at + b * BLOCK).view(F16)
-            self.value_scales.store(b * BLOCK, halves.load(blocks.value_scales // 2, BLOCK).cast(F32))
+            scales.append(halves.load(blocks.value_scales // 2, BLOCK).cast(F32))
+            self.value_scales.store(b * BLOCK, scales[-1])
             if not blocks.signed:
                 self.value_lows.store(b * BLOCK, halves.load(blocks.value_scales // 2 + BLOCK, BLOCK).cast(F32))
+        self.largest_scale = _largest(scales).reduce("max")
         if not blocks.key_group:
             return
         for number in range(self.sets):
@@ -236,6 +244,11 @@ class CodeProducts:
         if not self.blocks.signed:
             self.low_sums.store(row * LANES, self.low_sums.load(row * LANES, LANES) * correction)
 
+    def bound_weights(self, row: int, bound: Expr) -> None:
+        most = (bound * self.largest_scale).max(1e-30)
+        self.weight_factors.store(row, 255.0 / most)
+        self.weight_scales.store(row, most * (1 / 255))
+
     def store_weights(self, row: Expr, weights: list[Expr]) -> None:
         k = self.k
         if not self.blocks.signed:
@@ -243,13 +256,11 @@ class CodeProducts:
             for b, weight in enumerate(weights):
                 low = k.fma(weight, self.value_lows.load(b * BLOCK, LANES), low)
             self.low_sums.store(row * LANES, low)
-        scaled = [weight * self.value_scales.load(b * BLOCK, LANES) for b, weight in enumerate(weights)]
-        extent = _largest(scaled).reduce("max").max(1e-30)
-        factor = 255.0 / extent
-        for b, x in enumerate(scaled):
-            whole = k.fma(x, factor, 0.5).cast(I32)  # not negative: rounded to nearest
+        factor = self.weight_factors.load(row)
+        for b, weight in enumerate(weights):
+            scaled = weight * self.value_scales.load(b * BLOCK, LANES)
+            whole = k.fma(scaled, factor, 0.5).cast(I32)  # not negative: rounded to nearest
             self.weights.store(row * STEP + b * BLOCK, whole.cast(U8))
-        self.weight_scales.store(row, extent * (1 / 255))
 
     def add_values(
         self, block_of: BlockOf, at: Expr, blocks: Expr, rows: int, sums: Buffer, corrections: Buffer

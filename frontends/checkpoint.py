@@ -18,6 +18,7 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -30,6 +31,17 @@ from ir.spelling import did_you_mean
 
 # The dtypes of weights that the compiler takes; others are named in the diagnostic.
 WEIGHT_FORMATS: dict[str, PlainFormat] = {"F32": F32, "F16": F16, "BF16": BF16}
+# What the parts of quantized weights are stored in; numbers of 8 bits without a numpy dtype come as their bytes.
+STORED_DTYPES: dict[str, np.dtype] = {
+    **{name: format.dtype for name, format in WEIGHT_FORMATS.items()},
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(np.uint8),
+    "F8_E5M2": np.dtype(np.uint8),
+    "F8_E8M0": np.dtype(np.uint8),
+}
 _OPEN_FILES = 8  # shards kept open at once
 
 
@@ -87,17 +99,41 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """The tensor as a fresh array of its shape, in float32, float16 or bfloat16 (ml_dtypes)."""
         info = self.info(name)
-        return self._array(info, 0, info.nbytes, info.shape)
+        return self._array(info, 0, info.nbytes, info.shape, weight_format(info).dtype)
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) along axis 0, reading only their bytes; the whole tensor when it is a scalar."""
         info = self.info(name)
+        return self._rows(info, first, last, weight_format(info).dtype)
+
+    def read_stored(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Like `read_rows`, of any dtype in `STORED_DTYPES`: what the file holds, whatever it stands for."""
+        info = self.info(name)
+        return self._rows(info, first, (info.shape or (1,))[0] if last is None else last, stored_dtype(info))
+
+    def read_columns(self, name: str, first: int, last: int) -> np.ndarray:
+        """Columns [first, last) of a matrix, in the dtypes of `read_stored`; of every row only these bytes are read."""
+        info = self.info(name)
+        if len(info.shape) != 2 or not 0 <= first <= last <= info.shape[1]:
+            raise ValueError(f"columns {first} to {last} of {name}, which is {info.shape}")
+        dtype = stored_dtype(info)
+        rows, columns = info.shape
+        if last - first == columns:
+            return self._array(info, 0, info.nbytes, info.shape, dtype)
+        array = np.empty((rows, last - first), dtype)
+        width = (last - first) * dtype.itemsize
+        target = array.view(np.uint8).reshape(-1).data
+        for row in range(rows):
+            self._fill(info, (row * columns + first) * dtype.itemsize, target[row * width : (row + 1) * width])
+        return array
+
+    def _rows(self, info: TensorInfo, first: int, last: int, dtype: np.dtype) -> np.ndarray:
         if not info.shape:
-            return self.read(name)
+            return self._array(info, 0, info.nbytes, (), dtype)
         if not 0 <= first <= last <= info.shape[0]:
-            raise ValueError(f"rows {first} to {last} of {name}, which has {info.shape[0]}")
+            raise ValueError(f"rows {first} to {last} of {info.name}, which has {info.shape[0]}")
         row = info.nbytes // info.shape[0] if info.shape[0] else 0
-        return self._array(info, first * row, (last - first) * row, (last - first, *info.shape[1:]))
+        return self._array(info, first * row, (last - first) * row, (last - first, *info.shape[1:]), dtype)
 
     def byte_view(self, name: str) -> memoryview:
         """The raw bytes of a tensor, mapped read-only; unmapped when the view and all made of it are gone.
@@ -115,13 +151,17 @@ class Checkpoint:
         mapped = mmap.mmap(descriptor, end - start, access=mmap.ACCESS_READ, offset=start)
         return memoryview(mapped)[info.offset - start :]
 
-    def _array(self, info: TensorInfo, start: int, nbytes: int, shape: tuple[int, ...]) -> np.ndarray:
-        dtype = weight_format(info).dtype
+    def _array(self, info: TensorInfo, start: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         array = np.empty(math.prod(shape), dtype)
-        target = array.view(np.uint8).data
+        assert array.nbytes == nbytes, f"{info.name}: {nbytes} bytes for {array.nbytes}"
+        self._fill(info, start, array.view(np.uint8).data)
+        return array.reshape(shape)
+
+    def _fill(self, info: TensorInfo, start: int, target: memoryview) -> None:
+        """Reads the bytes of a tensor from its byte `start` until `target` is full."""
         descriptor = self._descriptor(info.file)
         done = 0
-        while done < nbytes:
+        while done < len(target):
             try:
                 count = os.preadv(descriptor, [target[done:]], info.offset + start + done)
             except OSError as error:
@@ -130,7 +170,6 @@ class Checkpoint:
             if count == 0:
                 raise _cut_short(info)
             done += count
-        return array.reshape(shape)
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:
@@ -151,7 +190,7 @@ class Checkpoint:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -170,6 +209,15 @@ def weight_format(info: TensorInfo) -> PlainFormat:
             f"tensor {info.name!r} has dtype {info.dtype}", where=str(info.file), expected=", ".join(WEIGHT_FORMATS)
         )
     return WEIGHT_FORMATS[info.dtype]
+
+
+def stored_dtype(info: TensorInfo) -> np.dtype:
+    """The numpy dtype that `read_stored` gives. Raises DiagnosticError naming a dtype that cannot be read."""
+    if info.dtype not in STORED_DTYPES:
+        raise DiagnosticError(
+            f"tensor {info.name!r} has dtype {info.dtype}", where=str(info.file), expected=", ".join(STORED_DTYPES)
+        )
+    return STORED_DTYPES[info.dtype]
 
 
 def _cut_short(info: TensorInfo) -> DiagnosticError:

@@ -4,9 +4,10 @@
     print(ir.print_module(imported.module))
     imported.checkpoint.read("model.norm.weight")
 
-Reads config.json, the headers of the weight files and nothing else; weights are read when the artifact is written.
-Refuses, each with one diagnostic: quantized checkpoints by the name of their scheme, unknown families and fields that
-change the model, tensors that do not fit; see `frontends.checkpoint`, `frontends.config_reader`,
+Reads config.json, the headers of the weight files and, of quantized ones, the zero points and orders of columns that
+decide their formats; weights are read when the artifact is written.
+Refuses, each with one diagnostic: schemes of quantization that are not known, unknown families and fields that change
+the model, tensors that do not fit; see `frontends.checkpoint`, `frontends.config_reader`,
 `frontends.tensor_match`. What is harmless but worth saying is in `ImportedModel.warnings`.
 """
 
@@ -25,11 +26,10 @@ from frontends.config import ModelConfig, check_architecture, model_type, open_c
 from frontends.config_reader import ConfigReader
 from frontends.family import Family, find_family
 from frontends.json_file import MEBIBYTE, file_size
-from frontends.quantized import refuse_quantized
+from frontends.quantized import QuantizedCheckpoint, find_settings, open_quantized, refuse_unlabelled
 from frontends.step import StepBuilder, WeightSpec
 from frontends.tensor_match import check_tensors
 from ir.ops.builtin import ModuleOp
-from ir.ops.tensor import ConstantStackOp
 
 # Files beside the weights that an artifact carries along when they are there.
 COMPANIONS = (
@@ -46,8 +46,9 @@ _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class ImportedModel:
     """A model read from `directory`.
 
-    `module` holds the function @step; a constant's symbol is the name of a tensor in `checkpoint`, and `weights` tells
-    its shape and role. `files` are the companions that exist, by name. `license` is what the model card claims, or "".
+    `module` holds the function @step; a constant's symbol is the name of a tensor in `checkpoint`, or of a part of a
+    quantized one (NAME.codes, ...); `weights` tells the shape and role of NAME. `files` are the companions that exist,
+    by name. `license` is what the model card claims, or "".
     """
 
     name: str
@@ -70,21 +71,27 @@ def import_model(directory: Path | str) -> ImportedModel:
     """Builds the step function of the model in `directory` and checks that every tensor fits."""
     directory = Path(directory)
     fields = open_config(directory)
-    where = Path(fields.where)
-    refuse_quantized(fields.fields, {}, where)
+    quantization = find_settings(fields, directory)
     family, config = read_model_config(fields)
     warnings = [*fields.warnings, *fields.unknown()]
     checkpoint = open_checkpoint(directory)
     try:
-        refuse_quantized({}, checkpoint.tensors, directory)
+        if quantization is None:
+            refuse_unlabelled(checkpoint.tensors, directory)
+        else:
+            checkpoint = open_quantized(quantization, checkpoint)
+            warnings += checkpoint.warnings
+        quantized = checkpoint.quantized if isinstance(checkpoint, QuantizedCheckpoint) else {}
         ignored = family.ignored
         if config.tied and _TABLE in checkpoint.tensors and _HEAD in checkpoint.tensors:
             config, note = _resolve_tie(config, checkpoint, fields.where)
             warnings += note
             ignored += (re.escape(_HEAD),)
-        step = StepBuilder(config, checkpoint.tensors)
+        step = StepBuilder(config, checkpoint.tensors, quantized)
         module = family.build(step)
-        check_tensors(step.weights, checkpoint.tensors, directory, ignored=ignored, stacks=_stacks(module))
+        spare = checkpoint.zero_biases(step.weights) if isinstance(checkpoint, QuantizedCheckpoint) else frozenset()
+        tensors = {name: info for name, info in checkpoint.tensors.items() if name not in spare}
+        check_tensors(step.weights, tensors, directory, ignored=ignored, stacks=step.stacks, quantized=quantized)
         files = {name: path for name in COMPANIONS if (path := companion(directory, name)) is not None}
         return ImportedModel(
             name=directory.resolve().name,
@@ -142,16 +149,6 @@ def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
         if one.tobytes() != other.tobytes():
             return False
     return True
-
-
-def _stacks(module: ModuleOp) -> dict[str, str]:
-    """tensor -> first tensor of its stack."""
-    firsts: dict[str, str] = {}
-    for op in module.walk():
-        if isinstance(op, ConstantStackOp):
-            names = op.symbols()
-            firsts.update(dict.fromkeys(names, names[0]))
-    return firsts
 
 
 def _license(directory: Path) -> str:

@@ -5,7 +5,8 @@
 
 The origin of an op and the name of a weight are the same path: inside `scope("layers.0")`, `scope("self_attn")`,
 `scope("q_proj")`, `weight(n, k)` is the tensor `model.layers.0.self_attn.q_proj.weight`. Constants have the element
-that the checkpoint stores and are cast to f32, so that the graph means the float32 model. Tensors that are missing or
+that the checkpoint stores and are cast to f32; those of quantized checkpoints are assembled from their parts and
+dequantized to f32: the graph means the float32 model. Tensors that are missing or
 unlike what the model needs do not stop the building: `frontends.tensor_match` reports all of them at once.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from frontends.checkpoint import WEIGHT_FORMATS
 from frontends.config import ModelConfig
+from frontends.quantized import QuantizedWeight
 from frontends.safetensors_header import MAX_TENSORS, TensorInfo
 from ir.attributes import SymbolRef
 from ir.builder import Builder
@@ -24,6 +26,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32, PlainFormat
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.ops.quant import AssembleOp, DequantizeOp
 from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
 from ir.types import SymbolicDim, TensorType
 
@@ -44,11 +47,20 @@ class WeightSpec:
 class StepBuilder:
     """Calling it inserts an op and gives its result, as `ir.Builder` does."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo] | None = None) -> None:
-        """`tensors` are those of the checkpoint; without them every constant is f32."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo] | None = None,
+        quantized: Mapping[str, QuantizedWeight] | None = None,
+    ) -> None:
+        """`tensors` are those of the checkpoint; without them every constant is f32. `quantized` are those among them
+        that are packed.
+        """
         self.config = config
         self.weights: dict[str, WeightSpec] = {}
+        self.stacks: dict[str, str] = {}  # tensor -> first tensor of the stack it is part of
         self._tensors = tensors or {}
+        self._quantized = quantized or {}
         # A config may claim any number of layers and experts; what is built stays near what is there.
         self._limit = 2 * len(tensors) + 10_000 if tensors is not None else MAX_TENSORS
         rows = TensorType((TOKENS,), I32)
@@ -71,8 +83,10 @@ class StepBuilder:
         return self._builder.scope(part)
 
     def constant(self, name: str, *shape: int, role: str) -> Value:
-        """The tensor `name` as the checkpoint stores it."""
+        """The tensor `name` as the checkpoint stores it; a quantized one in f32."""
         self._need(name, shape, role)
+        if self._is_low_bit(name, shape):
+            return self._dequantized(name, shape)
         made = ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, self._element(name))])
         return self(made, "w")
 
@@ -86,7 +100,10 @@ class StepBuilder:
         names = [symbol.replace("*", str(i)) for i in range(count)]
         for name in names:
             self._need(name, shape, role)
+        self.stacks.update(dict.fromkeys(names, names[0]))
         with self.scope(part):
+            if self._is_low_bit(names[0], shape):
+                return self._dequantized(names[0], shape, symbol, count)
             type = TensorType((count, *shape), self._element(names[0]))
             made = ConstantStackOp(symbol=SymbolRef(symbol), count=count, result_types=[type])
             return self.as_f32(self(made, "w"))
@@ -95,6 +112,26 @@ class StepBuilder:
         """`value`, cast unless it is f32 already."""
         element = value.type.element if isinstance(value.type, TensorType) else None
         return value if element == F32 else self(CastOp(value, to=F32), "w")
+
+    def _is_low_bit(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the tensor is there in a low-bit format, and of the shape that is needed."""
+        weight = self._quantized.get(name)
+        return weight is not None and weight.low_bit and weight.shape == shape
+
+    def _dequantized(self, name: str, shape: tuple[int, ...], symbol: str = "", count: int = 0) -> Value:
+        """The floats that a quantized weight stands for; with `count`, of the stack of weights like it."""
+        weight = self._quantized[name]
+        parts = []
+        for part, type in weight.parts().items():
+            reference = SymbolRef(f"{symbol or name}.{part}")
+            if count:
+                stacked = TensorType((count, *type.shape), type.element)
+                op: Op = ConstantStackOp(symbol=reference, count=count, result_types=[stacked])
+            else:
+                op = ConstantOp(symbol=reference, result_types=[type])
+            parts.append(self(op, part))
+        packed = self(AssembleOp(*parts, format=weight.format), "w")
+        return self(DequantizeOp(packed, to=F32), "w")
 
     def has_tensor(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor of that name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from frontends.checkpoint import WEIGHT_FORMATS
@@ -30,18 +30,22 @@ def check_tensors(
     *,
     ignored: tuple[str, ...] = (),
     stacks: Mapping[str, str] | None = None,
+    quantized: Collection[str] = (),
 ) -> None:
     """Raises one DiagnosticError that lists missing, unmapped and misshapen tensors, and dtypes that are not taken.
 
     `ignored` are regular expressions of names that may be left over. `stacks` maps a tensor to the one whose dtype it
-    must share, because both become one constant.
+    must share, because both become one constant. `quantized` are those whose dtype is a low-bit format.
     """
     skip = re.compile("|".join(f"(?:{p})" for p in ignored) or r"(?!)")
     missing = [n for n in needed if n not in tensors]
     unmapped = [n for n in tensors if n not in needed and not skip.fullmatch(n)]
     notes = _missing_notes(missing, unmapped) + _lines("unmapped", dict.fromkeys(unmapped, ""))
     counts = [_count(len(missing), "missing"), _count(len(unmapped), "of no known use")]
-    for kind, faults in (("wrong shape", _shapes(needed, tensors)), ("wrong dtype", _dtypes(needed, tensors, stacks))):
+    for kind, faults in (
+        ("wrong shape", _shapes(needed, tensors)),
+        ("wrong dtype", _dtypes(needed, tensors, stacks, quantized)),
+    ):
         notes += _lines(kind, faults)
         counts.append(_count(len(faults), f"of a {kind}"))
     if not notes:
@@ -69,7 +73,10 @@ def _shapes(needed: Mapping[str, WeightSpec], tensors: Mapping[str, TensorInfo])
 
 
 def _dtypes(
-    needed: Mapping[str, WeightSpec], tensors: Mapping[str, TensorInfo], stacks: Mapping[str, str] | None
+    needed: Mapping[str, WeightSpec],
+    tensors: Mapping[str, TensorInfo],
+    stacks: Mapping[str, str] | None,
+    quantized: Collection[str],
 ) -> dict[str, str]:
     faults = {}
     for name in needed:
@@ -77,7 +84,7 @@ def _dtypes(
             continue
         dtype = tensors[name].dtype
         first = (stacks or {}).get(name, name)
-        if dtype not in WEIGHT_FORMATS:
+        if dtype not in WEIGHT_FORMATS and name not in quantized:
             faults[name] = f": {dtype}, expected {' or '.join(WEIGHT_FORMATS)}"
         elif first in tensors and tensors[first].dtype != dtype:
             faults[name] = f": {dtype}, expected {tensors[first].dtype} like {first}"

@@ -55,6 +55,7 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
             "experts_per_token": moe.top_k if moe else 0,
             "vocab_size": config.vocab_size,
             "max_context": config.max_context,
+            "quantization": getattr(checkpoint, "quantization", ""),
             "license": imported.license,
             "files": sorted(imported.files),
             "dtypes": by_dtype,
@@ -125,6 +126,8 @@ def checkpoint_text(facts: dict[str, Any], *, tensors: bool = False) -> str:
     ]
     if facts["experts"]:
         lines.append(f"  experts     {facts['experts']}, {facts['experts_per_token']} a token")
+    if facts["quantization"]:
+        lines.append(f"  quantized   {facts['quantization']}")
     lines += [
         f"  vocabulary  {facts['vocab_size']}, context {facts['max_context']}",
         f"  licence     {facts['license'] or '(not stated)'}",

@@ -1,29 +1,39 @@
-"""Recognises checkpoints whose weights are quantized already, and refuses them by the name of their scheme.
+"""Which scheme a checkpoint is quantized with, and the refusal of those that cannot be imported.
 
-Takes the parsed config.json and the tensors. The config's `quantization_config` is asked first; without it the tensor
-names tell: every scheme has suffixes of its own. A label without such tensors, and such tensors without a label, are
-both refused: changing a label does not convert tensors.
+`find_settings` takes the fields of config.json (and the files that older tools wrote instead) and gives the settings
+of a scheme that is imported. Refused by name: every other scheme. `refuse_unlabelled` takes the tensors of a
+checkpoint without such settings, whose names tell all the same: what the numbers mean is then not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from frontends.checkpoint_files import companion
+from frontends.config_reader import ConfigReader
+from frontends.json_file import read_json_object
 from frontends.safetensors_header import TensorInfo
 from ir.diagnostics import DiagnosticError
 
+GPTQ, AWQ, FP8, COMPRESSED, MXFP4 = "GPTQ", "AWQ", "FP8", "compressed-tensors", "MXFP4"
+IMPORTED = (GPTQ, AWQ, COMPRESSED, FP8, MXFP4)
+
 # quant_method in config.json -> name of the scheme
 SCHEMES = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "fp8": "FP8",
-    "fbgemm_fp8": "FP8 (FBGEMM)",
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "fp8": FP8,
+    "fbgemm_fp8": FP8,
+    "compressed-tensors": COMPRESSED,
+    "compressed_tensors": COMPRESSED,
+    "mxfp4": MXFP4,
     "modelopt": "ModelOpt",
     "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "mxfp4": "MXFP4",
+    "auto-round": "AutoRound",
+    "intel/auto-round": "AutoRound",
+    "quark": "Quark",
     "aqlm": "AQLM",
     "hqq": "HQQ",
     "quanto": "Quanto",
@@ -33,38 +43,89 @@ SCHEMES = {
     "spqr": "SpQR",
     "vptq": "VPTQ",
     "bitnet": "BitNet",
+    "fp_quant": "FP-Quant",
+    "sinq": "SINQ",
+    "metal": "Metal (MLX)",
 }
+# Files beside config.json that hold the settings when config.json does not, and the scheme they stand for.
+LEGACY_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
-def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], where: Path) -> None:
-    """Raises DiagnosticError when the checkpoint is quantized."""
-    found = _scheme_of_config(config) or _scheme_of_tensors(tensors)
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """`scheme` is one of `IMPORTED`; `fields` are its settings, not yet validated."""
+
+    scheme: str
+    fields: ConfigReader
+    evidence: str  # where they were found, for messages
+
+
+def find_settings(fields: ConfigReader, directory: Path | None = None) -> QuantizationSettings | None:
+    """The settings of a quantized checkpoint, None for one of floats. Raises DiagnosticError for other schemes."""
+    for name in ("quantization_config", "compression_config", "quantization"):
+        settings = fields.value(name)
+        if not settings:
+            continue
+        evidence = f"{name} in config.json"
+        if not isinstance(settings, Mapping):
+            raise _refusal(f"an unknown scheme, {str(settings)[:60]!r}", evidence, fields.where)
+        method = "metal" if name == "quantization" and "group_size" in settings else ""
+        return _settings(ConfigReader(settings, fields.where, f"{name}."), method, evidence)
+    for file, method in LEGACY_FILES.items():
+        path = companion(directory, file) if directory is not None else None
+        if path is not None:
+            return _settings(ConfigReader(read_json_object(path), str(path)), method, file)
+    return None
+
+
+def refuse_unlabelled(tensors: Mapping[str, TensorInfo], where: Path) -> None:
+    """Raises DiagnosticError when tensors are quantized although no settings say how."""
+    found = _scheme_of_tensors(tensors)
     if found is None:
         return
     scheme, evidence = found
+    if scheme not in (*IMPORTED, "GPTQ or AWQ"):
+        raise _refusal(scheme, evidence, str(where))
     raise DiagnosticError(
-        f"the checkpoint is quantized with {scheme} ({evidence})",
+        f"the checkpoint is quantized with {scheme} ({evidence}), but config.json does not say how",
         where=str(where),
-        expected="weights in F32, F16 or BF16",
-        hint="use the checkpoint that this one was quantized from",
+        expected="the 'quantization_config' that the quantizer wrote into config.json",
+        hint="take config.json from the place the weights came from",
     )
 
 
-def _scheme_of_config(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    for field in ("quantization_config", "compression_config", "quantization"):
-        settings = config.get(field)
-        if not settings:
-            continue
-        if not isinstance(settings, Mapping):
-            return f"an unknown scheme, {str(settings)[:60]!r}", f"{field} in config.json"
-        method = settings.get("quant_method") or settings.get("quant_algo")
-        if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-            method = "bitsandbytes"
-        name = SCHEMES.get(str(method).lower(), f"an unknown scheme, {str(method)[:60]!r}")
-        bits = settings.get("bits")
-        width = f"{bits}-bit, " if type(bits) is int else ""
-        return name, f"{width}{field} in config.json"
-    return None
+def _settings(settings: ConfigReader, method: str, evidence: str) -> QuantizationSettings:
+    method = str(settings.fields.get("quant_method") or method).lower()
+    if not method and (settings.fields.get("load_in_4bit") or settings.fields.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if not method and "config_groups" in settings.fields:
+        method = "compressed-tensors"
+    if method == "modelopt":
+        return _modelopt(settings, evidence)
+    if method == "fp8" and settings.fields.get("expert_dtype", "fp8") != "fp8":
+        raise _refusal("FP8 with experts in FP4", evidence, settings.where)
+    scheme = SCHEMES.get(method, f"an unknown scheme, {(method or 'None')[:60]!r}")
+    if scheme not in IMPORTED:
+        raise _refusal(scheme, evidence, settings.where)
+    return QuantizationSettings(scheme, settings, evidence)
+
+
+def _modelopt(settings: ConfigReader, evidence: str) -> QuantizationSettings:
+    """ModelOpt stores FP8 like everybody; its FP4 has scales of two levels, for which there is no format."""
+    inner = settings.fields.get("quantization")
+    algorithm = (inner if isinstance(inner, Mapping) else settings.fields).get("quant_algo")
+    if algorithm != "FP8":
+        raise _refusal(f"ModelOpt {str(algorithm or '')[:40]}".rstrip(), evidence, settings.where)
+    return QuantizationSettings(FP8, ConfigReader({}, settings.where), evidence)
+
+
+def _refusal(scheme: str, evidence: str, where: str) -> DiagnosticError:
+    return DiagnosticError(
+        f"the checkpoint is quantized with {scheme} ({evidence})",
+        where=where,
+        expected=f"weights in F32, F16 or BF16, or quantized with {', '.join(IMPORTED[:-1])} or {IMPORTED[-1]}",
+        hint="use the checkpoint that this one was quantized from",
+    )
 
 
 def _scheme_of_tensors(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
@@ -83,13 +144,13 @@ def _scheme_of_tensors(tensors: Mapping[str, TensorInfo]) -> tuple[str, str] | N
 
 
 _HINTS = {
-    "g_idx": "GPTQ",
+    "g_idx": GPTQ,
     "qweight": "",
     "quant_state": "bitsandbytes",
-    "packed": "compressed-tensors",
-    "blocks": "MXFP4",
-    "fp8": "FP8",
-    "scale": "compressed-tensors",
+    "packed": COMPRESSED,
+    "blocks": MXFP4,
+    "fp8": FP8,
+    "scale": COMPRESSED,
 }
 
 
@@ -113,4 +174,4 @@ def _gptq_or_awq(qweight: str, tensors: Mapping[str, TensorInfo]) -> str:
     zeros = tensors.get(qweight.removesuffix("qweight") + "qzeros")
     if zeros is None:
         return "GPTQ or AWQ"
-    return "AWQ" if zeros.shape[-1:] == tensors[qweight].shape[-1:] else "GPTQ"
+    return AWQ if zeros.shape[-1:] == tensors[qweight].shape[-1:] else GPTQ

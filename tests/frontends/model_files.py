@@ -14,6 +14,15 @@ import numpy as np
 from frontends.huggingface import expected_weights
 
 NUMPY_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PACKED_DTYPES = {
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -55,8 +64,8 @@ def entry(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray | tuple[str, tuple[int, ...]]]) -> bytes:
     """A well-formed file. A tensor is an array, or (dtype, shape) for zeros of any dtype of one or more bytes."""
-    names = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-    widths = {"I32": 4, "I64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1, "F64": 8}
+    known = {**NUMPY_DTYPES, **PACKED_DTYPES, "F64": np.dtype("<f8")}
+    names = {dtype: name for name, dtype in known.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, tensor in tensors.items():
@@ -64,8 +73,7 @@ def safetensors_bytes(tensors: Mapping[str, np.ndarray | tuple[str, tuple[int, .
             dtype, shape, part = names[tensor.dtype], tensor.shape, tensor.tobytes()
         else:
             dtype, shape = tensor
-            width = NUMPY_DTYPES[dtype].itemsize if dtype in NUMPY_DTYPES else widths[dtype]
-            part = bytes(int(np.prod(shape)) * width)
+            part = bytes(int(np.prod(shape)) * known[dtype].itemsize)
         header[name] = entry(dtype, list(shape), len(data), len(data) + len(part))
         data += part
     return raw_safetensors(json.dumps(header), data)

@@ -1,20 +1,31 @@
-"""Quantized checkpoints are refused by the name of their scheme, from the config or from the tensors."""
+"""Which quantized checkpoints are imported, by their settings; the others are refused by the name of their scheme."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from frontends.config_reader import ConfigReader
 from frontends.huggingface import import_model
-from frontends.quantized import refuse_quantized
+from frontends.quantized import find_settings, refuse_unlabelled
+from frontends.quantized.awq import read_settings as read_awq
+from frontends.quantized.compressed import read_settings as read_compressed
+from frontends.quantized.gptq import GPTQSettings
+from frontends.quantized.gptq import read_settings as read_gptq
 from frontends.safetensors_header import TensorInfo
 from ir.diagnostics import DiagnosticError
 from tests.frontends.model_files import config_of, write_model
+from tests.frontends.quantized_files import compressed_settings
 
 WHERE = Path("model")
+
+
+def _reader(settings: Any, name: str = "quantization_config") -> ConfigReader:
+    return ConfigReader({name: settings}, "model/config.json")
 
 
 def _tensors(**dtypes: tuple[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
@@ -25,24 +36,43 @@ def _tensors(**dtypes: tuple[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
 @pytest.mark.parametrize(
     ("settings", "scheme"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "GPTQ (4-bit, quantization_config in config.json)"),
-        ({"quant_method": "awq", "bits": 4}, "AWQ (4-bit"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8 (quantization_config"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"load_in_8bit": True}, "bitsandbytes"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt NVFP4"),
+        ({"quant_method": "auto-round", "bits": 4}, "AutoRound"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "FP8 with experts in FP4"),
         ({"quant_method": "brand-new"}, "an unknown scheme, 'brand-new'"),
         ({"something": 1}, "an unknown scheme, 'None'"),
         ("strange", "an unknown scheme, 'strange'"),
     ],
 )
-def test_scheme_of_the_config(settings: Any, scheme: str) -> None:
+def test_other_schemes_are_refused_by_name(settings: Any, scheme: str) -> None:
     with pytest.raises(DiagnosticError) as caught:
-        refuse_quantized({"quantization_config": settings}, {}, WHERE)
+        find_settings(_reader(settings))
     text = str(caught.value)
-    assert f"model: error: the checkpoint is quantized with {scheme}" in text
-    assert "expected: weights in F32, F16 or BF16" in text
+    assert f"config.json: error: the checkpoint is quantized with {scheme} (quantization_config in config.json)" in text
+    assert "or quantized with GPTQ, AWQ, compressed-tensors, FP8 or MXFP4" in text
+
+
+def test_schemes_are_found_under_every_spelling(tmp_path: Path) -> None:
+    def scheme(settings: Any, name: str = "quantization_config") -> str | None:
+        found = find_settings(_reader(settings, name))
+        return found and found.scheme
+
+    assert scheme({"quant_method": "gptq"}) == "GPTQ"
+    assert scheme({"quant_method": "AWQ"}) == "AWQ"
+    assert scheme({"config_groups": {}}, "compression_config") == "compressed-tensors"
+    assert scheme({"quant_method": "fbgemm_fp8"}) == "FP8"
+    assert scheme({"quant_method": "modelopt", "quant_algo": "FP8"}) == "FP8"
+    assert scheme({"quant_method": "mxfp4"}) == "MXFP4"
+    assert scheme(None) is None and scheme({}) is None
+    with pytest.raises(DiagnosticError, match=r"quantized with Metal \(MLX\) \(quantization in config.json\)"):
+        scheme({"group_size": 64, "bits": 4}, "quantization")
+    # files that older tools wrote beside config.json
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 3, "group_size": 64, "sym": False}))
+    found = find_settings(ConfigReader({}, "config.json"), tmp_path)
+    assert found is not None and found.scheme == "GPTQ" and found.evidence == "quantize_config.json"
+    assert read_gptq(found.fields) == GPTQSettings(bits=3, group=64, symmetric=False, stored=1)
 
 
 @pytest.mark.parametrize(
@@ -54,28 +84,106 @@ def test_scheme_of_the_config(settings: Any, scheme: str) -> None:
         (_tensors(qweight=("I32", (32, 8))), "GPTQ or AWQ"),
         (_tensors(weight=("F8_E4M3", (4, 4)), weight_scale_inv=("F32", (1, 1))), "FP8"),
         (_tensors(weight=("F8_E5M2", (4, 4))), "FP8"),
-        ({"q.weight.quant_state.bitsandbytes__nf4": TensorInfo("q", "U8", (9,), 9, WHERE, 0)}, "bitsandbytes"),
-        (_tensors(SCB=("F32", (4,)), weight=("I8", (4, 4))), "bitsandbytes"),
         (_tensors(weight_packed=("I32", (4, 4)), weight_scale=("F16", (4, 1))), "compressed-tensors"),
         (_tensors(weight=("I8", (4, 4)), weight_scale=("F32", (4, 1))), "compressed-tensors"),
         (_tensors(gate_up_proj_blocks=("U8", (4, 4)), gate_up_proj_scales=("U8", (4,))), "MXFP4"),
     ],
 )
-def test_scheme_of_the_tensors(tensors: dict[str, TensorInfo], scheme: str) -> None:
-    with pytest.raises(DiagnosticError, match=f"is quantized with {scheme} \\(tensor "):
-        refuse_quantized({}, tensors, WHERE)
+def test_tensors_without_settings(tensors: dict[str, TensorInfo], scheme: str) -> None:
+    """What the numbers mean (versions, groups) is said by the settings alone."""
+    with pytest.raises(DiagnosticError, match=f"quantized with {scheme} \\(tensor .*config.json does not say how"):
+        refuse_unlabelled(tensors, WHERE)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"q.weight.quant_state.bitsandbytes__nf4": TensorInfo("q", "U8", (9,), 9, WHERE, 0)},
+        _tensors(SCB=("F32", (4,)), weight=("I8", (4, 4))),
+    ],
+)
+def test_tensors_of_other_schemes(tensors: dict[str, TensorInfo]) -> None:
+    with pytest.raises(DiagnosticError, match=r"is quantized with bitsandbytes \(tensor "):
+        refuse_unlabelled(tensors, WHERE)
 
 
 def test_plain_checkpoints_pass() -> None:
-    refuse_quantized({"quantization_config": None}, _tensors(weight=("BF16", (4, 4)), bias=("F32", (4,))), WHERE)
+    refuse_unlabelled(_tensors(weight=("BF16", (4, 4)), bias=("F32", (4,))), WHERE)
 
 
-def test_import_stops_at_either_sign(tmp_path: Path) -> None:
-    config = config_of("llama")
-    labelled = write_model(tmp_path / "a", {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    with pytest.raises(DiagnosticError, match="quantized with GPTQ"):
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
+def test_a_label_does_not_convert_tensors(method: str, tmp_path: Path) -> None:
+    settings = {"quant_method": method, "bits": 4, "group_size": 8}
+    labelled = write_model(tmp_path, {**config_of("llama"), "quantization_config": settings})
+    with pytest.raises(
+        DiagnosticError, match=r"quantization_config in config.json says \w+, but no tensor is stored so"
+    ):
         import_model(labelled)
+
+
+def test_tensors_without_a_label_are_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.qweight"
-    unlabelled = write_model(tmp_path / "b", config, {name: ("I32", (2, 24)), "model.norm.weight": np.zeros(16, "<f4")})
+    tensors = {name: ("I32", (2, 24)), "model.norm.weight": np.zeros(16, "<f4")}
     with pytest.raises(DiagnosticError, match=f"quantized with GPTQ or AWQ \\(tensor {name}\\)"):
-        import_model(unlabelled)
+        import_model(write_model(tmp_path, config_of("llama"), tensors))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, "field 'quantization_config.bits' is 5\nexpected: one of 2, 3, 4, 8"),
+        ({"bits": "4"}, "field 'quantization_config.bits' is '4'"),
+        ({}, "field 'quantization_config.bits' is missing"),
+        ({"bits": 4, "group_size": 0}, "field 'quantization_config.group_size' is 0"),
+        ({"bits": 4, "group_size": 1 << 40}, "field 'quantization_config.group_size' is 1099511627776"),
+        ({"bits": 4, "checkpoint_format": "marlin"}, "the GPTQ checkpoint is stored as 'marlin'"),
+        ({"bits": 4, "is_marlin_format": True}, "the GPTQ checkpoint is stored as 'marlin'"),
+        ({"bits": 4, "pack_dtype": "int16"}, "field 'quantization_config.pack_dtype' is 'int16'"),
+        ({"bits": 4, "sym": "yes"}, "field 'quantization_config.sym' is 'yes'"),
+    ],
+)
+def test_bad_gptq_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DiagnosticError) as caught:
+        read_gptq(ConfigReader(settings, "config.json", "quantization_config."))
+    assert message.splitlines()[0] in str(caught.value)
+    assert message.splitlines()[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 8}, "field 'quantization_config.bits' is 8"),
+        ({"w_bit": 3}, "field 'quantization_config.w_bit' is 3"),
+        ({"bits": 4, "w_bit": 8}, "fields 'bits' and 'w_bit' disagree"),
+        ({"bits": 4, "group_size": 0}, "field 'quantization_config.group_size' is 0"),
+        ({"bits": 4, "version": "gemv"}, "stored for the kernel 'gemv'"),
+        ({"bits": 4, "backend": "llm-awq"}, "stored for the kernel 'llm-awq'"),
+    ],
+)
+def test_bad_awq_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DiagnosticError, match=message):
+        read_awq(ConfigReader(settings, "config.json", "quantization_config."))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (compressed_settings("nvfp4-pack-quantized"), "stored as 'nvfp4-pack-quantized'"),
+        (compressed_settings("marlin-24"), "stored as 'marlin-24'"),
+        ({**compressed_settings(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "is 'sparse-24-bitmask'"),
+        ({**compressed_settings(), "transform_config": {"config_groups": {"u": {}}}}, "'transform_config' rotates"),
+        ({"format": "pack-quantized"}, "'config_groups' is null"),
+        ({"config_groups": {}}, "'config_groups' is 0"),
+        (compressed_settings(num_bits=9), "'config_groups.group_0.weights.num_bits' is 9"),
+        (compressed_settings(type="complex"), "weights.type' is 'complex'"),
+        (compressed_settings(strategy="token"), "weights.strategy' is 'token'"),
+        (compressed_settings(strategy="group", group_size=None), "weights.strategy' is 'group'"),
+        (compressed_settings(group_size=-5), "weights.group_size' is -5"),
+        (compressed_settings(strategy="block", block_structure=[128]), "block_structure' is \\[128\\]"),
+        (compressed_settings(strategy="block", block_structure="128xx"), "block_structure' is \\[128, 0, 0\\]"),
+        (compressed_settings(symmetric=1), "weights.symmetric' is 1"),
+    ],
+)
+def test_bad_compressed_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DiagnosticError, match=message):
+        read_compressed(ConfigReader(settings, "config.json"))

@@ -31,6 +31,7 @@ from ir.formats import BF16, F32, PlainFormat
 from ir.ops.builtin import FuncOp
 from ir.ops.norm import RmsNormOp
 from passes.quantize.forward import Factors, Forward, ProductOp, constant_value
+from passes.quantize.rounding import quantize_rows
 from passes.quantize.weight_groups import WeightGroup
 
 # Divergence in nats per relative squared error of a product's output, by the part of the model: averages over the
@@ -62,9 +63,13 @@ class Candidate:
         return f"{self.weights} x {self.activations}" + ("" if self.rounding == "mse" else f" ({self.rounding})")
 
     def fits(self, group: WeightGroup) -> bool:
-        """Whether rows of the group are whole groups of the formats."""
-        k = group.shape[-1]
-        return all(not getattr(f, "group", 0) or k % f.group == 0 for f in (self.weights, self.activations))
+        """Whether the formats can hold rows of the group."""
+        try:
+            self.weights.nbytes(group.shape)
+            self.activations.nbytes((1, group.shape[-1]))
+        except DiagnosticError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -223,10 +228,10 @@ def lowered_product(factors: Factors, candidate: Candidate) -> np.ndarray:
 
 
 def round_values(values: np.ndarray, format: Any, rounding: str) -> np.ndarray:
-    """f32: what `values` are after having been stored in the format."""
+    """f32: what `values` [rows, k] are after having been stored in the format."""
     if isinstance(format, PlainFormat):
         return np.asarray(values if format == F32 else format.pack(values), np.float32)
-    return format.unpack(format.pack(values, rounding))
+    return format.unpack(quantize_rows(format, values, rounding))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

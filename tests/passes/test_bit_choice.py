@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ir
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, GroupedIntFormat
 from passes.quantize.bit_choice import BitChoice, BitProblem, Checked, choose
@@ -16,7 +17,7 @@ from passes.quantize.bit_report import report_of
 from passes.quantize.bits_solver import assess
 from passes.quantize.recipe import load_recipe, read_recipe
 from passes.quantize.sensitivity import Candidate, Entry, SensitivityTable
-from passes.quantize.weight_groups import WeightGroup
+from passes.quantize.weight_groups import WeightGroup, joined_products
 
 Q8 = GroupedIntFormat(8, 32, False, F32)
 CANDIDATES = (
@@ -156,3 +157,21 @@ def test_embedding_and_cache_of_the_base_are_kept() -> None:
     assert str(recipe.choice("model.embed_tokens.weight", "embedding").format) == "f16"
     assert recipe.choice("model.embed_tokens.weight", "head").format == GroupedIntFormat(2, 32)
     assert load_recipe("w4a8-g32").weights.format in [c.weights for c in candidates_of("w4a8-g32")]
+
+
+QUANTIZED = """\
+func @step(%x: tensor<4 x 32 x f32>) -> tensor<4 x 8 x f32> {
+  %c = tensor.constant {symbol = @w.codes} : () -> tensor<8 x 32 x u8>
+  %s = tensor.constant {symbol = @w.scales} : () -> tensor<8 x 1 x f16>
+  %q = quant.assemble %c, %s {format = q4_sym<group=32, scale=f16>}
+      : (tensor<8 x 32 x u8>, tensor<8 x 1 x f16>) -> tensor<8 x 32 x q4_sym<group=32, scale=f16>>
+  %w = quant.dequantize %q : (tensor<8 x 32 x q4_sym<group=32, scale=f16>>) -> tensor<8 x 32 x f32>
+  %y = gemm.matmul %x, %w : (tensor<4 x 32 x f32>, tensor<8 x 32 x f32>) -> tensor<4 x 8 x f32>
+  return %y : tensor<4 x 8 x f32>
+}
+"""
+
+
+def test_weights_that_are_low_bit_numbers_already_are_left_to_the_checkpoint() -> None:
+    with pytest.raises(DiagnosticError, match="low-bit numbers already"):
+        joined_products(ir.parse(QUANTIZED), {})

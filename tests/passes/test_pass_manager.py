@@ -206,9 +206,8 @@ def test_explain_groups_what_happened_alike():
         "1 fuse-attention\n  layers.0.self_attn and 2 more: the cascade needs 3, then 2, then 1 pass over ctx" in told
     )
     assert "2 fuse-norm-gemm" in told
-    assert (
-        "layers.0.self_attn.q_proj and 8 more: FoldPrologueIntoGemm left gemm.matmul alone: norm.rms has 3 readers" in told
-    )
+    reason = "FoldPrologueIntoGemm left gemm.matmul alone: norm.rms has 3 readers"
+    assert f"layers.0.self_attn.q_proj and 8 more: {reason}" in told
 
 
 def test_a_pass_that_does_not_run_says_so():

@@ -16,6 +16,7 @@ INT8 = parse_format("q8_sym<group=32, scale=f32>")
 SHIPPED = shipped_recipes()
 EXPECTED = {
     *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "w3", "w2a8", "w1a8"),
+    *("ternary", "nf4", "mxfp4", "fp8", "pq2", "k4", "outliers16", "rotate64"),
     *("as-stored", "none", "kv8", "kv4", "kv2"),
 }
 
@@ -171,7 +172,7 @@ CHOICES = st.builds(
     st.sampled_from([None, "nearest", "mse"]),
     st.sampled_from([None, 0, 64]),
     st.sampled_from([None, 0, 16]),
-)
+).filter(lambda c: not (c.rotate and c.outliers))
 
 
 def test_rotations_of_the_cache_fit_the_heads():

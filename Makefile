@@ -89,6 +89,9 @@ bench: $(VENV)/.installed ## llama-bench's rows for MODEL=DIR (default: the demo
 quality: $(VENV)/.installed-bench ## what each number format costs examples/tiny-moe; writes docs/quality.md
 	$(PY) -m bench.quality $(ARGS)
 
+bench-peers: $(VENV)/.installed ## llama.cpp, OpenVINO and ours side by side; ARGS=--prepare first, then a quiet machine
+	$(PY) -m bench.peers $(ARGS)
+
 docs: $(VENV)/.installed ## regenerate the op pages under docs/ops from the op classes
 	$(PY) -m ir.op_docs
 

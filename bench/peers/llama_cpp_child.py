@@ -2,8 +2,8 @@
 
     python -m bench.peers.llama_cpp_child MODEL.gguf --threads 2 --context 4096 [--kv f16|q8_0] [--experts]
 
-As llama-bench measures: a prompt is one batch (micro-batches of 512), decoding is one token a call with logits, sampling
-and tokenizing are not part of it. `--experts` adds a callback that reads the router's choices (not for timing).
+As llama-bench measures: a prompt is one batch (micro-batches of 512), decoding is one token a call with logits;
+sampling and tokenizing are not part of it. `--experts` also reads what the router chose (not for timing).
 """
 
 from __future__ import annotations

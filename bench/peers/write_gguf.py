@@ -189,18 +189,15 @@ def main() -> None:
     if len(sys.argv) not in (3, 4):
         raise SystemExit(__doc__)
     directory, out = Path(sys.argv[1]), Path(sys.argv[2])
-    full = out.with_suffix(".bf16")
-    if not full.exists():
-        partial = out.with_suffix(".part")
-        write(directory, partial)
-        partial.rename(full)
     if len(sys.argv) == 3:
-        full.rename(out)
+        write(directory, out)
         return
-    partial = out.with_suffix(".part")
-    quantize(full, partial, sys.argv[3], threads=2)
-    partial.rename(out)
-    full.unlink()
+    full = out.with_name(f"{out.name}.bf16")
+    try:
+        write(directory, full)
+        quantize(full, out, sys.argv[3], threads=2)
+    finally:
+        full.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stratum.cli.bench_formats import bench_formats, formats_options, refuse_without_formats
 from stratum.cli.options import DTYPES, NumberList, recipe_option
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 @click.option("--dtype", type=click.Choice(DTYPES), help="For a directory. Default: bf16.")
 @recipe_option("For a directory. ")
 @click.option("--target", metavar="NAME", help="For a directory. Default: host.")
+@formats_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def bench(
     model: Path,
@@ -46,6 +48,11 @@ def bench(
     dtype: str | None,
     recipe: str | None,
     target: str | None,
+    formats: bool,
+    recipes: str | None,
+    text: Path | None,
+    chunks: int | None,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
@@ -54,6 +61,16 @@ def bench(
     from stratum.cli.run import refuse_build_options
     from stratum.progress import make_reporter
 
+    table = {"recipes": recipes, "text": text, "chunks": chunks, "as_json": as_json}
+    if formats:
+        if recipe is not None or output != "md" or jsonl is not None or no_calibration:
+            raise click.UsageError("--formats goes with neither --recipe, --output, --jsonl nor --no-calibration")
+        bench_formats(
+            model, n_prompt=n_prompt, n_gen=n_gen, n_depth=n_depth, threads=threads, repetitions=repetitions,
+            dtype=dtype, target=target, quiet=quiet, **table,
+        )  # fmt: skip
+        return
+    refuse_without_formats(table)
     refuse_build_options(model, dtype=dtype, target=target, recipe=recipe)
     with make_reporter(quiet=quiet) as reporter:
         path = api.ensure_built(

@@ -209,12 +209,13 @@ class _Tile:
             scores = [self.scores.load(loop.i * STEP + b * BLOCK, LANES) for b in range(STEP_BLOCKS)]
             largest = scores[0].max(scores[1]).max(scores[2].max(scores[3]))
             self.largest.store(loop.i, largest.reduce("max"))
+            part.bound_weights(loop.i, scores)
         for row in range(0, count, LANES):  # of 16 rows at once
             before, largest = self.maxima.load(row, LANES), self.largest.load(row, LANES)
             maximum = largest.max(before)
             self.maxima.store(row, maximum)
             self.corrections.store(row, self.exp2(k, before - maximum))
-            part.bound_weights(row, self.exp2(k, largest - maximum))
+            part.scale_weights(row, maximum)
         with k.loop(0, count) as loop:
             self._weigh(part, loop.i)
         part.add_values(block_of, at, blocks, count, self.sums, self.corrections)

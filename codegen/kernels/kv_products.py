@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from codegen.kernels.kv_layout import BLOCK, CodeBlocks, FloatBlocks
+from codegen.kernels.math import exp2_short
 from codegen.tile_builder import Buffer, Expr, KernelBuilder, bf16_pair
 from ir.formats import F16, F32, I8, I32, U8
 from ir.types import VectorType
@@ -53,8 +54,11 @@ class FloatProducts:
         sums = [total * self.factor for total in sums]
         return [sums[i * len(blocks) : (i + 1) * len(blocks)] for i in range(len(rows))]
 
-    def bound_weights(self, row: int, bound: Expr) -> None:
-        """No weight of rows `row` .. + 16 in this step is larger than the lane of `bound`. Floats need not know."""
+    def bound_weights(self, row: Expr, scores: list[Expr]) -> None:
+        """The scores of a row in this step, masked. Floats need not know."""
+
+    def scale_weights(self, row: int, maxima: Expr) -> None:
+        """Weights of rows `row` .. + 16 will be 2**(score - maximum). Floats need not know."""
 
     def store_weights(self, row: Expr, weights: list[Expr]) -> None:
         """The weights of a row for every block of the step."""
@@ -133,9 +137,11 @@ class CodeProducts:
         self.starts = k.scratch(rows * self.sets, I32)  # the part of a sum that the offset of the codes takes off
         self.weights = k.scratch(rows * STEP, U8)
         padded = -(-rows // LANES) * LANES
+        self.weight_bounds = k.scratch(padded, F32)  # largest score + value_logs of this step
         self.weight_factors = k.scratch(padded, F32)  # from a weight times the scale of its value to an integer
         self.weight_scales = k.scratch(padded, F32)  # and back
         self.value_scales = k.scratch(STEP, F32)
+        self.value_logs = k.scratch(STEP, F32)  # their logarithms to base 2, up to 0.09 more
         if not blocks.signed:
             self.value_lows = k.scratch(STEP, F32)
             self.low_sums = k.scratch(rows * LANES, F32)  # weights times lowest values so far
@@ -172,14 +178,14 @@ class CodeProducts:
 
     def begin_step(self, block_of: BlockOf, at: Expr, rows: int) -> None:
         k, blocks = self.k, self.blocks
-        scales = []
         for b in range(STEP_BLOCKS):
             halves = block_of(at + b * BLOCK).view(F16)
-            scales.append(halves.load(blocks.value_scales // 2, BLOCK).cast(F32))
-            self.value_scales.store(b * BLOCK, scales[-1])
+            scales = halves.load(blocks.value_scales // 2, BLOCK).cast(F32)
+            self.value_scales.store(b * BLOCK, scales)
+            bits = scales.bitcast(VectorType(BLOCK, I32)).cast(F32)  # exponent and mantissa as one number: a line
+            self.value_logs.store(b * BLOCK, k.fma(bits, 2.0**-23, 0.0861 - 127.0))  # above the logarithm
             if not blocks.signed:
                 self.value_lows.store(b * BLOCK, halves.load(blocks.value_scales // 2 + BLOCK, BLOCK).cast(F32))
-        self.largest_scale = _largest(scales).reduce("max")
         if not blocks.key_group:
             return
         for number in range(self.sets):
@@ -244,8 +250,12 @@ class CodeProducts:
         if not self.blocks.signed:
             self.low_sums.store(row * LANES, self.low_sums.load(row * LANES, LANES) * correction)
 
-    def bound_weights(self, row: int, bound: Expr) -> None:
-        most = (bound * self.largest_scale).max(1e-30)
+    def bound_weights(self, row: Expr, scores: list[Expr]) -> None:
+        bounds = [score + self.value_logs.load(b * BLOCK, LANES) for b, score in enumerate(scores)]
+        self.weight_bounds.store(row, _largest(bounds).reduce("max"))
+
+    def scale_weights(self, row: int, maxima: Expr) -> None:
+        most = exp2_short(self.k, self.weight_bounds.load(row, LANES) - maxima).max(1e-30)
         self.weight_factors.store(row, 255.0 / most)
         self.weight_scales.store(row, most * (1 / 255))
 

@@ -36,7 +36,7 @@ def exp2(k: KernelBuilder, x: Expr) -> Expr:
 
 
 def exp2_short(k: KernelBuilder, x: Expr) -> Expr:
-    """2**x for x <= 0, to a relative error of 2**-18; 0 below -126.5. For results that are rounded to 16 bits."""
+    """2**x for x < 127.5, to a relative error of 2**-18; 0 below -126.5. For results that are rounded to 16 bits."""
     clamped = x.max(-127.0)
     whole = k.round(clamped)
     fraction = clamped - whole

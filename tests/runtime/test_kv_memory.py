@@ -1,0 +1,92 @@
+"""Low-bit KV caches in a session: the memory they take, and sequences that go back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stratum
+from runtime import Session
+from runtime.errors import RuntimeDiagnostic
+from tests.stratum.tiny_model import LLAMA, VOCAB, write_model
+
+pytestmark = pytest.mark.slow
+CONFIG = {
+    **LLAMA,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+}
+LENGTH = 4000
+# Bytes of one position (1 layer, 4 heads of 128): keys and values with their scales.
+POSITION = {"bf16": 2 * 4 * 128 * 2, "kv8": 2 * 4 * (128 + 2), "kv4": 2 * 4 * (64 + 2), "kv2": 4 * (64 + 16 + 4)}
+RING = {"bf16": 0, "kv8": 0, "kv4": 512 + 16 + 16, "kv2": 512 + 128 + 32}
+
+
+@pytest.fixture(scope="module", params=list(POSITION))
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = write_model(folder / "model", CONFIG)
+    recipe = "none" if request.param == "bf16" else f"none,{request.param}"
+    return request.param, stratum.build(model, folder / "artifact", recipe=recipe)
+
+
+@pytest.fixture
+def session(built: tuple[str, Path]) -> Iterator[Session]:
+    with Session(built[1], threads=1) as session:
+        yield session
+
+
+def resident_bytes() -> int:
+    """Private memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def fill(session: Session, length: int) -> None:
+    ids = np.random.default_rng(0).integers(0, VOCAB, length)
+    for first in range(0, length, 512):
+        part = ids[first : first + 512]
+        session.step(part, range(first, first + len(part)), [0] * len(part), [])
+
+
+def test_a_full_cache_takes_its_packed_bytes_and_nothing_else_does(built: tuple[str, Path], session: Session) -> None:
+    name = built[0]
+    kv = session.manifest.kv
+    assert kv.bytes_per_position == POSITION[name]
+    assert kv.bytes_per_slot == RING[name] * POSITION["bf16"]
+    fill(session, 600)  # the arena, the stack and the ring are touched now
+    before, committed = resident_bytes(), session.memory().kv_committed
+    fill(session, LENGTH)
+    grown = session.memory().kv_committed - committed
+    expected = kv.bytes_per_position * (LENGTH - 600)
+    assert abs(grown - expected) <= 4 * 4 * 4096  # pages, at both ends of four heads
+    assert resident_bytes() - before <= grown + (1 << 20)
+
+
+def test_a_sequence_goes_back_as_far_as_its_ring_reaches(built: tuple[str, Path], session: Session) -> None:
+    name = built[0]
+    fill(session, 1200)
+    session.step([1], [800], [0], [0])  # 399 positions back
+    if not RING[name]:
+        session.step([1], [5], [0], [0])
+        return
+    with pytest.raises(RuntimeDiagnostic, match="slot 0 goes back to position 5 from position 1199"):
+        session.step([1], [5], [0], [0])
+    session.release(0)
+    session.step([1], [0], [0], [0])
+
+
+def test_going_back_and_on_again_gives_the_same_bits(session: Session) -> None:
+    fill(session, 700)
+    straight = session.step([7], [700], [0], [0])
+    ids = np.random.default_rng(0).integers(0, VOCAB, 700)
+    session.step(ids[400:], range(400, 700), [0] * 300, [])
+    np.testing.assert_array_equal(session.step([7], [700], [0], [0]), straight)

@@ -2,6 +2,7 @@
 
     python -m bench.quality                        # all rows; writes the tables of docs/quality.md
     python -m bench.quality --only kv --only gguf  # only rows whose key holds one of these; prints, writes nothing
+    python -m bench.quality --json FILE --resume   # keeps what a killed run had written to FILE
 
 All builds read the held-out text side by side with the f32 build of the same model, in windows of 512 predictions that
 start without context (`compile-model eval --ctx 513 --stride 512`). The yardstick is llama.cpp's own rounding by the
@@ -18,10 +19,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.measure import ROOT, machine, table
-from bench.quality_checks import checks
+from bench.quality_checks import A8_RECIPES, checks
 from bench.quality_rows import (
     MissingError,
     Row,
@@ -42,7 +42,7 @@ from stratum.model import Model
 MODEL = ROOT / "examples" / "tiny-moe"
 PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- figures: python -m bench.quality -->", "<!-- end of figures -->"
-BATCH = 6  # builds that run side by side with one run of the reference
+BATCH = 12  # builds that run side by side with one run of the reference
 CONTEXT, STRIDE = 513, 512
 LAYERS, WHOLE, RECIPES, KV, CHOSEN = (
     "The layers' weights alone",
@@ -61,6 +61,7 @@ FORMATS = {
     "q4-g64": "q4_sym<group=64, scale=f16>",
     "q4-g128": "q4_sym<group=128, scale=f16>",
     "q4-two-level": "q4_sym<group=32, scale=u8, channel=f16>",
+    "q4-two-level-g16": "q4_sym<group=16, scale=u8, channel=f16>",
     "nf4": "nf4<group=32, scale=f16>",
     "k4": "k4<group=32, scale=f16>",
     "mxfp4": "mxfp4",
@@ -138,7 +139,8 @@ def all_rows(model: Path) -> list[Row]:
                 model, f"alone/{name}", RECIPES, f"{name}: weights", lambda name=name: with_recipe(shipped(name))
             )
         )
-        rows.append(recipe_row(model, f"f32/{name}", RECIPES, f"{name}: build, rest f32", name, "f32"))
+        if name in A8_RECIPES:
+            rows.append(recipe_row(model, f"f32/{name}", RECIPES, f"{name}: build, rest f32", name, "f32"))
         rows.append(recipe_row(model, f"bf16/{name}", RECIPES, f"{name}: build, rest bf16", name))
     rows.append(Row("bf16", KV, "all bf16", lambda folder: (built(model, folder / "built", "--dtype", "bf16"), None)))
     rows += [recipe_row(model, f"kv/{name}", KV, name, text, "f32") for name, text in KV_FORMATS.items()]
@@ -150,12 +152,12 @@ def all_rows(model: Path) -> list[Row]:
     return rows
 
 
-def measure(rows: Sequence[Row], model: Path, threads: int | None) -> Iterator[Figures]:
+def measure(rows: Sequence[Row], model: Path, threads: int | None, windows: int | None = None) -> Iterator[Figures]:
     """Builds and evaluates rows, a batch at a time; what cannot be built is told as missing."""
     with tempfile.TemporaryDirectory(prefix="stratum-quality-") as work, contextlib.ExitStack() as stack:
         reference = stack.enter_context(Model(built(model, Path(work) / "f32", "--dtype", "f32"), threads=threads))
         text = encode_text(read_text(model / "held_out.txt"), reference.tokenizer)
-        plan = plan_windows(len(text.ids), CONTEXT, stride=STRIDE)
+        plan = plan_windows(len(text.ids), CONTEXT, stride=STRIDE, limit=windows)
         for at in range(0, len(rows), BATCH):
             yield from _measure_batch(rows[at : at + BATCH], reference.session, text, plan, threads)
 
@@ -252,20 +254,23 @@ def write_page(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="rows whose key holds this")
+    parser.add_argument("--windows", type=int, help="only so many windows of the text, for a quick look")
     parser.add_argument("--threads", type=int, help="default: one a physical core")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here as well, as they come")
+    parser.add_argument("--resume", action="store_true", help="keep the figures that --json FILE holds already")
     options = parser.parse_args()
     rows = [r for r in all_rows(MODEL) if not options.only or any(part in r.key for part in options.only)]
-    figures: list[Figures] = []
-    for found in measure(rows, MODEL, options.threads):
-        figures.append(found)
+    known: dict[str, Figures] = {}
+    if options.resume and options.json is not None and options.json.exists():
+        known = {r["key"]: Figures(**r) for r in json.loads(options.json.read_text()) if not r["missing"]}
+    for found in measure([r for r in rows if r.key not in known], MODEL, options.threads, options.windows):
+        known[found.key] = found
         print(f"{found.key:<24}", *_cells(found)[1:], sep="  ", flush=True)
-    records: list[dict[str, Any]] = [asdict(f) for f in figures]
-    if options.json is not None:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
-    text = markdown(figures, header(MODEL))
+        if options.json is not None:
+            options.json.write_text(json.dumps([asdict(f) for f in known.values()], indent=1) + "\n")
+    text = markdown([known[r.key] for r in rows], header(MODEL))
     print(f"\n{text}")
-    if not options.only:
+    if not options.only and options.windows is None:
         write_page(text)
 
 

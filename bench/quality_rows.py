@@ -23,6 +23,7 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
 from ir.text_reader import parse_format
 from passes.quantize.recipe import Recipe, load_recipe
+from passes.quantize.rounding import quantize_rows
 
 Rounding = Callable[[str, str, np.ndarray], "Rounded | None"]  # name, role, values; None leaves the tensor as it is
 _RECIPE_ROLES = {"moe.gate": "experts.gate", "moe.up": "experts.up", "moe.down": "experts.down"}
@@ -119,9 +120,9 @@ def with_format(text: str, method: str, *, head: bool) -> Rounding:
 def packed(format: Any, method: str, values: np.ndarray) -> Rounded:
     """`values` in a format of ours."""
     try:
-        found = format.pack(values) if method == "nearest" else format.pack(values, method)
-    except TypeError as error:  # a format that knows one rounding only
-        raise MissingError(f"{format} has no rounding {method!r}") from error
+        found = quantize_rows(format, values, method)
+    except DiagnosticError as error:  # groups that do not divide the rows of this model
+        raise MissingError(error.diagnostics[0].message) from error
     return Rounded(format.unpack(found), format.nbytes(values.shape))
 
 
@@ -198,7 +199,18 @@ def calibrated_row(model: Path, key: str, section: str, name: str, method: str, 
         text.write_text(calibration_text(model), encoding="utf-8")
         out = folder / model.name
         compile_model(
-            *("quantize", str(model), "-o", str(out), "--method", method, "--recipe", recipe, "--text", str(text))
+            *(
+                "quantize",
+                str(model),
+                "-o",
+                str(out),
+                "--method",
+                method,
+                "--recipe",
+                recipe,
+                "--calibration",
+                str(text),
+            )
         )
         return built(out, folder / "built", "--dtype", "f32"), None
 

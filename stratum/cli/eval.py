@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stratum.cli.options import DTYPES, output_options
+from stratum.cli.options import DTYPES, output_options, recipe_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from runtime.manifest import Manifest
     from stratum.evaluation import Evaluation, Plan, Text
     from stratum.layer_errors import LayerError
     from stratum.model import Model
@@ -33,7 +34,7 @@ LAYERS_SHOWN = 80
 @click.option("-c", "--ctx", type=int, metavar="N", help="Tokens of a window. Default: 512, or the model's context.")
 @click.option("--stride", type=int, metavar="S", help="A window every S tokens, its last S scored. Default: see above.")
 @click.option("--chunks", type=click.IntRange(min=1), metavar="N", help="Only the first N windows.")
-@click.option("--recipe", metavar="NAME|FILE", help="For a directory: number formats, as for 'build'.")
+@recipe_option("For a directory. ")
 @click.option("--dtype", type=click.Choice(DTYPES), help="For a directory: weights and KV cache. Default: bf16.")
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
@@ -82,7 +83,6 @@ def evaluate(
 
         check_plot(plot)
     words = evaluation.read_text(text)
-    chosen: dict[str, Any] = {"recipe": recipe} if recipe else {}
     common = {
         "threads": threads,
         "max_context": ctx,
@@ -92,7 +92,7 @@ def evaluate(
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
         common["progress"] = reporter
         with (
-            api.load(model, dtype=dtype or "bf16", pipeline=pipeline, **chosen, **common) as ours,
+            api.load(model, dtype=dtype or "bf16", pipeline=pipeline, recipe=recipe, **common) as ours,
             _Maybe(api.load(reference, dtype="f32", **common) if reference is not None else None) as theirs,
         ):
             encoded = _encode(words, ours, theirs, text)
@@ -204,7 +204,7 @@ def _facts(ours: Model, theirs: Model | None, text: Text, plan: Plan, result: Ev
         "recipe": manifest.raw.get("recipe") or None,
         "kv": manifest.kv.format,
         "weights_bytes": manifest.weights.bytes,
-        "bits_per_weight": 8 * manifest.weights.bytes / max(1, int(manifest.model.get("parameters") or 0)),
+        "bits_per_weight": _bits_per_weight(manifest),
         "text_tokens": len(text.ids),
         "text_bytes": text.num_bytes,
         "context": plan.length,
@@ -220,6 +220,14 @@ def _facts(ours: Model, theirs: Model | None, text: Text, plan: Plan, result: Ev
         }
         facts["divergence"] = _finite(vars(result.divergence))
     return facts
+
+
+def _bits_per_weight(manifest: Manifest) -> float:
+    """What the build says of itself; of one that does not, the whole weights file over the parameters."""
+    said = manifest.raw["weights"].get("bits_per_weight")
+    if isinstance(said, (int, float)) and not isinstance(said, bool):
+        return float(said)
+    return 8 * manifest.weights.bytes / max(1, int(manifest.model.get("parameters") or 0))
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:

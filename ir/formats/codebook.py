@@ -2,7 +2,7 @@
 
     ternary<group=64, scale=f16>       -1, 0, 1 as codes 0, 1, 2 of two bits (BitNet b1.58, arXiv:2402.17764)
     nf4<group=64, scale=f16>           the quantiles of normally distributed numbers (QLoRA, arXiv:2305.14314)
-    nl4<group=32, scale=f16>           16 levels, closer towards zero (those of IQ4_NL in ggml)
+    nl4<group=32, scale=f16>           the 16 levels of least squared error for normally distributed groups of 32
     k4<group=32, scale=f16>            2**b levels learned for each matrix, k2 to k4: Lloyd's algorithm in one dimension
     mxfp4                              e2m1 floats in groups of 32 under powers of two (OCP MX formats, v1.0)
 
@@ -32,13 +32,13 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_NL4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_NL4 = (-104, -82, -64, -50, -37, -25, -14, -2, 9, 20, 33, 46, 60, 77, 99, 127)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # in halves
 # Where learning begins: what it makes of normally distributed values in groups of 32.
 _START = {
     2: (-90, -18, 44, 127),
     3: (-102, -61, -32, -6, 19, 46, 78, 127),
-    4: (-107, -83, -65, -50, -37, -25, -14, -3, 9, 21, 33, 47, 62, 79, 101, 127),
+    4: _NL4,
 }
 # Learning: at most so many values of a matrix, so many bins, so many steps for each of so many choices of scales.
 _SAMPLE, _BINS, _STEPS, _ROUNDS = 1 << 16, 1 << 12, 20, 3

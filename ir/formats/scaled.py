@@ -101,7 +101,7 @@ class ScaledFormat(NumberFormat):
         channel = np.zeros(n, self.channel.dtype) if self.channel is not None else None
         for rows, levels in self._row_chunks(values.shape, table):
             wide = flat[rows].astype(np.float64).reshape(-1, groups, k // groups)
-            self._refuse_unfit(wide, rows.start)
+            self.refuse_unfit(wide, rows.start)
             found = self._encode(wide, rounding, levels, rows.start)
             codes[rows], scales[rows] = found[0].reshape(-1, per_row), found[1]
             if zeros is not None:
@@ -136,22 +136,23 @@ class ScaledFormat(NumberFormat):
             if table is not None:
                 return np.broadcast_to(table, (*values.shape[:-2], *self.table_shape)).copy()
             outer = values.reshape(-1, *values.shape[-2:])
-            learned = [self._table_of(matrix) for matrix in outer]
+            learned = [self.checked_learn(matrix) for matrix in outer]
             return np.array(learned, np.int8).reshape(*values.shape[:-2], *self.table_shape)
-        return self._table_of(values.reshape(-1, values.shape[-1])) if table is None else table
+        return self.checked_learn(values.reshape(-1, values.shape[-1])) if table is None else table
 
-    def _table_of(self, matrix: np.ndarray) -> np.ndarray:
-        """The table of a matrix [n, k]."""
+    def checked_learn(self, matrix: np.ndarray) -> np.ndarray:
+        """`learn`, after the numbers that are not finite are refused."""
         k = matrix.shape[1]
         for start in range(0, matrix.shape[0], step := max(1, _CHUNK // k)):
-            self._refuse_unfit(matrix[start : start + step].astype(np.float64).reshape(-1, 1, k), start)
+            self.refuse_unfit(matrix[start : start + step].astype(np.float64).reshape(-1, 1, k), start)
         return self.learn(matrix)
 
     def learn(self, matrix: np.ndarray) -> np.ndarray:
         """int8 of `table_shape`, fitted to a matrix [n, k] of finite numbers."""
         raise TypeError(f"{self} learns nothing")
 
-    def _refuse_unfit(self, wide: np.ndarray, first_row: int) -> None:
+    def refuse_unfit(self, wide: np.ndarray, first_row: int) -> None:
+        """Raises DiagnosticError unless all of wide [n, groups, size], rows first_row and on, is finite."""
         finite = np.isfinite(wide)
         if not finite.all():
             row, group, at = (int(i) for i in np.argwhere(~finite)[0])

@@ -162,6 +162,7 @@ class Session:
         kv = self.manifest.kv
         if not kv.ring:
             return
+        self._newest[inputs.slots[inputs.positions == 0]] = -1  # a sequence from its start reads nothing old
         reach = kv.ring - kv.recent - 2 * kv.block
         gone = self._newest[inputs.slots] - inputs.positions >= reach
         if gone.any():

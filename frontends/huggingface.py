@@ -26,7 +26,7 @@ from frontends.config import ModelConfig, check_architecture, model_type, open_c
 from frontends.config_reader import ConfigReader
 from frontends.family import Family, find_family
 from frontends.json_file import MEBIBYTE, file_size
-from frontends.quantized import QuantizedCheckpoint, find_settings, open_quantized, refuse_unlabelled
+from frontends.quantized import QuantizedCheckpoint, find_settings, find_settings_of, open_quantized
 from frontends.step import StepBuilder, WeightSpec
 from frontends.tensor_match import check_tensors
 from ir.ops.builtin import ModuleOp
@@ -71,14 +71,13 @@ def import_model(directory: Path | str) -> ImportedModel:
     """Builds the step function of the model in `directory` and checks that every tensor fits."""
     directory = Path(directory)
     fields = open_config(directory)
-    quantization = find_settings(fields, directory)
+    quantization = find_settings(fields)
     family, config = read_model_config(fields)
     warnings = [*fields.warnings, *fields.unknown()]
     checkpoint = open_checkpoint(directory)
     try:
-        if quantization is None:
-            refuse_unlabelled(checkpoint.tensors, directory)
-        else:
+        quantization = quantization or find_settings_of(checkpoint.tensors, directory)
+        if quantization is not None:
             checkpoint = open_quantized(quantization, checkpoint)
             warnings += checkpoint.warnings
         quantized = checkpoint.quantized if isinstance(checkpoint, QuantizedCheckpoint) else {}

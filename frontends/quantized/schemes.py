@@ -1,8 +1,8 @@
 """Which scheme a checkpoint is quantized with, and the refusal of those that cannot be imported.
 
-`find_settings` takes the fields of config.json (and the files that older tools wrote instead) and gives the settings
-of a scheme that is imported. Refused by name: every other scheme. `refuse_unlabelled` takes the tensors of a
-checkpoint without such settings, whose names tell all the same: what the numbers mean is then not known.
+`find_settings` takes the fields of config.json and gives the settings of a scheme that is imported. Where there are
+none, `find_settings_of` takes the tensors, whose names tell, and looks for the files that older tools wrote instead.
+Refused by name: every other scheme, and quantized tensors without settings: what their numbers mean is not known.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class QuantizationSettings:
     evidence: str  # where they were found, for messages
 
 
-def find_settings(fields: ConfigReader, directory: Path | None = None) -> QuantizationSettings | None:
-    """The settings of a quantized checkpoint, None for one of floats. Raises DiagnosticError for other schemes."""
+def find_settings(fields: ConfigReader) -> QuantizationSettings | None:
+    """The settings in config.json, None when there are none. Raises DiagnosticError for schemes not imported."""
     for name in ("quantization_config", "compression_config", "quantization"):
         settings = fields.value(name)
         if not settings:
@@ -71,24 +71,27 @@ def find_settings(fields: ConfigReader, directory: Path | None = None) -> Quanti
             raise _refusal(f"an unknown scheme, {str(settings)[:60]!r}", evidence, fields.where)
         method = "metal" if name == "quantization" and "group_size" in settings else ""
         return _settings(ConfigReader(settings, fields.where, f"{name}."), method, evidence)
-    for file, method in LEGACY_FILES.items():
-        path = companion(directory, file) if directory is not None else None
-        if path is not None:
-            return _settings(ConfigReader(read_json_object(path), str(path)), method, file)
     return None
 
 
-def refuse_unlabelled(tensors: Mapping[str, TensorInfo], where: Path) -> None:
-    """Raises DiagnosticError when tensors are quantized although no settings say how."""
+def find_settings_of(tensors: Mapping[str, TensorInfo], directory: Path) -> QuantizationSettings | None:
+    """The settings beside config.json of a checkpoint whose tensors are quantized, None for one of floats.
+
+    Raises DiagnosticError for schemes not imported, and when nothing says how the tensors are quantized.
+    """
     found = _scheme_of_tensors(tensors)
     if found is None:
-        return
+        return None
     scheme, evidence = found
+    for file, method in LEGACY_FILES.items():
+        path = companion(directory, file)
+        if path is not None:
+            return _settings(ConfigReader(read_json_object(path), str(path)), method, file)
     if scheme not in (*IMPORTED, "GPTQ or AWQ"):
-        raise _refusal(scheme, evidence, str(where))
+        raise _refusal(scheme, evidence, str(directory))
     raise DiagnosticError(
         f"the checkpoint is quantized with {scheme} ({evidence}), but config.json does not say how",
-        where=str(where),
+        where=str(directory),
         expected="the 'quantization_config' that the quantizer wrote into config.json",
         hint="take config.json from the place the weights came from",
     )

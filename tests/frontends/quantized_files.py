@@ -237,16 +237,16 @@ class Model:
 
 
 def write_quantized(
-    directory: Path, config: Mapping[str, Any], make: Maker, settings: Any, *, head: bool = False, seed: int = 1
+    directory: Path, config: Mapping[str, Any], make: Maker, settings: Any, *, tables: bool = False, seed: int = 1
 ) -> Model:
-    """A random model whose linear layers are packed; the embedding, the norms and the router are not."""
+    """A random model whose linear layers are packed, with `tables` the embedding and the head too; the rest is not."""
     rng = np.random.default_rng(seed)
     packed: dict[str, np.ndarray] = {}
     plain = random_tensors(config)
     floats = {}
     for name, spec in expected_weights(config).items():
         linear = spec.role.startswith(("attention.", "mlp.", "moe.")) and spec.role != "moe.router"
-        if not linear and not (head and spec.role == "head"):
+        if not linear and not (tables and spec.role in ("embedding", "head")):
             packed[name] = plain[name]
             continue
         layer = make(rng, *spec.shape)

@@ -11,7 +11,7 @@ import pytest
 
 from frontends.config_reader import ConfigReader
 from frontends.huggingface import import_model
-from frontends.quantized import find_settings, refuse_unlabelled
+from frontends.quantized import find_settings, find_settings_of
 from frontends.quantized.awq import read_settings as read_awq
 from frontends.quantized.compressed import read_settings as read_compressed
 from frontends.quantized.gptq import GPTQSettings
@@ -54,7 +54,7 @@ def test_other_schemes_are_refused_by_name(settings: Any, scheme: str) -> None:
     assert "or quantized with GPTQ, AWQ, compressed-tensors, FP8 or MXFP4" in text
 
 
-def test_schemes_are_found_under_every_spelling(tmp_path: Path) -> None:
+def test_schemes_are_found_under_every_spelling() -> None:
     def scheme(settings: Any, name: str = "quantization_config") -> str | None:
         found = find_settings(_reader(settings, name))
         return found and found.scheme
@@ -68,11 +68,19 @@ def test_schemes_are_found_under_every_spelling(tmp_path: Path) -> None:
     assert scheme(None) is None and scheme({}) is None
     with pytest.raises(DiagnosticError, match=r"quantized with Metal \(MLX\) \(quantization in config.json\)"):
         scheme({"group_size": 64, "bits": 4}, "quantization")
-    # files that older tools wrote beside config.json
+
+
+def test_settings_beside_the_config(tmp_path: Path) -> None:
+    """Files of older tools count where the tensors are quantized, and are no reason to refuse a model of floats."""
     (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 3, "group_size": 64, "sym": False}))
-    found = find_settings(ConfigReader({}, "config.json"), tmp_path)
+    found = find_settings_of(_tensors(qweight=("I32", (4, 64)), qzeros=("I32", (1, 8))), tmp_path)
     assert found is not None and found.scheme == "GPTQ" and found.evidence == "quantize_config.json"
     assert read_gptq(found.fields) == GPTQSettings(bits=3, group=64, symmetric=False, stored=1)
+    assert find_settings_of(_tensors(weight=("BF16", (4, 4))), tmp_path) is None
+    (tmp_path / "quantize_config.json").unlink()
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    found = find_settings_of(_tensors(weight=("F8_E4M3", (4, 4)), weight_scale=("F32", ())), tmp_path)
+    assert found is not None and found.scheme == "FP8"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,7 @@ def test_schemes_are_found_under_every_spelling(tmp_path: Path) -> None:
 def test_tensors_without_settings(tensors: dict[str, TensorInfo], scheme: str) -> None:
     """What the numbers mean (versions, groups) is said by the settings alone."""
     with pytest.raises(DiagnosticError, match=f"quantized with {scheme} \\(tensor .*config.json does not say how"):
-        refuse_unlabelled(tensors, WHERE)
+        find_settings_of(tensors, WHERE)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +112,11 @@ def test_tensors_without_settings(tensors: dict[str, TensorInfo], scheme: str) -
 )
 def test_tensors_of_other_schemes(tensors: dict[str, TensorInfo]) -> None:
     with pytest.raises(DiagnosticError, match=r"is quantized with bitsandbytes \(tensor "):
-        refuse_unlabelled(tensors, WHERE)
+        find_settings_of(tensors, WHERE)
 
 
 def test_plain_checkpoints_pass() -> None:
-    refuse_unlabelled(_tensors(weight=("BF16", (4, 4)), bias=("F32", (4,))), WHERE)
+    assert find_settings_of(_tensors(weight=("BF16", (4, 4)), bias=("F32", (4,))), WHERE) is None
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])

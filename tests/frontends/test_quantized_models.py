@@ -49,13 +49,13 @@ def _logits(imported: ImportedModel) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize(("family", "changes", "settings", "make"), MODELS)
 def test_logits_are_those_of_the_floats(
-    family: str, changes: dict[str, Any], settings: Any, make: files.Maker, head: bool, tmp_path: Path
+    family: str, changes: dict[str, Any], settings: Any, make: files.Maker, tables: bool, tmp_path: Path
 ) -> None:
     config = config_of(family, **{**WIDE, **changes})
-    model = files.write_quantized(tmp_path, config, make, settings, head=head)
+    model = files.write_quantized(tmp_path, config, make, settings, tables=tables)
     packed, plain = import_model(model.packed), import_model(model.plain)
     assert isinstance(packed.checkpoint, QuantizedCheckpoint)
     assert packed.weights == plain.weights and packed.num_parameters == plain.num_parameters

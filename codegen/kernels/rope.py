@@ -127,16 +127,17 @@ def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
         rows, ctx = k.size("rows"), k.size("ctx")
         writer = _RopeWriter(k, parts, buffers, out, ctx)
         first, last = k.thread_share(rows * parts.kv_heads)
+        # Head by head: the rows of a prompt fill a few blocks of one head, which then stay in the nearest cache.
         with k.loop(first, last) as unit:
-            writer.unit(unit.i // parts.kv_heads, unit.i % parts.kv_heads)
+            writer.unit(unit.i % rows, unit.i // rows)
         blocks = parts.kv.blocks
         if isinstance(blocks, CodeBlocks) and blocks.key_group:
             k.barrier()  # a group may have rows of several threads
             packer = GroupPacker(k, parts.kv, buffers["cache"], ctx)
             with k.loop(first, last) as unit:
-                row = unit.i // parts.kv_heads
+                row = unit.i % rows
                 position, slot = (buffers[name].load(row).to_index() for name in ("positions", "slots"))
-                packer.pack(slot, unit.i % parts.kv_heads, position)
+                packer.pack(slot, unit.i // rows, position)
         return k.finish()
 
     return KernelSpec(

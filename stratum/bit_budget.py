@@ -87,7 +87,7 @@ def find_recipe(
     model = check_directory(Path(model))
     tell: Progress = progress or (lambda stage, done, total, unit="": None)
     base = load_recipe(budget.recipe) if budget.recipe else None
-    known = _known_text(budget.calibration)
+    known = f"{_known_text(budget.calibration)} {SEQUENCES}x{LENGTH}"
     numbers = [str(budget.bits_per_weight), str(budget.size), target, dtype]
     entry = cache_entry(model, ["recipe", *numbers, base.to_toml() if base else "", budget.recipe or "", known])
     folder = cache_root() / "recipes"

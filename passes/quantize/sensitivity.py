@@ -154,10 +154,12 @@ def measure(
     total = sum(len(m) for m in missing.values())
     if not total:
         return
-    counts = [len(missing[g.name]) for _, g in products]
+    counts = [
+        sum(c.fits(g) for c in candidates) for _, g in products
+    ]  # not what is missing: a resumed run decides alike
     direct = tokens.size * _flops_behind(products, counts) <= max_direct_flops
     forward = Forward(func, read, tokens, row_step=row_step)
-    base = log_softmax(forward.run())
+    base = log_softmax(_finite_logits(forward, by_op))
     done = 0
     for visit in forward.products():
         group = by_op.get(visit.op)
@@ -165,16 +167,9 @@ def measure(
         if group is None or not wanted:
             continue
         exact = visit.factors.product()
-        size = float(np.vdot(exact, exact)) or 1.0
-
-        def answers(candidate: Candidate, visit=visit, exact=exact, size=size) -> tuple[np.ndarray, float]:
-            y = lowered_product(visit.factors, candidate)
-            off = y - exact
-            return y, float(np.vdot(off, off)) / size
-
         if direct:
             for candidate in wanted:
-                y, error = answers(candidate)
+                y, error = _lowered(visit.factors, candidate, exact)
                 loss = divergence(base, visit.logits_with(y))
                 table.add([Entry(group.name, str(candidate), error, loss, "measured")])
                 done += 1
@@ -183,9 +178,9 @@ def measure(
             continue
         errors = {}
         for candidate in wanted:
-            _, errors[candidate] = answers(candidate)
+            errors[candidate] = _lowered(visit.factors, candidate, exact)[1]
         middle = sorted(wanted, key=lambda c: (errors[c], str(c)))[len(wanted) // 2]
-        loss = divergence(base, visit.logits_with(answers(middle)[0]))
+        loss = divergence(base, visit.logits_with(_lowered(visit.factors, middle, exact)[0]))
         gain = loss / errors[middle] if errors[middle] else 0.0
         table.add(
             [Entry(group.name, str(c), e, gain * e, "measured" if c is middle else "scaled") for c, e in errors.items()]
@@ -193,6 +188,25 @@ def measure(
         done += len(wanted)
         if tell is not None:
             tell(done, total)
+
+
+def _finite_logits(forward: Forward, groups: Mapping[ProductOp, WeightGroup]) -> np.ndarray:
+    """The logits. Raises DiagnosticError when some are not finite, naming the weights where that begins."""
+    with np.errstate(all="ignore"):
+        logits = forward.run()
+        if np.isfinite(logits).all():
+            return logits
+        for visit in forward.products():
+            where = groups[visit.op].name if visit.op in groups else str(visit.op.location.origin)
+            if not np.isfinite(visit.factors.w).all():
+                raise DiagnosticError(
+                    "the weights hold NaN or infinite numbers", where=where, expected="finite numbers"
+                )
+            if not np.isfinite(visit.factors.x).all():
+                message = "what these weights multiply is not finite"
+                hint = "tensors in front of them (the embedding table, norms) hold NaN or infinite numbers"
+                raise DiagnosticError(message, where=where, expected="finite numbers", hint=hint)
+    raise DiagnosticError("the logits of the model are not finite", expected="finite numbers")
 
 
 def affordable_sequences(products: Products, length: int, limit: float = MAX_FLOPS) -> int:
@@ -209,6 +223,13 @@ def _flops_behind(products: Products, counts: Sequence[int]) -> float:
 def _share_used(group: WeightGroup) -> float:
     """Of the experts' weights a token uses few; a guess of two is enough for a limit."""
     return min(1.0, 2.0 / group.shape[0]) if len(group.shape) == 3 else 1.0
+
+
+def _lowered(factors: Factors, candidate: Candidate, exact: np.ndarray) -> tuple[np.ndarray, float]:
+    """(the rounded product, its squared error relative to `exact`)."""
+    y = lowered_product(factors, candidate)
+    off = y - exact
+    return y, float(np.vdot(off, off)) / (float(np.vdot(exact, exact)) or 1.0)
 
 
 def lowered_product(factors: Factors, candidate: Candidate) -> np.ndarray:
@@ -263,7 +284,7 @@ class WholeModel:
     ) -> None:
         self._groups = dict(products)
         self._forward = Forward(func, read, tokens, row_step=row_step)
-        self._base = log_softmax(self._forward.run())
+        self._base = log_softmax(_finite_logits(self._forward, self._groups))
 
     def loss(self, assignment: Mapping[str, Candidate]) -> float:
         """Mean KL divergence in nats per token of the model whose groups are stored so; others stay in f32."""
@@ -292,8 +313,11 @@ def estimate(
         wanted = [c for c in candidates if c.fits(group) and table.get(group, c) is None]
         if wanted:
             gains = _input_gains(op, read, group.shape[-1])
-            weights = constant_value(op.w, read)
-            matrices = weights.reshape(-1, *group.shape[-2:])
+            matrices = constant_value(op.w, read).reshape(-1, *group.shape[-2:])
+            if not all(np.isfinite(m).all() for m in matrices):
+                raise DiagnosticError(
+                    "the weights hold NaN or infinite numbers", where=group.name, expected="finite numbers"
+                )
             size = math.fsum(_weighted(m, gains) for m in matrices) or 1.0
             entries = []
             for candidate in wanted:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import ir
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, GroupedIntFormat
-from passes.quantize.bit_choice import BitChoice, BitProblem, Checked, choose
+from passes.quantize.bit_choice import Assignment, BitChoice, BitProblem, Checked, choose
 from passes.quantize.bit_recipe import candidates_of, pattern_of, recipe_of
 from passes.quantize.bit_report import report_of
 from passes.quantize.bits_solver import assess
@@ -94,7 +94,7 @@ def test_budgets_are_kept_and_the_best_that_was_measured_is_taken() -> None:
     assert modelled.winner.name == "solver" and modelled.winner.solution.nbytes <= budget
     asked = []
 
-    def measure(assignment: dict[str, Candidate]) -> float:
+    def measure(assignment: Assignment) -> float:
         asked.append(assignment)
         uniform = len(set(map(str, assignment.values()))) == 1
         return 0.25 if uniform else 0.5

@@ -167,6 +167,29 @@ def test_without_text_the_error_of_the_weights_is_weighed_by_the_norm_in_front(c
     assert exact is not None and exact.loss == 0  # the checkpoint is bf16
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.q_proj+k_proj+v_proj"),
+        ("model.layers.0.post_attention_layernorm.weight", "mlp.gate"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(case: Case, value: float, tensor: str, named: str) -> None:
+    def read(name: str) -> np.ndarray:
+        found = case.read(name)
+        if name == tensor:
+            found.reshape(-1)[5] = value
+        return found
+
+    with pytest.raises(DiagnosticError) as caught:
+        measure(case.func, case.products, read, case.tokens, CANDIDATES, SensitivityTable())
+    assert named in caught.value.diagnostics[0].render()
+    if "k_proj" in tensor:
+        with pytest.raises(DiagnosticError, match="hold NaN"):
+            estimate(case.products, read, CANDIDATES, SensitivityTable())
+
+
 def test_large_models_are_measured_with_fewer_sequences(case: Case) -> None:
     assert affordable_sequences(case.products, 256) > 12
     assert affordable_sequences(case.products, 256, limit=1e9) < affordable_sequences(case.products, 128, limit=1e9)

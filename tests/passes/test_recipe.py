@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16
 from ir.text_reader import parse_format
-from passes.quantize.recipe import Choice, Recipe, Rule, cache_type, load_recipe, read_recipe, shipped_recipes
+from passes.quantize.recipe import Choice, Recipe, Rule, cache_type, is_int8, load_recipe, read_recipe, shipped_recipes
 
 Q4, Q6, Q8 = (parse_format(f"q{bits}_sym<group=32, scale=f16>") for bits in (4, 6, 8))
-INT8 = parse_format("q8_sym<group=32, scale=f32>")
 SHIPPED = shipped_recipes()
+INT8 = SHIPPED["w4a8-g32"].weights.activations
 EXPECTED = {
     *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "w3", "w2a8", "w1a8"),
     *("ternary", "nf4", "mxfp4", "fp8", "pq2", "k4", "outliers16", "rotate64"),
@@ -35,6 +35,7 @@ def test_shipped_recipes_survive_their_text_form(name):
 
 def test_low_bit_recipes_give_the_head_more_bits_and_leave_router_and_table_alone():
     recipe = SHIPPED["w4a8-g32"]
+    assert is_int8(INT8)
     assert recipe.choice("model.layers.0.mlp.up_proj.weight", "mlp.up") == Choice(Q4, INT8)
     assert recipe.choice("lm_head.weight", "head") == Choice(Q6, INT8)
     assert recipe.choice("model.layers.0.mlp.gate.weight", "router") == Choice()

@@ -21,7 +21,7 @@ from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe
 from passes.quantize.sensitivity import Candidate
 from passes.quantize.weight_groups import WeightGroup
 
-INT8 = "q8_sym<group=32, scale=f32>"
+INT8 = "q8_sym<group=128, scale=f32>"
 WIDTHS = {2: (32, 64), 3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64), 6: (32, 64), 8: (32,)}  # bits: groups
 
 

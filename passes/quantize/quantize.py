@@ -39,7 +39,7 @@ from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, ha
 from passes.quantize.roles import weight_parts
 from passes.quantize.set_precision import FloatName, set_cache, set_embedding
 
-INT8 = parse_format("q8_sym<group=32, scale=f32>")  # activations in front of integers, unless a recipe says otherwise
+INT8 = parse_format("q8_sym<group=128, scale=f32>")  # activations in front of integers, unless a recipe says otherwise
 SMALLER_GROUPS = (128, 64, 32)
 _MOVES = (ConcatOp, ReshapeOp, SliceOp)
 

@@ -92,8 +92,11 @@ class SensitivityTable:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.entries: dict[tuple[str, str], Entry] = {}
+        self._begin = ""  # ends a line that was cut short
         if path is not None and path.is_file():
-            for line in path.read_text(errors="replace").splitlines():
+            text = path.read_text(errors="replace")
+            self._begin = "" if text.endswith("\n") else "\n"
+            for line in text.splitlines():
                 entry = _read_entry(line)
                 if entry is not None:
                     self.entries[entry.group, entry.candidate] = entry
@@ -111,7 +114,8 @@ class SensitivityTable:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(("\n" if file.tell() else "") + text)
+                file.write(self._begin + text)
+            self._begin = ""
         except OSError as error:
             raise DiagnosticError(
                 f"the measured sensitivities cannot be kept: {error.strerror}",

@@ -48,7 +48,7 @@ def checks(rows: Rows) -> list[Check]:
     found.append(_at_least(rows, "kv4 rotated: KL at least 3 x below plain int4", "kv/kv4-plain", "kv/kv4", 3.0))
     for method in ("gptq", "awq"):
         bar = f"{method} in groups of 128: KL no higher than plain q4 in groups of 32"
-        found.append(_ratio(rows, bar, f"{method}/w4a16-g128", "alone/w4a16-g32", 1.0))
+        found.append(_ratio(rows, bar, f"{method}/w4a16-g128", "alone/w4a8-g32", 1.0))
     uniform = sorted(key for key in rows if key.startswith("whole/") and not key.startswith("whole/gguf"))
     for key in ("solver/4.125", "solver/4.25", "solver/4.5"):
         found.append(_best_uniform(rows, key, uniform))

@@ -15,7 +15,7 @@ Bytes: as in `ir.formats.grouped_int`: codes, scales, channel scales; then the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -96,7 +96,7 @@ class TernaryFormat(CodebookFormat):
     group: int
     scale: PlainFormat = F16
     channel: PlainFormat | None = None
-    bits: ClassVar[int] = 2
+    bits: int = field(default=2, init=False)
     kind: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class TableFormat(CodebookFormat):
     group: int
     scale: PlainFormat = F16
     channel: PlainFormat | None = None
-    bits: ClassVar[int] = 4
+    bits: int = field(default=4, init=False)
     kind: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class LearnedFormat(CodebookFormat):
             return _even_table(self.bits)
         levels = np.array(_START[self.bits], np.float64)
         for _ in range(_ROUNDS):
-            plan = symmetric_plan(_distinct(levels), self.bits, size, self.scale)
+            plan = symmetric_plan(_distinct(levels), self.bits, size, self.channel or self.scale)
             search = GroupSearch(replace(plan, levels=levels.astype(np.float32)), x.astype(np.float32))
             search.run()
             levels = _lloyd(x, search.scale.astype(np.float64), levels)
@@ -252,10 +252,10 @@ class MXFP4Format(CodebookFormat):
     `pack` writes scales of 2**-126 and above; code 8 (minus zero) is read, but not written.
     """
 
-    bits: ClassVar[int] = 4
-    group: ClassVar[int] = 32
-    scale: ClassVar[PlainFormat] = E8M0
-    level_unit: ClassVar[float] = 0.5
+    bits: int = field(default=4, init=False)
+    group: int = field(default=32, init=False)
+    scale: PlainFormat = field(default=E8M0, init=False)
+    level_unit = 0.5
 
     def __str__(self) -> str:
         return "mxfp4"

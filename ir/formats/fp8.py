@@ -146,7 +146,7 @@ class FP8Format(NumberFormat):
         *outer, k = packed.shape
         n = outer[-1] if outer else 1
         per_row = packed.scales.astype(np.float64)
-        if self.block_rows > 1:
+        if self.block_rows > 1 and n:
             blocks = per_row.reshape(-1, -(-n // self.block_rows), per_row.shape[1])
             per_row = np.repeat(blocks, self.block_rows, axis=1)[:, :n].reshape(-1, per_row.shape[1])
         return self._spread(per_row, k)

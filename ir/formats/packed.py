@@ -131,7 +131,8 @@ class PackedArray:
         Raises ValueError for a cut through a block of rows that share a scale, and for rows of several matrices, not
         all whole, whose parts (blocks, tables) belong to matrices.
         """
-        fmt, (n, k) = self.format, (self.shape[-2] if len(self.shape) > 1 else 1, self.shape[-1])
+        fmt, k = self.format, self.shape[-1]
+        n = self.shape[-2] if len(self.shape) > 1 else 1
         if not 0 <= first <= last <= math.prod(self.shape[:-1]):
             raise IndexError(f"rows {first} to {last} of {list(self.shape)}")
         low, high = first // max(1, n), -(-last // max(1, n))  # the matrices that are touched
@@ -152,7 +153,7 @@ class PackedArray:
         table = self.table
         if table is not None and len(self.shape) > 2:
             flat = table.reshape(-1, *table.shape[len(self.shape) - 2 :])
-            table = flat[low:high] if whole else flat[low]
+            table = flat[low:high] if whole else flat[min(low, len(flat) - 1)]
         return PackedArray(
             fmt,
             shape,
@@ -194,7 +195,8 @@ def stored_parts(format: Any, shape: tuple[int, ...]) -> dict[str, tuple[np.dtyp
     *outer, k = shape
     rows, groups = math.prod(outer), format.groups(k)
     byte = np.dtype(np.uint8)
-    parts = {"codes": (byte, (rows, row_bytes(format.codes_per_row(k), format.bits)))}
+    parts: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    parts["codes"] = (byte, (rows, row_bytes(format.codes_per_row(k), format.bits)))
     matrices, n = math.prod(outer[:-1]), outer[-1] if outer else 1
     scale_rows = rows if format.block_rows == 1 else matrices * -(-n // format.block_rows)
     parts["scales"] = (format.scale.dtype, (scale_rows, groups))

@@ -11,8 +11,7 @@ Refused: rows whose length is no multiple of `dim`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class ProductFormat(ScaledFormat):
     dim: int
     bits: int = 8
     scale: PlainFormat = F16
-    group: ClassVar[int] = 0
+    group: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.dim <= 8:
@@ -147,9 +146,9 @@ def _nearest_vectors(vectors: np.ndarray, entries: np.ndarray) -> np.ndarray:
 
 def _read(name: str, fields: dict[str, str]) -> ProductFormat:
     check_fields(name, fields, ("dim", "bits", "scale"), "pq<dim=4, bits=8, scale=f16>")
-    for field in ("dim", "bits"):
-        if not (fields[field].isdecimal() and len(fields[field]) < 5):
-            raise ValueError(f"expected {field} to be a number, got {fields[field]}")
+    for name in ("dim", "bits"):
+        if not (fields[name].isdecimal() and len(fields[name]) < 5):
+            raise ValueError(f"expected {name} to be a number, got {fields[name]}")
     return ProductFormat(int(fields["dim"]), int(fields["bits"]), read_scale(fields["scale"]))
 
 

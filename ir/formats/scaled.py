@@ -104,9 +104,9 @@ class ScaledFormat(NumberFormat):
             self.refuse_unfit(wide, rows.start)
             found = self._encode(wide, rounding, levels, rows.start)
             codes[rows], scales[rows] = found[0].reshape(-1, per_row), found[1]
-            if zeros is not None:
+            if zeros is not None and found[2] is not None:
                 zeros[rows] = found[2]
-            if channel is not None:
+            if channel is not None and found[3] is not None:
                 channel[rows] = found[3]
         packed_zeros = pack_codes(zeros, self.bits) if zeros is not None else None
         return PackedArray(self, values.shape, pack_codes(codes, self.bits), scales, packed_zeros, channel, table)

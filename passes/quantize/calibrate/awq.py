@@ -6,8 +6,8 @@
 Weights that share an input are multiplied by a factor for each column, and what makes the input is divided by it, so
 that the model stays the same: the gain of the norm in front; the rows of `up` in front of `down`; the rows of `v`
 in front of `o` (the same factor for all heads that share them). The factors are the mean sizes of the input to a power
-between 0 and 1: that of 20 powers with which rounding to the nearest loses least of the products, so that a power of 0,
-no scaling, is never beaten by its like. Inputs that cannot be divided are left alone: `Scaling.skipped` says why.
+between 0 and 1: that of ten powers, 0 (no scaling) among them, with which rounding to the nearest loses least of the
+products. Inputs that cannot be divided are left alone: `Scaling.skipped` says why.
 Where a product that keeps its floats reads the input too (a router), factors are powers of two and change no bit of it.
 """
 
@@ -24,12 +24,12 @@ from ir.ops.attention import CombineOp
 from ir.ops.builtin import FuncOp
 from ir.ops.kv_cache import KVAppendOp
 from ir.ops.norm import RmsNormOp
-from ir.ops.tensor import AddOp, ConstantOp, ConstantStackOp, MulOp, ReshapeOp, SiluOp
+from ir.ops.tensor import AddOp, ConstantOp, MulOp, ReshapeOp, SiluOp
 from passes.analysis.constants import constant_leaves, is_constant_expression
-from passes.quantize.calibrate.executor import LayerwiseForward, Product, is_streamed
+from passes.quantize.calibrate.executor import LayerwiseForward, Product, is_streamed, weight_names
 from passes.quantize.rounding import quantize_rows
 
-POWERS = tuple(i / 20 for i in range(20))
+POWERS = tuple(i / 10 for i in range(10))
 _ROWS = 512  # of an input, that losses are measured with
 Key = tuple[Value, int]  # an input, and the expert it belongs to (-1: all)
 
@@ -70,6 +70,23 @@ class Scaling:
     def changes(self, name: str) -> bool:
         """Whether a tensor is stored otherwise than it was."""
         return name in self.columns or name in self.rows
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The factors by kind and name, and how many inputs there are: what `from_arrays` takes."""
+        found = {f"{kind} {name}": s for kind in ("columns", "rows") for name, s in getattr(self, kind).items()}
+        return {"inputs": np.array([self.inputs], np.int64), **found}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], skipped: dict[str, int]) -> Scaling:
+        """The scaling that gave the arrays."""
+        scaling = Scaling(skipped=skipped)
+        for key, s in arrays.items():
+            kind, _, name = key.partition(" ")
+            if kind == "inputs":
+                scaling.inputs = int(s[0])
+            else:
+                getattr(scaling, kind)[name] = s
+        return scaling
 
 
 def find_scaling(
@@ -243,12 +260,6 @@ def _set_factors(
             scaling.rows[fold.bias] = row_factors
     for op in fold.products:
         scaling.columns.update(dict.fromkeys(_of_expert(weight_names(op), expert), s))
-
-
-def weight_names(op: Op) -> tuple[str, ...]:
-    """The tensors that a streamed product multiplies by: one, or one for each expert."""
-    (leaf,) = constant_leaves(op.operands[1])
-    return leaf.symbols() if isinstance(leaf, ConstantStackOp) else (leaf.attributes["symbol"].name,)
 
 
 def _of_expert(names: tuple[str, ...], expert: int) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from ir.ops.gemm import MatmulOp
 from ir.ops.moe import GroupedGemmOp
 from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
 from ir.traits import Terminator, has_trait
+from passes.analysis.constants import constant_leaves
 from passes.quantize.forward import Forward, ProductOp
 from passes.quantize.roles import weight_parts
 
@@ -212,6 +213,12 @@ def is_streamed(op: Op) -> bool:
     if isinstance(made, CastOp):
         made = made.operands[0].defining_op()
     return isinstance(made, ConstantStackOp if isinstance(op, GroupedGemmOp) else ConstantOp)
+
+
+def weight_names(op: Op) -> tuple[str, ...]:
+    """The tensors that a streamed product multiplies by: one, or one for each expert."""
+    (leaf,) = constant_leaves(op.operands[1])
+    return leaf.symbols() if isinstance(leaf, ConstantStackOp) else (leaf.attributes["symbol"].name,)
 
 
 def _whole_attention(op: Op) -> ScoresOp | None:

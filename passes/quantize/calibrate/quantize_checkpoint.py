@@ -24,7 +24,7 @@ from frontends.huggingface import ImportedModel
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PackedArray
-from passes.quantize.calibrate.awq import Scaling, find_scaling
+from passes.quantize.calibrate.awq import Scaling, find_folds, find_scaling
 from passes.quantize.calibrate.compressed_layout import layout_parts, packed_of
 from passes.quantize.calibrate.executor import LayerwiseForward, Product
 from passes.quantize.calibrate.gptq import DAMPING, Curvature, gptq, gram
@@ -36,6 +36,7 @@ from passes.quantize.rounding import quantize_rows
 
 METHODS = ("rtn", "gptq", "awq")
 RESULTS_VERSION = 1  # of what the same inputs give
+_FACTORS = "factors of awq"  # under this name they are kept
 _KEPT_CURVATURES = 256 << 20  # bytes
 _ENOUGH_ROWS = 4  # an expert is calibrated with its own rows when it has at least k / 4
 Tell = Callable[[str, float, float, str], None]
@@ -169,11 +170,16 @@ class _Run:
             self._finished(name) or self._nearest(name)
 
     def awq(self) -> None:
-        formats = self.targets.formats
-        read, roles = self.imported.checkpoint.read, self.targets.roles
-        self.scaling = find_scaling(
-            self.func, read, self.sequences, roles, formats, lambda at, of: self.tell("search", at, of, "ops")
-        )
+        kept = self.kept.load(_FACTORS)
+        if kept is not None:
+            self.scaling = Scaling.from_arrays(kept, find_folds(self.func)[1])
+        else:
+            formats = self.targets.formats
+            read, roles = self.imported.checkpoint.read, self.targets.roles
+            self.scaling = find_scaling(
+                self.func, read, self.sequences, roles, formats, lambda at, of: self.tell("search", at, of, "ops")
+            )
+            self.kept.save(_FACTORS, self.scaling.arrays())
         self.rtn()
 
     def gptq(self) -> None:

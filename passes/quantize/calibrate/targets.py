@@ -19,7 +19,7 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import GroupedIntFormat, PlainFormat
 from ir.ops.tensor import EmbedOp
 from passes.analysis.constants import constant_leaves
-from passes.quantize.calibrate.executor import is_streamed
+from passes.quantize.calibrate.executor import is_streamed, weight_names
 from passes.quantize.calibrate.gptq import check_format
 from passes.quantize.quantize import SMALLER_GROUPS
 from passes.quantize.recipe import Recipe
@@ -77,6 +77,7 @@ def find_targets(imported: ImportedModel, recipe: Recipe) -> Targets:
             )
         if note:
             notes[note] = notes.get(note, 0) + 1
+    _share_in_stacks(imported, formats, notes)
     if not formats:
         raise DiagnosticError(
             f"the recipe {recipe.name!r} rounds no weight of the model", where=where, expected="one that does"
@@ -95,6 +96,25 @@ def _products(imported: ImportedModel, roles: dict[str, str]) -> tuple[set[str],
         elif is_streamed(op):
             parts.update(weight_parts(op, roles))
     return tables, parts
+
+
+def _share_in_stacks(imported: ImportedModel, formats: dict[str, GroupedIntFormat], notes: dict[str, int]) -> None:
+    """One format for all experts of a product, the most precise that is asked for; floats when one keeps its floats."""
+    for op in imported.module.function("step").block.ops:
+        names = weight_names(op) if is_streamed(op) else ()
+        found = [formats.get(name) for name in names]
+        if len(set(found)) < 2:
+            continue
+        widest = max(
+            (f for f in found if f is not None), key=lambda f: (f.bits, f.nbytes(imported.weights[names[0]].shape))
+        )
+        shared = None if None in found else widest
+        for name in names:
+            formats.pop(name, None)
+            if shared is not None:
+                formats[name] = shared
+        note = f"experts of one product share a format, the most precise asked for: {shared or 'floats'}"
+        notes[note] = notes.get(note, 0) + len(names)
 
 
 def _check_choice(recipe: Recipe, name: str, rotate: int, outliers: int, format: object) -> None:

@@ -30,8 +30,9 @@ ALLOWED_LIBRARIES: dict[str, frozenset[str]] = {
     "ir": frozenset({"numpy", "ml_dtypes", "lark"}),
     "hw_targets": frozenset({"numpy", "ml_dtypes", "llvmlite", "psutil", "msgspec"}),
     "frontends": frozenset({"numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "msgspec"}),
-    "passes": frozenset({"numpy", "ml_dtypes"}),
-    "codegen": frozenset({"numpy", "ml_dtypes", "llvmlite", "psutil", "msgspec"}),
+    # numba: loops over weights, when models are built. highspy: the mixed-integer program that spends a budget of bits.
+    "passes": frozenset({"numpy", "ml_dtypes", "numba", "highspy"}),
+    "codegen": frozenset({"numpy", "ml_dtypes", "llvmlite", "numba", "psutil", "msgspec"}),
     # tokenizers and jinja2 turn text into token ids and back; everything else runs on numpy and LLVM's loader.
     "runtime": frozenset({"numpy", "ml_dtypes", "llvmlite", "tokenizers", "jinja2"}),
     # matplotlib is the extra `plot`: imported by the one function that draws, which says so when it is not there.

@@ -25,7 +25,7 @@ def rotate(x: np.ndarray, block: int) -> np.ndarray:
     """x [..., d] times the orthonormal Hadamard matrix in blocks of columns, in float32; twice is x again."""
     if not block:
         return x.astype(np.float32)
-    out = x.astype(np.float32).reshape(*x.shape[:-1], -1, block)
+    out = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // block, block)
     distance = 1
     while distance < block:
         pairs = out.reshape(*out.shape[:-1], block // (2 * distance), 2, distance)

@@ -29,7 +29,6 @@ from passes.analysis.cascade_passes import count_passes
 
 MASKED = -1e30  # finite, so that the difference of two masked scores is a number
 TILE_ROWS = 8  # query rows (tokens x heads) that share one read of the keys
-LINE = 64  # bytes that one prefetch brings
 
 
 @emitter(AttentionOp)
@@ -124,7 +123,7 @@ class _Tile:
         self, k: KernelBuilder, op: AttentionOp, kv: KVLayout, dim: int, heads: int, max_tokens: int, q: Buffer,
         positions: Buffer, out: Buffer, prefetch: bool,
     ) -> None:  # fmt: skip
-        self.k, self.op, self.kv, self.dim, self.heads, self.prefetch = k, op, kv, dim, heads, prefetch
+        self.k, self.op, self.kv, self.dim, self.heads = k, op, kv, dim, heads
         self.group = heads // kv.heads
         self.q, self.positions, self.out = q, positions, out
         most = max_tokens * self.group
@@ -138,7 +137,8 @@ class _Tile:
         self.sums = k.scratch(most * kv.dim, F32)  # weighted values so far
         factor = op.scale * LOG2_E  # scores in base 2: exponentials become powers of two
         self.exp2 = exp2 if kv.element in (F32, F16) else exp2_short  # weights have no more digits than that
-        self.parts: list[Products] = [products(k, kv.blocks, most, factor)]
+        ahead = STEP_BLOCKS * kv.blocks.size if prefetch else 0  # the same place in the next step
+        self.parts: list[Products] = [products(k, kv.blocks, most, factor, ahead)]
         if kv.recent:
             self.parts.append(products(k, kv.ring, most, factor))
 
@@ -193,13 +193,10 @@ class _Tile:
         k = self.k
         blocks = ((end - at + (BLOCK - 1)) // BLOCK).min(STEP_BLOCKS)
         part.begin_step(block_of, at, count)
-        for number, rows in enumerate(chunks(count, MOST_SUMS)):
+        for rows in chunks(count, MOST_SUMS):
             together = max(1, min(STEP_BLOCKS, 8 // len(rows)))  # sums that wait for no other
             with k.loop(0, blocks, together) as loop:
                 places = [block_of(at + (loop.i + u) * BLOCK) for u in range(together)]
-                if self.prefetch and number == 0 and part is self.parts[0]:
-                    for place in places:
-                        self._prefetch(place)
                 scores = part.scores([(place, loop.i + u) for u, place in enumerate(places)], rows)
                 for row, vectors in zip(rows, scores, strict=True):
                     for u, vector in enumerate(vectors):
@@ -219,12 +216,6 @@ class _Tile:
         with k.loop(0, count) as loop:
             self._weigh(part, loop.i)
         part.add_values(block_of, at, blocks, count, self.sums, self.corrections)
-
-    def _prefetch(self, block: Buffer) -> None:
-        """The lines of the block that is as far into the next step as `block` is in this one."""
-        size, width = self.kv.blocks.size, self.kv.element.bits // 8
-        for line in range(0, size * width, LINE):
-            block.prefetch(STEP_BLOCKS * size + line // width)
 
     def _weigh(self, part: Products, row: Expr) -> None:
         """Scores of one row become weights, and are added to the sum of its weights."""

@@ -32,8 +32,8 @@ def chunks(count: int, most: int) -> list[range]:
 class FloatProducts:
     """Blocks of bf16, f16 or f32."""
 
-    def __init__(self, k: KernelBuilder, blocks: FloatBlocks, rows: int, factor: float) -> None:
-        self.k, self.blocks, self.factor = k, blocks, factor
+    def __init__(self, k: KernelBuilder, blocks: FloatBlocks, rows: int, factor: float, ahead: int) -> None:
+        self.k, self.blocks, self.factor, self.ahead = k, blocks, factor, ahead
         self.query = k.scratch(rows * blocks.dim, blocks.computed)
         self.weights = k.scratch(rows * STEP, blocks.computed)
 
@@ -50,7 +50,8 @@ class FloatProducts:
         k, dim = self.k, self.blocks.dim
         left = [self.query.at(row * dim) for row in rows]
         zeros = [k.f32(0.0, LANES)] * (len(rows) * len(blocks))
-        sums = self._multiply(left, [block for block, _ in blocks], dim, zeros, unroll=8)
+        ahead = self.ahead if rows.start == 0 else 0
+        sums = self._multiply(left, [block for block, _ in blocks], dim, zeros, 8, ahead)
         sums = [total * self.factor for total in sums]
         return [sums[i * len(blocks) : (i + 1) * len(blocks)] for i in range(len(rows))]
 
@@ -79,7 +80,8 @@ class FloatProducts:
                     values = block_of(at + loop.i * BLOCK).at(self.blocks.values)
                     left = [self.weights.at(loop.i * BLOCK + row * STEP) for row in chunk]
                     right = [values.at(strip * 16 * BLOCK) for strip in strips]
-                    loop.carry(*self._multiply(left, right, BLOCK, loop.carried, unroll=16))
+                    ahead = self.ahead if chunk.start == 0 else 0
+                    loop.carry(*self._multiply(left, right, BLOCK, loop.carried, 16, ahead))
                 for place, total in zip(places, loop.results, strict=True):
                     sums.store(place, total)
 
@@ -91,7 +93,7 @@ class FloatProducts:
         """`constant_part` times `correction`; before the weights of a step are stored. There is none."""
 
     def _multiply(
-        self, left: list[Buffer], right: list[Buffer], depth: int, sums: list[Expr], unroll: int
+        self, left: list[Buffer], right: list[Buffer], depth: int, sums: list[Expr], unroll: int, ahead: int
     ) -> list[Expr]:
         """sums [left][right] plus the products of rows of numbers and strips of 16 columns, along `depth` in order."""
         k, pack = self.k, self.blocks.pack
@@ -101,6 +103,9 @@ class FloatProducts:
 
         def step(at: Expr, sums: list[Expr]) -> list[Expr]:
             columns = [strip.load(at * (LANES * pack), LANES * pack) for strip in right]
+            if ahead:
+                for strip in right:
+                    strip.prefetch(at * (LANES * pack) + ahead)
             if pack == 1:
                 columns = [c.cast(F32) for c in columns]
             made: list[Expr] = []
@@ -128,8 +133,8 @@ class FloatProducts:
 class CodeProducts:
     """Blocks of codes. Rows that share a scale by column over `key_group` positions have a query for each group."""
 
-    def __init__(self, k: KernelBuilder, blocks: CodeBlocks, rows: int, factor: float) -> None:
-        self.k, self.blocks, self.factor = k, blocks, factor
+    def __init__(self, k: KernelBuilder, blocks: CodeBlocks, rows: int, factor: float, ahead: int) -> None:
+        self.k, self.blocks, self.factor, self.ahead = k, blocks, factor, ahead
         self.sets = STEP // blocks.key_group if blocks.key_group else 1  # queries of a row in one step
         dim = blocks.dim
         self.query = k.scratch(rows * self.sets * dim, I8)
@@ -181,6 +186,8 @@ class CodeProducts:
         for b in range(STEP_BLOCKS):
             halves = block_of(at + b * BLOCK).view(F16)
             scales = halves.load(blocks.value_scales // 2, BLOCK).cast(F32)
+            if self.ahead:
+                halves.prefetch((blocks.value_scales + self.ahead) // 2)
             self.value_scales.store(b * BLOCK, scales)
             bits = scales.bitcast(VectorType(BLOCK, I32)).cast(F32)  # exponent and mantissa as one number: a line
             self.value_logs.store(b * BLOCK, k.fma(bits, 2.0**-23, 0.0861 - 127.0))  # above the logarithm
@@ -211,6 +218,9 @@ class CodeProducts:
 
         def step(at: Expr, sums: list[Expr]) -> list[Expr]:
             packed = [block.load(at * LANES, LANES) for block in words]
+            if self.ahead and rows.start == 0:
+                for block in words:
+                    block.prefetch(at * LANES + self.ahead // 4)
             made = list(sums)
             for f in range(fields):
                 codes = [_field(x, f, layout.bits).bitcast(VectorType(4 * LANES, U8)) for x in packed]
@@ -289,7 +299,10 @@ class CodeProducts:
                     for quad in range(BLOCK // 4):
                         codes = []
                         for strip in strips:
-                            packed = words.load((strip * (BLOCK // 4) + quad) * LANES, LANES)
+                            place = (strip * (BLOCK // 4) + quad) * LANES
+                            packed = words.load(place, LANES)
+                            if self.ahead and chunk.start == 0:
+                                words.prefetch(place + self.ahead // 4)
                             codes += [self._value_codes(packed, f) for f in range(fields)]
                         for i, row in enumerate(weights):
                             four = k.splat(row.load(quad), LANES).bitcast(VectorType(4 * LANES, U8))
@@ -342,8 +355,11 @@ def _largest(parts: list[Expr]) -> Expr:
 Products = FloatProducts | CodeProducts
 
 
-def products(k: KernelBuilder, blocks: FloatBlocks | CodeBlocks, rows: int, factor: float) -> Products:
-    """The products for a kind of block, with scratch memory for `rows` rows; scores are multiplied by `factor`."""
+def products(k: KernelBuilder, blocks: FloatBlocks | CodeBlocks, rows: int, factor: float, ahead: int = 0) -> Products:
+    """The products for a kind of block, with scratch memory for `rows` rows; scores are multiplied by `factor`.
+
+    `ahead` elements behind each load the cache line is prefetched, 0 for none.
+    """
     if isinstance(blocks, FloatBlocks):
-        return FloatProducts(k, blocks, rows, factor)
-    return CodeProducts(k, blocks, rows, factor)
+        return FloatProducts(k, blocks, rows, factor, ahead)
+    return CodeProducts(k, blocks, rows, factor, ahead)

@@ -6,12 +6,14 @@ import numpy as np
 
 from ir.attributes import Rope
 from ir.core import Block, Region
+from ir.formats import GroupedIntFormat
+from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.ops.attention import row_argument_types
 from ir.ops.cascades import build_deferred_division, build_online_softmax, build_softmax_cascade
 from ir.ops.fused import YieldOp
 from ir.types import KVCacheType
-from tests.samples.base import BF16, CTX, F32, I32, TOKENS, Sample, cache, fault, ints, normal, sample, t
+from tests.samples.base import BF16, CTX, F32, I32, TOKENS, Sample, cache, fault, ints, low_bit_cache, normal, sample, t
 
 _IDS = t(TOKENS, element=I32)
 _KV = KVCacheType(2, 8, F32)
@@ -25,11 +27,14 @@ ROWS = (
     ("window_crossed", 4, cache(2, 20, 2, 8), (2, 3, 4, 19), (0, 0, 0, 1), 3),
     ("window_of_one", 2, cache(1, 6, 2, 8), (5, 0), (0, 0), 1),
     ("bf16", 4, cache(2, 9, 2, 8, BF16), (8, 3), (1, 0), 0),
+    ("codes", 2, low_bit_cache(1, 9, KVCacheType(2, 8, GroupedIntFormat(8, 0), rotate=4)), (8, 3), (0, 0), 4),
 )
+_RECENT = low_bit_cache(1, 64, KVCacheType(2, 8, GroupedIntFormat(4, 0), rotate=8, recent=16))
 
 
 def _row_types(heads: int, state: KVState) -> tuple:
     kv = KVCacheType(state.keys.shape[2], state.keys.shape[3], BF16 if state.dtype != np.float32 else F32)
+    kv = state.type if isinstance(state, LowBitKVState) else kv
     return t(TOKENS, heads, kv.head_dim), kv, _IDS, _IDS
 
 
@@ -69,6 +74,8 @@ _MASKED = np.where(np.arange(6) < 4, normal(2, 3, 6), -np.inf).astype(np.float32
 _ANGLES = normal(3, 4, seed="angle")
 
 SAMPLES = (
+    _scores("recent_positions", 2, _RECENT, (40, 14), (0, 0), 0),
+    _attention("one", "recent_positions", 2, _RECENT, (40, 14), (0, 0), 30),
     sample("attn.rope_table", "default", ints(0, 1, 4095), types=(_IDS,), rope=Rope(8)),
     sample("attn.rope_table", "linear", ints(7), rope=Rope(6, theta=500000.0, scaling="linear", factor=4.0)),
     sample(
@@ -105,6 +112,10 @@ def _no_end() -> tuple[Region, ...]:
 
 
 FAULTS = (
+    fault(
+        "attn.combine", "without the rows' positions: fuse attention before setting its format",
+        t(TOKENS, 2, CTX), _RECENT.type, _IDS,
+    ),
     fault("attn.rope_table", "expected positions of i32", t(3), rope=Rope(8)),
     fault("attn.rope_table", "an even rope dim > 0, got 7", _IDS, rope=Rope(7)),
     fault("attn.rope", "cos and sin of one type", t(3, 2, 8), t(3, 4), t(3, 8)),

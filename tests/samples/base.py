@@ -17,6 +17,7 @@ from ir.builder import Builder
 from ir.core import Block, Region
 from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, NumberFormat, PackedArray, PlainFormat
 from ir.interpreter import Environment
+from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
@@ -148,7 +149,7 @@ def sample(op: str, label: str, /, *inputs: Any, types: Sequence[Type] = (), **n
 def parts_of(value: Any) -> tuple[np.ndarray, ...]:
     """The arrays that a value is made of."""
     if isinstance(value, KVState):
-        return value.keys, value.values
+        return tuple(v for v in vars(value).values() if isinstance(v, np.ndarray))
     if isinstance(value, PackedArray):
         return tuple(v for v in vars(value).values() if isinstance(v, np.ndarray))
     return (np.asarray(value),)
@@ -179,6 +180,8 @@ def type_of(value: np.ndarray | PackedArray | KVState) -> Type:
     """The type of an array (all sizes known) or of a KV state."""
     if isinstance(value, PackedArray):
         return TensorType(value.shape, value.format)
+    if isinstance(value, LowBitKVState):
+        return value.type
     if isinstance(value, KVState):
         return KVCacheType(value.keys.shape[2], value.keys.shape[3], format_of(value.dtype))
     return TensorType(value.shape, format_of(value.dtype))
@@ -235,8 +238,14 @@ def cache(slots: int, ctx: int, heads: int, dim: int, element: PlainFormat = F32
     return KVState(normal(*shape, seed="keys", element=element), normal(*shape, seed="values", element=element))
 
 
+def low_bit_cache(slots: int, ctx: int, type: KVCacheType) -> KVState:
+    """The same in a low-bit format."""
+    shape = (slots, ctx, type.num_kv_heads, type.head_dim)
+    return LowBitKVState.of(type, normal(*shape, seed="keys"), normal(*shape, seed="values"))
+
+
 __all__ = [
     "BF16", "CTX", "F16", "F32", "I1", "I32", "ROWS", "TOKENS", "Fault", "Sample", "Stored",
-    "cache", "fault", "ints", "low_sample", "normal", "packed", "parts_of", "run_sample", "sample", "t", "type_like",
-    "type_of",
+    "cache", "fault", "ints", "low_bit_cache", "low_sample", "normal", "packed", "parts_of", "run_sample", "sample",
+    "t", "type_like", "type_of",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench.measure import table
+from frontends.config import open_config, token_ids
 from frontends.huggingface import import_model
 from passes.quantize.bit_choice import BitProblem
 from passes.quantize.bit_recipe import candidates_of
@@ -23,7 +24,7 @@ from passes.quantize.bits_solver import solve, uniform_solutions
 from passes.quantize.sensitivity import SensitivityTable, WholeModel, estimate, measure
 from passes.quantize.weight_groups import joined_products
 from stratum.api import ensure_built
-from stratum.bit_budget import LENGTH, SEQUENCES
+from stratum.bit_budget import CHECK_EVERY, LENGTH, SEQUENCES
 from stratum.calibration_tokens import tokens_of_model, tokens_of_text
 
 
@@ -48,8 +49,10 @@ def curve(options: argparse.Namespace) -> str:
         vocab = imported.config.vocab_size
         tables = {name: SensitivityTable(kept / f"{name}.jsonl") for name in ("own text", "weights alone")}
         estimate(products, checkpoint.read, candidates, tables["weights alone"])
-        own = tokens_of_model(ensure_built(options.model), begin=None, sequences=SEQUENCES, length=LENGTH)
-        measure(func, products, checkpoint.read, own, candidates, tables["own text"])
+        begin = next(iter(token_ids(open_config(options.model), "bos_token_id")), None)
+        own = tokens_of_model(ensure_built(options.model), begin=begin, sequences=SEQUENCES, length=LENGTH)
+        measured = [i % CHECK_EVERY != CHECK_EVERY - 1 for i in range(SEQUENCES)]
+        measure(func, products, checkpoint.read, own[measured], candidates, tables["own text"])
         text = tokens_of_text(options.model, options.text, vocab_size=vocab, sequences=options.windows, length=LENGTH)
         whole = WholeModel(func, products, checkpoint.read, text)
         problems = {name: BitProblem.of(groups, candidates, table) for name, table in tables.items()}

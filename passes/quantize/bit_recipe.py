@@ -14,6 +14,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 
+from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, GroupedIntFormat, NumberFormat, PlainFormat
 from ir.text_reader import parse_format
 from passes.quantize.bit_choice import BitChoice
@@ -44,6 +45,12 @@ def _mentioned(recipe: Recipe) -> Iterator[Candidate]:
     """The pairs of formats that the weights of products get by a recipe."""
     for choice in (recipe.weights, *(r.choice.over(recipe.weights) for r in recipe.rules if r.role not in HELD_BACK)):
         weights, activations = choice.format, choice.activations
+        if choice.rotate or choice.outliers:
+            raise DiagnosticError(
+                f"recipe {recipe.name!r} has rotations or outlier columns, which a budget does not choose among",
+                expected="recipes of formats",
+                hint="save the recipe that is found with --save-recipe, and add `rotate` or `outliers` to it",
+            )
         if isinstance(weights, NumberFormat):
             given = activations if isinstance(activations, NumberFormat) else BF16
             plain = isinstance(weights, PlainFormat)

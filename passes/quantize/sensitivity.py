@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ir.formats import BF16, F32, PlainFormat
 from ir.ops.builtin import FuncOp
 from ir.ops.norm import RmsNormOp
 from passes.quantize.forward import Factors, Forward, ProductOp, constant_value
+from passes.quantize.quantize import SMALLER_GROUPS
 from passes.quantize.rounding import quantize_rows
 from passes.quantize.weight_groups import WeightGroup
 
@@ -63,13 +64,20 @@ class Candidate:
         return f"{self.weights} x {self.activations}" + ("" if self.rounding == "mse" else f" ({self.rounding})")
 
     def fits(self, group: WeightGroup) -> bool:
-        """Whether the formats can hold rows of the group."""
+        """Whether the format of the weights can hold rows of the group."""
         try:
             self.weights.nbytes(group.shape)
-            self.activations.nbytes((1, group.shape[-1]))
         except DiagnosticError:
             return False
         return True
+
+    def activations_for(self, k: int) -> Any:
+        """The format of rows of k activations: smaller groups where its own do not fill them, as a build has it."""
+        group = getattr(self.activations, "group", 0)
+        if not group or k % group == 0:
+            return self.activations
+        fitting = [g for g in SMALLER_GROUPS if g < group and k % g == 0]
+        return replace(self.activations, group=fitting[0] if fitting else 0)
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ def lowered_product(factors: Factors, candidate: Candidate) -> np.ndarray:
 
     Of stacked matrices one is rounded at a time, and only those of experts that have rows.
     """
-    x = round_values(factors.x, candidate.activations, "nearest")
+    x = round_values(factors.x, candidate.activations_for(factors.x.shape[1]), "nearest")
     if factors.offsets is None:
         return Factors(x, round_values(factors.w, candidate.weights, candidate.rounding)).product()
     y = np.zeros((x.shape[0], factors.w.shape[1]), np.float32)

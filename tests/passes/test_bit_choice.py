@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -148,6 +149,13 @@ def test_candidates_are_those_of_the_recipes() -> None:
     assert Candidate(GroupedIntFormat(4, 128), BF16) in found
     assert GroupedIntFormat(3, 32, False, F16) in [c.weights for c in found]
     assert all(c.activations == BF16 for c in found if c.weights == GroupedIntFormat(4, 128))
+
+
+def test_recipes_that_do_more_than_choose_formats_are_no_candidates(tmp_path: Path) -> None:
+    path = tmp_path / "rotated.toml"
+    path.write_text('[weights]\nformat = "q4_sym<group=32, scale=f16>"\nrotate = 32\n')
+    with pytest.raises(DiagnosticError, match="rotations or outlier columns"):
+        candidates_of(str(path))
 
 
 def test_embedding_and_cache_of_the_base_are_kept() -> None:

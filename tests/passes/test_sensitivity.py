@@ -206,6 +206,14 @@ def test_divergence_of_equal_logits_is_zero_and_of_known_ones_is_known() -> None
     assert divergence(log_softmax(sure), other) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_activations_have_the_groups_that_a_build_gives_them(case: Case) -> None:
+    wide = Candidate(GroupedIntFormat(4, 32), GroupedIntFormat(8, 128, False, F32), "nearest")
+    assert [wide.activations_for(k).group for k in (256, 128, 192, 96, 48)] == [128, 128, 64, 32, 0]
+    table = SensitivityTable()
+    measure(case.func, case.products, case.read, case.tokens, (wide,), table)
+    assert len(table.entries) == len(case.products)
+
+
 def test_formats_whose_groups_do_not_fill_a_row_are_left_out(case: Case) -> None:
     wide = Candidate(GroupedIntFormat(4, 128, False, F16), Q8)
     table = SensitivityTable()

@@ -167,7 +167,7 @@ def _measure_batch(
                 missing[row.key] = str(error)
                 continue
             session = stack.enter_context(Session(artifact, threads=threads))
-            sessions[row.key] = session, bits if bits is not None else stored_bits(session)
+            sessions[row.key] = session, bits
         results = evaluate([s for s, _ in sessions.values()], text, plan, reference=reference) if sessions else []
         found = dict(zip(sessions, results, strict=True))
         for row in rows:
@@ -175,13 +175,6 @@ def _measure_batch(
                 yield Figures(row.key, row.section, row.name, missing=missing[row.key])
             else:
                 yield _figures(row, found[row.key], sessions[row.key][1])
-
-
-def stored_bits(session: Session) -> float | None:
-    """What the manifest says of the products' weights."""
-    weights = session.manifest.raw.get("weights")
-    bits = weights.get("bits_per_weight") if isinstance(weights, dict) else None
-    return float(bits) if isinstance(bits, (int, float)) else None
 
 
 def _figures(row: Row, result: Evaluation, bits: float | None) -> Figures:
@@ -247,18 +240,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="only so many windows of the text, for a quick look")
     parser.add_argument("--threads", type=int, help="default: one a physical core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here as well, as they come")
+    parser.add_argument("--show", action="store_true", help="measure nothing: the page from --json FILE")
     parser.add_argument("--resume", action="store_true", help="keep the figures that --json FILE holds already")
     options = parser.parse_args()
     rows = [r for r in all_rows(MODEL) if not options.only or any(part in r.key for part in options.only)]
     known: dict[str, Figures] = {}
-    if options.resume and options.json is not None and options.json.exists():
+    if (options.resume or options.show) and options.json is not None and options.json.exists():
         known = {r["key"]: Figures(**r) for r in json.loads(options.json.read_text()) if not r["missing"]}
-    for found in measure([r for r in rows if r.key not in known], MODEL, options.threads, options.windows):
+    asked = [r for r in rows if r.key not in known]
+    for found in measure(asked, MODEL, options.threads, options.windows) if not options.show else ():
         known[found.key] = found
         print(f"{found.key:<24}", *_cells(found)[1:], sep="  ", flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps([asdict(f) for f in known.values()], indent=1) + "\n")
-    text = markdown([known[r.key] for r in rows], header(MODEL))
+    unknown = "not measured in this run"
+    text = markdown([known.get(r.key, Figures(r.key, r.section, r.name, unknown)) for r in rows], header(MODEL))
     print(f"\n{text}")
     if not options.only and options.windows is None:
         write_page(text)

@@ -8,6 +8,7 @@ them. Rows of recipes are what users build. All are made by `compile-model`, eac
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Row:
-    """`make` gets an empty folder and gives (artifact, bits per weight of the products, None if the build says)."""
+    """`make` gets an empty folder and gives (artifact, bits per weight of what was rounded, None if nothing was)."""
 
     key: str
     section: str
@@ -178,9 +179,24 @@ def recipe_row(model: Path, key: str, section: str, name: str, recipe: str, dtyp
         if "\n" in recipe:
             asked = str(folder / "recipe.toml")
             Path(asked).write_text(recipe)
-        return built(model, folder / "built", "--recipe", asked, "--dtype", dtype), None
+        bits = recipe_bits(model, load_recipe(asked)) if "[kv]" not in recipe and not recipe.startswith("kv") else None
+        return built(model, folder / "built", "--recipe", asked, "--dtype", dtype), bits
 
     return Row(key, section, name, make)
+
+
+def recipe_bits(model: Path, recipe: Recipe) -> float:
+    """Bits per weight, scales included, of what a recipe gives a low-bit format; a tied table counts as the head."""
+    imported = import_model(model)
+    count = nbytes = 0
+    with imported.checkpoint:
+        for name, spec in imported.weights.items():
+            role = _RECIPE_ROLES.get(spec.role, spec.role)
+            tied = spec.role == "embedding" and HEAD not in imported.weights
+            format = recipe.choice(*((HEAD, "head") if tied else (name, role))).format
+            if len(spec.shape) == 2 and format is not None and not isinstance(format, (str, PlainFormat)):
+                count, nbytes = count + math.prod(spec.shape), nbytes + format.nbytes(spec.shape)
+    return 8 * nbytes / count if count else 0.0
 
 
 def shipped(name: str) -> Recipe:
@@ -212,7 +228,7 @@ def calibrated_row(model: Path, key: str, section: str, name: str, method: str, 
                 str(text),
             )
         )
-        return built(out, folder / "built", "--dtype", "f32"), None
+        return built(out, folder / "built", "--dtype", "f32"), recipe_bits(model, load_recipe(recipe))
 
     return Row(key, section, name, make)
 
@@ -237,7 +253,11 @@ def solver_rows(model: Path, key: str, section: str, name: str, bits: float) -> 
         _, saved = solve(folder)
         return rounded_row(model, key, section, name, lambda: with_recipe(load_recipe(str(saved)))).make(folder)
 
+    def build(folder: Path) -> tuple[Path, float | None]:
+        out, saved = solve(folder)
+        return out, recipe_bits(model, load_recipe(str(saved)))
+
     return [
         Row(key, section, f"{name}: weights", alone),
-        Row(f"build-{key}", section, f"{name}: build, rest f32", lambda folder: (solve(folder)[0], None)),
+        Row(f"build-{key}", section, f"{name}: build, rest f32", build),
     ]

@@ -78,7 +78,7 @@ def verdict(bar: str, rows: dict[str, Figures]) -> str:
 def test_bars() -> None:
     four, eight = "4.5 bits: KL at most 0.7 x llama.cpp Q4_0", "8.5 bits"
     (first, _) = [c for c in checks(figures(**{"layers/q4": 0.7, "layers/gguf-Q4_0": 1.0})) if c.bar.startswith(four)]
-    assert first.verdict == "pass" and first.measured == "0.70000 / 1.00000 = 0.700"
+    assert first.verdict == "pass" and first.measured == "0.70000 / 1.00000 = 0.700 (layers/q4)"
     (first, _) = [c for c in checks(figures(**{"layers/q4": 0.71, "layers/gguf-Q4_0": 1.0})) if c.bar.startswith(four)]
     assert first.verdict == "**fail**"
     assert verdict(eight, figures(**{"layers/q8": 1.0, "layers/gguf-Q8_0": 1.0})) == "pass"

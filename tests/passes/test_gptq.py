@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ir.diagnostics import DiagnosticError
 from ir.formats import GroupedIntFormat
 from ir.text_reader import parse_format
-from passes.quantize.calibrate.gptq import Curvature, gptq, gram, inverse_upper, weighted_error
+from passes.quantize.calibrate.gptq import Curvature, _second_order, gptq, gram, inverse_upper, weighted_error
 from passes.quantize.calibrate.gptq_kernels import choose_candidates, descend, round_columns
 from passes.quantize.rounding import quantize_rows
 
@@ -67,6 +67,20 @@ def test_correlated_inputs_lose_much_less() -> None:
 
     finer = int_format("q4_sym<group=32, scale=f16>")
     assert loss(format.unpack(gptq(format, w, curvature))) < 0.2 * loss(finer.unpack(quantize_rows(finer, w, "mse")))
+
+
+def test_columns_behind_make_up_for_what_is_lost() -> None:
+    """The order of columns by itself, before scales and codes are improved together."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((600, 96)) @ (rng.standard_normal((96, 96)) / 4) + rng.standard_normal((600, 1))
+    w = rng.standard_normal((16, 96)).astype(np.float32)
+    format = int_format("q4_sym<group=32, scale=f16>")
+    curvature = Curvature.of(gram(x.astype(np.float32)))
+    assert curvature is not None
+    ordered = _second_order(format, w, curvature).values()
+    nearest = format.unpack(quantize_rows(format, w, "mse"))
+    h = curvature.h
+    assert weighted_error(w, ordered, h).sum() < 0.6 * weighted_error(w, nearest, h).sum()
 
 
 @given(st.integers(0, 2**32), st.sampled_from((1, 7, 64)))

@@ -239,7 +239,7 @@ def _read_dequantize(node: ConstantReader, box: Box) -> np.ndarray:
     *outer, rows, _ = box
     parts = []
     for matrix in itertools.product(*(range(first, last) for first, last in outer)):
-        packed = node.packed.read(matrix, rows)
+        packed = node.packed.read_packed(matrix, rows)
         parts.append(packed.format.unpack(packed).astype(node.stored_dtype))
     whole = np.stack(parts) if outer else parts[0]
     return _narrowed(node, whole.reshape(*(b - a for a, b in box[:-1]), -1), box[-1])

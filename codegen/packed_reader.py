@@ -20,7 +20,7 @@ from ir.formats import PackedArray, PlainFormat, concatenate_packed
 from ir.location import Location
 from ir.ops.low_bit import has_table, scale_parts
 from ir.types import TensorType
-from passes.quantize.rounding import quantize_rows
+from passes.quantize.rounding import RoundedRows, round_rows
 
 Rows = tuple[int, int]  # half-open
 
@@ -53,11 +53,15 @@ class PackedReader:
         """Whether a table is learned from the whole matrix."""
         return (self.op.name == "quant.quantize" and has_table(self.format)) or any(c.learns for c in self.packed)
 
+    def read_packed(self, matrix: tuple[int, ...], rows: Rows) -> PackedArray:
+        """`read` with packed codes."""
+        return _packed(self.read(matrix, rows))
+
     def symbols(self) -> list[str]:
         """The checkpoint tensors behind this constant, in reading order."""
         return [name for child in (*self.packed, *self.plain) for name in child.symbols()]
 
-    def read(self, matrix: tuple[int, ...], rows: Rows) -> PackedArray:
+    def read(self, matrix: tuple[int, ...], rows: Rows) -> PackedArray | RoundedRows:
         """Rows of the matrix `matrix` (its index in a stack, or nothing). DiagnosticError for numbers without codes."""
         return _READERS[self.op.name](self, matrix, rows)
 
@@ -66,13 +70,17 @@ def _box(matrix: tuple[int, ...], *ranges: Rows) -> tuple[Rows, ...]:
     return (*((i, i + 1) for i in matrix), *ranges)
 
 
-def _quantize(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray:
+def _packed(found: PackedArray | RoundedRows) -> PackedArray:
+    return found.packed() if isinstance(found, RoundedRows) else found
+
+
+def _quantize(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray | RoundedRows:
     k, block = node.shape[-1], _block_rows(node)
     first, last = rows[0] // block * block, min(-(-rows[1] // block) * block, node.shape[-2])
     values = node.plain[0].read(_box(matrix, (first, last), (0, k))).reshape(last - first, k)
     try:
-        packed = quantize_rows(node.format, values, node.op.attributes["rounding"])
-        return scales_by_row(packed).rows(rows[0] - first, rows[1] - first) if block > 1 else packed
+        packed = round_rows(node.format, values, node.op.attributes["rounding"])
+        return packed if block == 1 else scales_by_row(_packed(packed)).rows(rows[0] - first, rows[1] - first)
     except DiagnosticError as error:
         where = next(iter(node.plain[0].symbols()), node.op.location.origin)
         raise DiagnosticError.of(*(replace(d, location=Location(file=where)) for d in error.diagnostics)) from None
@@ -118,7 +126,7 @@ def _part(node: PackedReader, part: ConstantReader, name: str, matrix: tuple[int
     return np.repeat(found, block, axis=0)[rows[0] - first * block : rows[1] - first * block]
 
 
-def _concat(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray:
+def _concat(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray | RoundedRows:
     axis = node.op.attributes["axis"]
     if axis != len(node.shape) - 2:
         raise DiagnosticError(f"low-bit weights cannot be joined along axis {axis}", where=node.op.location.origin)
@@ -129,10 +137,10 @@ def _concat(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedAr
         if low < high:
             pieces.append(child.read(matrix, (low, high)))
         offset += size
-    return pieces[0] if len(pieces) == 1 else concatenate_packed(pieces)
+    return pieces[0] if len(pieces) == 1 else concatenate_packed([_packed(p) for p in pieces])
 
 
-def _slice(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray:
+def _slice(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArray | RoundedRows:
     start = node.op.attributes["start"]
     if node.op.attributes["axis"] == len(node.shape) - 2:
         return node.packed[0].read(matrix, (rows[0] + start, rows[1] + start))
@@ -141,7 +149,7 @@ def _slice(node: PackedReader, matrix: tuple[int, ...], rows: Rows) -> PackedArr
     raise DiagnosticError("low-bit weights are cut along rows only", where=node.op.location.origin)
 
 
-_READERS: dict[str, Callable[[PackedReader, tuple[int, ...], Rows], PackedArray]] = {
+_READERS: dict[str, Callable[[PackedReader, tuple[int, ...], Rows], PackedArray | RoundedRows]] = {
     "quant.quantize": _quantize,
     "quant.assemble": _assemble,
     "tensor.concat": _concat,

@@ -16,6 +16,7 @@ from codegen.strips import strip_rows
 from ir.formats import F32, PackedArray, ScaledFormat
 from ir.formats.fp8 import FP8Format
 from ir.types import Layout
+from passes.quantize.rounding import RoundedRows
 
 
 def packed_pieces(reader: PackedReader, layout: Layout, piece_bytes: int) -> Iterator[memoryview]:
@@ -32,7 +33,7 @@ def packed_pieces(reader: PackedReader, layout: Layout, piece_bytes: int) -> Ite
             yield from _strip_pieces(lambda rows, matrix=matrix: reader.read(matrix, rows), s, per_piece)
 
 
-def matrix_pieces(whole: PackedArray, s: PackedStrips, per_piece: int) -> Iterator[memoryview]:
+def matrix_pieces(whole: PackedArray | RoundedRows, s: PackedStrips, per_piece: int) -> Iterator[memoryview]:
     """One matrix [n, k] that is in memory: its table, if it has one, then its strips."""
     if s.learned:
         assert whole.table is not None
@@ -40,12 +41,12 @@ def matrix_pieces(whole: PackedArray, s: PackedStrips, per_piece: int) -> Iterat
         table = whole.table.reshape(-1)
         stored[: table.size] = table.astype(np.int16) + 128 if s.dim > 1 else table.view(np.uint8)
         yield stored.data
-    by_row = scales_by_row(whole)
+    by_row = scales_by_row(whole) if isinstance(whole, PackedArray) else whole
     yield from _strip_pieces(lambda rows: by_row.rows(*rows), s, per_piece)
 
 
 def _strip_pieces(
-    read: Callable[[tuple[int, int]], PackedArray], s: PackedStrips, per_piece: int
+    read: Callable[[tuple[int, int]], PackedArray | RoundedRows], s: PackedStrips, per_piece: int
 ) -> Iterator[memoryview]:
     """The strips of one matrix; a piece begins with the first half of an interleaved pair."""
     halves = s.layout.interleave
@@ -59,7 +60,7 @@ def _strip_pieces(
         yield out.reshape(-1).data
 
 
-def pack_strips(part: PackedArray | None, s: PackedStrips, count: int) -> np.ndarray:
+def pack_strips(part: PackedArray | RoundedRows | None, s: PackedStrips, count: int) -> np.ndarray:
     """Consecutive strips, uint8 [count, strip_bytes], from the rows there are; what is missing means zero."""
     rows = s.layout.rows
     out = np.zeros((count, s.strip_bytes), np.uint8)

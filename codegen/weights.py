@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,7 +106,7 @@ def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor]
 
 
 def stored_pieces(value: Value, source: TensorSource, *, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
-    """The stored bytes of one weight, in order. A piece is valid until the next one is asked for."""
+    """The stored bytes of one weight, in order. A piece is valid until the next but one is asked for."""
     layout = layout_of(value)
     assert isinstance(value.type, TensorType)
     if layout is not None and not isinstance(value.type.element, PlainFormat):
@@ -134,21 +135,38 @@ def write_weights(
     """
     tensors, total = plan_weights(roots)
     done = 0
-    for tensor, (_, value) in zip(tensors, roots, strict=True):
-        start = done
-        for piece in stored_pieces(value, source):
-            out.write(piece)
-            done += len(piece)
-            if progress is not None:
-                progress(done, total)
-        if done - start != tensor.nbytes:
-            raise AssertionError(f"{tensor.name} has {done - start} stored bytes, its place {tensor.nbytes}")
-        padding = -done % PAGE_BYTES
-        out.write(memoryview(bytes(padding)))
-        done += padding
+    for piece in _one_ahead(_file_pieces(tensors, roots, source)):
+        out.write(piece)
+        done += len(piece)
+        if progress is not None:
+            progress(done, total)
     if progress is not None:
         progress(done, total)
     return tensors, total
+
+
+def _file_pieces(
+    tensors: Sequence[StoredTensor], roots: Sequence[tuple[str, Value]], source: TensorSource
+) -> Iterator[memoryview]:
+    """All tensors and the padding between them."""
+    for tensor, (_, value) in zip(tensors, roots, strict=True):
+        stored = 0
+        for piece in stored_pieces(value, source):
+            stored += len(piece)
+            yield piece
+        if stored != tensor.nbytes:
+            raise AssertionError(f"{tensor.name} has {stored} stored bytes, its place {tensor.nbytes}")
+        if stored % PAGE_BYTES:
+            yield memoryview(bytes(-stored % PAGE_BYTES))
+
+
+def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same pieces; while one is used, a thread makes the next."""
+    with ThreadPoolExecutor(1, "weights") as pool:
+        pending = pool.submit(next, pieces, None)
+        while (piece := pending.result()) is not None:
+            pending = pool.submit(next, pieces, None)
+            yield piece
 
 
 def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
@@ -193,9 +211,11 @@ def _strip_pieces(reader: ConstantReader, prefix: Box, layout: Layout, piece_byt
     strip_bytes = math.prod(packer.strip_shape) * reader.dtype.itemsize
     # A piece starts at the first part of an interleaved group, so that each part is read as one range of rows.
     per_piece = max(1, piece_bytes // (strip_bytes * layout.interleave)) * layout.interleave
-    buffer = np.empty((min(per_piece, strips), *packer.strip_shape), reader.dtype)
+    buffers = [np.empty((min(per_piece, strips), *packer.strip_shape), reader.dtype) for _ in range(2)]
     for first in range(0, strips, per_piece):
         last = min(first + per_piece, strips)
+        buffers.reverse()
+        buffer = buffers[0]
         for part in range(layout.interleave):
             members = range(first + part, last, layout.interleave)
             low, high = strip_rows(layout, n, members[0])[0], strip_rows(layout, n, members[-1])[1]

@@ -141,6 +141,8 @@ class WeightDecoder:
         at = vector * LANES * (fmt.bits // 8)
         if fmt in (F32, F16, BF16):
             return group.at(at).view(fmt).load(0, LANES).cast(F32)
+        if fmt == I8:
+            return group.at(at).view(I8).load(0, LANES).cast(I32).cast(F32)
         raw = group.load(at, LANES).cast(I32)
         if isinstance(w.format, ScaledFormat) and w.format.channel is not None:
             return raw.cast(F32)

@@ -28,7 +28,7 @@ _RANGES = {
 }
 # The same for zero points: the smallest and the largest part of the range that is kept at each of its ends.
 _SHRINK = {1: (0.3, 0.9), 2: (0.5, 1.0), 3: (0.65, 1.02), 4: (0.74, 1.04), 5: (0.82, 1.02), 6: (0.88, 1.0)}
-_TRIED, _TRIED_ENDS = 12, 5
+_TRIED, _TRIED_ENDS = 8, 5  # half of the time of 12, for half a percent more squared error
 _SPLITS = {"f16": 2.0**13 + 1, "bf16": 2.0**16 + 1, "f32": 0.0}
 
 

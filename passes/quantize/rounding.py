@@ -9,6 +9,7 @@ Raises what `format.pack` raises: numbers that are not finite, by row and column
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,42 @@ from passes.quantize.jit import run_in_threads
 _FEW = 1 << 12  # values for which compiled code need not be loaded
 
 
+@dataclass(frozen=True)
+class RoundedRows:
+    """Rows in a format under scales, their codes and zero points not bit-packed yet: what strips are made of.
+
+    `codes` u8 [n, k], `scales` [n, groups], `zeros` u8 [n, groups], `channel` [n], `table` int8 as in a PackedArray.
+    """
+
+    format: ScaledFormat
+    shape: tuple[int, int]
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    channel: np.ndarray | None
+    table: np.ndarray | None
+
+    def code_array(self) -> np.ndarray:
+        return self.codes
+
+    def zero_array(self) -> np.ndarray:
+        assert self.zeros is not None
+        return self.zeros
+
+    def rows(self, first: int, last: int) -> RoundedRows:
+        """Rows [first, last)."""
+        zeros = self.zeros[first:last] if self.zeros is not None else None
+        channel = self.channel[first:last] if self.channel is not None else None
+        cut = self.codes[first:last], self.scales[first:last], zeros, channel, self.table
+        return RoundedRows(self.format, (last - first, self.shape[1]), *cut)
+
+    def packed(self) -> PackedArray:
+        """The same with packed codes."""
+        zeros = pack_codes(self.zeros, self.format.bits) if self.zeros is not None else None
+        codes = pack_codes(self.codes, self.format.bits)
+        return PackedArray(self.format, self.shape, codes, self.scales, zeros, self.channel, self.table)
+
+
 def quantize_rows(
     format: Any, values: np.ndarray, rounding: str = "mse", table: np.ndarray | None = None
 ) -> PackedArray:
@@ -28,6 +65,14 @@ def quantize_rows(
 
     `table` int8: the levels of a format that learns them, in place of learning.
     """
+    found = round_rows(format, values, rounding, table)
+    return found.packed() if isinstance(found, RoundedRows) else found
+
+
+def round_rows(
+    format: Any, values: np.ndarray, rounding: str = "mse", table: np.ndarray | None = None
+) -> PackedArray | RoundedRows:
+    """`quantize_rows` for callers that would unpack the codes again: they are packed only where `format.pack` did."""
     if not isinstance(format, ScaledFormat):
         return format.pack(values, rounding)
     if rounding != "mse" or values.ndim != 2 or values.size < _FEW:
@@ -58,7 +103,7 @@ class _Rounding:
         self.zeros, self.state = np.zeros(count, np.uint8), np.zeros(count, np.uint8)
         self.codes = np.zeros(values.size, np.uint8)
 
-    def run(self, table: np.ndarray | None) -> PackedArray:
+    def run(self, table: np.ndarray | None) -> PackedArray | RoundedRows:
         format, (n, k) = self.format, self.values.shape
         channel = None
         self._search(0 if format.channel is None else 1)
@@ -71,17 +116,11 @@ class _Rounding:
         scales = format.stored_scales(self.scales).reshape(n, groups)
         codes = self.codes.reshape(n, k)
         zeros = self.zeros.reshape(n, groups) if format.zero_point else None
-        found = PackedArray(
-            format,
-            (n, k),
-            pack_codes(codes, format.bits),
-            scales,
-            pack_codes(zeros, format.bits) if zeros is not None else None,
-            channel,
-            table,
-        )
+        found = RoundedRows(format, (n, k), codes, scales, zeros, channel, table)
         rest = np.flatnonzero(self.state.reshape(n, groups).any(axis=1))
-        return _with_rows(found, rest, format.pack(self.values[rest], "mse", table)) if rest.size else found
+        if not rest.size:
+            return found
+        return _with_rows(found.packed(), rest, format.pack(self.values[rest], "mse", table))
 
     def _search(self, mode: int) -> None:
         from passes.quantize.rounding_loops import LANES, MAX_LEVELS, search_groups  # numba takes a while to import

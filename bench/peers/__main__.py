@@ -41,9 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="where everything made is kept")
     parser.add_argument("--only", default=",".join(KEYS), help=f"sections by commas: {', '.join(KEYS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="of every row, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=4, help="of every row, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one round of a fraction of the tokens: does it all run?")
     parser.add_argument("--prepare", action="store_true", help="make what is missing, and stop")
+    parser.add_argument("--keep-builds", action="store_true", help="take our artifacts as they are, whatever changed")
     parser.add_argument("--no-peers", action="store_true", help="our rows alone")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
     python = Path(sys.executable) if options.no_peers else peers_python(work, say)
-    models = Models(work, python, say)
+    models = Models(work, python, say, keep_builds=options.keep_builds)
     effort = Effort(1 if options.quick else options.rounds, options.quick)
     sections = [s for s in SECTIONS if s.key in keys]
     if options.quick:

@@ -30,10 +30,12 @@ COMPILER = ("ir", "frontends", "hw_targets", "passes", "codegen", "runtime", "st
 
 
 class Models:
-    """The files under `work`."""
+    """The files under `work`. `keep_builds`: our artifacts stay though the sources have changed since."""
 
-    def __init__(self, work: Path, python: Path | None, say: Callable[[str], None]) -> None:
-        self.work, self._python, self._say = work, python, say
+    def __init__(
+        self, work: Path, python: Path | None, say: Callable[[str], None], *, keep_builds: bool = False
+    ) -> None:
+        self.work, self._python, self._say, self._keep = work, python, say, keep_builds
         self._sources = ""
 
     def checkpoint(self, preset: str) -> Path:
@@ -69,7 +71,7 @@ class Models:
         """Our build of the checkpoint by a recipe ("bf16": without one). Raises BuildError in the builder's words."""
         path = self.work / f"{preset}-{recipe.replace(',', '+')}.stratum"
         stamp = path.with_suffix(".sources")
-        if path.exists() and stamp.exists() and stamp.read_text() == self.sources():
+        if path.exists() and stamp.exists() and (self._keep or stamp.read_text() == self.sources()):
             return path
         self._say(f"building {path.name}")
         arguments = ["build", str(self.checkpoint(preset)), "-o", str(path), "--quiet"]

@@ -93,7 +93,8 @@ def read_settings(fields: ConfigReader) -> CompressedSettings:
         )
     groups = fields.nested("config_groups")
     if groups is None or not groups.fields or len(groups.fields) > MAX_GROUPS:
-        raise fields.wrong(("config_groups",), groups and len(groups.fields), f"1 to {MAX_GROUPS} groups")
+        count = len(groups.fields) if groups is not None else 0
+        raise fields.fault(f"compressed-tensors with {count} 'config_groups'", f"1 to {MAX_GROUPS} of them")
     schemes = []
     for name in groups.fields:
         group = groups.nested(name)

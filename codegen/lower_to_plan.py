@@ -263,8 +263,8 @@ class _ProgramBuilder:
             kv = self.lowering.kv
             assert kv is not None
             layer = self.lowering.layers[op.symbol.name]
-            sizes = {"position_bytes": kv.bytes_per_position, "slot_bytes": kv.bytes_per_slot}
-            return b(plan.KVOp(layer=layer, **sizes, result_types=[buffer]))
+            position, slot = kv.bytes_per_position, kv.bytes_per_slot
+            return b(plan.KVOp(layer=layer, position_bytes=position, slot_bytes=slot, result_types=[buffer]))
         assert op is None, f"{op} has no place"
         which = list(plan.INPUTS)[key.index]
         return b(plan.InputOp(which=which, result_types=[buffer]), which)

@@ -108,7 +108,7 @@ def load_packed(
     stored: np.ndarray, format: ScaledFormat | FP8Format, shape: tuple[int, ...], layout: Layout
 ) -> np.ndarray:
     """f32 of `shape` from stored bytes: what the kernels make of them."""
-    s = PackedStrips(*shape[-2:], layout, format)
+    s = PackedStrips(shape[-2], shape[-1], layout, format)
     matrices = stored.reshape(math.prod(shape[:-2]), s.matrix_bytes)
     return np.stack([_load_matrix(m, s) for m in matrices]).reshape(shape)
 

@@ -174,7 +174,7 @@ def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
     if tensor.format not in PLAIN_FORMATS:
         assert tensor.layout is not None
         stored = np.frombuffer(data, np.uint8, tensor.nbytes, tensor.offset)
-        return load_packed(stored, parse_format(tensor.format), tensor.shape, tensor.layout)
+        return load_packed(stored, parse_format(tensor.format), tensor.shape, tensor.layout)  # type: ignore[arg-type]
     dtype = PLAIN_FORMATS[tensor.format].dtype
     flat = np.frombuffer(data, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
     if tensor.layout is None:

@@ -56,8 +56,8 @@ class Gemm:
         self.extra = [op.operands[i] for i in self.form.epilogue_operands if i is not None]
         self.grouped = self.form.product if isinstance(self.form.product, GroupedGemmOp) else None
         type = self.w.type
-        assert isinstance(type, TensorType) and isinstance(type.shape[-2], int) and isinstance(type.shape[-1], int)
-        self.n, self.k = type.shape[-2:]
+        assert isinstance(type, TensorType)
+        self.n, self.k = (d for d in type.shape[-2:] if isinstance(d, int))
         self.temporaries = self.product().temporaries(rows_of(self.x.type)) if self.has_prologue else []
 
     def product(self) -> Product:

@@ -207,7 +207,7 @@ class _RopeWriter:
         k, dim = self.k, self.parts.dim
         half = dim // 2
         scale = gain = gain_offset = None
-        of_heads = norm is not None and len(norm.operands[0].type.shape) == 3
+        of_heads = norm is not None and norm.y.type.rank == 3
         clip_first = self._clip if of_heads else lambda value: value  # a clip stands between row norm and head norm
         if norm is not None:
             gain = self.buffers[gain_name]

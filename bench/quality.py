@@ -217,12 +217,13 @@ def _cells(f: Figures) -> list[str]:
     return [f.name, bits, f"{f.perplexity:.3f}", kl, f"{f.p99:.4f}", f"{100 * f.top1:.2f} %"]
 
 
-def header(model: Path) -> str:
+def header(model: Path, *, one_run: bool) -> str:
     """Where and with what this was measured."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "llvmlite", "gguf"))
     return (
         f"Measured by `python -m bench.quality`: {machine()}, {versions}. Model: {model.relative_to(ROOT)}; text: its "
         "held_out.txt, 50 176 predictions in 98 windows of 512 without context; reference: its f32 build."
+        + ("" if one_run else " Rows come from several runs of that day, those without figures from none.")
     )
 
 
@@ -254,7 +255,10 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps([asdict(f) for f in known.values()], indent=1) + "\n")
     unknown = "not measured in this run"
-    text = markdown([known.get(r.key, Figures(r.key, r.section, r.name, unknown)) for r in rows], header(MODEL))
+    text = markdown(
+        [known.get(r.key, Figures(r.key, r.section, r.name, unknown)) for r in rows],
+        header(MODEL, one_run=not options.show),
+    )
     print(f"\n{text}")
     if not options.only and options.windows is None:
         write_page(text)

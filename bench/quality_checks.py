@@ -39,9 +39,8 @@ def checks(rows: Rows) -> list[Check]:
         found.append(_ratio(rows, f"{key} against llama.cpp Q4_0", key, "layers/gguf-Q4_0", None))
     found.append(_ratio(rows, "8.5 bits: KL no higher than llama.cpp Q8_0", "layers/q8", "layers/gguf-Q8_0", 1.0))
     for name in A8_RECIPES:
-        bar = 4 / 3 if name == "w4a8-g32" else None
-        words = "int8 activations: KL at most 4/3 of the weights alone, " if bar else "int8 activations, "
-        found.append(_ratio(rows, words + name, f"f32/{name}", f"alone/{name}", bar))
+        bar = f"int8 activations: KL at most 4/3 of the weights alone, {name}"
+        found.append(_ratio(rows, bar, f"f32/{name}", f"alone/{name}", 4 / 3))
     found.append(_at_most(rows, "kv8 adds at most 0.0005", "kv/kv8", 0.0005))
     found.append(_at_least(rows, "kv4 rotated: KL at least 3 x below plain int4", "kv/kv4-plain", "kv/kv4", 3.0))
     for method in ("gptq", "awq"):

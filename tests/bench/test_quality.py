@@ -87,8 +87,11 @@ def test_bars() -> None:
     assert verdict("kv8", figures(**{"kv/kv8": 0.00051})) == "**fail**"
     assert verdict("kv4", figures(**{"kv/kv4": 1.0, "kv/kv4-plain": 3.0})) == "pass"
     assert verdict("kv4", figures(**{"kv/kv4": 1.0, "kv/kv4-plain": 2.9})) == "**fail**"
-    assert verdict("int8 activations: ", figures(**{"f32/w4a8-g32": 4.0, "alone/w4a8-g32": 3.0})) == "pass"
-    assert verdict("int8 activations, w3", figures(**{"f32/w3": 9.0, "alone/w3": 1.0})) == ""  # reported only
+    activations = "int8 activations: KL at most 4/3 of the weights alone, "
+    assert verdict(f"{activations}w4a8-g32", figures(**{"f32/w4a8-g32": 4.0, "alone/w4a8-g32": 3.0})) == "pass"
+    assert verdict(f"{activations}w3", figures(**{"f32/w3": 9.0, "alone/w3": 1.0})) == "**fail**"
+    four_bits = figures(**{"layers/nf4": 0.72, "layers/gguf-Q4_0": 1.0})
+    assert verdict("layers/nf4 against llama.cpp Q4_0", four_bits) == ""  # reported only
     solver = "solver/4.5: "
     assert verdict(solver, figures(**{"solver/4.5": 1.0, "whole/q4": 1.0, "whole/k4": 2.0})) == "pass"
     assert verdict(solver, figures(**{"solver/4.5": 1.0, "whole/q4": 0.9, "whole/k4": 2.0})) == "**fail**"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -205,7 +205,7 @@ class LayerwiseForward(Forward):
         return out
 
 
-def is_streamed(op: Op) -> bool:
+def is_streamed(op: Op) -> TypeGuard[ProductOp]:
     """Whether a product's weight is a tensor, or a stack of tensors, of the checkpoint, cast or as it is stored."""
     if not isinstance(op, (MatmulOp, GroupedGemmOp)):
         return False

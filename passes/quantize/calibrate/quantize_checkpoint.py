@@ -167,7 +167,8 @@ class _Run:
 
     def rtn(self) -> None:
         for name in self.targets.formats:
-            self._finished(name) or self._nearest(name)
+            if self._finished(name) is None:
+                self._nearest(name)
 
     def awq(self) -> None:
         kept = self.kept.load(_FACTORS)

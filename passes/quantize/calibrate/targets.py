@@ -101,7 +101,7 @@ def _products(imported: ImportedModel, roles: dict[str, str]) -> tuple[set[str],
 def _share_in_stacks(imported: ImportedModel, formats: dict[str, GroupedIntFormat], notes: dict[str, int]) -> None:
     """One format for all experts of a product, the most precise that is asked for; floats when one keeps its floats."""
     for op in imported.module.function("step").block.ops:
-        names = weight_names(op) if is_streamed(op) else ()
+        names: tuple[str, ...] = weight_names(op) if is_streamed(op) else ()
         found = [formats.get(name) for name in names]
         if len(set(found)) < 2:
             continue

@@ -46,7 +46,8 @@ OTHERS = [
     "q4_sym<group=64, scale=bf16>", "q4_sym<group=128, scale=f32>", "q8_sym<group=row, scale=f32>",
     "q5_zp<group=row, scale=f16>", "q4_sym<group=32, scale=u8, channel=f16>", "q4_zp<group=32, scale=u8, channel=f32>",
     "ternary<group=32, scale=f16>", "nf4<group=32, scale=f16>", "k4<group=32, scale=f16>", "k2<group=64, scale=bf16>",
-    "k3<group=32, scale=f32>", "mxfp4",
+    "k3<group=32, scale=f32>", "mxfp4", "nl4<group=32, scale=f16>", "nl4<group=32, scale=i8, channel=f16>",
+    "q3_sym<group=64, scale=i8, channel=f32>",
 ]  # fmt: skip
 PRODUCT = [("pq<dim=4, bits=8, scale=f16>", x) for x in ("q8_sym<group=32, scale=f32>", "q8_sym<group=row, scale=f32>")]
 FLOAT8 = ["f8e4m3<block=row, scale=f32>", "f8e5m2<block=row, scale=bf16>", "f8e4m3<block=128x128, scale=f32>"]
@@ -117,7 +118,7 @@ def values_of(op: Op, tokens: int, seed: int = 0, spread: float = 1.0) -> list[A
         if spread != 1.0:
             factors = np.array([0.0, 1.0, spread])[random.integers(0, 3, (*shape[:-1], -(-shape[-1] // 32)))]
             numbers *= np.repeat(factors, 32, axis=-1)[..., : shape[-1]]
-        found.append(type.element.pack(numbers.astype(np.float32)))
+        found.append(type.element.pack(numbers.astype(np.float32), "mse" if "i8" in str(type.element) else "nearest"))
     return found
 
 

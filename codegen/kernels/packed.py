@@ -21,7 +21,8 @@ from ir.formats import BF16, F32, I8, I32
 from ir.types import VectorType
 
 LONGEST_SEGMENT = (2**31 - 1) // (2 * 255 * 127) // BLOCK * BLOCK
-_UNROLLED_BLOCKS = 4  # blocks of a segment that are written out; longer segments loop
+_UNROLLED_STEPS = 16  # inner products of a segment that are written out; longer segments loop over their blocks
+_UNROLLED_SEGMENTS = 4  # of a group
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _PackedProduct:
         groups = [strip.at(number * self.w.group_bytes) for strip, _ in self.vectors]
         scales = [d.scales(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
         zeros = [d.zeros(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
-        if self.segments <= _UNROLLED_BLOCKS:
+        if self.segments <= _UNROLLED_SEGMENTS:
             for inner in range(self.segments):
                 sums = self._segment(number, self.k.index(inner), groups, scales, zeros, sums)
             return sums
@@ -127,7 +128,7 @@ class _PackedProduct:
         blocks = self.segment // BLOCK
         inside = inner * blocks  # first block, counted in the group
         across = segment * blocks  # and in the row
-        if blocks <= _UNROLLED_BLOCKS:
+        if blocks == 1 or blocks * w.steps <= _UNROLLED_STEPS:
             for b in range(blocks):
                 parts = self._block(
                     across + b, [g.at((inside + b) * w.block_bytes + w.blocks_at) for g in groups], zeros, parts

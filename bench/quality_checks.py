@@ -35,7 +35,7 @@ def checks(rows: Rows) -> list[Check]:
     found = []
     for scope, words in (("layers", ""), ("whole", ", head included")):
         found.append(_best_of_four(rows, f"4.5 bits: KL at most 0.7 x llama.cpp Q4_0{words}", scope))
-    for key in ("layers/q4", "layers/nf4", "layers/k4", "gptq/w4a16-g32", "awq/w4a16-g32"):
+    for key in ("layers/q4", "layers/q4-signed-g16", "layers/nf4", "layers/k4", "gptq/w4a16-g32", "awq/w4a16-g32"):
         found.append(_ratio(rows, f"{key} against llama.cpp Q4_0", key, "layers/gguf-Q4_0", None))
     found.append(_ratio(rows, "8.5 bits: KL no higher than llama.cpp Q8_0", "layers/q8", "layers/gguf-Q8_0", 1.0))
     for name in A8_RECIPES:

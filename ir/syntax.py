@@ -15,7 +15,8 @@ class ValueSyntax:
     """An attribute value, or an item inside of `<...>`.
 
     `kind`: integer, number, string, symbol, word, scaled (`tokens*2`), nested (a whole BRACKETED token), array,
-    product (`4 x f32`), block (`128x128`), named (`rows=64`), bracketed (`strips<...>`). `token` is its first token, None for arrays.
+    product (`4 x f32`), block (`128x128`), named (`rows=64`), bracketed (`strips<...>`). `token` is its first token,
+    None for arrays.
     """
 
     kind: str

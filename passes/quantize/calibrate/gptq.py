@@ -167,7 +167,15 @@ def _second_order(format: GroupedIntFormat, w: np.ndarray, curvature: Curvature)
             zeros = np.broadcast_to(found.zeros[:, at : at + 1], block.shape)
             factor = np.ascontiguousarray(u[first:last, first:last])
 
-            def some(rows: slice, block=block, factor=factor, scales=scales, zeros=zeros, codes=codes, errors=errors):
+            def some(
+                rows: slice,
+                block: np.ndarray = block,
+                factor: np.ndarray = factor,
+                scales: np.ndarray = scales,
+                zeros: np.ndarray = zeros,
+                codes: np.ndarray = codes,
+                errors: np.ndarray = errors,
+            ) -> None:
                 args = (np.ascontiguousarray(scales[rows]), np.ascontiguousarray(zeros[rows]), high)
                 round_columns(block[rows], factor, *args, codes[rows], errors[rows])
 

@@ -16,7 +16,9 @@ _ROWS = 16  # rows that a thread takes at least
 
 
 @jit
-def choose_candidates(values, weights, scales, zeros, high, best):
+def choose_candidates(
+    values: np.ndarray, weights: np.ndarray, scales: np.ndarray, zeros: np.ndarray, high: np.float32, best: np.ndarray
+) -> None:
     """`best` int32 [n]: which of `scales`, `zeros` [n, c] gives the group `values` [n, g] the least weighted error."""
     n, g = values.shape
     c = scales.shape[1]
@@ -43,7 +45,15 @@ def choose_candidates(values, weights, scales, zeros, high, best):
 
 
 @jit
-def round_columns(block, u, scales, zeros, high, codes, errors):
+def round_columns(
+    block: np.ndarray,
+    u: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    high: np.float32,
+    codes: np.ndarray,
+    errors: np.ndarray,
+) -> None:
     """Codes of the columns `block` [n, b] one after another, each error spread over the columns behind it.
 
     `u` [b, b] is the upper factor of the inverse curvature; `scales`, `zeros` [n, b]; `errors` [n, b] gets what has to
@@ -66,7 +76,15 @@ def round_columns(block, u, scales, zeros, high, codes, errors):
 
 
 @jit
-def descend(gradient, h, scales, zeros, high, codes, sweeps):
+def descend(
+    gradient: np.ndarray,
+    h: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    high: np.float32,
+    codes: np.ndarray,
+    sweeps: int,
+) -> None:
     """Moves single codes of `codes` [n, k] to where the error is least, column by column, `sweeps` times.
 
     `gradient` [n, k] is (value - weight) h and stays so; `scales`, `zeros` [n, k].

@@ -18,10 +18,15 @@ import numpy as np
 
 from ir.diagnostics import DiagnosticError
 
-ITEM_BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1, "I16": 2, "F16": 2, "BF16": 2}
-ITEM_BYTES |= {"I32": 4, "F32": 4, "U32": 4, "I64": 8, "F64": 8, "U64": 8, "U16": 2}
-_NAMES = {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64", "float16": "F16", "bfloat16": "BF16"}
-_NAMES |= {"float32": "F32"}
+ITEM_BYTES = {
+    **dict.fromkeys(("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+_NAMES = {
+    "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32",
+}  # fmt: skip
 _CHUNK = 8 << 20
 
 

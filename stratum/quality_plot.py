@@ -34,7 +34,7 @@ def check_plot(path: Path) -> None:
 
 def _matplotlib() -> Any:
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise DiagnosticError(
             "drawing needs matplotlib, which is not installed",
@@ -46,8 +46,8 @@ def _matplotlib() -> Any:
 def draw(path: Path, divergence: np.ndarray, layers: Sequence[LayerError], *, title: str) -> None:
     """Writes the picture: `divergence` [positions] nats, and the errors of the layers if there are any."""
     matplotlib = _matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]  # an extra
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  # an extra
 
     panels = 2 if layers else 1
     with matplotlib.rc_context({"svg.hashsalt": "stratum", "svg.fonttype": "none"}):

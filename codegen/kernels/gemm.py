@@ -180,20 +180,13 @@ class _TileEmitter:
     def all_rows(
         self, strips: list[Buffer], column: Expr, source_row: Callable[[Expr], Expr], first: Expr, last: Expr
     ) -> None:
-        """Full tiles of rows, then one other: a shorter one, or a full one that takes in a rest of a row or two."""
-        k = self.k
-        step, largest = self.product.tiles
-        spare = largest - step
-        whole = (last - first) // step
-        over = (last - first) - whole * step
-        if spare:
-            takes_in = k.select(over.compare("le", spare), k.select(over.compare("gt", 0), k.index(1), k.index(0)), 0)
-            whole = whole - takes_in.min(whole)
-        full = first + whole * step
+        """Full tiles of rows, then the one shorter tile that is left."""
+        k, step = self.k, self.product.tile_rows
+        full = first + (last - first) // step * step
         with k.loop(first, full, step) as rows:
             self.tile(strips, column, source_row, rows.i, step)
         rest = last - full
-        for count in [c for c in range(1, largest + 1) if c != step]:
+        for count in range(1, step):
             with k.when(rest.compare("eq", count)):
                 self.tile(strips, column, source_row, full, count)
 

@@ -64,8 +64,8 @@ class Product(Protocol):
         ...
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        """(rows of a full tile, rows of the largest one)."""
+    def tile_rows(self) -> int:
+        """Rows of a full tile."""
         ...
 
 
@@ -102,8 +102,8 @@ class PlainProduct:
         return multiply_rows(k, places, vectors, self.matrix, self.shape)
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        return self.shape.rows, self.shape.rows
+    def tile_rows(self) -> int:
+        return self.shape.rows
 
 
 class PackedProduct:
@@ -157,9 +157,8 @@ class PackedProduct:
         return multiply_packed(k, self.x, rows, vectors, self.matrix, self.decoder)
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        full = min(self.shape.rows, self.most)
-        return full, full + 2 if full + 2 <= self.most else full
+    def tile_rows(self) -> int:
+        return min(self.shape.rows, self.most)
 
 
 def product_of(w: Value, x: Value, op: Op, shape: TileShape) -> Product:

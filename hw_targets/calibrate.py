@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from hw_targets import host
 from hw_targets.cache_dir import cache_root
@@ -144,12 +145,21 @@ def _store(threads: int, result: Calibration) -> None:
 
 
 def _measure(threads: int, nbytes: int, seconds: float, repeats: int) -> Calibration:
-    triple, cpu, features, absent = host.host_isa()
-    chosen = kernels(triple.split("-", 1)[0], features)
     available = _available_memory()
     if available is not None:
         nbytes = min(nbytes, available // 2)
-    request = {
+    rates = _run_child(kernel_request(threads, nbytes, seconds, repeats))
+    best = {name: max(values) for name, values in rates.items()}
+    spread = max((best[name] - median(values)) / best[name] for name, values in rates.items())
+    cpu = host.host_isa()[1]
+    return Calibration(threads, best["read"], best["f32"], best.get("bf16"), best.get("i8"), round(spread, 4), cpu)
+
+
+def kernel_request(threads: int, nbytes: int, seconds: float, repeats: int) -> dict[str, Any]:
+    """What `calibrate_child` is asked: the kernels of this CPU, bytes to read, seconds of one run, runs."""
+    triple, cpu, features, absent = host.host_isa()
+    chosen = kernels(triple.split("-", 1)[0], features)
+    return {
         "ir": {k.name: k.ir_text for k in chosen},
         "kernels": {k.name: k.operations for k in chosen},
         "cpu": cpu,
@@ -160,13 +170,9 @@ def _measure(threads: int, nbytes: int, seconds: float, repeats: int) -> Calibra
         "seconds": seconds,
         "repeats": repeats,
     }
-    rates = _run_child(request)
-    best = {name: max(values) for name, values in rates.items()}
-    spread = max((best[name] - median(values)) / best[name] for name, values in rates.items())
-    return Calibration(threads, best["read"], best["f32"], best.get("bf16"), best.get("i8"), round(spread, 4), cpu)
 
 
-def _run_child(request: dict[str, object]) -> dict[str, list[float]]:
+def _run_child(request: dict[str, Any]) -> dict[str, list[float]]:
     spec = importlib.util.find_spec("llvmlite")
     if spec is None or spec.origin is None:
         raise DiagnosticError("llvmlite is not installed", hint="pip install llvmlite")

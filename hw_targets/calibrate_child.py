@@ -16,18 +16,31 @@ import time
 
 _HUGE_PAGE = 2 << 20
 _MEMORY = None  # mapped as long as the process lives
+_ENGINES = []  # code lives as long as its engine
 
 
 def main() -> None:
     sys.path.append(sys.argv[1])
+    request = json.load(sys.stdin)
+    functions = load(request)
+    address = reserve(request["bytes"])
+    results = {}
+    for name, operations in request["kernels"].items():
+        if name == "read":
+            results[name] = measure_read(functions[name], address, request)
+        else:
+            results[name] = measure_peak(functions[name], address, operations, request)
+    json.dump(results, sys.stdout)
+
+
+def load(request):
+    """Native functions (address, count) -> number of the request's kernels, by name. They live as long as the process."""
     import llvmlite.binding as llvm
 
-    request = json.load(sys.stdin)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
     functions = {}
-    engines = []  # the code lives as long as its engine
     for name in request["kernels"]:
         # The engine takes the machine over, so each has one.
         machine = target.create_target_machine(cpu=request["cpu"], features=request["features"], opt=3, jit=True)
@@ -39,17 +52,10 @@ def main() -> None:
         builder.getModulePassManager().run(module, builder)
         engine = llvm.create_mcjit_compiler(module, machine)
         engine.finalize_object()
-        engines.append(engine)
+        _ENGINES.append(engine)
         prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
         functions[name] = prototype(engine.get_function_address(name))
-    address = reserve(request["bytes"])
-    results = {}
-    for name, operations in request["kernels"].items():
-        if name == "read":
-            results[name] = measure_read(functions[name], address, request)
-        else:
-            results[name] = measure_peak(functions[name], address, operations, request)
-    json.dump(results, sys.stdout)
+    return functions
 
 
 def reserve(nbytes):

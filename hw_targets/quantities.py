@@ -1,6 +1,7 @@
 """Numbers with units, as target files and overrides write them: `80GiB`, `57GB/s`, `90ns`, `0.234TFLOP/s`, `3.7GHz`.
 
-`parse_quantity(text, kind)` gives a float in the base unit of the kind (bytes, bytes/s, seconds, FLOP/s, Hz, W).
+`parse_quantity(text, kind)` gives a float in the base unit of the kind (bytes, bytes/s, seconds, FLOP/s, Hz, W,
+J for each byte).
 Decimal prefixes are powers of 1000, binary ones (Ki, Mi, Gi, Ti) powers of 1024. A plain number is in the base unit
 already.
 """
@@ -24,6 +25,8 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float], str]] = {
     "rate": (("FLOP/s", "OP/s"), _DECIMAL, "0.234TFLOP/s, 16TOP/s"),
     "frequency": (("Hz",), _DECIMAL, "3.7GHz"),
     "power": (("W",), _DECIMAL | {"m": 1e-3}, "360W"),
+    "energy": (("J/B", "J"), _SMALL, "31pJ/B"),
+    "share": (("",), {"": 1.0}, "0.7"),
     "count": (("",), {"": 1.0}, "8"),
 }
 

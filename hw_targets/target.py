@@ -1,7 +1,12 @@
 """A hardware target: what code may use and what the machine can do, as frozen data.
 
 Numbers that nobody stated or measured are None, never a guess; every stated one carries its `source`. Sizes are bytes,
-rates bytes/s or FLOP/s (multiply and add count two; integer dot products count the same), times seconds.
+rates bytes/s or FLOP/s (multiply and add count two; integer dot products count the same), times seconds, power watts,
+energy joules.
+
+A target describes **one node**: its units, tiers, links and storage, each with a `count` of equal copies. Copy i of a
+unit works on copy i of its tier when the tier has as many copies, else all share the one tier; links and storage
+likewise. `nodes` nodes are alike; `fabrics` join copies of a tier, within a node or across nodes.
 """
 
 from __future__ import annotations
@@ -9,14 +14,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hw_targets import cpu_features
+from hw_targets.memory import Fabric, Link, MemoryTier, Storage, StoragePoint, Switch
+
+__all__ = [
+    "Cache",
+    "ComputeUnit",
+    "Fabric",
+    "Link",
+    "MemoryTier",
+    "Price",
+    "Storage",
+    "StoragePoint",
+    "Switch",
+    "Target",
+]
 
 
 @dataclass(frozen=True)
 class ComputeUnit:
     """Something that computes: the cores of a CPU, a GPU, a near-memory engine attached to `tier`.
 
-    `peak` maps an element (`f32`, `bf16`, `f16`, `i8`) to FLOP/s of **one** core with that element's fastest
-    instructions; `source` says where the figures come from.
+    `peak` maps an element (`f32`, `bf16`, `f16`, `i8`, ...) to FLOP/s of **one** core with that element's fastest dense
+    instructions; a GPU or a near-memory engine counts as one core unless its file says otherwise. `efficiency` maps
+    an element to the share of that peak that large products reach, `bandwidth_efficiency` is the share of its tier's
+    read bandwidth that kernels reach. `launch_seconds` is paid for each kernel that the host starts on the unit,
+    `barrier_seconds` for each time that its cores wait for each other.
     """
 
     name: str
@@ -26,12 +48,29 @@ class ComputeUnit:
     clock_hz: float | None = None
     peak: tuple[tuple[str, float], ...] = ()
     source: str = ""
+    efficiency: tuple[tuple[str, float], ...] = ()
+    bandwidth_efficiency: float | None = None
+    launch_seconds: float | None = None
+    barrier_seconds: float | None = None
+    power_watts: float | None = None  # of one copy, at work
+    idle_watts: float | None = None
+    arch: str = ""  # of a GPU: "sm_90", "gfx942"
+    count: int = 1
 
     def peak_of(self, element: str, cores: int | None = None) -> float | None:
-        """FLOP/s of `cores` cores (default: all) for `element`; None when it is not known."""
+        """FLOP/s of `cores` cores (default: all of one copy) for `element`; None when it is not known."""
         per_core = dict(self.peak).get(element)
         count = cores if cores is not None else self.cores
         return None if per_core is None or count is None else per_core * count
+
+    def efficiency_of(self, element: str) -> float:
+        """The share of the peak that large products of this element reach; 1.0 when nothing is stated."""
+        return dict(self.efficiency).get(element, 1.0)
+
+    def achieved_of(self, element: str, cores: int | None = None) -> float | None:
+        """`peak_of` times `efficiency_of`."""
+        peak = self.peak_of(element, cores)
+        return None if peak is None else peak * self.efficiency_of(element)
 
 
 @dataclass(frozen=True)
@@ -46,53 +85,18 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class MemoryTier:
-    """A memory that tensors can live in. `reserve_bytes` is left to others and never planned with."""
+class Price:
+    """What the whole machine (all nodes) costs, in `currency`: for one hour, or once."""
 
-    name: str
-    capacity_bytes: int | None = None
-    reserve_bytes: int = 0
-    read_bandwidth: float | None = None
-    write_bandwidth: float | None = None
-    latency_seconds: float | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Link:
-    """A connection between two tiers, in one direction."""
-
-    name: str
-    from_tier: str
-    to_tier: str
-    bandwidth: float | None = None
-    latency_seconds: float | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class StoragePoint:
-    """Read and write bandwidth with requests of `block_bytes`, `queue_depth` of them in flight."""
-
-    block_bytes: int
-    queue_depth: int
-    read_bandwidth: float
-    write_bandwidth: float | None = None
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A disk: its size and its measured points."""
-
-    name: str
-    capacity_bytes: int | None = None
-    points: tuple[StoragePoint, ...] = ()
+    hour: float | None = None
+    purchase: float | None = None
+    currency: str = "USD"
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One machine, or one class of machines. `llvm_features` is closed under implication."""
+    """One machine, one class of machines, or `nodes` equal nodes. `llvm_features` is closed under implication."""
 
     name: str
     description: str
@@ -105,8 +109,14 @@ class Target:
     tiers: tuple[MemoryTier, ...] = ()
     links: tuple[Link, ...] = ()
     storage: tuple[Storage, ...] = ()
-    power_watts: float | None = None
+    power_watts: float | None = None  # of one node at work, everything in it
     origin: str = field(default="", compare=False)  # the file, or "detected"
+    switches: tuple[Switch, ...] = ()
+    fabrics: tuple[Fabric, ...] = ()
+    nodes: int = 1
+    idle_watts: float | None = None
+    price: Price | None = None
+    source: str = ""  # of the figures that belong to no table: power
 
     def has(self, feature: str) -> bool:
         """Whether code for this target may use a CPU feature, in LLVM's spelling."""
@@ -116,6 +126,11 @@ class Target:
     def arch(self) -> str:
         """`x86_64` or `aarch64`."""
         return self.llvm_triple.split("-", 1)[0]
+
+    @property
+    def is_machine(self) -> bool:
+        """Whether a machine is described, with sizes or speeds, and not only an instruction set."""
+        return any(t.capacity_bytes is not None or t.read_bandwidth is not None for t in self.tiers)
 
     @property
     def vector_bits(self) -> int:
@@ -149,6 +164,23 @@ class Target:
     def tier(self, name: str = "") -> MemoryTier | None:
         """The tier of this name; without a name the first one."""
         return next((t for t in self.tiers if not name or t.name == name), None)
+
+    def store(self, name: str = "") -> Storage | None:
+        """The storage of this name; without a name the first one."""
+        return next((s for s in self.storage if not name or s.name == name), None)
+
+    def switch(self, name: str) -> Switch | None:
+        """The switch of this name."""
+        return next((s for s in self.switches if s.name == name), None)
+
+    def link_between(self, first: str, second: str) -> Link | None:
+        """The first link that joins two tiers, whichever way round it is written."""
+        ends = {first, second}
+        return next((x for x in self.links if {x.from_tier, x.to_tier} == ends), None)
+
+    def fabric(self, tier: str, scope: str = "node") -> Fabric | None:
+        """The fabric among copies of a tier, within a node or (`cluster`) across nodes."""
+        return next((f for f in self.fabrics if f.tier == tier and f.scope == scope), None)
 
     def can_run(self, other: Target) -> bool:
         """Whether this machine runs code built for `other`."""

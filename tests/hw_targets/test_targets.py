@@ -16,6 +16,7 @@ FULL = """
 name = "server"
 description = "an example"
 power = "360W"
+source = "measured at the plug"
 [llvm]
 triple = "x86_64-unknown-linux-gnu"
 cpu = "x86-64-v4"

@@ -22,11 +22,12 @@ from bench.peers import report
 from bench.peers.child import EngineError
 from bench.peers.environment import peers_python
 from bench.peers.measurement import (
+    Limits,
+    Machine,
     Measured,
     Quantized,
     distinct_experts,
     engine_command,
-    machine_limits,
     measure_quantize,
     measure_section,
 )
@@ -59,7 +60,7 @@ def main() -> None:
     effort = Effort(1 if options.quick else options.rounds, options.quick)
     sections = [s for s in SECTIONS if s.key in keys]
     if options.quick:
-        sections = [dataclasses.replace(s, tokens=max(8, s.tokens // 8), depth=s.depth // 8) for s in sections]
+        sections = [dataclasses.replace(s, tokens=max(8, s.tokens // 8), depth=s.depth // 8, turns=1) for s in sections]
 
     prepare(sections, models, python, options.threads, not options.no_peers)
     if QUANTIZE in keys:
@@ -68,14 +69,17 @@ def main() -> None:
         return
     start = time.perf_counter()
     measured: list[Measured] = []
-    for section in sections:
-        say(section.title)
-        measured.append(measure_section(section, models, python, options.threads, effort, not options.no_peers, say))
+    peers = not options.no_peers
+    with Machine(options.threads) as limits:
+        for section in sections:
+            say(section.title)
+            measured.append(measure_section(section, models, python, limits, options.threads, effort, peers, say))
+        at_end = limits.limits()
     quantized = None
     if QUANTIZE in keys:
         say("quantize")
         quantized = measure_quantize(models, RECIPE, effort, say)
-    notes = notes_of(measured, models, python, options, time.perf_counter() - start)
+    notes = notes_of(measured, models, python, options, at_end, time.perf_counter() - start)
     text = "\n".join([heading(options.quick), "", report.markdown(measured, quantized, notes)])
     print(text)
     keep(work, text, measured, quantized)
@@ -108,12 +112,16 @@ def heading(quick: bool) -> str:
 
 
 def notes_of(
-    measured: list[Measured], models: Models, python: Path, options: argparse.Namespace, seconds: float
+    measured: list[Measured],
+    models: Models,
+    python: Path,
+    options: argparse.Namespace,
+    limits: Limits,
+    seconds: float,
 ) -> list[str]:
     """Limits, versions, routing, time."""
-    limits = machine_limits(options.threads)
-    bf16 = f"bf16 {limits.bf16_peak / 1e12:.2f} TFLOP/s, " if limits.bf16_peak else ""
-    notes = [f"At the end: {bf16}read {limits.read_bandwidth / 1e9:.1f} GB/s, {options.threads} threads."]
+    bf16 = f"bf16 {limits.bf16 / 1e12:.2f} TFLOP/s, " if limits.bf16 else ""
+    notes = [f"At the end: {bf16}read {limits.read / 1e9:.1f} GB/s, {options.threads} threads."]
     if any(item.section.model == MOE for item in measured) and not options.no_peers:
         try:
             experts = distinct_experts(models, MOE, "q4_0", python, options.threads, EXPERT_TOKENS)

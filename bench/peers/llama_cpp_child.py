@@ -100,16 +100,19 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - start}
 
     def decode(self, request: dict[str, Any]) -> Answer:
-        """Seconds of `tokens` steps of one token behind `depth` positions."""
-        depth, count = request["depth"], request["tokens"]
+        """Seconds of `tokens` steps of one token behind `depth` positions and `warm` steps."""
+        depth, warm = request["depth"], request["warm"]
+        count = request["tokens"] + warm
         ids = token_ids(depth + count, self.vocab_size)
         if self.filled < depth or depth == 0:
             self._forget(0)
             for first in range(0, depth, 512):
                 self._decode(ids[first : min(first + 512, depth)])
         self._forget(depth)
+        for token in ids[depth : depth + warm]:
+            self._decode([token])
         start = time.perf_counter()
-        for token in ids[depth:]:
+        for token in ids[depth + warm :]:
             self._decode([token])
         return {"seconds": time.perf_counter() - start}
 
@@ -118,7 +121,7 @@ class LlamaCpp:
         if self.counter is None:
             raise ValueError("started without --experts")
         self.counter.chosen.clear()
-        self.decode({"depth": 0, "tokens": request["tokens"]})
+        self.decode({"depth": 0, "tokens": request["tokens"], "warm": 0})
         distinct = [len(counts) for counts in self.counter.chosen.values()]
         return {"mean": sum(distinct) / len(distinct), "least": min(distinct), "most": max(distinct)}
 

@@ -1,7 +1,7 @@
 """Runs the sections: all engines of a section open at once, asked in turns, the machine's limits measured between.
 
-Memory bandwidth of shared machines drifts by the minute, so an engine is set against what was measured right before and
-after its turn, and engines are compared round by round; the median over the rounds counts.
+Memory bandwidth of shared machines drifts by the second, so turns are short and many, an engine is set against what was
+measured right before and after its turn, and engines are compared turn by turn; the median over the turns counts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from bench.peers.sections import (
     Section,
     product_operations,
 )
-from hw_targets.calibrate import Calibration, calibrate
 
 Say = Callable[[str], None]
-LIMIT_REPEATS = 6
 
 
 @dataclass
@@ -76,9 +74,30 @@ class Measured:
     samples: list[Samples]
 
 
-def machine_limits(threads: int) -> Calibration:
-    """Read bandwidth and arithmetic peaks, now (about a second)."""
-    return calibrate(threads, refresh=True, repeats=LIMIT_REPEATS)
+@dataclass(frozen=True)
+class Limits:
+    """Sustained bytes/s of reading memory, operations/s of i8 and bf16 products (0: no such instruction), just now."""
+
+    read: float
+    i8: float
+    bf16: float
+
+
+class Machine:
+    """The machine's limits, measured in a quarter of a second by a child that is kept."""
+
+    def __init__(self, threads: int) -> None:
+        self._child = Engine("limits", [sys.executable, "-m", "bench.peers.limits_child", "--threads", str(threads)])
+
+    def limits(self) -> Limits:
+        """Now."""
+        return Limits(**self._child.ask({"do": "measure"}))
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._child.close()
 
 
 def engine_command(engine: str, section: Section, models: Models, python: Path, threads: int) -> list[str]:
@@ -100,9 +119,16 @@ def engine_command(engine: str, section: Section, models: Models, python: Path, 
 
 
 def measure_section(
-    section: Section, models: Models, python: Path, threads: int, effort: Effort, peers: bool, say: Say
+    section: Section,
+    models: Models,
+    python: Path,
+    machine: Machine,
+    threads: int,
+    effort: Effort,
+    peers: bool,
+    say: Say,
 ) -> Measured:
-    """All engines of the section, `effort.rounds` times in turns after one round to warm up."""
+    """All engines of the section in turns, `effort.rounds * section.turns` times after once to warm up."""
     names = [name for name in section.engines if peers or name.startswith(OURS)]
     results = {name: Samples(name) for name in names}
     with ExitStack() as stack:
@@ -118,21 +144,22 @@ def measure_section(
             results[name].about = engines[name].about
             results[name].file_bytes = int(engines[name].about["bytes"])
         if section.action == "batch":
-            return _measure_batches(section, engines, threads, effort, say)
-        before = machine_limits(threads)
-        for number in range(effort.rounds + 1):
+            return _measure_batches(section, engines, machine, effort, say)
+        before = machine.limits()
+        turns = effort.rounds * section.turns
+        for number in range(turns + 1):
             for name in _rotated(names, number):
                 if name not in engines or results[name].fault:
                     continue
                 try:
-                    seconds = float(engines[name].ask(section.request(name, effort.rounds))["seconds"])
+                    seconds = float(engines[name].ask(section.request(name, turns))["seconds"])
                 except EngineError as fault:
                     results[name].fault = str(fault)
                     say(f"  {fault}")
                     continue
                 if number == 0:
                     continue  # memory is touched for the first time, the depth is filled
-                after = machine_limits(threads)
+                after = machine.limits()
                 _add(results[name], section, seconds, before, after)
                 before = after
                 say(f"  {name}: {results[name].tokens_per_s[-1]:.1f} tok/s")
@@ -146,12 +173,12 @@ def _rotated(names: list[str], by: int) -> list[str]:
     return [*names[by % len(names) :], *names[: by % len(names)]]
 
 
-def _add(samples: Samples, section: Section, seconds: float, before: Calibration, after: Calibration) -> None:
+def _add(samples: Samples, section: Section, seconds: float, before: Limits, after: Limits) -> None:
     samples.seconds.append(seconds)
     samples.tokens_per_s.append(section.tokens / seconds)
-    # Everything that disturbs a measurement of a limit makes it lower.
-    samples.bandwidth.append(max(before.read_bandwidth, after.read_bandwidth))
-    samples.vnni.append(max(before.i8_peak or 0.0, after.i8_peak or 0.0))
+    # What a row's second could have given: the mean of the moments before and after it.
+    samples.bandwidth.append((before.read + after.read) / 2)
+    samples.vnni.append(max(before.i8, after.i8))  # a peak is only ever measured too low
 
 
 def _add_work(samples: Samples, section: Section, engine: Engine, models: Models) -> None:
@@ -163,11 +190,13 @@ def _add_work(samples: Samples, section: Section, engine: Engine, models: Models
         samples.operations = product_operations(config, section.tokens)
 
 
-def _measure_batches(section: Section, engines: dict[str, Engine], threads: int, effort: Effort, say: Say) -> Measured:
+def _measure_batches(
+    section: Section, engines: dict[str, Engine], machine: Machine, effort: Effort, say: Say
+) -> Measured:
     found = {count: Samples(f"batch {count}") for count in BATCHES}
     for name, engine in engines.items():
-        before = machine_limits(threads)
-        for number in range(effort.rounds + 1):
+        before = machine.limits()
+        for number in range(effort.rounds * section.turns + 1):
             for count, samples in found.items():
                 try:
                     answer = engine.ask({"do": "batch", "sequences": count, "steps": section.tokens})
@@ -176,7 +205,7 @@ def _measure_batches(section: Section, engines: dict[str, Engine], threads: int,
                     say(f"  {fault}")
                     return Measured(section, list(found.values()))
                 if number:
-                    after = machine_limits(threads)
+                    after = machine.limits()
                     _add(samples, section, float(answer["seconds"]) / count, before, after)
                     before = after
                     say(f"  {name} {samples.engine}: {samples.tokens_per_s[-1]:.1f} tok/s")

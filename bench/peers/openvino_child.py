@@ -110,23 +110,26 @@ class OpenVino:
         return {"seconds": time.perf_counter() - start}
 
     def decode(self, request: dict[str, Any]) -> Answer:
-        """Seconds of `tokens` steps of one token behind about `depth` positions.
+        """Seconds of `tokens` steps of one token behind about `depth` positions and `warm` steps.
 
         The context is not wound back between requests at one depth: it has no such call. It starts `ahead` positions
         before the depth, so that the mean over the requests of a row is the depth.
         """
-        depth, count, ahead = request["depth"], request["tokens"], request.get("ahead", 0)
+        depth, warm, ahead = request["depth"], request["warm"], request.get("ahead", 0)
+        count = request["tokens"] + warm
         ids = token_ids(depth + count, self.vocab_size)
         if self.infer is None:
             prompt = ids[: max(depth, 1)]
             first, per_token = self._generate(prompt, count + 1)
-            return {"seconds": per_token * count, "first": first}
+            return {"seconds": per_token * request["tokens"], "first": first}
         if depth == 0 or not depth - ahead <= self.infer.filled <= depth + ahead:
             self.infer.restart()
             if depth:
                 self.infer.step(ids[: depth - ahead])
+        for token in ids[depth : depth + warm]:
+            self.infer.step([token])
         start = time.perf_counter()
-        for token in ids[depth:]:
+        for token in ids[depth + warm :]:
             self.infer.step([token])
         return {"seconds": time.perf_counter() - start}
 

@@ -59,8 +59,9 @@ class Stratum:
         return {"seconds": time.perf_counter() - start}
 
     def decode(self, request: dict[str, Any]) -> Answer:
-        """Seconds of `tokens` steps of one token behind `depth` positions."""
-        depth, count = request["depth"], request["tokens"]
+        """Seconds of `tokens` steps of one token behind `depth` positions and `warm` steps."""
+        depth, warm = request["depth"], request["warm"]
+        count = request["tokens"] + warm
         ids = np.array(token_ids(depth + count, self.session.vocab_size), np.int32)
         slot = DEPTH_SLOT if depth else 0
         if not depth:
@@ -68,8 +69,10 @@ class Stratum:
         elif not depth <= self.session.filled(slot) <= depth + count:
             self.session.release(slot)
             self._prompt(slot, ids[:depth], 0)
-        start = time.perf_counter()
+        start = 0.0
         for position in range(depth, depth + count):
+            if position == depth + warm:
+                start = time.perf_counter()
             self._prompt(slot, ids[position : position + 1], position)
         return {"seconds": time.perf_counter() - start}
 

@@ -128,6 +128,6 @@ def test_sections_are_told_apart_and_their_engines_known(tmp_path: Path, monkeyp
 
 
 def test_a_depth_is_straddled_by_an_engine_that_cannot_go_back() -> None:
-    deep = Section("d", "d", DENSE, (), "decode", 32, 2048)
-    assert deep.request("stratum:x", 5) == {"do": "decode", "tokens": 32, "depth": 2048}
+    deep = Section("d", "d", DENSE, (), "decode", 30, 2048)
+    assert deep.request("stratum:x", 5) == {"do": "decode", "tokens": 30, "warm": 2, "depth": 2048}
     assert deep.request("openvino:g128", 5)["ahead"] == 96  # six requests of 32 tokens, half of them before the depth

@@ -68,6 +68,9 @@ class Environment:
         if name in _OF_A_TEAM and self._running is not None:
             message = f"'{self._running.name}' runs on a team of threads: use ir.tile_interpreter"
             raise _error_at(self._running, message)
+        if name == "stream" and self._running is not None:
+            message = f"'{self._running.name}' moves data between memories: use ir.stream_interpreter"
+            raise _error_at(self._running, message)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def run_block(self, block: Block, args: Sequence[Any]) -> list[Any]:

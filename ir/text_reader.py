@@ -18,6 +18,7 @@ from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat, format_family, 
 from ir.spelling import did_you_mean
 from ir.syntax import ValueSyntax
 from ir.types import (
+    HANDLES,
     INDEX,
     KV_OPTIONS,
     BufferType,
@@ -72,10 +73,12 @@ class TextReader:
                 found = self.build(self.parse_brackets(text), text.startswith("#"))
             elif text == "index":
                 found = INDEX
+            elif text in HANDLES:
+                found = HANDLES[text]
             elif format_word(text) is not None:
                 found = format_word(text)
             else:
-                names = [*format_names(), "index", *_BUILDERS]
+                names = [*format_names(), "index", *HANDLES, *_BUILDERS]
                 raise TextFault(f"unknown type {text!r}{did_you_mean(text, names)}", 0, len(text))
             if len(self.known) > 10_000:
                 self.known.clear()

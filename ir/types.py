@@ -1,6 +1,7 @@
 """Types of values. Frozen, compared by structure, printed as text that parses back.
 
-Graph level: `TensorType`, `KVCacheType`. Tile level: `IndexType`, `ScalarType`, `VectorType`, `BufferType`.
+Graph level: `TensorType`, `KVCacheType`. Plan level: `HandleType`. Tile level: `IndexType`, `ScalarType`,
+`VectorType`, `BufferType`.
 The element of a tensor is a number format (`ir.formats`); where its elements lie in memory is a `Layout`.
 """
 
@@ -193,3 +194,17 @@ class BufferType(Type):
 
 
 INDEX = IndexType()
+
+
+@dataclass(frozen=True)
+class HandleType(Type):
+    """What plan-level ops of streaming hand to each other: `segment`, `slot` or `token` (`ir.ops.plan_stream`)."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+SEGMENT, SLOT, TOKEN = HandleType("segment"), HandleType("slot"), HandleType("token")
+HANDLES = {type.kind: type for type in (SEGMENT, SLOT, TOKEN)}

@@ -21,9 +21,22 @@ from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.stream_interpreter import StreamEnvironment
+from ir.stream_memory import StreamMemory
 from ir.tile_interpreter import ProgramEnvironment, Team
 from ir.tile_memory_model import BufferView, Memory
-from ir.types import INDEX, BufferType, IndexType, KVCacheType, ScalarType, SymbolicDim, TensorType, Type, VectorType
+from ir.types import (
+    INDEX,
+    BufferType,
+    HandleType,
+    IndexType,
+    KVCacheType,
+    ScalarType,
+    SymbolicDim,
+    TensorType,
+    Type,
+    VectorType,
+)
 
 TOKENS, ROWS, CTX = SymbolicDim("tokens"), SymbolicDim("rows"), SymbolicDim("ctx")
 Regions = Callable[[], Sequence[Region]]
@@ -110,7 +123,22 @@ def run_sample(sample: Sample) -> tuple[Any, ...]:
     _, op = sample.build()
     if sample.op.split(".")[0] not in ("tile", "plan"):
         return Environment(sample.weights, dict(sample.states)).run_op(op, sample.inputs)
+    if any(isinstance(v.type, HandleType) for v in (*op.operands, *op.results)):
+        return stream_environment().run_op(op, sample.inputs)
     return low_level_environment().run_op(op, [low_level_value(x) for x in sample.inputs])
+
+
+A_SEGMENT, FULL_SLOT, EMPTY_SLOT, A_TOKEN = (np.int64(i) for i in range(4))
+
+
+def stream_environment() -> StreamEnvironment:
+    """What the samples of streaming ops name: a segment on disk, a slot that holds it, an empty one, a token."""
+    memory = StreamMemory({"hbm": 4096})
+    memory.segment("w", "disk", 64)
+    memory.slots[int(memory.slot("gpu", "hbm", 64))].value = "w"
+    memory.slot("gpu", "hbm", 64)
+    memory.done()
+    return StreamEnvironment(memory)
 
 
 def low_level_environment() -> ProgramEnvironment:
@@ -203,8 +231,8 @@ def type_like(value: Any, type: Type) -> Type:
     """The type of a value, in the family of `type`: an array is a tensor or a vector, an int64 an i64 or an index."""
     if isinstance(type, TensorType | KVCacheType):
         return type_of(value)
-    if isinstance(type, IndexType) and isinstance(value, np.int64):
-        return INDEX
+    if isinstance(type, IndexType | HandleType) and isinstance(value, np.int64):
+        return type
     return low_level_type(value)
 
 

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ir.builder import Builder
-from ir.core import Block, Region, Value
+from ir.core import Block, Op, Region, Value
 from ir.formats import BF16, F32, I32, PlainFormat
-from ir.ops import tile, tile_control, tile_memory, tile_packed
+from ir.ops import tile, tile_control, tile_convert, tile_lanes, tile_memory, tile_packed, tile_products
 from ir.ops.builtin import FuncOp, ReturnOp
+from ir.ops.tile_types import element_of, is_float, lanes_of
 from ir.types import INDEX, BufferType, IndexType, ScalarType, Type, VectorType
 
 Number = int | float
@@ -49,7 +50,7 @@ class Expr:
 
     @property
     def lanes(self) -> int:
-        return tile.lanes_of(self.type)
+        return lanes_of(self.type)
 
     def _other(self, other: Expr | Number) -> Expr:
         """`other` as an Expr of this type: numbers become constants, scalars are spread over the lanes."""
@@ -129,28 +130,28 @@ class Expr:
     def compare(self, predicate: str, other: Expr | Number) -> Expr:
         """i1 per lane: `predicate` is lt, le, eq, ne, gt or ge."""
         other = self._other(other)
-        return Expr(self.kernel, self.kernel.emit(tile.CompareOp(self.value, other.value, predicate=predicate)))
+        return Expr(self.kernel, self.kernel.emit(tile_lanes.CompareOp(self.value, other.value, predicate=predicate)))
 
     def cast(self, to: PlainFormat) -> Expr:
-        if tile.element_of(self.type) == to:
+        if element_of(self.type) == to:
             return self
-        return Expr(self.kernel, self.kernel.emit(tile.CastOp(self.value, to=to)))
+        return Expr(self.kernel, self.kernel.emit(tile_convert.CastOp(self.value, to=to)))
 
     def bitcast(self, to: Type) -> Expr:
-        return Expr(self.kernel, self.kernel.emit(tile.BitcastOp(self.value, to=to)))
+        return Expr(self.kernel, self.kernel.emit(tile_convert.BitcastOp(self.value, to=to)))
 
     def reduce(self, kind: str) -> Expr:
         """All lanes combined: "add" or "max"."""
-        return Expr(self.kernel, self.kernel.emit(tile.ReduceOp(self.value, kind=kind)))
+        return Expr(self.kernel, self.kernel.emit(tile_lanes.ReduceOp(self.value, kind=kind)))
 
     def extract(self, lane: int) -> Expr:
-        return Expr(self.kernel, self.kernel.emit(tile.ExtractOp(self.value, lane=lane)))
+        return Expr(self.kernel, self.kernel.emit(tile_lanes.ExtractOp(self.value, lane=lane)))
 
     def to_index(self) -> Expr:
-        return Expr(self.kernel, self.kernel.emit(tile.ToIndexOp(self.value)))
+        return Expr(self.kernel, self.kernel.emit(tile_convert.ToIndexOp(self.value)))
 
     def from_index(self) -> Expr:
-        return Expr(self.kernel, self.kernel.emit(tile.FromIndexOp(self.value)))
+        return Expr(self.kernel, self.kernel.emit(tile_convert.FromIndexOp(self.value)))
 
 
 class Buffer:
@@ -250,11 +251,11 @@ class KernelBuilder:
 
     # -- single ops
 
-    def emit(self, op: tile.Op) -> Value:
+    def emit(self, op: Op) -> Value:
         self.builder.insert(op)
         return op.results[0] if op.results else None  # type: ignore[return-value]
 
-    def emit_op(self, op: tile.Op) -> None:
+    def emit_op(self, op: Op) -> None:
         self.builder.insert(op)
 
     def index(self, value: Expr | int) -> Expr:
@@ -263,7 +264,7 @@ class KernelBuilder:
     def constant(self, type: Type, value: Number | tuple[float, ...]) -> Expr:
         """A number of that type; a tuple gives each lane its own."""
         if not isinstance(value, tuple):
-            value = float(value) if tile.is_float(type) else int(value)
+            value = float(value) if is_float(type) else int(value)
         return Expr(self, self.emit(tile.ConstantOp(value=value, result_types=[type])))
 
     def f32(self, value: float, lanes: int = 1) -> Expr:
@@ -273,15 +274,15 @@ class KernelBuilder:
     def splat(self, x: Expr, lanes: int) -> Expr:
         if lanes == 1:
             return x
-        return Expr(self, self.emit(tile.SplatOp(x.value, lanes=lanes)))
+        return Expr(self, self.emit(tile_lanes.SplatOp(x.value, lanes=lanes)))
 
     def fma(self, a: Expr, b: Expr | Number, c: Expr | Number) -> Expr:
         """a * b + c."""
         b, c = a._other(b), a._other(c)
-        return Expr(self, self.emit(tile.FmaOp(a.value, b.value, c.value)))
+        return Expr(self, self.emit(tile_products.FmaOp(a.value, b.value, c.value)))
 
     def dot2(self, acc: Expr, a: Expr, b: Expr) -> Expr:
-        return Expr(self, self.emit(tile.Dot2Op(acc.value, a.value, b.value)))
+        return Expr(self, self.emit(tile_products.Dot2Op(acc.value, a.value, b.value)))
 
     def dot4(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         return Expr(self, self.emit(tile_packed.Dot4Op(acc.value, a.value, b.value)))
@@ -296,11 +297,11 @@ class KernelBuilder:
         return Expr(self, self.emit(tile.RoundOp(x.value)))
 
     def select(self, condition: Expr, a: Expr, b: Expr | Number) -> Expr:
-        return Expr(self, self.emit(tile.SelectOp(condition.value, a.value, a._other(b).value)))
+        return Expr(self, self.emit(tile_lanes.SelectOp(condition.value, a.value, a._other(b).value)))
 
     def iota(self, lanes: int) -> Expr:
         """0, 1, 2, ... as i32 lanes."""
-        return Expr(self, self.emit(tile.IotaOp(lanes=lanes)))
+        return Expr(self, self.emit(tile_lanes.IotaOp(lanes=lanes)))
 
     def lanes_below(self, limit: Expr | int, lanes: int) -> Expr:
         """Mask of the lanes whose number is below `limit`."""

@@ -19,7 +19,7 @@ from ir.core import Block, Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, NumberFormat, PlainFormat
 from ir.ops.builtin import FuncOp, ReturnOp
-from ir.ops.tile import element_of
+from ir.ops.tile_types import element_of
 from ir.types import BufferType, IndexType, ScalarType, Type, VectorType
 
 # bf16 and f16 are 16 bits to everything but `tile.cast` and `tile.dot2`: LLVM would convert them to f32 and back to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codegen.llvm.lowering import FunctionEmitter, llvm_element, llvm_type, lowering
 from ir.ops import tile_memory, tile_packed
-from ir.ops.tile import element_of, lanes_of
+from ir.ops.tile_types import element_of, lanes_of
 
 
 @lowering(tile_packed.Dot4Op)

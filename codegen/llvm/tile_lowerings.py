@@ -12,8 +12,8 @@ from codegen.llvm.lowering import FunctionEmitter, literal, llvm_element, llvm_t
 from ir.core import Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, F16, F32, I1, I32, I64, U8
-from ir.ops import tile, tile_control, tile_memory
-from ir.ops.tile import element_of, is_float, lanes_of, with_element
+from ir.ops import tile, tile_control, tile_convert, tile_lanes, tile_memory, tile_products
+from ir.ops.tile_types import element_of, is_float, lanes_of, with_element
 from ir.types import VectorType
 
 
@@ -48,7 +48,7 @@ def _lower_choice(op_class: Any, float_predicate: str, int_predicate: str) -> No
     def emit(e: FunctionEmitter, op: Any) -> None:
         compare = f"fcmp {float_predicate}" if is_float(op.a.type) else f"icmp {int_predicate}"
         mask = e.assign(f"{compare} {e.typed(op.a)}, {e.name(op.b)}")
-        mask_type = llvm_type(with_element(op.a.type, tile.I1))
+        mask_type = llvm_type(with_element(op.a.type, I1))
         e.define(op.out, f"select {mask_type} {mask}, {e.typed(op.a)}, {e.typed(op.b)}")
 
 
@@ -81,14 +81,14 @@ def fused_multiply_add(e: FunctionEmitter, kind: str, a: str, b: str, c: str, su
     return f"fadd {kind} {product}, {c}"
 
 
-@lowering(tile.FmaOp)
-def _fma(e: FunctionEmitter, op: tile.FmaOp) -> None:
+@lowering(tile_products.FmaOp)
+def _fma(e: FunctionEmitter, op: tile_products.FmaOp) -> None:
     kind = llvm_type(op.a.type)
     e.define(op.out, fused_multiply_add(e, kind, e.name(op.a), e.name(op.b), e.name(op.c), _overloaded(op.a)))
 
 
-@lowering(tile.Dot2Op)
-def _dot2(e: FunctionEmitter, op: tile.Dot2Op) -> None:
+@lowering(tile_products.Dot2Op)
+def _dot2(e: FunctionEmitter, op: tile_products.Dot2Op) -> None:
     lanes = lanes_of(op.acc.type)
     kind = llvm_type(op.acc.type)
     instruction = e.instructions.find("tile.dot2", "f32", lanes)
@@ -121,15 +121,15 @@ _PREDICATES = {
 }
 
 
-@lowering(tile.CompareOp)
-def _compare(e: FunctionEmitter, op: tile.CompareOp) -> None:
+@lowering(tile_lanes.CompareOp)
+def _compare(e: FunctionEmitter, op: tile_lanes.CompareOp) -> None:
     for_floats, for_integers = _PREDICATES[op.predicate]
     compare = f"fcmp {for_floats}" if is_float(op.a.type) else f"icmp {for_integers}"
     e.define(op.out, f"{compare} {e.typed(op.a)}, {e.name(op.b)}")
 
 
-@lowering(tile.SelectOp)
-def _select(e: FunctionEmitter, op: tile.SelectOp) -> None:
+@lowering(tile_lanes.SelectOp)
+def _select(e: FunctionEmitter, op: tile_lanes.SelectOp) -> None:
     e.define(op.out, f"select {e.typed(op.condition)}, {e.typed(op.a)}, {e.typed(op.b)}")
 
 
@@ -168,7 +168,7 @@ def _from_bf16(e: FunctionEmitter, x: Value) -> str:
     return f"bitcast {_shape(x, 'i32')} {bits} to {_shape(x, 'float')}"
 
 
-def _cast_f16(e: FunctionEmitter, op: tile.CastOp) -> None:
+def _cast_f16(e: FunctionEmitter, op: tile_convert.CastOp) -> None:
     """Between f32 and f16."""
     if e.instructions.has("sse2") and not e.instructions.has("f16c"):
         message = "'tile.cast' between f32 and f16 needs the CPU feature f16c (LLVM would call a function instead)"
@@ -182,8 +182,8 @@ def _cast_f16(e: FunctionEmitter, op: tile.CastOp) -> None:
         e.define(op.out, f"bitcast {half} {number} to {bits}")
 
 
-@lowering(tile.CastOp)
-def _cast(e: FunctionEmitter, op: tile.CastOp) -> None:
+@lowering(tile_convert.CastOp)
+def _cast(e: FunctionEmitter, op: tile_convert.CastOp) -> None:
     have, want = element_of(op.x.type), element_of(op.out.type)
     target = llvm_type(op.out.type)
     if have == want:
@@ -212,40 +212,40 @@ def _cast(e: FunctionEmitter, op: tile.CastOp) -> None:
 _UNSIGNED = (I1, U8)
 
 
-@lowering(tile.ToIndexOp)
-def _to_index(e: FunctionEmitter, op: tile.ToIndexOp) -> None:
+@lowering(tile_convert.ToIndexOp)
+def _to_index(e: FunctionEmitter, op: tile_convert.ToIndexOp) -> None:
     e.define(op.out, f"sext {e.typed(op.x)} to {llvm_element(I64)}")
 
 
-@lowering(tile.FromIndexOp)
-def _from_index(e: FunctionEmitter, op: tile.FromIndexOp) -> None:
+@lowering(tile_convert.FromIndexOp)
+def _from_index(e: FunctionEmitter, op: tile_convert.FromIndexOp) -> None:
     e.define(op.out, f"trunc {e.typed(op.x)} to {llvm_element(I32)}")
 
 
-@lowering(tile.BitcastOp)
-def _bitcast(e: FunctionEmitter, op: tile.BitcastOp) -> None:
+@lowering(tile_convert.BitcastOp)
+def _bitcast(e: FunctionEmitter, op: tile_convert.BitcastOp) -> None:
     e.define(op.out, f"bitcast {e.typed(op.x)} to {llvm_type(op.out.type)}")
 
 
-@lowering(tile.SplatOp)
-def _splat(e: FunctionEmitter, op: tile.SplatOp) -> None:
+@lowering(tile_lanes.SplatOp)
+def _splat(e: FunctionEmitter, op: tile_lanes.SplatOp) -> None:
     kind = llvm_type(op.out.type)
     first = e.assign(f"insertelement {kind} poison, {e.typed(op.x)}, i64 0")
     e.define(op.out, f"shufflevector {kind} {first}, {kind} poison, <{op.lanes} x i32> zeroinitializer")
 
 
-@lowering(tile.IotaOp)
-def _iota(e: FunctionEmitter, op: tile.IotaOp) -> None:
+@lowering(tile_lanes.IotaOp)
+def _iota(e: FunctionEmitter, op: tile_lanes.IotaOp) -> None:
     e.names[op.out] = "<" + ", ".join(f"i32 {i}" for i in range(op.lanes)) + ">"
 
 
-@lowering(tile.ExtractOp)
-def _extract(e: FunctionEmitter, op: tile.ExtractOp) -> None:
+@lowering(tile_lanes.ExtractOp)
+def _extract(e: FunctionEmitter, op: tile_lanes.ExtractOp) -> None:
     e.define(op.out, f"extractelement {e.typed(op.v)}, i64 {op.lane}")
 
 
-@lowering(tile.ReduceOp)
-def _reduce(e: FunctionEmitter, op: tile.ReduceOp) -> None:
+@lowering(tile_lanes.ReduceOp)
+def _reduce(e: FunctionEmitter, op: tile_lanes.ReduceOp) -> None:
     name, lanes = e.name(op.v), lanes_of(op.v.type)
     while lanes > 1:
         kind, half = f"<{lanes} x float>", f"<{lanes // 2} x float>"

@@ -15,7 +15,7 @@ from ir.core import Region
 from ir.diagnostics import DiagnosticSink
 from ir.formats import I1
 from ir.op_def import InferenceError, Op, expect, operand, region, register_op, result
-from ir.ops.tile import element_of
+from ir.ops.tile_types import element_of
 from ir.tile_memory_model import KernelFault
 from ir.traits import HasRecursiveEffects, Pure, Synchronizes, Terminator
 from ir.types import INDEX, ScalarType, Type

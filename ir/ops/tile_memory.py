@@ -14,7 +14,7 @@ from ir.diagnostics import DiagnosticSink
 from ir.formats import F32, I1, I32, PlainFormat
 from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
 from ir.ops.builtin import FuncOp
-from ir.ops.tile import element_of, lanes_of
+from ir.ops.tile_types import element_of, lanes_of
 from ir.tile_memory_model import BufferView
 from ir.traits import Pure, ReadsMemory, WritesMemory
 from ir.types import INDEX, BufferType, ScalarType, Type, VectorType

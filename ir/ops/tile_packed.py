@@ -10,7 +10,7 @@ import numpy as np
 
 from ir.formats import BF16, F16, F32, I8, I32, U8
 from ir.op_def import Op, expect, operand, register_op, result
-from ir.ops.tile import element_of, lanes_of
+from ir.ops.tile_types import element_of, lanes_of
 from ir.traits import Pure
 from ir.types import Type, VectorType
 

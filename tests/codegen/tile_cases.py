@@ -14,7 +14,7 @@ import numpy as np
 
 from codegen.tile_builder import Expr, KernelBuilder
 from ir.formats import BF16, F16, F32, F64, I1, I8, I32, I64, U8, PlainFormat
-from ir.ops import tile, tile_packed
+from ir.ops import tile, tile_convert, tile_lanes, tile_packed, tile_products
 from ir.ops.builtin import FuncOp
 from ir.types import ScalarType, Type, VectorType
 
@@ -120,12 +120,14 @@ def float_cases() -> Iterator[Case]:
     for element in (F32, F64):
         for lanes in LANES:
             label = f"fma_{element}_{lanes}"
-            kernel = block_kernel(label, [element] * 3, element, lanes, emit(tile.FmaOp))
-            yield Case(label, kernel, (element,) * 3, element, lanes, tile.FmaOp.reference, group="fma")
+            kernel = block_kernel(label, [element] * 3, element, lanes, emit(tile_products.FmaOp))
+            yield Case(label, kernel, (element,) * 3, element, lanes, tile_products.FmaOp.reference, group="fma")
     for lanes in LANES:
         label = f"dot2_{lanes}"
-        kernel = block_kernel(label, [F32, BF16, BF16], F32, lanes, emit(tile.Dot2Op), (1, 2, 2))
-        yield Case(label, kernel, (F32, BF16, BF16), F32, lanes, tile.Dot2Op.reference, share=(1, 2, 2), group="dot2")
+        kernel = block_kernel(label, [F32, BF16, BF16], F32, lanes, emit(tile_products.Dot2Op), (1, 2, 2))
+        yield Case(
+            label, kernel, (F32, BF16, BF16), F32, lanes, tile_products.Dot2Op.reference, share=(1, 2, 2), group="dot2"
+        )
     for lanes in LANES:
         label = f"dot4_{lanes}"
         kernel = block_kernel(label, [I32, U8, I8], I32, lanes, emit(tile_packed.Dot4Op), (1, 4, 4))
@@ -140,14 +142,14 @@ def float_cases() -> Iterator[Case]:
 def _reduce(kind: str, lanes: int) -> Body:
     def body(k: KernelBuilder, x: Expr) -> Expr:
         if lanes == 1:
-            x = Expr(k, k.emit(tile.SplatOp(x.value, lanes=1)))
+            x = Expr(k, k.emit(tile_lanes.SplatOp(x.value, lanes=1)))
         return x.reduce(kind)
 
     return body
 
 
 def _reduced(kind: str, lanes: int) -> Meaning:
-    return lambda x: np.array([tile.ReduceOp.reference(row, kind) for row in x.reshape(-1, lanes)])
+    return lambda x: np.array([tile_lanes.ReduceOp.reference(row, kind) for row in x.reshape(-1, lanes)])
 
 
 def lookup_cases() -> Iterator[Case]:
@@ -194,7 +196,7 @@ def _choose(predicate: str) -> Body:
 
 
 def _chosen(predicate: str) -> Meaning:
-    return lambda a, b: np.where(tile.CompareOp.reference(a, b, predicate), a, b)
+    return lambda a, b: np.where(tile_lanes.CompareOp.reference(a, b, predicate), a, b)
 
 
 def _masks(k: KernelBuilder, a: Expr, b: Expr, c: Expr) -> Expr:
@@ -227,7 +229,7 @@ def cast_cases(with_f16: bool = True) -> Iterator[Case]:
             continue
         for lanes in LANES:
             label = f"cast_{have}_{to}_{lanes}"
-            kernel = block_kernel(label, [have], to, lanes, emit(tile.CastOp, to=to))
+            kernel = block_kernel(label, [have], to, lanes, emit(tile_convert.CastOp, to=to))
             group = "to_bf16" if to == BF16 else ""
             yield Case(label, kernel, (have,), to, lanes, _cast(to), _representable(have, to), group=group)
     for to in (F32, F64, I32, I64, U8):

@@ -1,0 +1,196 @@
+"""Policies of the expert cache: which resident entry is given up next.
+
+`make_policy(name, layers)` takes `lru`, `lfu`, `score` or `least_stale`. An entry is a pair (layer, expert). A policy
+is told of each use (`touch`, whether the entry is resident or not), of arrivals and departures (`add`, `remove`), and
+names a `victim` among the resident entries that are not busy.
+
+- `lru`: least recently used.
+- `lfu`: least often used since the start, entries that were away included; ties: least recently used.
+- `score`: lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a
+  pass, a = 1/2 (HybriMoE, with the weights of the experts that were chosen).
+- `least_stale`: a model visits its layers in a known order, so an entry that this pass did not use is stale once its
+  layer has been visited, and comes up for use no sooner than the next pass. Given up first: stale entries of the
+  layers visited, the layer visited last first; then entries of layers still to come, the farthest layer first; then
+  entries used in this pass, the layer visited last first. Within a layer: least recently used (after SpecMD's policy).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Container
+from typing import Protocol
+
+from runtime.errors import RuntimeDiagnostic
+
+Entry = tuple[int, int]
+POLICIES = ("lru", "lfu", "score", "least_stale")
+SCORE_ALPHA = 0.5
+
+
+class EvictionPolicy(Protocol):
+    """What the cache calls."""
+
+    uses_weights: bool
+
+    def begin_batch(self, step: int, layer: int) -> None: ...
+    def touch(self, entry: Entry, weight: float) -> None: ...
+    def add(self, entry: Entry) -> None: ...
+    def remove(self, entry: Entry) -> None: ...
+    def victim(self, busy: Container[Entry]) -> Entry | None: ...
+
+
+def make_policy(name: str, layers: int) -> EvictionPolicy:
+    """A new policy of that name; RuntimeDiagnostic for another name."""
+    if name == "lru":
+        return LeastRecentlyUsed()
+    if name == "lfu":
+        return LeastFrequentlyUsed()
+    if name == "score":
+        return RoutingScore()
+    if name == "least_stale":
+        return LeastStale(layers)
+    raise RuntimeDiagnostic(f"there is no cache policy {name!r}", expected=", ".join(POLICIES))
+
+
+class _Ranked(ABC):
+    """Base of the policies that rank an entry when it is used: the lowest rank is given up first.
+
+    The heap holds an item for each use since an entry came; those that a later use made void are dropped when they are
+    met. Ranks end with a count of uses, so that no two are equal.
+    """
+
+    uses_weights = False
+
+    def __init__(self) -> None:
+        self._clock, self._step = 0, 0
+        self._rank: dict[Entry, tuple[float, int]] = {}  # of every entry ever used, resident or not
+        self._resident: set[Entry] = set()  # only asked whether it holds an entry
+        self._heap: list[tuple[tuple[float, int], Entry]] = []
+
+    def begin_batch(self, step: int, layer: int) -> None:
+        """A layer's batch begins; `step` counts passes over the layers."""
+        self._step = step
+
+    def touch(self, entry: Entry, weight: float) -> None:
+        self._clock += 1
+        self._rank[entry] = (self._worth(entry, weight), self._clock)
+        if entry in self._resident:
+            self._push(entry)
+
+    def add(self, entry: Entry) -> None:
+        self._resident.add(entry)
+        self._push(entry)
+
+    def remove(self, entry: Entry) -> None:
+        self._resident.discard(entry)
+
+    def victim(self, busy: Container[Entry]) -> Entry | None:
+        kept: list[tuple[tuple[float, int], Entry]] = []
+        found = None
+        while self._heap:
+            item = heapq.heappop(self._heap)
+            entry = item[1]
+            if entry not in self._resident or self._rank[entry] != item[0]:
+                continue
+            kept.append(item)
+            if entry not in busy:
+                found = entry
+                break
+        for item in kept:
+            heapq.heappush(self._heap, item)
+        return found
+
+    def _push(self, entry: Entry) -> None:
+        heapq.heappush(self._heap, (self._rank[entry], entry))
+        if len(self._heap) > 4 * len(self._resident) + 1024:
+            self._heap = [(self._rank[e], e) for _, e in self._heap if e in self._resident]
+            self._heap = list(dict.fromkeys(self._heap))
+            heapq.heapify(self._heap)
+
+    @abstractmethod
+    def _worth(self, entry: Entry, weight: float) -> float:
+        """What a use now makes of the entry's rank."""
+
+
+class LeastRecentlyUsed(_Ranked):
+    """Gives up what was used longest ago."""
+
+    def _worth(self, entry: Entry, weight: float) -> float:
+        return 0.0  # the count of uses that follows decides
+
+
+class LeastFrequentlyUsed(_Ranked):
+    """Gives up what was used least often; counts go on while an entry is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._uses: dict[Entry, int] = {}
+
+    def _worth(self, entry: Entry, weight: float) -> float:
+        self._uses[entry] = self._uses.get(entry, 0) + 1
+        return float(self._uses[entry])
+
+
+class RoutingScore(_Ranked):
+    """Gives up the lowest moving average of routing weight.
+
+    Averages of entries used in different passes are compared as they would stand in one and the same pass: an average
+    fades by (1 - a) in each, so log S + pass * log(1 / (1 - a)) keeps its value until the next use.
+    """
+
+    uses_weights = True
+    _FADE = math.log(1.0 / (1.0 - SCORE_ALPHA))
+    _LEAST = 1e-30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._score: dict[Entry, tuple[float, int]] = {}  # average, and the pass in which it was made
+
+    def _worth(self, entry: Entry, weight: float) -> float:
+        score, step = self._score.get(entry, (0.0, self._step))
+        score = SCORE_ALPHA * weight + (1.0 - SCORE_ALPHA) ** (self._step - step) * score
+        self._score[entry] = (score, self._step)
+        return math.log(max(score, self._LEAST)) + self._step * self._FADE
+
+
+class LeastStale:
+    """Gives up what cannot be used before the next pass; see the module's text for the order."""
+
+    uses_weights = False
+
+    def __init__(self, layers: int) -> None:
+        self._used: list[OrderedDict[Entry, int]] = [OrderedDict() for _ in range(layers)]  # entry -> pass of last use
+        self._resident: set[Entry] = set()  # only asked whether it holds an entry
+        self._step, self._layer = 0, 0
+
+    def begin_batch(self, step: int, layer: int) -> None:
+        self._step, self._layer = step, layer
+
+    def touch(self, entry: Entry, weight: float) -> None:
+        order = self._used[entry[0]]
+        order[entry] = self._step
+        order.move_to_end(entry)
+
+    def add(self, entry: Entry) -> None:
+        self._resident.add(entry)
+
+    def remove(self, entry: Entry) -> None:
+        self._resident.discard(entry)
+        del self._used[entry[0]][entry]
+
+    def victim(self, busy: Container[Entry]) -> Entry | None:
+        visited = range(self._layer, -1, -1)
+        to_come = range(len(self._used) - 1, self._layer, -1)
+        for layers, before in ((visited, self._step), (to_come, self._step), (visited, None), (to_come, None)):
+            for layer in layers:
+                entry = self._oldest(layer, busy)
+                if entry is not None and (before is None or self._used[layer][entry] < before):
+                    return entry
+        return None
+
+    def _oldest(self, layer: int, busy: Container[Entry]) -> Entry | None:
+        """The resident entry of the layer that was used longest ago and is not busy."""
+        return next((e for e in self._used[layer] if e in self._resident and e not in busy), None)

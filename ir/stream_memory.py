@@ -48,6 +48,7 @@ class Transfer:
     slot: int = -1
     value: str = ""
     channel: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()  # the message that somebody must have begun to receive
     segment: int = -1
     done: bool = False
 
@@ -140,6 +141,10 @@ class StreamMemory:
         transfer = self.transfers[int(token)]
         if transfer.done:
             return
+        if transfer.answered and transfer.answered not in self.received:
+            raise StreamFault(
+                f"waits for {transfer.answered[2]} to take {transfer.answered[3]!r}, which it never began"
+            )
         value = transfer.value
         if transfer.channel:
             value = self._arrived(transfer.channel)

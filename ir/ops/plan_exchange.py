@@ -63,7 +63,7 @@ class SendOp(ExchangeOp):
         if channel in memory.sent:
             raise StreamFault(f"{self.unit} sends {self.tag!r} to {self.to} a second time")
         memory.sent[channel] = memory.value_of(slot, "sending")
-        return (memory.start(Transfer((slot,))),)
+        return (memory.start(Transfer((slot,), answered=channel)),)
 
 
 @register_op

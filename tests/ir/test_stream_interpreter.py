@@ -166,7 +166,7 @@ def without(start: str) -> str:
     [
         (without("%s = ").replace("plan.wait %s", "plan.wait %x"), "waits for 'h' from gpu\\[0\\], which has not been"),
         (without("%d = ").replace("plan.wait %d", "plan.wait %x"), "all_reduce 'r', which gpu\\[1\\] has not joined"),
-        (EXCHANGE.replace('tag = "h"', 'tag = "g"', 1), "waits for 'h'"),
+        (EXCHANGE.replace('tag = "h"', 'tag = "g"', 1), "waits for gpu\\[1\\] to take 'g', which it never began"),
         (EXCHANGE.replace("plan.wait %s", "plan.wait %x"), "all_reduce of a slot of hbm\\[0\\] while a transfer"),
     ],
 )

@@ -35,7 +35,7 @@ def test_quick_calibration_of_this_machine(cache):
 @pytest.mark.parametrize("extra", ["", "+avxvnni"])
 def test_kernels_compile_without_spills_for_every_target(extra):
     requests = []
-    for name in hw_targets.names()[1:]:
+    for name in ("aarch64", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"):
         if extra and name != "x86-64-v3":
             continue
         target = hw_targets.load(f"{name}{{features={extra}}}" if extra else name)

@@ -210,7 +210,8 @@ def test_overrides_of_every_kind(tmp_path):
     path.write_text(NODE)
     keys = (
         "nodes=2 power=2kW gpu.count=1 hbm.count=1 pcie.count=1 gpu.launch=2us gpu.efficiency=0.5 "
-        "cores.efficiency.i8=0.9 gpu.power=400W hbm.energy=10pJ/B hbm.reserve=2GB pcie.duplex=no pcie.back=10GB/s pcie.efficiency=1 "
+        "cores.efficiency.i8=0.9 gpu.power=400W hbm.energy=10pJ/B hbm.reserve=2GB pcie.duplex=no "
+        "pcie.back=10GB/s pcie.efficiency=1 "
         "root=32GB/s nvlink=900GB/s nvlink.latency=1us nvme.read=10GB/s nvme.write=6GB/s nvme.latency=50us "
         "dram.read=150GB/s dram.page_fault=1us cores.bandwidth_efficiency=0.8 cores=8 cores.barrier=1us"
     )

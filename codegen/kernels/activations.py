@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from codegen.kernels.hadamard import Load, rotate_row
 from codegen.kernels.packed import Activations
 from codegen.kernels.rowwise import LANES, for_columns, row_scale
 from codegen.packed_strips import BLOCK
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.formats import F32, I8, I32
 from ir.ops.norm import RmsNormOp
-from ir.types import VectorType
 
 SMALLEST = 1e-30  # a group of smaller activations counts as zeros: 127 / its largest might not be a number
 _UNROLLED = 4  # blocks of a segment that are written out
-Load = Callable[[Expr, int, Expr | None], Expr]  # (column, lanes, mask) -> f32
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,6 @@ class RowSource:
             return read
         rotate_row(k, read, scratch, self.width, self.rotation)
         return lambda column, lanes, mask: scratch.load(column, lanes, mask)
-
-
-def rotate_row(k: KernelBuilder, read: Load, out: Buffer, width: int, block: int) -> None:
-    """out = the row times an orthonormal Hadamard matrix, `block` columns at a time (a power of two that divides it).
-
-    Butterflies (Fino and Algazi, "Unified matrix treatment of the fast Walsh-Hadamard transform", 1976): neighbours
-    closer than a register are swapped inside of it.
-    """
-    lanes = min(LANES, block)
-    inner = [stride for stride in (1, 2, 4, 8) if stride < lanes]
-    final = block**-0.5
-    with k.loop(0, width, lanes) as at:
-        value = read(at.i, lanes, None)
-        for stride in inner:
-            swap = k.constant(VectorType(lanes, I32), tuple(i ^ stride for i in range(lanes)))
-            sign = k.constant(VectorType(lanes, F32), tuple(-1.0 if i & stride else 1.0 for i in range(lanes)))
-            value = k.fma(value, sign, k.lookup(value, swap))
-        out.store(at.i, value * final if block == lanes else value)
-    stride = lanes
-    while stride < block:
-        last = 2 * stride == block
-        with k.loop(0, width, 2 * stride) as pair, k.loop(0, stride, lanes) as at:
-            place = pair.i + at.i
-            a, b = out.load(place, lanes), out.load(place + stride, lanes)
-            total, difference = a + b, a - b
-            out.store(place, total * final if last else total)
-            out.store(place + stride, difference * final if last else difference)
-        stride *= 2
 
 
 def _scratch(k: KernelBuilder, source: RowSource) -> Buffer | None:

@@ -13,7 +13,7 @@ chunk and alone.
 from __future__ import annotations
 
 from codegen.kernels.call import Argument, EmitContext, KernelSpec, SizeArgument, emitter, rows_of, structure_key
-from codegen.kernels.hadamard import rotate_row
+from codegen.kernels.hadamard import rotate_stored
 from codegen.kernels.kv_layout import BLOCK, KVLayout
 from codegen.kernels.kv_products import LANES, MOST_SUMS, STEP, STEP_BLOCKS, BlockOf, Products, chunks, products
 from codegen.kernels.math import LOG2_E, exp2, exp2_short
@@ -180,7 +180,7 @@ class _Tile:
                     mask = k.lanes_below(self.dim - c, LANES) if c + LANES > self.dim else None
                     self.row.store(c, self.q.load(source + c, LANES, mask))
                 if kv.rotate:
-                    rotate_row(k, self.row, 0, self.dim, kv.rotate)
+                    rotate_stored(k, self.row, self.dim, kv.rotate)
                 for part in self.parts:
                     part.take_query(row, self.row)
                 self.maxima.store(row, k.f32(MASKED))
@@ -262,7 +262,7 @@ class _Tile:
                 for c in range(0, kv.dim, LANES):
                     self.sums.store(start + c, self.sums.load(start + c, LANES) + constant)
             if kv.rotate:
-                rotate_row(k, self.sums, start, self.dim, kv.rotate)
+                rotate_stored(k, self.sums.at(start), self.dim, kv.rotate)
             row = first_row + loop.i // self.group
             target = (row * self.heads + head * self.group + loop.i % self.group) * self.dim
             for c in range(0, self.dim, LANES):

@@ -7,7 +7,7 @@ positions are packed from the ring, when all of the step are in it.
 
 from __future__ import annotations
 
-from codegen.kernels.hadamard import rotate_row
+from codegen.kernels.hadamard import rotate_stored
 from codegen.kernels.kv_layout import BLOCK, CodeBlocks, FloatBlocks, KVLayout
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.formats import F16, F32, I32, U8
@@ -68,7 +68,7 @@ class CodeWriter:
         k, kv, blocks = self.k, self.kv, self.blocks
         for row in self.rows:
             if kv.rotate:
-                rotate_row(k, row, 0, self.dim, kv.rotate)
+                rotate_stored(k, row, self.dim, kv.rotate)
             for column in range(self.dim, kv.dim):  # padding must move neither the largest nor the lowest number
                 row.store(column, row.load(0))
         if kv.recent:

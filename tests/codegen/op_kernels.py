@@ -166,6 +166,17 @@ def packed_strips(value: PackedArray, type: TensorType) -> np.ndarray:
     return memory
 
 
+def check_same_bits(
+    kernels: NativeKernels, made: OpKernel, values: list[Any], together: np.ndarray, row: int | None
+) -> None:
+    """`together`, computed on some threads, has the same bits on one; and its `row` the same alone."""
+    np.testing.assert_array_equal(together, made.native(kernels, values, 1)[0])
+    if row is not None:
+        by_row = [isinstance(v.type, TensorType) and isinstance(v.type.shape[0], SymbolicDim) for v in made.op.operands]
+        alone = [value[row : row + 1] if rows else value for rows, value in zip(by_row, values, strict=True)]
+        np.testing.assert_array_equal(made.native(kernels, alone, 1)[0][0], together[row])
+
+
 def packed(w: np.ndarray, layout: Layout) -> np.ndarray:
     return pack_strips(w, layout) if w.ndim == 2 else np.stack([pack_strips(one, layout) for one in w])
 

@@ -1,4 +1,4 @@
-"""What this machine really does: read bandwidth and arithmetic peaks, measured once and kept.
+"""What this machine really does: read bandwidth, arithmetic peaks and what a barrier costs, measured once and kept.
 
 `calibrate(threads)` runs the kernels of `calibrate_kernels` in a child process (about three seconds) and keeps the
 result under the cache directory, keyed by machine, CPU, features, versions and threads; `refresh=True` measures
@@ -25,10 +25,10 @@ from typing import Any
 
 from hw_targets import host
 from hw_targets.cache_dir import cache_root
-from hw_targets.calibrate_kernels import kernels
+from hw_targets.calibrate_kernels import barrier_kernel, kernels
 from ir.diagnostics import DiagnosticError
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 _BYTES = 1 << 30
 _SECONDS = 0.03
 _REPEATS = 15
@@ -39,7 +39,9 @@ _TIMEOUT_SECONDS = 120.0
 class Calibration:
     """Rates of all `threads` together: bytes/s, FLOP/s, integer operations/s. None: the CPU has no such instruction.
 
-    `spread` is the largest (best - median) / best of all figures: above 0.1 the machine was busy meanwhile.
+    `spread` is the largest (best - median) / best of bandwidths and peaks: above 0.1 the machine was busy meanwhile.
+    `read_by_threads` is ((threads, bytes/s of all of them), ...) in rising order, up to `threads`. `barrier_seconds` is
+    one meeting of all threads, spinning; None with one thread.
     """
 
     threads: int
@@ -49,8 +51,10 @@ class Calibration:
     i8_peak: float | None = None
     spread: float = 0.0
     cpu: str = ""
+    read_by_threads: tuple[tuple[int, float], ...] = ()
+    barrier_seconds: float | None = None
 
-    def as_dict(self) -> dict[str, float | int | str | None]:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
 
@@ -94,10 +98,13 @@ def cached(threads: int) -> Calibration | None:
     """The calibration kept for this machine and so many threads; None when there is none that can be read."""
     try:
         stored = json.loads(_path(threads).read_bytes())
-        found = Calibration(**stored["calibration"])
+        fields = dict(stored["calibration"])
+        fields["read_by_threads"] = tuple((int(n), float(rate)) for n, rate in fields["read_by_threads"])
+        found = Calibration(**fields)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    numbers = (found.read_bandwidth, found.f32_peak, found.bf16_peak, found.i8_peak, found.spread)
+    numbers = [found.read_bandwidth, found.f32_peak, found.bf16_peak, found.i8_peak, found.spread]
+    numbers += [found.barrier_seconds, *(rate for _, rate in found.read_by_threads)]
     sane = all(n is None or (isinstance(n, int | float) and 0 <= n < 1e18) for n in numbers)
     return found if sane and found.threads == threads and found.read_bandwidth and found.f32_peak else None
 
@@ -148,11 +155,28 @@ def _measure(threads: int, nbytes: int, seconds: float, repeats: int) -> Calibra
     available = _available_memory()
     if available is not None:
         nbytes = min(nbytes, available // 2)
-    rates = _run_child(kernel_request(threads, nbytes, seconds, repeats))
+    request = kernel_request(threads, nbytes, seconds, repeats)
+    triple, cpu, _, _ = host.host_isa()
+    request["fewer"] = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < threads]
+    if threads > 1:
+        barrier = barrier_kernel(triple.split("-", 1)[0])
+        request["ir"][barrier.name], request["kernels"][barrier.name] = barrier.ir_text, barrier.operations
+    rates = _run_child(request)
     best = {name: max(values) for name, values in rates.items()}
-    spread = max((best[name] - median(values)) / best[name] for name, values in rates.items())
-    cpu = host.host_isa()[1]
-    return Calibration(threads, best["read"], best["f32"], best.get("bf16"), best.get("i8"), round(spread, 4), cpu)
+    steady = {name: values for name, values in rates.items() if name != "barrier"}
+    spread = max((best[name] - median(values)) / best[name] for name, values in steady.items())
+    curve = [(int(name.removeprefix("read@")), rate) for name, rate in best.items() if name.startswith("read@")]
+    return Calibration(
+        threads=threads,
+        read_bandwidth=best["read"],
+        f32_peak=best["f32"],
+        bf16_peak=best.get("bf16"),
+        i8_peak=best.get("i8"),
+        spread=round(spread, 4),
+        cpu=cpu,
+        read_by_threads=(*sorted(curve), (threads, best["read"])),
+        barrier_seconds=1 / best["barrier"] if "barrier" in best else None,
+    )
 
 
 def kernel_request(threads: int, nbytes: int, seconds: float, repeats: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Runs the calibration's kernels in a process of its own, so that nothing they do can harm the caller's.
 
 Argument: the folder that holds llvmlite. Standard input: one JSON object (ir, cpu, features, kernels with their
-operations, threads, bytes, seconds, repeats). Standard output: one JSON object, kernel name -> rates of every repeat,
-in bytes/s or operations/s over all threads. Threads call the kernels through ctypes, which drops the interpreter's
+operations, threads, bytes, seconds, repeats; fewer: further numbers of threads to read with). Standard output: one JSON
+object, kernel name -> rates of every repeat, in bytes/s, operations/s or barriers/s over all threads; `read@1` is the
+rate of one thread. Threads call the kernels through ctypes, which drops the interpreter's
 lock.
 """
 
@@ -28,13 +29,17 @@ def main() -> None:
     for name, operations in request["kernels"].items():
         if name == "read":
             results[name] = measure_read(functions[name], address, request)
+            for threads in request.get("fewer", ()):
+                results[f"{name}@{threads}"] = measure_read(functions[name], address, {**request, "threads": threads})
+        elif name == "barrier":
+            results[name] = measure_barrier(functions[name], address, request)
         else:
             results[name] = measure_peak(functions[name], address, operations, request)
     json.dump(results, sys.stdout)
 
 
 def load(request):
-    """Native functions (address, count) -> number of the request's kernels, by name. They live as long as the process."""
+    """Native functions (address, count) -> number, by kernel of the request; they stay until the process ends."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -121,6 +126,16 @@ def measure_peak(function, address, operations, request):
     rounds = max(1, int(rounds * request["seconds"] / seconds))
     arguments = [(address, rounds)] * threads
     return [operations * rounds * threads / run_threads(function, arguments) for _ in range(request["repeats"])]
+
+
+def measure_barrier(function, address, request):
+    """Barriers/s of all threads."""
+    # The number of threads and two words on lines of their own; what lies there was written by measure_read.
+    ctypes.memset(address, 0, 192)
+    ctypes.c_int64.from_address(address).value = request["threads"]
+    rounds = 2000
+    arguments = [(address, rounds)] * request["threads"]
+    return [rounds / run_threads(function, arguments) for _ in range(request["repeats"])]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 Each kernel is `i64 NAME(ptr data, i64 count)` and is called by several threads at once: `read` sums `count` bytes (a
 multiple of 4096) with a prefetch 4 KiB ahead; the peak kernels run `count` rounds of independent accumulators over
 registers. The result depends on all the work, so none of it can be left out.
+
+`barrier_kernel` is apart: `count` times all threads wait for each other, as the threads of a generated step do (one
+atomic addition on arrival, the last one starts a new generation, the others spin with pauses). `data` holds the
+number of threads (i64), and at 64 and 128 two words that are zero at first.
 """
 
 from __future__ import annotations
@@ -43,6 +47,50 @@ def kernels(arch: str, features: frozenset[str]) -> list[Kernel]:
         if dot is not None:
             found.append(Kernel(name, _peak_kernel(name, dot, accumulators), dot.operations * accumulators))
     return found
+
+
+def barrier_kernel(arch: str) -> Kernel:
+    """The kernel named `barrier`."""
+    pause = "llvm.aarch64.hint(i32 1)" if arch == "aarch64" else "llvm.x86.sse2.pause()"
+    declared = "llvm.aarch64.hint(i32)" if arch == "aarch64" else "llvm.x86.sse2.pause()"
+    lines = [
+        f"declare void @{declared}",
+        "define i64 @barrier(ptr %data, i64 %count) {",
+        "entry:",
+        "  %threads64 = load i64, ptr %data, align 8",
+        "  %threads = trunc i64 %threads64 to i32",
+        "  %arrived = getelementptr i8, ptr %data, i64 64",
+        "  %generation = getelementptr i8, ptr %data, i64 128",
+        "  br label %loop",
+        "loop:",
+        "  %i = phi i64 [ 0, %entry ], [ %i1, %next ]",
+        "  %seen = load atomic i32, ptr %generation acquire, align 4",
+        "  %before = atomicrmw add ptr %arrived, i32 1 acq_rel",
+        "  %after = add i32 %before, 1",
+        "  %last = icmp eq i32 %after, %threads",
+        "  br i1 %last, label %release, label %spin",
+        "release:",
+        "  store atomic i32 0, ptr %arrived monotonic, align 4",
+        "  %following = add i32 %seen, 1",
+        "  store atomic i32 %following, ptr %generation seq_cst, align 4",
+        "  br label %next",
+        "spin:",
+        "  %now = load atomic i32, ptr %generation acquire, align 4",
+        "  %changed = icmp ne i32 %now, %seen",
+        "  br i1 %changed, label %next, label %rest",
+        "rest:",
+        f"  call void @{pause}",
+        "  br label %spin",
+        "next:",
+        "  %i1 = add i64 %i, 1",
+        "  %more = icmp ult i64 %i1, %count",
+        "  br i1 %more, label %loop, label %done",
+        "done:",
+        "  ret i64 %i1",
+        "}",
+        "",
+    ]
+    return Kernel("barrier", "\n".join(lines), 1)
 
 
 def _f32(arch: str, features: frozenset[str]) -> _Dot:

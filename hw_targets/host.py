@@ -47,12 +47,14 @@ def detect() -> Target:
         cores=cores,
         peak=found.peaks_of_one_thread() if found else (),
         source=found.source() if found else "",
+        barrier_seconds=found.barrier_seconds if found else None,
     )
     tier = MemoryTier(
         name="dram",
         capacity_bytes=usable_memory(),
         read_bandwidth=found.read_bandwidth if found else None,
         source=found.source() if found else "",
+        read_by_threads=found.read_by_threads if found else (),
     )
     return Target(
         name="host",

@@ -7,7 +7,7 @@ import pytest
 
 import hw_targets
 from codegen.compile_worker import CompileRequest, compile_many, shutdown
-from hw_targets import calibrate, calibrate_kernels
+from hw_targets import calibrate, calibrate_kernels, host
 from hw_targets.calibrate import Calibration
 from ir.diagnostics import DiagnosticError
 
@@ -25,6 +25,7 @@ def test_quick_calibration_of_this_machine(cache):
     assert 1e8 < found.read_bandwidth < 1e13
     assert 1e8 < found.f32_peak < 1e13
     assert 0 <= found.spread < 1
+    assert found.read_by_threads == ((1, found.read_bandwidth),) and found.barrier_seconds is None
     host = hw_targets.load("host")
     assert (found.bf16_peak is not None) == (host.has("avx512bf16") or (host.arch == "aarch64" and host.has("bf16")))
     if found.bf16_peak is not None and host.has("avx512bf16"):
@@ -39,7 +40,8 @@ def test_kernels_compile_without_spills_for_every_target(extra):
         if extra and name != "x86-64-v3":
             continue
         target = hw_targets.load(f"{name}{{features={extra}}}" if extra else name)
-        for kernel in calibrate_kernels.kernels(target.arch, target.llvm_features):
+        barrier = calibrate_kernels.barrier_kernel(target.arch)
+        for kernel in (*calibrate_kernels.kernels(target.arch, target.llvm_features), barrier):
             requests.append(
                 CompileRequest(
                     kernel.ir_text,
@@ -81,11 +83,34 @@ def test_kept_and_refreshed(cache, monkeypatch):
 
     monkeypatch.setattr(calibrate, "_run_child", child)
     first = calibrate.calibrate(1)
-    assert first == Calibration(1, 2e10, 1e11 + 1, None, None, 0.0, first.cpu)
+    assert first == Calibration(1, 2e10, 1e11 + 1, None, None, 0.0, first.cpu, ((1, 2e10),))
     assert calibrate.calibrate(1) == first and runs == [1]
     assert calibrate.calibrate(1, refresh=True).f32_peak == 1e11 + 2
     assert calibrate.calibrate(2).threads == 2 and runs == [1, 1, 2]
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.skipif(host.usable_cores() < 2, reason="two threads that spin on one core take turns of milliseconds")
+def test_threads_and_barriers_of_this_machine(cache):
+    found = calibrate.calibrate(2, **QUICK)
+    assert [threads for threads, _ in found.read_by_threads] == [1, 2]
+    assert all(1e8 < rate < 1e13 for _, rate in found.read_by_threads)
+    assert found.read_by_threads[-1][1] == found.read_bandwidth
+    assert found.barrier_seconds is not None and 1e-9 < found.barrier_seconds < 1
+
+
+def test_host_shows_what_was_measured(cache, monkeypatch):
+    threads = 2
+    monkeypatch.setattr(host, "usable_cores", lambda: threads)
+    answers = {"read": [4e10], "f32": [1e11], "read@1": [3e10], "barrier": [4e6]}
+    monkeypatch.setattr(calibrate, "_run_child", lambda request: answers)
+    calibrate.calibrate(threads)
+    target = hw_targets.load("host")
+    unit, tier = target.unit(), target.tier()
+    assert unit is not None and tier is not None
+    assert unit.barrier_seconds == 2.5e-7 and tier.read_by_threads == ((1, 3e10), (threads, 4e10))
+    assert tier.read_rate(1) == 3e10 and tier.read_rate() == 4e10
+    assert calibrate.cached(threads) == calibrate.calibrate(threads)
 
 
 def test_spread_tells_a_disturbed_measurement(cache, monkeypatch):

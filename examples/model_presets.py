@@ -75,138 +75,61 @@ _OF_FAMILY: dict[str, Fields] = {
         "intermediate_size": 64,
     },
 }
-# (family, fields that differ from the tiny model of the family)
-_PUBLISHED: dict[str, tuple[str, Fields]] = {
-    "llama-1.1b": (
-        "llama",
-        {  # TinyLlama 1.1B
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-        },
-    ),
-    "llama-8b": (
-        "llama",
-        {  # Llama 3.1 8B
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-    ),
-    "mistral-7b": (
-        "mistral",
-        {  # Mistral 7B v0.1
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": 4096,
-        },
-    ),
-    "qwen2-0.5b": (
-        "qwen2",
-        {  # Qwen2 0.5B
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1000000.0,
-            "max_window_layers": 24,
-        },
-    ),
-    "qwen3-0.6b": (
-        "qwen3",
-        {  # Qwen3 0.6B
-            "vocab_size": 151936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_theta": 1000000.0,
-            "max_window_layers": 28,
-        },
-    ),
-    "mixtral-8x7b": (
-        "mixtral",
-        {  # Mixtral 8x7B
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1000000.0,
-        },
-    ),
-    "qwen3-30b-a3b": (
-        "qwen3_moe",
-        {  # Qwen3 30B-A3B
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "rope_theta": 1000000.0,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
-    ),
-    "olmoe-1b-7b": (
-        "olmoe",
-        {  # OLMoE 1B-7B
-            "vocab_size": 50304,
-            "hidden_size": 2048,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 128,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-        },
-    ),
+
+
+def _sizes(
+    vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int, positions: int,
+    **other: object,
+) -> Fields:  # fmt: skip
+    """The fields that every family has a size in, and `other` ones."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": positions,
+        **other,
+    }
+
+
+_LLAMA3_ROPE: Fields = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+# (family, fields that differ from the tiny model of the family); the comments name the published models
+# fmt: off
+_PUBLISHED: dict[str, tuple[str, Fields]] = {
+    # TinyLlama 1.1B
+    "llama-1.1b": ("llama", _sizes(32000, 2048, 5632, 22, 32, 4, 64, 2048, rms_norm_eps=1e-05)),
+    # Llama 3.1 8B
+    "llama-8b": ("llama", _sizes(128256, 4096, 14336, 32, 32, 8, 128, 131072, rms_norm_eps=1e-05,
+        rope_theta=500000.0, rope_scaling=_LLAMA3_ROPE)),
+    # Mistral 7B v0.1
+    "mistral-7b": ("mistral", _sizes(32000, 4096, 14336, 32, 32, 8, 128, 32768, rms_norm_eps=1e-05,
+        sliding_window=4096)),
+    # Qwen2 0.5B
+    "qwen2-0.5b": ("qwen2", _sizes(151936, 896, 4864, 24, 14, 2, 64, 32768, rope_theta=1000000.0,
+        max_window_layers=24)),
+    # Qwen3 0.6B
+    "qwen3-0.6b": ("qwen3", _sizes(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1000000.0,
+        max_window_layers=28)),
+    # Mixtral 8x7B
+    "mixtral-8x7b": ("mixtral", _sizes(32000, 4096, 14336, 32, 32, 8, 128, 32768,
+        rms_norm_eps=1e-05, rope_theta=1000000.0)),
+    # Qwen3 30B-A3B
+    "qwen3-30b-a3b": ("qwen3_moe", _sizes(151936, 2048, 6144, 48, 32, 4, 128, 40960,
+        rope_theta=1000000.0, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)),
+    # OLMoE 1B-7B
+    "olmoe-1b-7b": ("olmoe", _sizes(50304, 2048, 1024, 16, 16, 16, 128, 4096, rms_norm_eps=1e-05,
+        num_experts=64, num_experts_per_tok=8)),
+}
+# fmt: on
 PRESETS = (*_PUBLISHED, *(f"tiny-{family}" for family in FAMILIES))
 
 # Sizes every family divides or multiplies by; anything but a positive int here would give a checkpoint nobody loads.

@@ -16,18 +16,16 @@ from frontends.checkpoint import WEIGHT_FORMATS
 from frontends.config_reader import ConfigReader
 from frontends.quantized.source import Source
 from frontends.quantized.weight import (
-    Faults,
     GroupedWeight,
     bad,
     expect_shape,
     expect_tensor,
-    modules,
     part_of,
+    read_modules,
     scale_format,
 )
 from frontends.quantized.words import unpack_awq
 from frontends.safetensors_header import TensorInfo
-from ir.diagnostics import DiagnosticError
 from ir.formats import GroupedIntFormat
 
 LEAVES = ("qweight", "qzeros", "scales")
@@ -86,15 +84,7 @@ class AWQWeight(GroupedWeight):
 
 def read_weights(settings: AWQSettings, tensors: Mapping[str, TensorInfo], source: Source) -> dict[str, AWQWeight]:
     """Every quantized weight by its name. Raises one DiagnosticError for all that do not fit."""
-    found: dict[str, AWQWeight] = {}
-    faults = Faults()
-    for prefix, module in modules(tensors, LEAVES).items():
-        try:
-            found[prefix + "weight"] = _weight(settings, prefix, module, source)
-        except DiagnosticError as error:
-            faults.add(prefix + "weight", error)
-    faults.raise_if_any()
-    return found
+    return read_modules(tensors, LEAVES, lambda prefix, module: _weight(settings, prefix, module, source))
 
 
 def _weight(settings: AWQSettings, prefix: str, module: Mapping[str, TensorInfo], source: Source) -> AWQWeight:

@@ -26,15 +26,15 @@ from frontends.quantized.fp8 import ELEMENTS, FP8Weight, fp8_weight, read_block
 from frontends.quantized.mxfp4 import GROUP, MXFP4Weight, mxfp4_weight
 from frontends.quantized.source import Source
 from frontends.quantized.weight import (
-    Faults,
     GroupedWeight,
     QuantizedWeight,
     bad,
     column_groups,
     expect_shape,
     expect_tensor,
-    modules,
+    only_weight,
     part_of,
+    read_modules,
     scale_format,
 )
 from frontends.quantized.words import dense_words, loose_words, unpack_dense, unpack_loose
@@ -195,17 +195,11 @@ def read_weights(
     settings: CompressedSettings, tensors: Mapping[str, TensorInfo], source: Source
 ) -> dict[str, QuantizedWeight]:
     """Every quantized weight by its name. Raises one DiagnosticError for all that do not fit."""
-    found: dict[str, QuantizedWeight] = {}
-    faults = Faults()
-    for prefix, module in modules(tensors, LEAVES).items():
-        if len(module) == 1 and "weight" in module and module["weight"].dtype in WEIGHT_FORMATS:
-            continue  # a weight of floats
-        try:
-            found[prefix + "weight"] = _weight(settings, prefix, module, source)
-        except DiagnosticError as error:
-            faults.add(prefix + "weight", error)
-    faults.raise_if_any()
-    return found
+    return read_modules(tensors, LEAVES, lambda prefix, module: _weight(settings, prefix, module, source), _floats)
+
+
+def _floats(module: Mapping[str, TensorInfo]) -> bool:
+    return only_weight(module) in WEIGHT_FORMATS
 
 
 def _weight(
@@ -318,8 +312,8 @@ def _size(
 ) -> tuple[int, int, bool]:
     """(n, k, whether the codes are packed loosely)."""
     if codes.dtype == "I8":
-        expect_tensor(codes, ("I8",))
-        return *codes.shape, False  # type: ignore[return-value]
+        n, k = expect_tensor(codes, ("I8",)).shape
+        return n, k, False
     expect_tensor(codes, ("I32",))
     stated = expect_tensor(part_of(module, prefix, "weight_shape"), ("I64", "I32"), rank=1)
     expect_shape(stated, (2,), "rows and columns")

@@ -19,7 +19,15 @@ import numpy as np
 from frontends.checkpoint import WEIGHT_FORMATS
 from frontends.config_reader import ConfigReader
 from frontends.quantized.source import Source
-from frontends.quantized.weight import Faults, QuantizedWeight, bad, expect_shape, expect_tensor, modules, part_of
+from frontends.quantized.weight import (
+    QuantizedWeight,
+    bad,
+    expect_shape,
+    expect_tensor,
+    only_weight,
+    part_of,
+    read_modules,
+)
 from frontends.safetensors_header import TensorInfo
 from ir.diagnostics import DiagnosticError
 from ir.formats import F8E4M3, F8E5M2, F32, FP8Format
@@ -86,17 +94,11 @@ def powers_of_two(exponents: np.ndarray) -> np.ndarray:
 
 def read_weights(settings: FP8Settings, tensors: Mapping[str, TensorInfo], source: Source) -> dict[str, FP8Weight]:
     """Every quantized weight by its name. Raises one DiagnosticError for all that do not fit."""
-    found: dict[str, FP8Weight] = {}
-    faults = Faults()
-    for prefix, module in modules(tensors, LEAVES).items():
-        if len(module) == 1 and "weight" in module and module["weight"].dtype not in ELEMENTS:
-            continue  # a weight of floats
-        try:
-            found[prefix + "weight"] = _weight(settings, prefix, module, source)
-        except DiagnosticError as error:
-            faults.add(prefix + "weight", error)
-    faults.raise_if_any()
-    return found
+    return read_modules(tensors, LEAVES, lambda prefix, module: _weight(settings, prefix, module, source), _floats)
+
+
+def _floats(module: Mapping[str, TensorInfo]) -> bool:
+    return only_weight(module) not in (None, *ELEMENTS)
 
 
 def _weight(settings: FP8Settings, prefix: str, module: Mapping[str, TensorInfo], source: Source) -> FP8Weight:

@@ -19,19 +19,17 @@ from frontends.checkpoint import WEIGHT_FORMATS
 from frontends.config_reader import ConfigReader
 from frontends.quantized.source import Source
 from frontends.quantized.weight import (
-    Faults,
     GroupedWeight,
     bad,
     column_groups,
     expect_shape,
     expect_tensor,
-    modules,
     part_of,
+    read_modules,
     scale_format,
 )
 from frontends.quantized.words import unpack_dense
 from frontends.safetensors_header import TensorInfo
-from ir.diagnostics import DiagnosticError
 from ir.formats import F32, GroupedIntFormat
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
@@ -104,14 +102,7 @@ class GPTQWeight(GroupedWeight):
 
 def read_weights(settings: GPTQSettings, tensors: Mapping[str, TensorInfo], source: Source) -> dict[str, GPTQWeight]:
     """Every quantized weight by its name. Raises one DiagnosticError for all that do not fit."""
-    found: dict[str, GPTQWeight] = {}
-    faults = Faults()
-    for prefix, module in modules(tensors, LEAVES).items():
-        try:
-            found[prefix + "weight"] = _weight(settings, prefix, module, source)
-        except DiagnosticError as error:
-            faults.add(prefix + "weight", error)
-    faults.raise_if_any()
+    found = read_modules(tensors, LEAVES, lambda prefix, module: _weight(settings, prefix, module, source))
     symmetric = settings.symmetric and all(_is_symmetric(w) for w in found.values())
     ordered = frozenset(_stack(w.name) for w in found.values() if w.order)
     return {name: _in_format(w, symmetric, _stack(name) in ordered) for name, w in found.items()}

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import U8, NumberFormat, PackedArray, PlainFormat
 from ir.ops.low_bit import scale_parts
 from ir.types import TensorType
+
+
+W = TypeVar("W", bound="QuantizedWeight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +150,34 @@ def modules(tensors: Mapping[str, TensorInfo], leaves: Iterable[str]) -> dict[st
         if leaf in wanted:
             found.setdefault(prefix + dot, {})[leaf] = info
     return found
+
+
+def read_modules(
+    tensors: Mapping[str, TensorInfo],
+    leaves: Iterable[str],
+    read: Callable[[str, Mapping[str, TensorInfo]], W],
+    left_out: Callable[[Mapping[str, TensorInfo]], bool] = lambda module: False,
+) -> dict[str, W]:
+    """`read(prefix, module)` of every module that is not left out, by the name of its weight.
+
+    Raises one DiagnosticError for all that do not fit.
+    """
+    found: dict[str, W] = {}
+    faults = Faults()
+    for prefix, module in modules(tensors, leaves).items():
+        if left_out(module):
+            continue
+        try:
+            found[prefix + "weight"] = read(prefix, module)
+        except DiagnosticError as error:
+            faults.add(prefix + "weight", error)
+    faults.raise_if_any()
+    return found
+
+
+def only_weight(module: Mapping[str, TensorInfo]) -> str | None:
+    """The dtype of the only tensor of a module, when that is its weight: without scales it holds plain numbers."""
+    return module["weight"].dtype if len(module) == 1 and "weight" in module else None
 
 
 def part_of(module: Mapping[str, TensorInfo], prefix: str, leaf: str) -> TensorInfo:

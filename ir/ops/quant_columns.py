@@ -6,6 +6,8 @@ y = clear(x, columns) @ quantize(clear(w, columns)).T + select(x, columns) @ sel
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ir.formats import I32
@@ -56,17 +58,29 @@ def largest_columns(squares: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-squares, kind="stable")[:count]).astype(np.int32)
 
 
-def _width(x: Type, columns: Type) -> tuple[TensorType, TensorType]:
-    """The types of x [..., k] of floats and of columns i32 [count], checked."""
-    found, chosen = checks.float_tensor(x, "x", min_rank=1), checks.i32_tensor(columns, "columns")
-    expect(found.layout is None, f"expected x without a layout, got {found}")
-    k, count = (checks.known(t.shape[-1], "number of columns") for t in (found, chosen))
-    expect(count <= k, f"expected {k} columns at most, got {count}")
-    return found, chosen
+class ColumnsOp(Op):
+    """Base of the ops that do something to some columns of a matrix of floats."""
+
+    x = operand("[..., k]")
+    columns = operand("i32 [count], each in 0 .. k-1")
+
+    @classmethod
+    def inferred_types(cls, operand_types: Any, attributes: Any, regions: Any = ()) -> tuple[Type, ...]:
+        x, columns = operand_types
+        found, chosen = checks.float_tensor(x, "x", min_rank=1), checks.i32_tensor(columns, "columns")
+        expect(found.layout is None, f"expected x without a layout, got {found}")
+        k, count = (checks.known(t.shape[-1], "number of columns") for t in (found, chosen))
+        expect(count <= k, f"expected {k} columns at most, got {count}")
+        return (cls.type_with(found, count),)
+
+    @staticmethod
+    def type_with(x: TensorType, count: int) -> TensorType:
+        """The type of the result, for `count` columns."""
+        return x
 
 
 @register_op
-class SelectColumnsOp(Op):
+class SelectColumnsOp(ColumnsOp):
     """y[.., i] = x[.., columns[i]].
 
     Example:
@@ -76,14 +90,11 @@ class SelectColumnsOp(Op):
 
     name = "quant.select_columns"
     traits = (Pure,)
-    x = operand("[..., k]")
-    columns = operand("i32 [count], each in 0 .. k-1")
     y = result("[..., count]")
 
     @staticmethod
-    def infer_types(x: Type, columns: Type) -> TensorType:
-        found, chosen = _width(x, columns)
-        return found.with_shape(*found.shape[:-1], chosen.shape[0])
+    def type_with(x: TensorType, count: int) -> TensorType:
+        return x.with_shape(*x.shape[:-1], count)
 
     @staticmethod
     def reference(x: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -95,7 +106,7 @@ class SelectColumnsOp(Op):
 
 
 @register_op
-class ClearColumnsOp(Op):
+class ClearColumnsOp(ColumnsOp):
     """x with zeros in `columns`.
 
     Example:
@@ -105,13 +116,7 @@ class ClearColumnsOp(Op):
 
     name = "quant.clear_columns"
     traits = (Pure,)
-    x = operand("[..., k]")
-    columns = operand("i32 [count], each in 0 .. k-1")
     y = result("like x")
-
-    @staticmethod
-    def infer_types(x: Type, columns: Type) -> TensorType:
-        return _width(x, columns)[0]
 
     @staticmethod
     def reference(x: np.ndarray, columns: np.ndarray) -> np.ndarray:

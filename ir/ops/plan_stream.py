@@ -10,6 +10,7 @@ A token stands for what was started; `plan.wait` is the only way to know that it
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from ir.types import SEGMENT, SLOT, TOKEN, Type
 _PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[(0|[1-9][0-9]{0,6})\])?")
 
 
+@functools.lru_cache(maxsize=4096)
 def split_place(text: str) -> tuple[str, int]:
     """`gpu[3]` -> ("gpu", 3), `gpu` -> ("gpu", 0): which of the target's units, tiers or links, and which copy of it.
 

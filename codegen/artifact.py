@@ -31,7 +31,7 @@ from typing import Any, Self
 from codegen.file_system import exchange_directories, sync_directory
 from ir.diagnostics import DiagnosticError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 256 << 20
 _SLACK_BYTES = 1 << 20  # directories, the manifest, rounding to blocks

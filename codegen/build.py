@@ -20,7 +20,7 @@ from codegen.compile_step import CodegenTarget, CompiledStep, LoweredStep, compi
 from codegen.format_report import FormatUse, bits_per_weight, format_uses
 from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
-from codegen.weights import plan_weights, write_weights
+from codegen.weights import write_weights
 from frontends.huggingface import ImportedModel
 from ir import print_module
 from ir.diagnostics import DiagnosticError
@@ -107,15 +107,19 @@ def build_artifact(
     step = module.function("step")
     # Ops without a kernel are refused here, before a byte is written.
     lowered = lower_step(step, frozenset(target.llvm_features)) if bundle is None or dump_dir is not None else None
-    roots = [(name, value) for value, name in Lowering(step).weights.items()]
-    _, total = plan_weights(roots)
-    formats = format_uses(roots)
+    weights = lowered.file if lowered is not None else Lowering(step).weights_file()
+    total = weights.nbytes
+    formats = format_uses(weights.roots)
     with ArtifactWriter(out, expected_bytes=total) as writer, ThreadPoolExecutor(1, "build-code") as pool:
         # LLVM runs in a process of its own: it works while the weights stream.
         pending = pool.submit(_compile, module, lowered, target, cache, dump_dir) if lowered is not None else None
         with writer.open("weights/weights.bin") as file:
-            tensors, _ = write_weights(
-                roots, imported.checkpoint, file, progress=lambda done, all: tell("weights", done / max(1, all))
+            write_weights(
+                weights.roots,
+                imported.checkpoint,
+                file,
+                bundles=weights.stacks,
+                progress=lambda done, all: tell("weights", done / max(1, all)),
             )
         if pending is not None:
             bundle = pending.result()
@@ -150,7 +154,8 @@ def build_artifact(
                     "bytes": record.nbytes,
                     "bits_per_weight": round(bits_per_weight(formats), 4),
                     "formats": [asdict(use) for use in formats],
-                    "tensors": [t.manifest_entry() for t in tensors],
+                    "tensors": [t.manifest_entry() for t in weights.tensors],
+                    "pieces": [p.manifest_entry() for p in weights.pieces],
                 },
             }
         )

@@ -77,6 +77,7 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
             "symbol": step_symbol(p.name),
             "max_tokens": p.max_tokens,
             "arena_bytes": p.arena_bytes,
+            "awaits": [{"piece": piece, "done": list(done)} for piece, done in p.awaits()],
             "launches": [
                 {
                     "name": x.kernel,

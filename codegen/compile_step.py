@@ -15,11 +15,12 @@ from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.step import module_text
-from codegen.lower_to_plan import Lowering, Program, ProgramSpec
+from codegen.lower_to_plan import Lowering, Program, ProgramSpec, WeightsFile
 from codegen.object_cache import ObjectCache
-from codegen.weights import StoredTensor, plan_weights
+from codegen.weights import StoredTensor
 from ir.core import Value
 from ir.ops.builtin import FuncOp, ModuleOp
+from passes.schedule.check_awaits import check_awaits
 from passes.schedule.check_launches import check_launches
 from passes.schedule.check_plan import check_plan
 
@@ -41,15 +42,28 @@ class CodegenTarget(Protocol):
 
 @dataclass(frozen=True)
 class LoweredStep:
-    """A step below the graph level: programs (plan IR inside), kernels (tile IR), weights to store, KV cache."""
+    """A step below the graph level: programs (plan IR inside), kernels (tile IR), the weights file, KV cache."""
 
     programs: tuple[Program, ...]
     kernels: tuple[FuncOp, ...]
-    weight_roots: tuple[tuple[str, Value], ...]
-    stored: tuple[StoredTensor, ...]
-    weights_bytes: int
+    file: WeightsFile
     kv: KVLayout | None
     num_layers: int
+
+    @property
+    def weight_roots(self) -> tuple[tuple[str, Value], ...]:
+        """The weights by name, in the order of the file."""
+        return self.file.roots
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Where each lies."""
+        return self.file.tensors
+
+    @property
+    def weights_bytes(self) -> int:
+        """The size of the file."""
+        return self.file.nbytes
 
     def plan_module(self) -> ModuleOp:
         """The programs as one printable module."""
@@ -89,15 +103,15 @@ def lower_step(step: FuncOp, features: frozenset[str], *, programs: Sequence[Pro
     Raises DiagnosticError for ops without a kernel.
     """
     lowering = Lowering(step)
-    roots = tuple((name, value) for value, name in lowering.weights.items())
-    stored, weights_bytes = plan_weights(roots)
-    offsets = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in stored}
-    lowered = tuple(lowering.program(spec, offsets) for spec in programs or program_specs(features))
+    file = lowering.weights_file()
+    places = [(piece.kind, piece.offset, piece.nbytes) for piece in file.pieces]
+    lowered = tuple(lowering.program(spec, file) for spec in programs or program_specs(features))
     for program in lowered:
         check_plan(program.func, program.arena_bytes).raise_if_errors()
+        check_awaits(program.func, places).raise_if_errors()
     kernels = tuple(lowering.kernels.values())
     check_launches([program.func for program in lowered], kernels).raise_if_errors()
-    return LoweredStep(lowered, kernels, roots, tuple(stored), weights_bytes, lowering.kv, len(lowering.layers))
+    return LoweredStep(lowered, kernels, file, lowering.kv, len(lowering.layers))
 
 
 def compile_step(

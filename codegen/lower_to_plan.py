@@ -2,24 +2,27 @@
 
 `Lowering` turns one step function into programs (`decode`, `prefill`): the same graph with different row limits and
 kernel shapes. Activations live in an arena whose offsets are assigned once; weights are the roots of constant
-expressions; a barrier is put between two launches only where one touches memory the other writes.
+expressions; a barrier is put between two launches only where one touches memory the other writes. Before the first
+launch that reads a piece of the weights file stands a wait for it, and it is named as done behind the last.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
 from codegen.kernels.call import EMITTERS, EmitContext, KernelSpec, SizeArgument, Temporary
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
+from codegen.weight_pieces import ExpertBundle, WeightPiece, expert_bundles, plan_pieces
+from codegen.weights import StoredTensor, plan_weights
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, U8, PlainFormat
-from ir.ops import plan
+from ir.ops import plan, plan_await
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.kv_cache import KVStateOp
 from ir.ops.tensor import ReshapeOp
@@ -60,6 +63,32 @@ class Program:
     arena_bytes: int
     launches: list[Launch]
 
+    def awaits(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(piece, pieces done) of the program's waits for weights, in order."""
+        return [(op.piece, op.done) for op in self.func.block.ops if isinstance(op, plan_await.AwaitOp)]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Where the weights of a step lie, tensor by tensor and piece by piece."""
+
+    roots: tuple[tuple[str, Value], ...]
+    bundles: tuple[ExpertBundle, ...]
+    tensors: tuple[StoredTensor, ...]
+    nbytes: int
+    pieces: tuple[WeightPiece, ...]
+    piece_of: dict[str, int]
+
+    @classmethod
+    def empty(cls) -> WeightsFile:
+        """A file without weights."""
+        return cls((), (), (), 0, (), {})
+
+    @property
+    def stacks(self) -> tuple[tuple[Value, ...], ...]:
+        """The bundled weights, as `codegen.weights` takes them."""
+        return tuple(bundle.weights for bundle in self.bundles)
+
 
 @dataclass
 class _Call:
@@ -81,6 +110,7 @@ class Lowering:
     layers: dict[str, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
     kv: KVLayout | None = None
+    bundles: tuple[ExpertBundle, ...] = ()
 
     def __post_init__(self) -> None:
         """Finds weights and layers once, in the order of the step."""
@@ -99,6 +129,14 @@ class Lowering:
             for value in op.operands:
                 if value not in self.weights and is_constant_expression(value):
                     self.weights[value] = self._unique(_weight_name(value, op))
+        self.bundles = expert_bundles(self.step, self.weights)
+
+    def weights_file(self) -> WeightsFile:
+        """Plans the file. Raises DiagnosticError for weights that cannot be stored."""
+        roots = tuple((name, value) for value, name in self.weights.items())
+        tensors, nbytes = plan_weights(roots, [bundle.weights for bundle in self.bundles])
+        pieces, piece_of = plan_pieces(roots, tensors, self.bundles)
+        return WeightsFile(roots, self.bundles, tuple(tensors), nbytes, pieces, piece_of)
 
     def _unique(self, name: str) -> str:
         count = self.names[name] = self.names.get(name, 0) + 1
@@ -111,9 +149,10 @@ class Lowering:
             func = self.kernels[spec.key] = spec.build(self._unique(spec.stem))
         return func
 
-    def program(self, spec: ProgramSpec, weight_offsets: dict[str, tuple[int, int]]) -> Program:
-        """Lowers the step. `weight_offsets` maps weight names to (offset, bytes) in the weights file."""
-        return _ProgramBuilder(self, spec, weight_offsets).build()
+    def program(self, spec: ProgramSpec, file: WeightsFile) -> Program:
+        """Lowers the step. `file` is what `weights_file` gave."""
+        strides = {value: bundle.stride for bundle in file.bundles for value in bundle.weights}
+        return _ProgramBuilder(self, replace(spec, context=replace(spec.context, strides=strides)), file).build()
 
 
 def _weight_name(value: Value, user: Op) -> str:
@@ -125,8 +164,9 @@ def _weight_name(value: Value, user: Op) -> str:
 class _ProgramBuilder:
     """Lowers the step function for one program."""
 
-    def __init__(self, lowering: Lowering, spec: ProgramSpec, weight_offsets: dict[str, tuple[int, int]]) -> None:
-        self.lowering, self.spec, self.weight_offsets = lowering, spec, weight_offsets
+    def __init__(self, lowering: Lowering, spec: ProgramSpec, file: WeightsFile) -> None:
+        self.lowering, self.spec, self.file = lowering, spec, file
+        self.tensors = {tensor.name: tensor for tensor in file.tensors}
         self.alias: dict[Value, Value] = {}
         self.calls: list[_Call] = []
         self.sizes = {"tokens": spec.max_tokens, "rows": spec.max_tokens, "ctx": 1, "slots": 1}
@@ -137,6 +177,7 @@ class _ProgramBuilder:
         for op in self.lowering.step.block.ops[:-1]:
             self._lower(op)
         self._write_logits_directly()
+        self.waits = self._waits()
         arena, lifetimes = self._assign()
         func = self._emit(arena.offsets, lifetimes)
         launches = [self._launch(call) for call in self.calls]
@@ -189,6 +230,9 @@ class _ProgramBuilder:
                 if self._in_arena(key):
                     first.setdefault(key, step)
                     last[key] = step
+            for _, bundle, _ in self.waits[step]:
+                if bundle is not None:
+                    last[self._key(bundle.ids)] = max(step, last[self._key(bundle.ids)])
         lifetimes = {key: Lifetime(i, self._bytes(key), first[key], last[key]) for i, key in enumerate(first)}
         arena = assign_arena(list(lifetimes.values()))
         return arena, lifetimes
@@ -206,6 +250,33 @@ class _ProgramBuilder:
     def _bytes(self, key: Any) -> int:
         return num_bytes(self._type(key), self.sizes)
 
+    def _waits(self) -> list[list[tuple[int, ExpertBundle | None, tuple[int, ...]]]]:
+        """By launch: the pieces it is the first to read, with the experts' bundle, and pieces read for the last time
+        before. Rows are not waited for: who runs the step knows its ids.
+        """
+        pieces = self.file.pieces
+        bundles = {self.file.piece_of[self.lowering.weights[b.weights[0]]]: b for b in self.file.bundles}
+        read = [
+            [self.file.piece_of[name] for b in call.buffers if (name := self._weight(b)) is not None]
+            for call in self.calls
+        ]
+        last = {piece: step for step, found in enumerate(read) for piece in found}
+        waits: list[list[tuple[int, ExpertBundle | None, tuple[int, ...]]]] = []
+        ready: dict[int, None] = {}
+        for step, found in enumerate(read):
+            new = [p for p in dict.fromkeys(found) if p not in ready and pieces[p].kind != "rows"]
+            done = tuple(p for p in ready if last[p] < step) if new else ()
+            for piece in done:
+                del ready[piece]
+            ready.update(dict.fromkeys(new))
+            waits.append([(p, bundles.get(p), done if p == new[0] else ()) for p in new])
+        return waits
+
+    def _weight(self, buffer: Any) -> str | None:
+        """The name of the weight behind a launch's buffer."""
+        key = self._key(buffer)
+        return self.lowering.weights.get(key) if isinstance(key, Value) else None
+
     # -- plan IR
 
     def _emit(self, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> FuncOp:
@@ -216,7 +287,22 @@ class _ProgramBuilder:
         for key, lifetime in lifetimes.items():
             ends.setdefault(lifetime.last, []).append(key)
         pending = _Pending()
+        number = 0
         for step, call in enumerate(self.calls):
+            for piece, bundle, done in self.waits[step]:
+                if bundle is None:
+                    b(plan_await.AwaitWeightsOp(number=number, piece=piece, done=done, location=call.op.location))
+                else:
+                    pairs = _pairs(bundle)
+                    if pairs not in places:
+                        places[pairs] = self._place(b, pairs, offsets, lifetimes)
+                    ids, where = places[self._key(bundle.ids)], call.op.location
+                    b(
+                        plan_await.AwaitExpertsOp(
+                            ids, places[pairs], number=number, piece=piece, done=done, location=where
+                        )
+                    )
+                number += 1
             arguments, regions = [], []
             for buffer in call.buffers:
                 key = self._key(buffer)
@@ -256,8 +342,11 @@ class _ProgramBuilder:
             return b(plan.InputOp(which="logits", result_types=[BufferType(F32)]), "logits")
         if key in self.lowering.weights:
             name = self.lowering.weights[key]
-            offset, size = self.weight_offsets[name]
-            return b(plan.WeightOp(symbol=SymbolRef(name), offset=offset, bytes=size, result_types=[buffer]))
+            tensor = self.tensors[name]
+            place = plan.WeightOp(
+                symbol=SymbolRef(name), offset=tensor.offset, bytes=tensor.extent, result_types=[buffer]
+            )
+            return b(place)
         op = key.defining_op()
         if isinstance(op, KVStateOp):
             kv = self.lowering.kv
@@ -281,6 +370,15 @@ def _plain(type: Type) -> PlainFormat:
     """The element of the buffer that holds a value: low-bit numbers lie in bytes."""
     assert isinstance(type, TensorType | KVCacheType)
     return type.element if isinstance(type.element, PlainFormat) else U8
+
+
+def _pairs(bundle: ExpertBundle) -> SizeArgument:
+    """How many experts a step chooses: tokens times top_k."""
+    type = bundle.ids.type
+    assert isinstance(type, TensorType)
+    tokens, top_k = type.shape
+    assert isinstance(tokens, SymbolicDim) and isinstance(top_k, int)
+    return SizeArgument(SymbolicDim(tokens.name, tokens.scale * top_k))
 
 
 class _Pending:

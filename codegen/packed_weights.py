@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,16 @@ from ir.types import Layout
 from passes.quantize.rounding import RoundedRows
 
 
-def packed_pieces(reader: PackedReader, layout: Layout, piece_bytes: int) -> Iterator[memoryview]:
-    """The bytes of a low-bit weight, in order. Memory: a piece, and the floats behind it; a whole matrix where a table
-    is learned from it."""
+def packed_pieces(
+    reader: PackedReader, layout: Layout, piece_bytes: int, chosen: Sequence[tuple[int, ...]] | None = None
+) -> Iterator[memoryview]:
+    """The bytes of a low-bit weight (of the `chosen` matrices of a stack), in order. Memory: a piece, and the floats
+    behind it; a whole matrix where a table is learned from it."""
     n, k = reader.shape[-2:]
     s = PackedStrips(n, k, layout, reader.format)
     # Counted in floats, which are what takes the memory.
     per_piece = max(1, piece_bytes // (s.stored_k * layout.rows * 4 * layout.interleave)) * layout.interleave
-    for matrix in itertools.product(*map(range, reader.shape[:-2])):
+    for matrix in itertools.product(*map(range, reader.shape[:-2])) if chosen is None else chosen:
         if s.learned:
             yield from matrix_pieces(reader.read(matrix, (0, n)), s, per_piece)
         else:

@@ -3,7 +3,8 @@
 Takes named roots of constant expressions (graph IR values whose type says format and layout) and a source of
 checkpoint rows; `plan_weights` assigns page-aligned offsets in the order given (the order the program reads them),
 `stored_pieces` yields the bytes of one tensor a few MiB at a time, `write_weights` writes the file. A laid-out matrix
-is stored as `ir.types.Layout` says, each matrix of a stack [E, n, k] by itself; everything else row-major. Nothing
+is stored as `ir.types.Layout` says, each matrix of a stack [E, n, k] by itself; everything else row-major. Stacks that
+are bundled (the matrices of a layer's experts) lie expert by expert, so that one expert is one range of pages. Nothing
 larger than a piece plus what the source returns for it is ever in memory. `load_stored` is the inverse, for tests and
 inspection.
 """
@@ -37,7 +38,8 @@ PIECE_BYTES = 16 << 20
 class StoredTensor:
     """One tensor of the weights file: bytes [offset, offset + nbytes), a page-aligned place.
 
-    `shape` is the logical one, before padding; `layout` is None for row-major.
+    `shape` is the logical one, before padding; `layout` is None for row-major. A bundled stack has its matrices
+    `stride` bytes apart, with others' between them; otherwise `stride` is 0.
     """
 
     name: str
@@ -46,10 +48,17 @@ class StoredTensor:
     format: str
     shape: tuple[int, ...]
     layout: Layout | None
+    stride: int = 0
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first to the last, what lies between included."""
+        count = self.shape[0] if self.stride else 1
+        return self.nbytes // count + self.stride * (count - 1)
 
     def manifest_entry(self) -> dict[str, object]:
         """The form in `manifest.json`."""
-        return {
+        entry: dict[str, object] = {
             "name": self.name,
             "offset": self.offset,
             "bytes": self.nbytes,
@@ -57,6 +66,7 @@ class StoredTensor:
             "shape": list(self.shape),
             "layout": str(self.layout) if self.layout else "",
         }
+        return entry | ({"stride": self.stride} if self.stride else {})
 
 
 class ByteSink(Protocol):
@@ -82,9 +92,23 @@ def stored_bytes(shape: tuple[int, ...], element: NumberFormat, layout: Layout |
     return math.prod(shape[:-2]) * rows * columns * element.dtype.itemsize
 
 
-def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor], int]:
-    """(places in the order of `roots`, size of the file). Raises DiagnosticError for what cannot be stored."""
-    tensors = []
+def matrix_extent(value: Value) -> int:
+    """Whole pages of one matrix of a stack [E, n, k]."""
+    assert isinstance(value.type, TensorType)
+    size = stored_bytes(fixed_shape(value)[1:], value.type.element, layout_of(value))
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def plan_weights(
+    roots: Sequence[tuple[str, Value]], bundles: Sequence[Sequence[Value]] = ()
+) -> tuple[list[StoredTensor], int]:
+    """(places of the roots, size of the file). Raises DiagnosticError for what cannot be stored.
+
+    The file is in the order of `roots`, but that all stacks of a bundle lie at the place of its first.
+    """
+    bundle_of = {value: bundle for bundle in bundles for value in bundle}
+    tensors: list[StoredTensor] = []
+    places: dict[Value, tuple[int, int]] = {}  # of bundled stacks: offset, stride
     offset = 0
     seen: dict[str, None] = {}
     for name, value in roots:
@@ -100,17 +124,34 @@ def plan_weights(roots: Sequence[tuple[str, Value]]) -> tuple[list[StoredTensor]
             )
         assert isinstance(value.type, TensorType)
         size = stored_bytes(shape, value.type.element, layout)
-        tensors.append(StoredTensor(name, offset, size, str(value.type.element), shape, layout))
-        offset += -(-size // PAGE_BYTES) * PAGE_BYTES
+        if value in bundle_of:
+            if value not in places:
+                stride = sum(matrix_extent(member) for member in bundle_of[value])
+                start = offset
+                for member in bundle_of[value]:
+                    places[member] = start, stride
+                    start += matrix_extent(member)
+                offset += stride * shape[0]
+            at, stride = places[value]
+        else:
+            at, stride = offset, 0
+            offset += -(-size // PAGE_BYTES) * PAGE_BYTES
+        tensors.append(StoredTensor(name, at, size, str(value.type.element), shape, layout, stride))
     return tensors, offset
 
 
-def stored_pieces(value: Value, source: TensorSource, *, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
-    """The stored bytes of one weight, in order. A piece is valid until the next but one is asked for."""
+def stored_pieces(
+    value: Value, source: TensorSource, *, piece_bytes: int = PIECE_BYTES, matrix: int | None = None
+) -> Iterator[memoryview]:
+    """The stored bytes of one weight, in order, or of one matrix of a laid-out stack.
+
+    A piece is valid until the next but one is asked for.
+    """
     layout = layout_of(value)
     assert isinstance(value.type, TensorType)
     if layout is not None and not isinstance(value.type.element, PlainFormat):
-        yield from packed_pieces(PackedReader(value, source), layout, piece_bytes)
+        chosen = None if matrix is None else [(matrix,)]
+        yield from packed_pieces(PackedReader(value, source), layout, piece_bytes, chosen)
         return
     reader = ConstantReader(value, source)
     if layout is None:
@@ -118,7 +159,7 @@ def stored_pieces(value: Value, source: TensorSource, *, piece_bytes: int = PIEC
     elif len(reader.shape) == 2:
         yield from _strip_pieces(reader, (), layout, piece_bytes)
     else:
-        for index in range(reader.shape[0]):
+        for index in range(reader.shape[0]) if matrix is None else [matrix]:
             yield from _strip_pieces(reader, ((index, index + 1),), layout, piece_bytes)
 
 
@@ -127,13 +168,14 @@ def write_weights(
     source: TensorSource,
     out: ByteSink,
     *,
+    bundles: Sequence[Sequence[Value]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[StoredTensor], int]:
     """Writes the whole weights file to `out`; returns what `plan_weights` says.
 
     `progress(done, total)` is called after every piece, in bytes.
     """
-    tensors, total = plan_weights(roots)
+    tensors, total = plan_weights(roots, bundles)
     done = 0
     for piece in _one_ahead(_file_pieces(tensors, roots, source)):
         out.write(piece)
@@ -148,16 +190,23 @@ def write_weights(
 def _file_pieces(
     tensors: Sequence[StoredTensor], roots: Sequence[tuple[str, Value]], source: TensorSource
 ) -> Iterator[memoryview]:
-    """All tensors and the padding between them."""
+    """The bytes of the file from its first to its last, padding included."""
+    parts: list[tuple[int, StoredTensor, Value, int | None]] = []
     for tensor, (_, value) in zip(tensors, roots, strict=True):
-        stored = 0
-        for piece in stored_pieces(value, source):
-            stored += len(piece)
+        matrices = range(tensor.shape[0]) if tensor.stride else [None]
+        parts += [(tensor.offset + tensor.stride * (m or 0), tensor, value, m) for m in matrices]
+    written = 0
+    for offset, tensor, value, matrix in sorted(parts, key=lambda part: part[0]):
+        assert written == offset
+        for piece in stored_pieces(value, source, matrix=matrix):
+            written += len(piece)
             yield piece
-        if stored != tensor.nbytes:
-            raise AssertionError(f"{tensor.name} has {stored} stored bytes, its place {tensor.nbytes}")
-        if stored % PAGE_BYTES:
-            yield memoryview(bytes(-stored % PAGE_BYTES))
+        size = tensor.nbytes // tensor.shape[0] if tensor.stride else tensor.nbytes
+        if written - offset != size:
+            raise AssertionError(f"{tensor.name} has {written - offset} stored bytes, its place {size}")
+        if written % PAGE_BYTES:
+            yield memoryview(bytes(-written % PAGE_BYTES))
+            written += -written % PAGE_BYTES
 
 
 def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -171,12 +220,11 @@ def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
 
 def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
     """The logical array of one stored tensor; `data` is the whole weights file. f32 numbers of a low-bit one."""
+    raw = _stored_matrices(np.frombuffer(data, np.uint8), tensor)
     if tensor.format not in PLAIN_FORMATS:
         assert tensor.layout is not None
-        stored = np.frombuffer(data, np.uint8, tensor.nbytes, tensor.offset)
-        return load_packed(stored, parse_format(tensor.format), tensor.shape, tensor.layout)  # type: ignore[arg-type]
-    dtype = PLAIN_FORMATS[tensor.format].dtype
-    flat = np.frombuffer(data, dtype, tensor.nbytes // dtype.itemsize, tensor.offset)
+        return load_packed(raw, parse_format(tensor.format), tensor.shape, tensor.layout)  # type: ignore[arg-type]
+    flat = raw.view(PLAIN_FORMATS[tensor.format].dtype)
     if tensor.layout is None:
         return flat.reshape(tensor.shape)
     n, k = tensor.shape[-2:]
@@ -184,6 +232,15 @@ def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
         return unpack_strips(flat, tensor.layout, n, k)
     matrices = flat.reshape(tensor.shape[0], -1)
     return np.stack([unpack_strips(m, tensor.layout, n, k) for m in matrices])
+
+
+def _stored_matrices(data: np.ndarray, tensor: StoredTensor) -> np.ndarray:
+    """The bytes of the tensor without what lies between its matrices."""
+    if not tensor.stride:
+        return data[tensor.offset : tensor.offset + tensor.nbytes]
+    size = tensor.nbytes // tensor.shape[0]
+    starts = [tensor.offset + tensor.stride * m for m in range(tensor.shape[0])]
+    return np.concatenate([data[start : start + size] for start in starts])
 
 
 def _plain_pieces(reader: ConstantReader, prefix: Box, piece_bytes: int) -> Iterator[memoryview]:

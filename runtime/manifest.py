@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from runtime.errors import RuntimeDiagnostic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 256 << 20  # a 100 000-tensor model needs about 25 MiB
 REBUILD_HINT = "build the artifact again: compile-model build MODEL -o OUT"
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")

@@ -18,7 +18,6 @@ def weights_file_bytes(model: Path, recipe: Recipe, *, target: str = "host", dty
     import hw_targets
     from codegen.build import default_pipeline
     from codegen.lower_to_plan import Lowering
-    from codegen.weights import plan_weights
     from frontends.huggingface import import_model
     from passes.pass_base import PassContext
     from passes.pass_manager import PassManager
@@ -30,5 +29,4 @@ def weights_file_bytes(model: Path, recipe: Recipe, *, target: str = "host", dty
         passes = default_pipeline(hw_targets.load(target), dtype, (str(path),))
         roles = {name: spec.role for name, spec in imported.weights.items()}
         PassManager(passes, context=PassContext(options={"roles": roles})).run(imported.module)
-        roots = [(name, value) for value, name in Lowering(imported.module.function("step")).weights.items()]
-        return plan_weights(roots)[1]
+        return Lowering(imported.module.function("step")).weights_file().nbytes

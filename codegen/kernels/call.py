@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,14 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class EmitContext:
-    """What emitters may ask about the target: register tile for matrix kernels, and which program this is for."""
+    """What emitters may ask about the target: register tile for matrix kernels, and which program this is for.
+
+    `strides` has the bytes from one matrix of a stack to the next, where others lie between them.
+    """
 
     shape: TileShape
     program: str = "prefill"  # or "decode"
+    strides: Mapping[Value, int] = field(default_factory=dict, compare=False)
 
 
 Emitter = Callable[[Any, EmitContext], KernelSpec]

@@ -49,6 +49,7 @@ class Gemm:
             message = f"no kernel for this '{op.name}' of kind \"gemm\": {fault}"
             raise DiagnosticError.of(Diagnostic("error", message, op.location)) from None
         self.op, self.shape, self.few = op, context.shape, context.program == "decode"
+        self.context = context
         self.x = op.operands[self.form.x]
         self.w = op.operands[self.form.weight]
         self.result = op.results[0]
@@ -63,6 +64,12 @@ class Gemm:
     def product(self) -> Product:
         """A product without buffers."""
         return product_of(self.w, self.form.product.x, self.op, self.shape)
+
+    @property
+    def expert_stride(self) -> int:
+        """Elements of the buffer of weights from one expert's matrix to the next."""
+        product = self.product()
+        return self.context.strides.get(self.w, 0) // product.weight_element.dtype.itemsize or product.matrix_size
 
     @property
     def has_prologue(self) -> bool:
@@ -101,7 +108,7 @@ def emit_gemm(op: Op, context: EmitContext) -> KernelSpec:
     writes += range(len(arguments), len(arguments) + len(gemm.temporaries))
     arguments += gemm.temporaries
     arguments += [SizeArgument(rows_of(gemm.x.type)), SizeArgument(rows_of(gemm.result.type))]
-    key = (structure_key(op), context)
+    key = (structure_key(op), context, gemm.expert_stride)
     return KernelSpec(gemm.stem, key, arguments, tuple(writes), lambda name: _build(name, gemm))
 
 
@@ -140,7 +147,7 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
     with k.loop(0, experts) as expert:
         first, last = offsets.load(expert.i).to_index(), offsets.load(expert.i + 1).to_index()
         with k.when(first.compare("lt", last)):
-            product.use_matrix(k, weights.at(expert.i * product.matrix_size))
+            product.use_matrix(k, weights.at(expert.i * gemm.expert_stride))
             tile.all_strips(source_row, first, last)
     return k.finish()
 

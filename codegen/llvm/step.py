@@ -2,9 +2,14 @@
 
     i64 stratum_step_NAME(StepArgs*, i64 tid)
 
-StepArgs are 16 words of 64 bits: 0 ids, 1 positions, 2 slots, 3 rows, 4 logits, 5 weights, 6 arena, 7 KV cache
-(pointers); 8 tokens, 9 rows, 10 threads, 11 team*, 12 profile* (or 0), 13 ctx, 14 slots. The profile takes two cycle
-counts, start and end, for each launch and thread: word (launch * threads + tid) * 2.
+StepArgs are 32 words of 64 bits: 0 ids, 1 positions, 2 slots, 3 rows, 4 logits, 5 weights, 6 arena, 7 KV cache
+(pointers); 8 tokens, 9 rows, 10 threads, 11 team*, 12 profile* (or 0), 13 ctx, 14 slots, 15 reader (or 0), 16 answer,
+17 wanted*; the others are reserved. The profile takes two cycle counts, start and end, for each launch and thread: word
+(launch * threads + tid) * 2.
+
+Where the weights are not all in memory, the reader is a function `void (i64 number, i32* ids, i64 count)`. Thread 0
+calls it at wait `number` of the program when byte `number` of `wanted` is not 0, the other threads waiting; it returns
+when the weights are there, having set the answer to 1. With any other answer the step ends at once and gives 2.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from codegen.llvm.lowering import lower_kernel
 from codegen.llvm.team import team_text
 from codegen.lower_to_plan import Program
 from ir.core import Op, Value
-from ir.ops import plan
+from ir.ops import plan, plan_await
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.types import BufferType
 
@@ -40,6 +45,41 @@ done:
 }
 """
 
+_AWAIT = """
+define internal i1 @stratum_await(ptr %args, i64 %tid, i64 %threads, ptr %team, i64 %number, ptr %ids, i64 %count) {
+  %reader_at = getelementptr i64, ptr %args, i64 15
+  %reader = load ptr, ptr %reader_at, align 8
+  %absent = icmp eq ptr %reader, null
+  br i1 %absent, label %go, label %look
+look:
+  %wanted_at = getelementptr i64, ptr %args, i64 17
+  %wanted = load ptr, ptr %wanted_at, align 8
+  %flag_at = getelementptr i8, ptr %wanted, i64 %number
+  %flag = load i8, ptr %flag_at, align 1
+  %resident = icmp eq i8 %flag, 0
+  br i1 %resident, label %go, label %wait
+go:
+  ret i1 true
+wait:
+  %answer_at = getelementptr i64, ptr %args, i64 16
+  call void @stratum_barrier(ptr %team, i64 %threads)
+  %first = icmp eq i64 %tid, 0
+  br i1 %first, label %read, label %join
+read:
+  %reading = getelementptr i8, ptr %team, i64 640
+  store i64 0, ptr %answer_at, align 8
+  store atomic i32 1, ptr %reading seq_cst, align 4
+  call void %reader(i64 %number, ptr %ids, i64 %count)
+  store atomic i32 0, ptr %reading seq_cst, align 4
+  br label %join
+join:
+  call void @stratum_barrier(ptr %team, i64 %threads)
+  %answer = load i64, ptr %answer_at, align 8
+  %there = icmp eq i64 %answer, 1
+  ret i1 %there
+}
+"""
+
 
 def step_symbol(program: str) -> str:
     """The exported name of a program's step function."""
@@ -57,6 +97,7 @@ def module_text(
         *sorted(declarations.values()),
         team_text(triple),
         _MARK,
+        _AWAIT,
         *bodies,
         *steps,
         f"attributes #0 = {{ {attributes} }}",
@@ -80,6 +121,7 @@ class _StepWriter:
         self.names: dict[Value, str] = {}
         self.counter = 0
         self.launches = 0
+        self.waits = False
         self.weights, self.arena, self.kv = self._word(5, "ptr"), self._word(6, "ptr"), self._word(7, "ptr")
         self.threads, self.team, self.profile = self._word(10, "i64"), self._word(11, "ptr"), self._word(12, "ptr")
         self.ctx, self.slots = self._word(13, "i64"), self._word(14, "i64")
@@ -88,7 +130,8 @@ class _StepWriter:
         handlers: dict[type[Op], Callable[[Any], None]] = {
             plan.InputOp: self._input, plan.SizeOp: self._size, plan.WeightOp: self._weight, plan.KVOp: self._kv,
             plan.ReserveOp: self._reserve, plan.LaunchOp: self._launch, plan.BarrierOp: self._barrier,
-            plan.ReleaseOp: lambda op: None, ReturnOp: self._return,
+            plan.ReleaseOp: lambda op: None, plan_await.AwaitWeightsOp: self._await,
+            plan_await.AwaitExpertsOp: self._await, ReturnOp: self._return,
         }  # fmt: skip
         handlers[type(op)](op)
 
@@ -138,5 +181,21 @@ class _StepWriter:
     def _barrier(self, op: plan.BarrierOp) -> None:
         self._emit(f"call void @stratum_barrier(ptr {self.team}, i64 {self.threads})")
 
+    def _await(self, op: plan_await.AwaitOp) -> None:
+        ids, count = "null", "0"
+        if isinstance(op, plan_await.AwaitExpertsOp):
+            ids, count = self.names[op.ids], self.names[op.count]
+        number = op.attributes["number"]
+        there = self._assign(
+            f"call i1 @stratum_await(ptr %args, i64 %tid, i64 {self.threads}, ptr {self.team}, i64 {number}, "
+            f"ptr {ids}, i64 {count})"
+        )
+        self._emit(f"br i1 {there}, label %go{number}, label %stop")
+        self.lines.append(f"go{number}:")
+        self.waits = True
+
     def _return(self, op: ReturnOp) -> None:
         self._emit("ret i64 0")
+        if self.waits:
+            self.lines.append("stop:")
+            self._emit("ret i64 2")

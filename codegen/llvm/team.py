@@ -3,12 +3,13 @@
 A team is 4096 zeroed bytes, 64-byte aligned, with the number of threads at offset 0. All threads run the whole step
 function; the caller of `stratum_run` is thread 0, workers sit in `stratum_worker`. Waiting is spinning first, then
 sleeping in the kernel (futex). A barrier that does not complete within `BARRIER_SECONDS` marks the team as failed:
-every later wait returns at once and `stratum_run` returns 1 instead of 0.
+every later wait returns at once and `stratum_run` returns 1 instead of 0. While thread 0 is out of native code, reading
+weights, no wait expires.
 
 Words of a team, each on a cache line of its own:
     0 threads (i64) | 64 arrived (i32) | 128 barrier generation (i32) | 192 sleepers at the barrier (i32)
     256 job generation (i32) | 320 idle sleepers (i32) | 384 step function, 392 its arguments | 448 shutdown (i32)
-    512 failed (i32)
+    512 failed (i32) | 640 thread 0 is reading (i32)
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ arrive:
   %generation = getelementptr i8, ptr %team, i64 128
   %sleepers = getelementptr i8, ptr %team, i64 192
   %failed = getelementptr i8, ptr %team, i64 512
+  %reading = getelementptr i8, ptr %team, i64 640
   %seen = load atomic i32, ptr %generation acquire, align 4
   %before = atomicrmw add ptr %arrived, i32 1 acq_rel
   %before64 = zext i32 %before to i64
@@ -74,7 +76,7 @@ release:
   call void @stratum_wake(ptr %generation, ptr %sleepers)
   br label %done
 spin:
-  %count = phi i32 [ 0, %arrive ], [ %next, %again ]
+  %count = phi i32 [ 0, %arrive ], [ %kept, %again ]
   %now = load atomic i32, ptr %generation acquire, align 4
   %changed = icmp ne i32 %now, %seen
   br i1 %changed, label %done, label %pause
@@ -89,13 +91,17 @@ sleep:
   br i1 %give_up, label %done, label %doze
 doze:
   call void @stratum_sleep(ptr %generation, i32 %seen, ptr %sleepers)
-  %slept = sub i32 %next, {spins}
+  %reads = load atomic i32, ptr %reading acquire, align 4
+  %excused = icmp ne i32 %reads, 0
+  %counted = select i1 %excused, i32 {spins}, i32 %next
+  %slept = sub i32 %counted, {spins}
   %expired = icmp ugt i32 %slept, {limit}
   br i1 %expired, label %fail, label %again
 fail:
   store atomic i32 1, ptr %failed release, align 4
   br label %done
 again:
+  %kept = phi i32 [ %next, %pause ], [ %counted, %doze ]
   br label %spin
 done:
   ret void
@@ -150,7 +156,8 @@ define i64 @stratum_run(ptr %team, ptr %function, ptr %arguments) {{
   call void @stratum_wake(ptr %job, ptr %sleepers)
   %2 = call i64 %function(ptr %arguments, i64 0)
   %failed = load atomic i32, ptr %failed_at acquire, align 4
-  %result = zext i32 %failed to i64
+  %failed64 = zext i32 %failed to i64
+  %result = or i64 %failed64, %2
   ret i64 %result
 }}
 

@@ -16,6 +16,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
+from ir.ops.plan_await import AwaitExpertsOp
 from ir.types import BufferType
 
 Region = tuple[str, int, int]  # memory, first byte, one past the last
@@ -49,6 +50,9 @@ class _Checker:
                 self.ended[op.buffer] = None
             case plan.LaunchOp():
                 self._launch(op)
+            case AwaitExpertsOp():
+                if isinstance(op.ids.defining_op(), plan.ReserveOp) and op.ids not in self.live:
+                    self.diag.error(op.location, f"'{op.name}' uses a buffer after its release")
             case plan.BarrierOp():
                 self.since_barrier.clear()
 

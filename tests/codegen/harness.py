@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from codegen.compile_step import CompiledStep
-from codegen.weights import stored_pieces
+from codegen.weights import write_weights
 from ir.tile_interpreter import interpret_program
 from runtime.native import NativeCode
 from runtime.team import WorkerTeam
@@ -65,12 +66,10 @@ def aligned(size: int, fill: int = 0) -> np.ndarray:
 
 def weights_image(compiled: CompiledStep, model: Model) -> np.ndarray:
     """The weights file in memory."""
+    file = io.BytesIO()
+    write_weights(compiled.weight_roots, model, file, bundles=compiled.file.stacks)
     image = aligned(compiled.weights_bytes)
-    for tensor, (_, root) in zip(compiled.stored, compiled.weight_roots, strict=True):
-        at = tensor.offset
-        for piece in stored_pieces(root, model):
-            image[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-            at += len(piece)
+    image[:] = np.frombuffer(file.getbuffer(), np.uint8)
     return image
 
 
@@ -93,7 +92,7 @@ class Runner:
         logits = np.full((len(batch.rows), self.model.shape.vocab), np.nan, np.float32)
         pointers = [a.ctypes.data for a in (*arrays, logits, self.weights, arena, self.kv)]
         tail = [len(batch.ids), len(batch.rows), self.team.threads, self.team.address, 0, CTX, SLOTS, 0]
-        arguments = (ctypes.c_int64 * 16)(*pointers, *tail)
+        arguments = (ctypes.c_int64 * 32)(*pointers, *tail)
         status = self.team.run(self.code.functions[f"stratum_step_{program}"], ctypes.addressof(arguments))
         assert status == 0
         return logits

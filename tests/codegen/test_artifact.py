@@ -42,7 +42,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def test_files_hashes_and_manifest(tmp_path):
     out = build(tmp_path / "deep" / "out")
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["format_version"] == 1 and manifest["model"] == {"name": "tiny"}
+    assert manifest["format_version"] == 2 and manifest["model"] == {"name": "tiny"}
     assert sorted(manifest["files"]) == ["graph.ir", "weights/weights.bin"]
     for path, entry in manifest["files"].items():
         data = (out / path).read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from codegen.build import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step, program_specs
-from codegen.lower_to_plan import Lowering
+from codegen.lower_to_plan import Lowering, WeightsFile
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Value
@@ -109,7 +109,7 @@ def step(body: Sequence[object], result: Value | None = None) -> FuncOp:
 def refused(func: FuncOp) -> str:
     with pytest.raises(DiagnosticError) as caught:
         lowering = Lowering(func)
-        lowering.program(program_specs(frozenset())[0], {})
+        lowering.program(program_specs(frozenset())[0], WeightsFile.empty())
     return str(caught.value)
 
 

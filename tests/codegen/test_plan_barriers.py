@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ir
 from codegen.compile_step import program_specs
-from codegen.lower_to_plan import Lowering, Program
+from codegen.lower_to_plan import Lowering, Program, WeightsFile
 from ir.ops import plan
 from passes.schedule.check_plan import check_plan
 
@@ -29,7 +29,7 @@ func @step(%x: tensor<tokens x 64 x f32>, %y: tensor<tokens x 64 x f32>) -> tens
 
 
 def lowered(text: str) -> Program:
-    return Lowering(ir.parse(text).function("step")).program(program_specs(frozenset())[0], {})
+    return Lowering(ir.parse(text).function("step")).program(program_specs(frozenset())[0], WeightsFile.empty())
 
 
 def shape(program: Program) -> str:

@@ -247,7 +247,7 @@ def default_manifest(files: dict[str, bytes]) -> dict:
 
     weights = files["weights/weights.bin"]
     return {
-        "format_version": 1,
+        "format_version": 2,
         "stratum_version": "0.1.0",
         "model": {"family": "fake", "name": "fake", "vocab_size": VOCAB, "num_layers": LAYERS,
                   "max_context": MAX_CONTEXT},

@@ -158,7 +158,7 @@ def test_not_an_artifact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "shown", "hint"),
-    [(2, "2", "use the newer stratum"), (0, "0", "build the artifact again"), (None, "missing", "build"),
+    [(3, "3", "use the newer stratum"), (1, "1", "build the artifact again"), (None, "missing", "build"),
      ("1", '"1"', "build"), (True, "true", "build"), ([1] * 100, "[1, 1, 1", "build")],
 )  # fmt: skip
 def test_other_version(tmp_path: Path, version: object, shown: str, hint: str) -> None:
@@ -170,7 +170,7 @@ def test_other_version(tmp_path: Path, version: object, shown: str, hint: str) -
 
     text = refusal(write_artifact(tmp_path / "a", change=change))
     assert f"artifact format version {shown}" in text and "(written by stratum 9.9)" in text
-    assert "expected: format version 1" in text and hint in text
+    assert "expected: format version 2" in text and hint in text
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_any_value_in_any_field(data: st.DataObject) -> None:
     except RuntimeDiagnostic as fault:
         assert str(fault).startswith("m: error: ")
     else:
-        assert parsed.raw["format_version"] == 1
+        assert parsed.raw["format_version"] == 2
 
 
 # --- the instruction set -------------------------------------------------------------------------------------------

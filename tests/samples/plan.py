@@ -36,6 +36,9 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("plan.launch", "two_buffers", stored(), stored(), 4, kernel=NOTHING, writes=(1,), reads=(0,)),
     low_sample("plan.launch", "written_and_read", stored(), stored(), 4, kernel=NOTHING, writes=(0, 1), reads=(1,)),
     low_sample("plan.barrier", "one"),
+    low_sample("plan.await_weights", "first", number=0, piece=2),
+    low_sample("plan.await_weights", "two_done", number=3, piece=4, done=(2, 3)),
+    low_sample("plan.await_experts", "pairs", Stored(np.arange(8).astype(np.int32)), 8, number=1, piece=3, done=(2,)),
 )
 _LAUNCH = {"kernel": NOTHING, "writes": (1,), "reads": (0,)}
 _GLOBAL = "expected to give a global buffer of machine numbers, got"
@@ -68,6 +71,17 @@ FAULTS: tuple[Fault, ...] = (
     fault("plan.launch", "expected buffers and indices, got f32", F_BUFFER, ScalarType(F32), **_LAUNCH),
     fault("plan.launch", "argument 1 is not a buffer of this launch", F_BUFFER, INDEX, **_LAUNCH),
     fault("plan.launch", "argument 1 is not a buffer of this launch", F_BUFFER, **_LAUNCH),
+    fault(
+        "plan.await_weights", "expected numbers of pieces in done, got ['x']",
+        number=0, piece=1, done=("x",),
+    ),
+    fault("plan.await_weights", "piece 1 is awaited and done at once", number=0, piece=1, done=(1,)),
+    fault("plan.await_weights", "expected piece >= 0, got -1", number=0, piece=-1),
+    fault("plan.await_experts", "expected number >= 0, got -2", I_BUFFER, INDEX, number=-2, piece=1),
+    fault("plan.await_experts", "expected ids to be buffer<i32>, got buffer<f32>", F_BUFFER, INDEX, number=0, piece=1),
+    fault("plan.await_experts", "expected count to be an index", I_BUFFER, I_BUFFER, number=0, piece=1),
+    fault("plan.await_experts", "piece 3 is awaited and done", I_BUFFER, INDEX, number=0, piece=3, done=(3,)),
+    fault("plan.await_experts", "expected numbers of pieces", I_BUFFER, INDEX, number=0, piece=3, done=(-1,)),
     fault(
         "plan.launch", "argument x is not a buffer of this launch", F_BUFFER,
         kernel=NOTHING, writes=("x",), reads=(0,),

@@ -1,0 +1,135 @@
+"""The pieces of a weights file: what is read from disk at once when the whole does not fit into memory.
+
+Takes the weights of a step and where they lie; gives pieces that cover the file in its order, each of one kind:
+
+    rows      a table of which a token reads one row (the embedding)
+    experts   the experts of one layer: every matrix of expert 0, then of expert 1, ...; experts begin on a page
+    dense     what every token reads: a large matrix and the small tensors before it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from codegen.weights import PAGE_BYTES, StoredTensor, matrix_extent
+from ir.core import Value
+from ir.ops.builtin import FuncOp
+from ir.ops.fused import FusedOp
+from ir.ops.moe import DispatchOp, GroupedGemmOp
+from ir.ops.tensor import EmbedOp
+from ir.types import TensorType
+from passes.fuse.forms import FormError, describe_gemm
+
+DENSE_BYTES = 1 << 20  # a dense piece ends behind the tensor that makes it this large
+
+
+@dataclass(frozen=True)
+class ExpertBundle:
+    """The stacks [E, n, k] of one layer's experts, in the order they are read, and the router's choice, i32."""
+
+    weights: tuple[Value, ...]
+    ids: Value
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one expert to the next."""
+        return sum(matrix_extent(value) for value in self.weights)
+
+
+@dataclass(frozen=True)
+class WeightPiece:
+    """Bytes [offset, offset + nbytes) of the file, whole pages. `unit` is the bytes of a row or of an expert, or 0."""
+
+    kind: str
+    offset: int
+    nbytes: int
+    origin: str
+    unit: int = 0
+
+    def manifest_entry(self) -> dict[str, object]:
+        """The form in `manifest.json`."""
+        return {
+            "kind": self.kind, "offset": self.offset, "bytes": self.nbytes, "origin": self.origin, "unit": self.unit,
+        }  # fmt: skip
+
+
+def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBundle, ...]:
+    """The layers' experts: products of tokens grouped by the same dispatch."""
+    found: dict[Value, tuple[Value, list[Value]]] = {}  # offsets -> ids, stacks
+    for op in step.block.ops:
+        if not isinstance(op, GroupedGemmOp) and not (isinstance(op, FusedOp) and op.kind == "gemm"):
+            continue
+        try:
+            form = describe_gemm(op)
+        except FormError:
+            continue  # its emitter says what is wrong with it
+        if form.offsets is None:
+            continue
+        offsets, stack = op.operands[form.offsets], op.operands[form.weight]
+        dispatch = offsets.defining_op()
+        if isinstance(dispatch, DispatchOp) and stack in weights and len(stack.users) == 1:
+            found.setdefault(offsets, (dispatch.ids, []))[1].append(stack)
+    return tuple(ExpertBundle(tuple(stacks), ids) for ids, stacks in found.values())
+
+
+def row_tables(weights: Iterable[Value]) -> tuple[Value, ...]:
+    """Weights of which every reader takes single rows."""
+    return tuple(value for value in weights if value.uses and all(_takes_rows(value, *use) for use in value.uses))
+
+
+def _takes_rows(value: Value, op: object, index: int) -> bool:
+    if not isinstance(value.type, TensorType) or value.type.layout is not None:
+        return False
+    if isinstance(op, EmbedOp):
+        return op.operands[index] is op.table and op.ids is not value
+    if not isinstance(op, FusedOp):
+        return False
+    inner = op.region.block.arguments[index]
+    return bool(inner.uses) and all(isinstance(o, EmbedOp) and o.operands[i] is o.table for o, i in inner.uses)
+
+
+def plan_pieces(
+    roots: Sequence[tuple[str, Value]], stored: Sequence[StoredTensor], bundles: Sequence[ExpertBundle]
+) -> tuple[tuple[WeightPiece, ...], dict[str, int]]:
+    """(the pieces in file order, the piece of each weight by name)."""
+    names = {value: name for name, value in roots}
+    tensors = {tensor.name: tensor for tensor in stored}
+    bundle_of = {names[value]: bundle for bundle in bundles for value in bundle.weights}
+    tables = {names[value] for value in row_tables(names)}
+    pieces: list[WeightPiece] = []
+    piece_of: dict[str, int] = {}
+    run: list[StoredTensor] = []
+
+    def end_run() -> None:
+        if run:
+            piece_of.update((tensor.name, len(pieces)) for tensor in run)
+            first, last = run[0].offset, _page_end(run[-1])
+            pieces.append(WeightPiece("dense", first, last - first, run[-1].name))
+            run.clear()
+
+    for tensor in sorted(tensors.values(), key=lambda t: t.offset):
+        if tensor.name in piece_of:
+            continue
+        if tensor.name not in bundle_of and tensor.name not in tables:
+            run.append(tensor)
+            if sum(t.nbytes for t in run) >= DENSE_BYTES:
+                end_run()
+            continue
+        end_run()
+        if tensor.name in tables:
+            piece_of[tensor.name] = len(pieces)
+            nbytes = _page_end(tensor) - tensor.offset
+            pieces.append(WeightPiece("rows", tensor.offset, nbytes, tensor.name, tensor.nbytes // tensor.shape[0]))
+            continue
+        bundle = bundle_of[tensor.name]
+        piece_of.update((names[value], len(pieces)) for value in bundle.weights)
+        nbytes = bundle.stride * tensor.shape[0]
+        origin = tensor.name.rsplit(".", 1)[0]
+        pieces.append(WeightPiece("experts", tensor.offset, nbytes, origin, bundle.stride))
+    end_run()
+    return tuple(pieces), piece_of
+
+
+def _page_end(tensor: StoredTensor) -> int:
+    return tensor.offset + -(-tensor.nbytes // PAGE_BYTES) * PAGE_BYTES

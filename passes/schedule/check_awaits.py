@@ -1,0 +1,53 @@
+"""An independent proof that a program waits for every weight it reads. Shares no code with what makes plans.
+
+Checked on the ops alone: a launch that reads bytes of a dense or expert piece stands behind a wait for that piece, and
+no wait between the two names it as done; waits are numbered from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ir.diagnostics import DiagnosticSink
+from ir.ops import plan
+from ir.ops.builtin import FuncOp
+from ir.ops.plan_await import AwaitExpertsOp, AwaitWeightsOp
+
+Piece = tuple[str, int, int]  # kind (rows, experts, dense), first byte, bytes
+
+
+def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
+    """The faults of `program`, none when it is sound."""
+    diag = DiagnosticSink()
+    ready: dict[int, None] = {}
+    number = 0
+    for op in program.block.ops:
+        match op:
+            case AwaitWeightsOp() | AwaitExpertsOp():
+                kind = "experts" if isinstance(op, AwaitExpertsOp) else "dense"
+                if op.piece >= len(pieces) or pieces[op.piece][0] != kind:
+                    diag.error(op.location, f"'{op.name}' of piece {op.piece}, which is no piece of kind {kind}")
+                if op.number != number:
+                    diag.error(op.location, f"'{op.name}' is number {op.number} where {number} follows")
+                number += 1
+                for piece in op.done:
+                    ready.pop(piece, None)
+                ready[op.piece] = None
+            case plan.LaunchOp():
+                for value in op.arguments:
+                    place = value.defining_op()
+                    if isinstance(place, plan.WeightOp):
+                        for missing in _missing(place, pieces, ready):
+                            message = f"launch of {op.kernel} reads @{place.symbol.name} without a wait for {missing}"
+                            diag.error(op.location, message)
+    return diag
+
+
+def _missing(place: plan.WeightOp, pieces: Sequence[Piece], ready: dict[int, None]) -> list[str]:
+    """The pieces with bytes of a weight that are not waited for."""
+    start, end = place.offset, place.offset + place.bytes
+    return [
+        f"piece {number}"
+        for number, (kind, first, size) in enumerate(pieces)
+        if kind != "rows" and number not in ready and first < end and start < first + size
+    ]

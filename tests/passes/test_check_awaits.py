@@ -1,0 +1,97 @@
+"""The checker of waits for weights: real programs, and every wait of them taken away, moved or spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ir.core import Op
+from ir.ops import plan
+from ir.ops.builtin import FuncOp
+from ir.ops.plan_await import AwaitExpertsOp, AwaitOp
+from passes.schedule.check_awaits import check_awaits
+from tests.passes.plan_samples import SHAPES, lowered
+
+PROGRAMS = [(name, number) for name in SHAPES for number in (0, 1)]
+
+
+def places(name: str) -> list[tuple[str, int, int]]:
+    return [(piece.kind, piece.offset, piece.nbytes) for piece in lowered(name).file.pieces]
+
+
+def faults(name: str, func: FuncOp) -> list[str]:
+    return [d.message for d in check_awaits(func, places(name)).diagnostics]
+
+
+def waits(func: FuncOp) -> Iterator[AwaitOp]:
+    for op in list(func.block.ops):
+        if isinstance(op, AwaitOp):
+            yield op
+
+
+@pytest.mark.parametrize(("name", "number"), PROGRAMS)
+def test_real_programs_wait_for_all_they_read(name: str, number: int) -> None:
+    func = lowered(name).programs[number].func
+    assert faults(name, func) == []
+    assert [op.attributes["number"] for op in waits(func)] == list(range(len(list(waits(func)))))
+    awaited = [op.attributes["piece"] for op in waits(func)]
+    kinds = [kind for kind, _, _ in places(name)]
+    assert awaited == [i for i, kind in enumerate(kinds) if kind != "rows"]  # once each, in the order of the file
+    done = [piece for op in waits(func) for piece in op.attributes["done"]]
+    assert len(done) == len(set(done)) and set(done) < set(awaited)
+    assert any(isinstance(op, AwaitExpertsOp) for op in waits(func)) == (name == "experts")
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_no_wait_can_go(name: str) -> None:
+    func = lowered(name).programs[0].func
+    for op in waits(func):
+        index = func.block.ops.index(op)
+        func.block._remove(op)
+        assert any("without a wait for piece" in message for message in faults(name, func))
+        func.block._insert(index, op)
+    assert faults(name, func) == []
+
+
+def changed(op: Op, **attributes: object) -> dict[str, object]:
+    old = {name: op.attributes[name] for name in attributes}
+    op.attributes.update(attributes)
+    return old
+
+
+def test_a_piece_done_too_early() -> None:
+    """Named as done at the wait before its last reader."""
+    func = lowered("dense").programs[0].func
+    for op, following in zip(list(waits(func)), list(waits(func))[1:], strict=False):
+        ops = func.block.ops
+        readers = [i for i, o in enumerate(ops) if isinstance(o, plan.LaunchOp) and _reads(o, op.attributes["piece"])]
+        if not readers or readers[-1] < ops.index(following):
+            continue
+        old = changed(following, done=(op.attributes["piece"],))
+        assert any("without a wait" in message for message in faults("dense", func))
+        changed(following, **old)
+    assert faults("dense", func) == []
+
+
+def _reads(launch: plan.LaunchOp, piece: int) -> bool:
+    _, first, size = places("dense")[piece]
+    found = [v.defining_op() for v in launch.arguments]
+    return any(isinstance(op, plan.WeightOp) and first <= op.offset < first + size for op in found)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"number": 7}, "is number 7 where 0 follows"),
+        ({"piece": 99}, "of piece 99, which is no piece of kind dense"),
+        ({"piece": 0}, "of piece 0, which is no piece of kind dense"),  # the rows of the embedding
+    ],
+)
+def test_waits_for_what_is_not_there(attributes: dict[str, object], expected: str) -> None:
+    func = lowered("experts").programs[0].func
+    op = next(waits(func))
+    old = changed(op, **attributes)
+    assert any(expected in message for message in faults("experts", func))
+    changed(op, **old)
+    assert faults("experts", func) == []

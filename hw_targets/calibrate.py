@@ -65,7 +65,8 @@ class Calibration:
 
     def source(self) -> str:
         """What a target file would say about where these figures come from."""
-        return f"measured on this machine with {self.threads} threads"
+        disturbed = f", spread {self.spread:.0%}" if self.spread > 0.1 else ""
+        return f"measured on this machine with {self.threads} threads{disturbed}"
 
 
 def calibrate(
@@ -112,15 +113,8 @@ def cached(threads: int) -> Calibration | None:
 def machine_key(threads: int) -> str:
     """Names this machine, its CPU as this process sees it, and the versions that a measurement depends on."""
     triple, cpu, features, _ = host.host_isa()
-    identity = ""
-    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
-        try:
-            identity = Path(path).read_text().strip()
-            break
-        except OSError:
-            continue
     parts = [
-        identity or platform.node(),
+        machine_identity(),
         host.cpu_model(),
         triple,
         cpu,
@@ -132,6 +126,14 @@ def machine_key(threads: int) -> str:
         str(threads),
     ]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def machine_identity() -> str:
+    """What tells this machine from others: the system's identity, else its name."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().strip() or platform.node()
+    return platform.node()
 
 
 def _path(threads: int) -> Path:

@@ -1,7 +1,8 @@
 """This machine as a `Target`: LLVM's name and features of the CPU, caches from /sys, memory from the system.
 
 `detect()` measures nothing; bandwidth and peaks are filled in when `hw_targets.calibrate` has measured this machine
-before. Cores are those this process may use, memory is what its control group allows.
+before, drives when `hw_targets.calibrate_disk` has. Cores are those this process may use, memory is what its control
+group allows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def host_isa() -> tuple[str, str, frozenset[str], frozenset[str]]:
 
 def detect() -> Target:
     """The target named `host`."""
-    from hw_targets import calibrate
+    from hw_targets import calibrate, calibrate_disk
 
     triple, cpu, features, absent = host_isa()
     cores = usable_cores()
@@ -66,6 +67,7 @@ def detect() -> Target:
         units=(unit,),
         caches=caches(),
         tiers=(tier,),
+        storage=tuple(drive.as_storage(tier.name) for drive in calibrate_disk.stored()),
         origin="detected",
     )
 

@@ -9,9 +9,9 @@ names a `victim` among the resident entries that are not busy.
 - `score`: lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a
   pass, a = 1/2 (HybriMoE, with the weights of the experts that were chosen).
 - `least_stale`: a model visits its layers in a known order, so an entry that this pass did not use is stale once its
-  layer has been visited, and comes up for use no sooner than the next pass. Given up first: stale entries of the
-  layers visited, the layer visited last first; then entries of layers still to come, the farthest layer first; then
-  entries used in this pass, the layer visited last first. Within a layer: least recently used (after SpecMD's policy).
+  layer has been visited: it is needed no sooner than in the next pass. Given up first: stale entries of the layers
+  visited; then entries of layers still to come; then entries used in this pass. Within these groups: used in the oldest
+  pass first; of one pass the highest layer first, whose turn comes last; then least recently used (after SpecMD).
 """
 
 from __future__ import annotations
@@ -182,15 +182,13 @@ class LeastStale:
         del self._used[entry[0]][entry]
 
     def victim(self, busy: Container[Entry]) -> Entry | None:
-        visited = range(self._layer, -1, -1)
-        to_come = range(len(self._used) - 1, self._layer, -1)
-        for layers, before in ((visited, self._step), (to_come, self._step), (visited, None), (to_come, None)):
-            for layer in layers:
-                entry = self._oldest(layer, busy)
-                if entry is not None and (before is None or self._used[layer][entry] < before):
-                    return entry
-        return None
-
-    def _oldest(self, layer: int, busy: Container[Entry]) -> Entry | None:
-        """The resident entry of the layer that was used longest ago and is not busy."""
-        return next((e for e in self._used[layer] if e in self._resident and e not in busy), None)
+        best: tuple[bool, bool, int, int] | None = None
+        found = None
+        for layer, order in enumerate(self._used):
+            entry = next((e for e in order if e in self._resident and e not in busy), None)  # longest ago
+            if entry is None:
+                continue
+            rank = (order[entry] == self._step, layer > self._layer, order[entry], -layer)
+            if best is None or rank < best:
+                best, found = rank, entry
+        return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ class Batch:
 
     `experts`: distinct expert ids by their first appearance, tokens in order and slots by rank. `recency`: the same ids
     by their last appearance, so that what the newest token chose counts as used last. `weights`: for each of `experts`
-    the mean routing weight over the batch's tokens, or None where the trace knows none.
+    its share of the routing weight of the batch; where the trace knows no weights each choice counts alike.
     """
 
     layer: int  # index into RoutingTrace.layers
@@ -30,7 +31,7 @@ class Batch:
     decode: bool  # whether its first token was decoded, and not part of a prompt
     experts: tuple[int, ...]
     recency: tuple[int, ...]
-    weights: tuple[float, ...] | None
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +85,18 @@ class RoutingTrace:
         """experts of the decoded tokens only: [decode tokens, layers, top_k]."""
         return self.experts[self.decode]
 
+    @cached_property
+    def requests(self) -> tuple[Batch, ...]:
+        """All of `batches()`, kept: every replay of the trace reads them."""
+        return tuple(self.batches())
+
     def batches(self) -> Iterator[Batch]:
         """Batches in the order in which a model makes them: pass by pass, and in each pass layer by layer."""
         starts = np.flatnonzero(np.r_[True, self.batch[1:] != self.batch[:-1]]) if self.tokens else np.empty(0, int)
         ends = np.r_[starts[1:], self.tokens]
-        known = bool(np.isfinite(self.weights).any())
         for step, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             chosen = self.experts[start:end].tolist()
-            weight = self.weights[start:end].tolist() if known else None
+            weight = self.weights[start:end].tolist()
             decode = bool(self.decode[start])
             for layer in range(self.layer_count):
                 ids = [e for token in chosen for e in token[layer] if e >= 0]
@@ -99,7 +104,7 @@ class RoutingTrace:
                     continue
                 first = tuple(dict.fromkeys(ids))
                 recency = first if len(first) == len(ids) else tuple(dict.fromkeys(reversed(ids)))[::-1]
-                shares = None if weight is None else _weight_shares(chosen, weight, layer, first)
+                shares = _weight_shares(chosen, weight, layer, first)
                 yield Batch(layer, step, decode, first, recency, shares)
 
 

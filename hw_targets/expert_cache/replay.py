@@ -1,0 +1,177 @@
+"""Replays a routing trace through a cache of experts and counts hits, misses and bytes.
+
+The rules are those of an engine that loads a layer's experts once for all tokens of a batch: one lookup for each
+distinct expert, misses cost an expert's bytes, entries leave after the batch and never one that the batch uses. The
+budget is one for all layers (`global`), or every layer has an equal share of it (`layer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hw_targets.expert_cache.policies import NEVER, Use, make_cache
+from hw_targets.routing.trace import Batch, RoutingTrace
+from ir.diagnostics import DiagnosticError
+
+SCOPES = ("global", "layer")
+Entry = tuple[int, int]  # (layer index, expert)
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """What happened. Rates are shares from 0 to 1; bytes are those of experts that were missing.
+
+    `preload_bytes`: pinned experts, read before the first token. `peak_bytes`: the most that was held at once, pinned
+    experts included; above `capacity_bytes` only when one batch was larger by itself.
+    """
+
+    policy: str
+    scope: str
+    capacity_bytes: int
+    lookups: int
+    hits: int
+    decode_lookups: int
+    decode_hits: int
+    read_bytes: int
+    decode_read_bytes: int
+    preload_bytes: int
+    peak_bytes: int
+    decode_tokens: int
+    layer_lookups: tuple[int, ...]
+    layer_hits: tuple[int, ...]
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all lookups, those of prompts included."""
+        return self.hits / self.lookups if self.lookups else 0.0
+
+    @property
+    def decode_hit_rate(self) -> float:
+        return self.decode_hits / self.decode_lookups if self.decode_lookups else 0.0
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        """Bytes read for one decoded token, on average."""
+        return self.decode_read_bytes / self.decode_tokens if self.decode_tokens else 0.0
+
+
+def replay(
+    trace: RoutingTrace,
+    capacity_bytes: int | None = None,
+    *,
+    slots: int | None = None,
+    policy: str = "lru",
+    scope: str = "global",
+    pinned: Iterable[Entry] = (),
+    first_step: int = 0,
+) -> ReplayResult:
+    """Plays the trace through one cache.
+
+    Either `capacity_bytes` or `slots` (entries whatever their size; bytes in the result are then counted in entries).
+    `pinned`: entries that are there from the start, never leave, and count against the budget. Passes before
+    `first_step` fill the cache, but are not counted. DiagnosticError for an unknown policy or scope, or more pinned
+    entries than fit.
+    """
+    if (capacity_bytes is None) == (slots is None):
+        raise ValueError("a replay needs either capacity_bytes or slots")
+    if scope not in SCOPES:
+        raise DiagnosticError(f"there is no cache scope {scope!r}", expected=", ".join(SCOPES))
+    capacity = max(0, capacity_bytes if capacity_bytes is not None else slots or 0)
+    sizes = trace.expert_bytes if slots is None else (1,) * trace.layer_count
+    count = trace.layer_count if scope == "layer" else 1
+    held = _pinned_keys(trace, pinned, sizes, capacity // max(count, 1), scope)
+    caches = [make_cache(policy, capacity // count - held.bytes_of[index]) for index in range(count)]
+    layer_lookups, layer_hits = [0] * trace.layer_count, [0] * trace.layer_count
+    decode_lookups = decode_hits = read = decode_read = 0
+    following = next_uses(trace.requests) if policy == "belady" else ()
+    peaks = 0
+    for number, batch in enumerate(trace.requests):
+        layer = batch.layer
+        cache = caches[layer if scope == "layer" else 0]
+        use = _use(batch, trace.expert_count, sizes[layer], held.keys, following[number] if following else ())
+        missing = len(cache.use(use))
+        if scope == "global":
+            peaks = max(peaks, cache.used)
+        if batch.step < first_step:
+            continue
+        lookups = len(batch.experts)
+        layer_lookups[layer] += lookups
+        layer_hits[layer] += lookups - missing
+        read += missing * sizes[layer]
+        if batch.decode:
+            decode_lookups += lookups
+            decode_hits += lookups - missing
+            decode_read += missing * sizes[layer]
+    return ReplayResult(
+        policy=policy,
+        scope=scope,
+        capacity_bytes=capacity,
+        lookups=sum(layer_lookups),
+        hits=sum(layer_hits),
+        decode_lookups=decode_lookups,
+        decode_hits=decode_hits,
+        read_bytes=read,
+        decode_read_bytes=decode_read,
+        preload_bytes=sum(held.bytes_of),
+        peak_bytes=sum(held.bytes_of) + (peaks if scope == "global" else sum(cache.peak for cache in caches)),
+        decode_tokens=_decode_tokens(trace, first_step),
+        layer_lookups=tuple(layer_lookups),
+        layer_hits=tuple(layer_hits),
+    )
+
+
+def next_uses(requests: Sequence[Batch]) -> list[tuple[int, ...]]:
+    """For each batch and each of its experts the number of the batch that needs it next, NEVER when none does."""
+    coming: dict[Entry, int] = {}
+    found: list[tuple[int, ...]] = []
+    for number in range(len(requests) - 1, -1, -1):
+        batch = requests[number]
+        entries = [(batch.layer, expert) for expert in batch.experts]
+        found.append(tuple(coming.get(entry, NEVER) for entry in entries))
+        coming.update(dict.fromkeys(entries, number))
+    return found[::-1]
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    keys: frozenset[int]  # only asked whether it holds a key
+    bytes_of: tuple[int, ...]  # by cache
+
+
+def _pinned_keys(trace: RoutingTrace, pinned: Iterable[Entry], sizes: Sequence[int], share: int, scope: str) -> _Pinned:
+    entries = list(dict.fromkeys(pinned))
+    held = [0] * (trace.layer_count if scope == "layer" else 1)
+    for layer, expert in entries:
+        if not (0 <= layer < trace.layer_count and 0 <= expert < trace.expert_count):
+            raise DiagnosticError(f"the pinned expert {expert} of layer index {layer} does not exist")
+        held[layer if scope == "layer" else 0] += sizes[layer]
+    if max(held) > share:
+        raise DiagnosticError(
+            f"the pinned experts take {max(held)} bytes{' in one layer' if scope == 'layer' else ''}",
+            expected=f"at most {share}",
+            hint="pin fewer experts, or give the cache more",
+        )
+    return _Pinned(frozenset(layer * trace.expert_count + expert for layer, expert in entries), tuple(held))
+
+
+def _use(batch: Batch, experts: int, size: int, pinned: frozenset[int], following: tuple[int, ...]) -> Use:
+    """The batch as a cache takes it: keys, and only those that are not pinned."""
+    base = batch.layer * experts
+    keys = [base + expert for expert in batch.experts]
+    weights: Sequence[float] = batch.weights
+    recency = [base + expert for expert in batch.recency] if batch.recency != batch.experts else keys
+    if pinned:
+        free = [index for index, key in enumerate(keys) if key not in pinned]
+        keys = [keys[index] for index in free]
+        weights = [weights[index] for index in free]
+        following = tuple(following[index] for index in free) if following else ()
+        recency = [key for key in recency if key not in pinned]
+    return Use(batch.step, batch.layer, keys, recency, weights, following, size)
+
+
+def _decode_tokens(trace: RoutingTrace, first_step: int) -> int:
+    steps = np.unique(trace.batch, return_inverse=True)[1].reshape(-1)
+    return int((trace.decode & (steps >= first_step)).sum())

@@ -92,8 +92,9 @@ quality: $(VENV)/.installed-bench ## what each number format costs examples/tiny
 bench-peers: $(VENV)/.installed ## llama.cpp, OpenVINO and ours side by side; ARGS=--prepare first, then a quiet machine
 	$(PY) -m bench.peers $(ARGS)
 
-docs: $(VENV)/.installed ## regenerate the op pages under docs/ops from the op classes
+docs: $(VENV)/.installed ## regenerate the op pages under docs/ops, and the table of machines
 	$(PY) -m ir.op_docs
+	$(PY) -m hw_targets.target_docs
 
 ci: ## what CI runs
 	.ci/run

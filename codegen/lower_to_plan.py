@@ -26,11 +26,14 @@ from ir.ops import plan, plan_await
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.kv_cache import KVStateOp
 from ir.ops.tensor import ReshapeOp
+from ir.ops.tile_control import TicketOp
 from ir.sizes import num_bytes
 from ir.spelling import did_you_mean
 from ir.types import BufferType, KVCacheType, SymbolicDim, TensorType, Type
 from passes.analysis.constants import is_constant_expression
 from passes.schedule.arena import Lifetime, assign_arena
+
+_TICKETS = ("tickets", 0, 1)  # the team has one count of them: kernels that take some need a barrier between
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Lowering:
     weights: dict[Value, str] = field(default_factory=dict)
     layers: dict[str, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    with_tickets: dict[str, None] = field(default_factory=dict)  # kernels that take tickets
     kv: KVLayout | None = None
     bundles: tuple[ExpertBundle, ...] = ()
 
@@ -147,6 +151,8 @@ class Lowering:
         func = self.kernels.get(spec.key)
         if func is None:
             func = self.kernels[spec.key] = spec.build(self._unique(spec.stem))
+            if any(isinstance(op, TicketOp) for op in func.walk()):
+                self.with_tickets[func.sym_name] = None
         return func
 
     def program(self, spec: ProgramSpec, file: WeightsFile) -> Program:
@@ -313,10 +319,13 @@ class _ProgramBuilder:
                 start = offsets[lifetime.buffer] if lifetime else 0
                 regions.append(("arena", start, start + self._bytes(key)) if lifetime else (key, 0, 1))
             writes, reads = call.spec.writes, call.spec.reads
-            if pending.conflicts([regions[i] for i in writes], [regions[i] for i in reads]):
+            written, read = [regions[i] for i in writes], [regions[i] for i in reads]
+            if call.kernel in self.lowering.with_tickets:
+                written.append(_TICKETS)
+            if pending.conflicts(written, read):
                 b(plan.BarrierOp())
                 pending.clear()
-            pending.add([regions[i] for i in writes], [regions[i] for i in reads])
+            pending.add(written, read)
             b(
                 plan.LaunchOp(
                     *arguments, kernel=SymbolRef(call.kernel), writes=writes, reads=reads, location=call.op.location

@@ -182,12 +182,12 @@ class Buffer:
     def store(self, index: Expr | int, value: Expr, mask: Expr | None = None) -> None:
         at = self.kernel.index(index).value
         if mask is not None:
-            self.kernel.emit(tile_memory.StoreMaskedOp(self.value, at, value.value, mask.value))
+            self.kernel.emit_op(tile_memory.StoreMaskedOp(self.value, at, value.value, mask.value))
         else:
-            self.kernel.emit(tile_memory.StoreOp(self.value, at, value.value))
+            self.kernel.emit_op(tile_memory.StoreOp(self.value, at, value.value))
 
     def prefetch(self, index: Expr | int) -> None:
-        self.kernel.emit(tile_memory.PrefetchOp(self.value, self.kernel.index(index).value))
+        self.kernel.emit_op(tile_memory.PrefetchOp(self.value, self.kernel.index(index).value))
 
     def at(self, index: Expr | int) -> Buffer:
         """The buffer from element `index` on."""
@@ -253,7 +253,7 @@ class KernelBuilder:
 
     def emit(self, op: Op) -> Value:
         self.builder.insert(op)
-        return op.results[0] if op.results else None  # type: ignore[return-value]
+        return op.results[0]
 
     def emit_op(self, op: Op) -> None:
         self.builder.insert(op)
@@ -314,6 +314,9 @@ class KernelBuilder:
     def num_threads(self) -> Expr:
         return Expr(self, self.emit(tile_control.NumThreadsOp()))
 
+    def ticket(self) -> Expr:
+        return Expr(self, self.emit(tile_control.TicketOp()))
+
     def barrier(self) -> None:
         self.emit_op(tile_control.BarrierOp())
 
@@ -356,6 +359,34 @@ class KernelBuilder:
         first = thread * blocks // threads * unit
         last = ((thread + 1) * blocks // threads * unit).min(count)
         return first, last
+
+
+class Tickets:
+    """Numbered pieces of work that the threads of a team share by who is free.
+
+    The pieces between two barriers are 0, 1, 2, ... without a gap. Every thread passes all of them in ascending order,
+    does those whose number it `holds`, and after each `take`s another.
+    """
+
+    def __init__(self, k: KernelBuilder) -> None:
+        self.k = k
+        self.mine = k.scratch(1, I32)  # the next piece of this thread
+        self.take()
+
+    def holds(self, number: Expr) -> Expr:
+        """i1: whether this thread does the piece."""
+        return self.mine.load(0).compare("eq", number.from_index())
+
+    def take(self) -> None:
+        """The next piece that nobody has."""
+        self.mine.store(0, self.k.ticket().from_index())
+
+    @contextmanager
+    def piece(self, number: Expr) -> Iterator[None]:
+        """Runs the body on the thread that holds the piece, which then takes another."""
+        with self.k.when(self.holds(number)):
+            yield
+            self.take()
 
 
 def bf16_pair(x: Expr, lanes: int) -> Expr:

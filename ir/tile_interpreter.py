@@ -6,6 +6,7 @@ what makes that visible is the race check of `ir.tile_memory_model`, not luck.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +32,19 @@ class Team:
         self.memories = list({id(m): m for m in memories}.values())
         self.barrier = threading.Barrier(threads, action=self._advance, timeout=BARRIER_SECONDS)
         self.waiting: list[Op | None] = [None] * threads  # the barrier each thread is at; None = the end
+        self._tickets = itertools.count()
 
     def _advance(self) -> None:
         if any(op is not self.waiting[0] for op in self.waiting):
             places = ", ".join(f"thread {t} at {_barrier_name(op)}" for t, op in enumerate(self.waiting))
             raise KernelFault(f"the threads of a team meet at different barriers: {places}")
+        self._tickets = itertools.count()
         for memory in self.memories:
             memory.new_phase()
+
+    def take_ticket(self) -> int:
+        """Tickets taken since the last barrier, this one not counted. `next` on a count is atomic."""
+        return next(self._tickets)
 
     def wait(self, thread: int, barrier: Op | None) -> None:
         """Returns when every thread is at the same barrier. Raises KernelFault when that cannot happen any more."""

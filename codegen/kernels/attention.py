@@ -17,7 +17,7 @@ from codegen.kernels.hadamard import rotate_stored
 from codegen.kernels.kv_layout import BLOCK, KVLayout
 from codegen.kernels.kv_products import LANES, MOST_SUMS, STEP, STEP_BLOCKS, BlockOf, Products, chunks, products
 from codegen.kernels.math import LOG2_E, exp2, exp2_short
-from codegen.tile_builder import Buffer, Expr, KernelBuilder
+from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
 from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F16, F32, I32, PlainFormat
@@ -82,9 +82,9 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
         tile.attend(first_row, head, tokens, kv.head(cache_buffer, slot, head, ctx), ctx)
 
     tiles = (rows + (tokens_per_tile - 1)) // tokens_per_tile
-    first, last = k.thread_share(tiles * kv.heads)
-    with k.loop(first, last) as unit:
-        row, head = unit.i // kv.heads * tokens_per_tile, unit.i % kv.heads
+
+    def unit(number: Expr) -> None:
+        row, head = number // kv.heads * tokens_per_tile, number % kv.heads
         if tokens_per_tile == 1:
             one_tile(row, head, 1)
         else:
@@ -94,6 +94,16 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
                 one_tile(row, head, tokens_per_tile)
             with k.when(together.compare("eq", 0)), k.loop(row, end) as single:
                 one_tile(single.i, head, 1)
+
+    if decode:
+        first, last = k.thread_share(tiles * kv.heads)
+        with k.loop(first, last) as mine:
+            unit(mine.i)
+        return k.finish()
+    # Later tokens of a prompt see more positions: the long units first, each to whoever is free.
+    tickets, count = Tickets(k), tiles * kv.heads
+    with k.loop(0, count) as number, tickets.piece(number.i):
+        unit(count - 1 - number.i)
     return k.finish()
 
 

@@ -27,7 +27,7 @@ from codegen.kernels.call import (
 from codegen.kernels.math import clip, silu
 from codegen.kernels.micro import LANES
 from codegen.kernels.products import Product, product_of
-from codegen.tile_builder import Buffer, Expr, KernelBuilder
+from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, PlainFormat
@@ -37,6 +37,9 @@ from ir.ops.moe import GroupedGemmOp
 from ir.ops.tensor import AddOp, CastOp, ClipOp, MulOp, SiluOp, SwigluOp
 from ir.types import TensorType
 from passes.fuse.forms import FormError, GemmForm, describe_gemm
+
+SHARED_PART = 3  # one strip of so many is not given to a thread beforehand
+PIECE_BYTES = 32 << 10  # of weights at a time are taken of those
 
 
 class Gemm:
@@ -136,7 +139,7 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
     tile = _TileEmitter(k, gemm, product, out, extra)
     if gemm.grouped is None:
         product.use_matrix(k, weights)
-        tile.all_strips(lambda row: row, k.index(0), y_rows)
+        tile.all_strips(lambda row: row, k.index(0), y_rows, k.index(0))
         return k.finish()
     assert order is not None and offsets is not None
     gather, experts = gemm.grouped.gather, gemm.w.type.shape[0]  # type: ignore[attr-defined]
@@ -144,11 +147,13 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
     def source_row(row: Expr) -> Expr:
         return order.load(row).to_index() // gather if gather else row
 
-    with k.loop(0, experts) as expert:
+    with k.loop(0, experts, 1, [k.index(0)]) as expert:
         first, last = offsets.load(expert.i).to_index(), offsets.load(expert.i + 1).to_index()
-        with k.when(first.compare("lt", last)):
+        used = first.compare("lt", last)
+        with k.when(used):
             product.use_matrix(k, weights.at(expert.i * gemm.expert_stride))
-            tile.all_strips(source_row, first, last)
+            tile.all_strips(source_row, first, last, expert.carried[0])
+        expert.carry(k.select(used, expert.carried[0] + tile.pieces, expert.carried[0]))
     return k.finish()
 
 
@@ -175,14 +180,36 @@ class _TileEmitter:
             message = f"weight with layout {layout} feeds no swiglu"
             raise DiagnosticError.of(Diagnostic("error", message, gemm.form.product.location))
         self.padded = (gemm.n // self.halves) % layout.rows != 0
+        self.units = product.strips // self.halves  # strips, or pairs of them
+        shared = self.units // SHARED_PART  # the last of them go to whoever is free
+        self.fixed = self.units - shared
+        self.piece = max(1, min(-(-PIECE_BYTES // (product.strip_bytes * self.halves)), shared // 2))
+        self.pieces = -(-shared // self.piece)
+        self.tickets = Tickets(k) if shared else None
 
-    def all_strips(self, source_row: Callable[[Expr], Expr], first_row: Expr, last_row: Expr) -> None:
-        """This thread's strips, each times rows first_row .. last_row; row r of y is of row source_row(r) of x."""
-        k, product = self.k, self.product
-        first, last = k.thread_share(product.strips // self.halves)
-        with k.loop(first, last) as unit:
-            strips = [product.strip(unit.i * self.halves + h) for h in range(self.halves)]
-            self.all_rows(strips, unit.i * product.layout.rows, source_row, first_row, last_row)
+    def all_strips(
+        self, source_row: Callable[[Expr], Expr], first_row: Expr, last_row: Expr, first_piece: Expr
+    ) -> None:
+        """This thread's strips, each times rows first_row .. last_row; row r of y is of row source_row(r) of x.
+
+        Most strips are shared evenly, so that each thread reads one long stream; the last go piece by piece to the
+        threads that are done. The tickets of the pieces begin with `first_piece`.
+        """
+        k = self.k
+        own_first, own_last = k.thread_share(self.fixed)
+        with k.loop(0, self.pieces + 1) as turn:
+            fixed, number = turn.i.compare("eq", 0), turn.i - 1
+            first = k.select(fixed, own_first, number * self.piece + self.fixed)
+            mine = self.tickets.holds(first_piece + number) if self.tickets else None
+            last = own_last
+            if mine is not None:
+                last = k.select(fixed, own_last, k.select(mine, (first + self.piece).min(k.index(self.units)), first))
+            with k.loop(first, last) as unit:
+                strips = [self.product.strip(unit.i * self.halves + h) for h in range(self.halves)]
+                self.all_rows(strips, unit.i * self.product.layout.rows, source_row, first_row, last_row)
+            if self.tickets is not None and mine is not None:
+                with k.when(mine):
+                    self.tickets.take()
 
     def all_rows(
         self, strips: list[Buffer], column: Expr, source_row: Callable[[Expr], Expr], first: Expr, last: Expr

@@ -31,6 +31,7 @@ class Product(Protocol):
     layout: Layout
     strips: int
     vectors: int  # registers across a strip
+    strip_bytes: int
     matrix_size: int  # of one matrix, in elements of the buffer of weights
     weight_element: PlainFormat  # of that buffer
     one_stream: bool  # whether the strips of a gate | up pair are read one after the other
@@ -77,6 +78,7 @@ class PlainProduct:
     def __init__(self, matrix: StripMatrix, shape: TileShape) -> None:
         self.matrix, self.shape = matrix, shape
         self.layout, self.strips, self.vectors = matrix.layout, matrix.strips, matrix.vectors
+        self.strip_bytes = matrix.strip_elements * (matrix.element.bits // 8)
         self.matrix_size, self.weight_element = matrix.elements, matrix.element
 
     def temporaries(self, rows: Dim) -> list[Temporary]:
@@ -115,6 +117,7 @@ class PackedProduct:
     def __init__(self, matrix: PackedStrips, x: NumberFormat, shape: TileShape) -> None:
         self.matrix, self.shape = matrix, shape
         self.layout, self.strips, self.vectors = matrix.layout, matrix.strips, matrix.vectors
+        self.strip_bytes = matrix.strip_bytes
         self.matrix_size, self.weight_element = matrix.matrix_bytes, U8
         self.group = x.group if isinstance(x, GroupedIntFormat) else 0
         self.integer = isinstance(x, GroupedIntFormat)

@@ -9,13 +9,14 @@ weights, no wait expires.
 Words of a team, each on a cache line of its own:
     0 threads (i64) | 64 arrived (i32) | 128 barrier generation (i32) | 192 sleepers at the barrier (i32)
     256 job generation (i32) | 320 idle sleepers (i32) | 384 step function, 392 its arguments | 448 shutdown (i32)
-    512 failed (i32) | 640 thread 0 is reading (i32)
+    512 failed (i32) | 576 tickets taken since the last barrier (i64) | 640 thread 0 is reading (i32)
 """
 
 from __future__ import annotations
 
 BARRIER_SECONDS = 60
 SPINS = 20000  # about 0.2 ms: longer than the pause between two decode steps
+TICKETS_AT = 576
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 
 _TEXT = """
@@ -55,8 +56,12 @@ done:
 
 define internal void @stratum_barrier(ptr %team, i64 %threads) noinline {{
 entry:
+  %tickets = getelementptr i8, ptr %team, i64 576
   %alone = icmp eq i64 %threads, 1
-  br i1 %alone, label %done, label %arrive
+  br i1 %alone, label %single, label %arrive
+single:
+  store atomic i64 0, ptr %tickets monotonic, align 8
+  br label %done
 arrive:
   %arrived = getelementptr i8, ptr %team, i64 64
   %generation = getelementptr i8, ptr %team, i64 128
@@ -71,6 +76,7 @@ arrive:
   br i1 %last, label %release, label %spin
 release:
   store atomic i32 0, ptr %arrived monotonic, align 4
+  store atomic i64 0, ptr %tickets monotonic, align 8
   %following = add i32 %seen, 1
   store atomic i32 %following, ptr %generation seq_cst, align 4
   call void @stratum_wake(ptr %generation, ptr %sleepers)

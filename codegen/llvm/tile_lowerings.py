@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from codegen.llvm.lowering import FunctionEmitter, literal, llvm_element, llvm_type, lowering
+from codegen.llvm.team import TICKETS_AT
 from ir.core import Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, F16, F32, I1, I32, I64, U8
@@ -374,6 +375,12 @@ def _thread_id(e: FunctionEmitter, op: tile_control.ThreadIdOp) -> None:
 @lowering(tile_control.NumThreadsOp)
 def _num_threads(e: FunctionEmitter, op: tile_control.NumThreadsOp) -> None:
     e.names[op.out] = "%threads"
+
+
+@lowering(tile_control.TicketOp)
+def _ticket(e: FunctionEmitter, op: tile_control.TicketOp) -> None:
+    at = e.assign(f"getelementptr i8, ptr %team, i64 {TICKETS_AT}")
+    e.names[op.out] = e.assign(f"atomicrmw add ptr {at}, i64 1 monotonic")
 
 
 @lowering(tile_control.BarrierOp)

@@ -17,7 +17,7 @@ from ir.formats import I1
 from ir.op_def import InferenceError, Op, expect, operand, region, register_op, result
 from ir.ops.tile_types import element_of
 from ir.tile_memory_model import KernelFault
-from ir.traits import HasRecursiveEffects, Pure, Synchronizes, Terminator
+from ir.traits import HasRecursiveEffects, Pure, Synchronizes, Terminator, WritesMemory
 from ir.types import INDEX, ScalarType, Type
 
 
@@ -179,6 +179,28 @@ class NumThreadsOp(Op):
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         return (np.int64(context.team.threads),)
+
+
+@register_op
+class TicketOp(Op):
+    """A number that no other thread gets: how many tickets the team has taken since its last barrier.
+
+    Threads that are done sooner take more of the work that is left. Which thread gets which number is not said, so what
+    is done with one must not depend on the thread.
+
+    %n = tile.ticket : () -> index
+    """
+
+    name = "tile.ticket"
+    traits = (WritesMemory,)
+    out = result("index")
+
+    @staticmethod
+    def infer_types() -> Type:
+        return INDEX
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
+        return (np.int64(context.team.take_ticket()),)
 
 
 @register_op

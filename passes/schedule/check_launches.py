@@ -2,7 +2,8 @@
 
 Checked for every `plan.launch` of a program against the tile IR of the kernel it names:
 - the arguments are as many as the kernel's parameters and of their types;
-- what the kernel loads from and stores to is what the launch says it reads and writes: barriers are placed by that.
+- what the kernel loads from and stores to is what the launch says it reads and writes: barriers are placed by that;
+- tickets begin anew at barriers: two kernels that take some without a barrier between would share one count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
+from ir.ops.tile_control import BarrierOp, TicketOp
 from ir.ops.tile_memory import GatherOp, LoadMaskedOp, LoadOp, OffsetOp, ScratchOp, StoreMaskedOp, StoreOp, ViewOp
 
 
@@ -55,10 +57,27 @@ def check_launches(programs: Sequence[FuncOp], kernels: Sequence[FuncOp]) -> Dia
     by_name = {kernel.sym_name: kernel for kernel in kernels}
     known = {name: accesses_of(kernel) for name, kernel in by_name.items()}
     for program in programs:
+        counted = ""  # the kernel that took tickets last, while no barrier begins them anew
         for op in program.block.ops:
+            if isinstance(op, plan.BarrierOp):
+                counted = ""
             if isinstance(op, plan.LaunchOp):
                 _check(op, by_name, known, diag)
+                counted = _check_tickets(op, by_name.get(op.kernel.name), counted, diag)
     return diag
+
+
+def _check_tickets(op: plan.LaunchOp, kernel: FuncOp | None, counted: str, diag: DiagnosticSink) -> str:
+    """Refuses tickets that go on counting those of the kernel `counted`; the kernel whose tickets count at the end."""
+    own = False
+    for inner in kernel.walk() if kernel is not None else ():
+        if isinstance(inner, BarrierOp):
+            counted = ""
+        elif isinstance(inner, TicketOp):
+            if counted and not own:
+                diag.error(op.location, f"@{op.kernel.name} takes tickets after @{counted} without a barrier between")
+            counted, own = op.kernel.name, True
+    return counted
 
 
 def _check(

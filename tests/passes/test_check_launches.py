@@ -110,3 +110,36 @@ def test_real_launches_fit_and_say_no_more_than_their_kernels_do(name: str) -> N
                 # The second product of experts has its rows in grouped order already and does not look at the order.
                 spare = {2} if op.kernel.name.startswith("experts_64x96") else set()
                 assert set(op.reads) == set(found.loads) - set(op.writes) | spare
+
+
+TICKETS = """
+func @decode() {
+  %y = plan.reserve {offset = 0, bytes = 64} : () -> buffer<f32>
+  plan.launch %y {kernel = @first, writes = [0], reads = []} : (buffer<f32>) -> ()
+  plan.barrier : () -> ()
+  plan.launch %y {kernel = @second, writes = [0], reads = []} : (buffer<f32>) -> ()
+  return
+}
+func @first(%y: buffer<f32>) {
+  %n = tile.ticket : () -> index
+  %m = tile.ticket : () -> index
+  return
+}
+func @second(%y: buffer<f32>) {
+  %n = tile.ticket : () -> index
+  return
+}
+"""
+
+
+def test_tickets_begin_anew_between_kernels() -> None:
+    barrier = "  plan.barrier : () -> ()\n"
+    assert faults(TICKETS) == []
+    assert faults(TICKETS.replace(barrier, "")) == ["@second takes tickets after @first without a barrier between"]
+    assert faults(TICKETS.replace(barrier, "").replace("@second {", "@first {").replace("= @second", "= @first")) == [
+        "@first takes tickets after @first without a barrier between"
+    ]
+    inside = TICKETS.replace(barrier, "").replace(
+        "func @second(%y: buffer<f32>) {\n", "func @second(%y: buffer<f32>) {\n  tile.barrier : () -> ()\n"
+    )
+    assert faults(inside) == []

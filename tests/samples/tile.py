@@ -174,6 +174,7 @@ CONTROL = (
     low_sample("tile.thread_id", "first"),
     low_sample("tile.num_threads", "one"),
     low_sample("tile.barrier", "one"),
+    low_sample("tile.ticket", "first"),
 )
 SAMPLES: tuple[Sample, ...] = (*ARITHMETIC, *INTEGER, *FLOAT, *CHOICE, *CONVERSION, *MEMORY, *CONTROL)
 

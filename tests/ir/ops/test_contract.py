@@ -36,7 +36,7 @@ def has_values(name: str) -> bool:
 
 # any type, any values; or no operand and no attribute
 NEVER_REFUSES = {"tensor.constant", "tensor.yield", "tile.yield"}
-NEVER_REFUSES |= {"tile.thread_id", "tile.num_threads", "tile.barrier", "plan.barrier"}
+NEVER_REFUSES |= {"tile.thread_id", "tile.ticket", "tile.num_threads", "tile.barrier", "plan.barrier"}
 
 
 def example_of(cls: type[Op]) -> str:

@@ -1,0 +1,240 @@
+"""From a choice of options to a plan with numbered layers, and from a plan back to a choice.
+
+    placement = to_placement(problem, choice, outcome)
+    choice = from_placement(problem, placement)        # also of a plan that a user edited
+
+Equal layers are interchangeable to the solver. Here the first ones go to the first unit, so that activations cross
+between units as seldom as possible, and those whose weights are streamed stand evenly among those that stay, so that
+there is always something to compute while the next one arrives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from hw_targets.target import Target
+from ir.diagnostics import DiagnosticError
+from passes.place.machine import Machine
+from passes.place.options import CACHED, RESIDENT, SPLIT, Option, option_with, options_of
+from passes.place.outcome import Choice, Outcome, PhaseOutcome
+from passes.place.parallel import Spread
+from passes.place.parts import Part, parts_of, span
+from passes.place.placement import (
+    Degrees,
+    ExpertCache,
+    Mode,
+    PhasePlan,
+    Placed,
+    PlacedKV,
+    Placement,
+    Resource,
+    SessionPlan,
+    TierPlan,
+)
+from passes.place.problem import Problem, Session
+
+
+def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees: Degrees | None = None) -> Placement:
+    """The plan of a choice."""
+    groups: list[Placed] = []
+    kv: list[PlacedKV] = []
+    by_part: dict[Part, list[tuple[Option, int]]] = {}
+    for option, count in choice:
+        by_part.setdefault(option.part, []).append((option, count))
+    order = {unit.name: i for i, unit in enumerate(problem.machine.units)}
+    for part, found in by_part.items():
+        for option, layers in numbered(part, found, order):
+            weights = [n for _, category, n in option.holds if category == "weights"]
+            count = len(layers) or 1
+            groups.append(
+                Placed(
+                    part.group, span(layers), option.home, _mode(option), option.unit, part.format,
+                    sum(weights) * count, option.slots, option.helper,
+                    option.prefill_unit if option.prefill_unit != option.unit else "",
+                )
+            )  # fmt: skip
+            held = sum(n for _, category, n in option.holds if category == "kv")
+            if option.kv_home:
+                kv.append(PlacedKV(span(layers), option.kv_home, option.kv_unit, problem.formats.kv_name, held * count))
+    return Placement(
+        model=problem.shape.name,
+        target=problem.machine.target.name,
+        recipe=problem.formats.name,
+        dtype=problem.formats.float_format,
+        session=session_plan(problem.session),
+        degrees=degrees or Degrees(),
+        groups=tuple(groups),
+        kv=tuple(kv),
+        decode=phase_plan(outcome.decode),
+        prefill=phase_plan(outcome.prefill),
+        tiers=tuple(TierPlan(t.name, t.room, **dict(t.used)) for t in outcome.tiers),
+        expert_cache=_expert_cache(choice),
+        prefill_threshold=prefill_threshold(problem, choice),
+        joules_per_token=joules(problem.machine.target, outcome.decode, problem.session.batch),
+    )
+
+
+def numbered(
+    part: Part, found: list[tuple[Option, int]], order: dict[str, int]
+) -> list[tuple[Option, tuple[int, ...]]]:
+    """Which layers of a part take which option."""
+    if not part.layers:
+        return [(option, ()) for option, _ in found]
+    by_unit: dict[str, list[tuple[Option, int]]] = {}
+    for option, count in sorted(found, key=lambda item: order.get(item[0].unit, 0)):
+        by_unit.setdefault(option.unit, []).append((option, count))
+    layers = iter(part.layers)
+    taken: dict[int, list[int]] = {}
+    for options in by_unit.values():
+        for at in _even([count for _, count in options]):
+            taken.setdefault(id(options[at][0]), []).append(next(layers))
+    return [(option, tuple(taken[id(option)])) for options in by_unit.values() for option, _ in options]
+
+
+def _even(counts: list[int]) -> Iterable[int]:
+    """Indices such that i comes counts[i] times, each spread evenly over the whole."""
+    total, credit = sum(counts), [0.0] * len(counts)
+    left = list(counts)
+    for _ in range(total):
+        credit = [c + n / total for c, n in zip(credit, counts, strict=True)]
+        at = max((i for i in range(len(counts)) if left[i]), key=lambda i: credit[i])
+        credit[at] -= 1.0
+        left[at] -= 1
+        yield at
+
+
+def from_placement(problem: Problem, placement: Placement) -> Choice:
+    """The choice that the entries of a plan describe; DiagnosticError for what this machine or model cannot do."""
+    found: list[tuple[Option, int]] = []
+    places = {layer: entry for entry in placement.kv for layer in _layers(entry.layers)}
+    for part in parts_of(problem.shape, problem.formats):
+        missing = dict.fromkeys(part.layers or (-1,))
+        for entry in placement.groups:
+            if entry.group != part.group:
+                continue
+            mine = [i for i in (_layers(entry.layers) if part.layers else [-1]) if i in missing]
+            runs: dict[tuple[str, str], list[int]] = {}
+            for i in mine:
+                del missing[i]
+                kv = places.get(i) if part.group == "attention" else None
+                runs.setdefault((kv.tier, kv.unit) if kv else ("", ""), []).append(i)
+            for where, layers in runs.items():
+                found.append((_option(problem, part, entry, where), len(layers)))
+        if missing and (part.nbytes or part.group != "embedding"):
+            raise DiagnosticError(f"the plan says nothing of {part.group} {span(tuple(missing))}".replace(" -1", ""))
+    return tuple(found)
+
+
+def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) -> Option:
+    if entry.mode in (CACHED, SPLIT):
+        option = option_with(problem, part, entry.mode, entry.unit, entry.tier, entry.slots)
+        if option is not None:
+            return option
+    for option in options_of(problem, part):
+        same = (option.home, option.mode, option.unit) == (entry.tier, entry.mode, entry.unit)
+        if part.group == "embedding":
+            same = option.home == entry.tier
+        else:
+            same = same and option.prefill_unit == (entry.prefill_unit or entry.unit)
+        if same and (option.kv_home, option.kv_unit) == kv and not option.slots:
+            return option
+    tail = f", its cache at {kv[0]} attended to by {kv[1]}" if kv[0] else ""
+    raise DiagnosticError(
+        f"the plan puts {entry.group} {entry.layers} at {entry.tier}, {entry.mode}, computed by {entry.unit}{tail}: "
+        f"target {problem.machine.target.name} has no such way",
+        expected="one of: " + "; ".join(dict.fromkeys(o.label for o in options_of(problem, part)[:12])),
+    )
+
+
+def _layers(text: str) -> list[int]:
+    """Numbers of `0-3,8`."""
+    found: list[int] = []
+    for run in text.split(",") if text else []:
+        first, _, last = run.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or len(run) > 13:
+            raise DiagnosticError(f"{text!r} are no layers", expected="such as 0-3,8")
+        found.extend(range(int(first), min(int(last or first), 1 << 12) + 1))
+    return found
+
+
+def spread_placement(
+    problem: Problem, spread: Spread, target: Target, unit_name: str, tier: str, machine: Machine
+) -> Placement:
+    """The plan of devices that keep everything in their own memory; bytes of the groups are of all devices together."""
+    groups, kv = [], []
+    session = problem.session
+    for part in parts_of(problem.shape, problem.formats):
+        layers = span(part.layers)
+        groups.append(Placed(part.group, layers, tier, RESIDENT, unit_name, part.format, part.nbytes * part.count))
+        if part.layer is not None and part.kv_bytes_per_token:
+            held = spread.batch * part.layer.kv_tokens(session.context) * part.kv_bytes_per_token * part.count
+            kv.append(PlacedKV(layers, tier, unit_name, problem.formats.kv_name, held))
+    tiers = (TierPlan(tier, spread.room, **dict(spread.holds)),)
+    plan = SessionPlan(
+        session.context, spread.batch, session.prompt, session.generate, session.chunk,
+        spread.degrees.pipeline, session.depth,
+    )  # fmt: skip
+    return Placement(
+        model=problem.shape.name, target=target.name, recipe=problem.formats.name, dtype=problem.formats.float_format,
+        session=plan, degrees=spread.degrees, groups=tuple(groups), kv=tuple(kv), decode=phase_plan(spread.decode),
+        prefill=phase_plan(spread.prefill), tiers=tiers,
+        joules_per_token=joules(machine.target, spread.decode, spread.batch, spread.degrees.devices),
+    )  # fmt: skip
+
+
+def session_plan(session: Session) -> SessionPlan:
+    return SessionPlan(
+        session.context, session.batch, session.prompt, session.generate, session.chunk, session.micro_batches,
+        session.depth,
+    )  # fmt: skip
+
+
+def phase_plan(phase: PhaseOutcome) -> PhasePlan:
+    return PhasePlan(phase.seconds, phase.bound, tuple(Resource(name, s) for name, s in phase.busy))
+
+
+def joules(target: Target, decode: PhaseOutcome, batch: int, devices: int = 1) -> float | None:
+    """Energy of a token: units at work for the length of a step, or the whole machine where only that is stated."""
+    watts = [u.power_watts for u in target.units if u.power_watts is not None]
+    total = target.power_watts if target.power_watts is not None else sum(watts) * devices if watts else None
+    return None if total is None else total * decode.seconds / batch
+
+
+def _mode(option: Option) -> Mode:
+    assert option.mode in ("resident", "streamed", "cached", "split")
+    return option.mode
+
+
+def _expert_cache(choice: Choice) -> ExpertCache | None:
+    cached = [(o, n) for o, n in choice if o.mode == CACHED]
+    if not cached:
+        return None
+    slots = sum(o.slots * n for o, n in cached)
+    layers = sum(n for _, n in cached)
+    tiers = dict.fromkeys(t for o, _ in cached for t, category, _ in o.holds if category == "cache")
+    nbytes = sum(n * b for o, n in cached for _, category, b in o.holds if category == "cache")
+    rate = sum(o.hit * n for o, n in cached) / layers
+    return ExpertCache("+".join(tiers), slots, nbytes, "layer", "lru", rate, "synthetic session, Zipf 1.4")
+
+
+def prefill_threshold(problem: Problem, choice: Choice) -> int | None:
+    """Tokens of a prompt from which it is faster to move the experts (or MLP) of slow units than to compute there."""
+    slow = [o for o, _ in choice if o.mode == RESIDENT and o.part.group in ("mlp", "experts") and o.part.layers]
+    for option in slow:
+        tokens = 1
+        while tokens <= 1 << 16:
+            session = dataclasses.replace(problem.session, prompt=tokens, chunk=tokens)
+            trial = dataclasses.replace(problem, session=session, pins=())
+            ways = [
+                o
+                for o in options_of(trial, option.part)
+                if (o.unit, o.home, o.mode) == (option.unit, option.home, option.mode)
+            ]
+            if len(ways) < 2:
+                break
+            lengths = [max(o.prefill.waited, max(o.prefill.streams.values(), default=0.0)) for o in ways]
+            if min(lengths[1:]) < lengths[0]:
+                return tokens
+            tokens *= 2
+    return None

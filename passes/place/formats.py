@@ -1,0 +1,102 @@
+"""Bytes of a model's tensors and cache under a recipe, and the element that products are computed in.
+
+    formats = formats_of("w4a8-g32,kv8", dtype="bf16")
+    formats.nbytes(tensor)            # all copies
+    formats.kv_bytes(layer)           # that one token adds
+
+Takes recipes as builds do; a tensor that its format cannot hold (a group that does not divide its columns) stays in
+the float of the build. Refuses what `passes.quantize.recipe` refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from frontends.model_shape import LayerShape, TensorShape
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
+from passes.quantize.recipe import FLOAT, STORED, Recipe, cache_type, load_recipe
+
+FLOATS: dict[str, PlainFormat] = {"bf16": BF16, "f16": F16, "f32": F32}
+# From the most exact to the smallest: what "the next format down" means. "" is the float of the build.
+LADDER = ("", "w8a8", "w6a8", "w5a8", "w4a8-g32", "w3", "w2a8")
+
+
+@dataclass(frozen=True)
+class Formats:
+    """A recipe applied to shapes. `name` is the recipe's text, "" for floats throughout."""
+
+    name: str
+    recipe: Recipe = field(default_factory=lambda: Recipe(""))
+    float_format: str = "bf16"
+
+    def weight(self, tensor: TensorShape) -> NumberFormat:
+        """The number format of a tensor."""
+        if not tensor.is_product:
+            return FLOATS[self.float_format] if tensor.role == "embedding" else F32
+        role = tensor.role.replace("shared.", "mlp.")
+        chosen = self.recipe.choice("", role).format
+        if chosen is None or chosen in (FLOAT, STORED) or isinstance(chosen, str):
+            return FLOATS[self.float_format]
+        return chosen if _fits(chosen, tensor.shape) else FLOATS[self.float_format]
+
+    def nbytes(self, tensor: TensorShape) -> int:
+        """Bytes of all copies of a tensor."""
+        return _nbytes(self.weight(tensor), tensor.shape) * tensor.copies
+
+    def element(self, tensor: TensorShape) -> str:
+        """What the products of a tensor are computed in: i8 when both sides are integers, else the float."""
+        chosen = self.recipe.choice("", tensor.role.replace("shared.", "mlp.")).activations
+        integers = chosen is not None and not isinstance(chosen, str | PlainFormat)
+        return "i8" if integers and not isinstance(self.weight(tensor), PlainFormat) else self.float_format
+
+    def kv_bytes(self, layer: LayerShape) -> int:
+        """Bytes that one token adds to the cache of a layer."""
+        attention = layer.attention
+        if not self.recipe.kv:
+            return attention.kv_elements * FLOATS[self.float_format].nbytes((1,))
+        if attention.kind == "mla":
+            return _kv_row(self.recipe.kv, attention.kv_elements)
+        rows = _kv_row(self.recipe.kv, attention.head_dim) + _kv_row(self.recipe.kv, attention.value_dim)
+        return attention.kv_heads * rows
+
+    @property
+    def kv_name(self) -> str:
+        """The format of the cache as text."""
+        return self.recipe.kv or self.float_format
+
+
+def formats_of(recipe: str | None, dtype: str = "bf16") -> Formats:
+    """The formats of a recipe text as `--recipe` takes it; None or "" for floats of `dtype` everywhere."""
+    if not recipe:
+        return Formats("", float_format=dtype)
+    return Formats(recipe, load_recipe(recipe), dtype)
+
+
+def next_down(formats: Formats) -> Formats | None:
+    """The same with the next smaller recipe of the ladder; None when the recipe is not on it or the smallest."""
+    first, _, rest = formats.name.partition(",")
+    if first not in LADDER[:-1]:
+        return None
+    below = LADDER[LADDER.index(first) + 1]
+    return formats_of(",".join(part for part in (below, rest) if part), formats.float_format)
+
+
+@lru_cache(maxsize=4096)
+def _nbytes(format: NumberFormat, shape: tuple[int, ...]) -> int:
+    return format.nbytes(shape)
+
+
+@lru_cache(maxsize=4096)
+def _fits(format: NumberFormat, shape: tuple[int, ...]) -> bool:
+    try:
+        format.nbytes(shape)
+    except DiagnosticError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _kv_row(text: str, width: int) -> int:
+    return cache_type(text, 1, width).element.nbytes((1, width))

@@ -1,0 +1,227 @@
+"""The choice as a mixed-integer program, solved by HiGHS: how many layers of each part take each option.
+
+    found = solve_counts(problem, options)           # options: one list a part
+    found.choice, found.gap                          # gap 0: proved best of all choices
+
+Equal layers are one integer instead of a binary each, so that the program does not grow with depth. Variables: counts,
+the length of both phases, layers whose parts are on different units, and pieces of streams that need buffers. The goals
+are time (`best`), the fewest bytes in one tier (`least_bytes`) and any fit at all. Deterministic: bounded by nodes,
+never by time. Gives None when nothing fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from passes.place.options import Option
+from passes.place.outcome import Choice, crossing, tier_use, workspaces
+from passes.place.problem import Problem
+
+_MAX_NODES = 3000
+_REL_GAP = 1e-3
+_NUDGE = 1e-6  # among equals the choice with less work altogether
+
+
+@dataclass(frozen=True)
+class Found:
+    """A choice and how far from the best it can be at most, relatively."""
+
+    choice: Choice
+    gap: float
+
+
+@dataclass
+class _Rows:
+    """A program by rows: columns with cost and bounds, rows of (column, value) between bounds."""
+
+    cost: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+    whole: list[bool] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    entries: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def column(self, cost: float = 0.0, upper: float = math.inf, whole: bool = False) -> int:
+        self.cost.append(cost)
+        self.upper.append(upper)
+        self.whole.append(whole)
+        return len(self.cost) - 1
+
+    def row(self, low: float, high: float, entries: list[tuple[int, float]]) -> None:
+        merged: dict[int, float] = {}
+        for at, value in entries:
+            merged[at] = merged.get(at, 0.0) + value
+        self.low.append(low)
+        self.high.append(high)
+        self.entries.append([(at, value) for at, value in merged.items() if value])
+
+
+def solve_counts(
+    problem: Problem, options: Sequence[Sequence[Option]], *, least_bytes: str = "", best: bool = True
+) -> Found | None:
+    """The best counts; with `least_bytes` those that need least of that tier, whose room then does not count."""
+    shrink = 1.0
+    for _ in range(4):  # once, unless tolerances of the solver let a tier go over by a few bytes
+        rows, columns = _program(problem, options, least_bytes, best, shrink)
+        values, gap = _run(rows)
+        if values is None:
+            return None
+        choice = tuple((option, round(values[at])) for option, at in columns if round(values[at]))
+        over = [t for t in tier_use(problem, choice) if t.total > t.room and t.name != least_bytes]
+        if not over:
+            return Found(choice, gap)
+        shrink *= 1 - 4e-6
+    return None
+
+
+def _program(
+    problem: Problem, options: Sequence[Sequence[Option]], least_bytes: str, best: bool, shrink: float
+) -> tuple[_Rows, list[tuple[Option, int]]]:
+    rows, session = _Rows(), problem.session
+    scale = _time_scale(options)
+    wanted = best and not least_bytes
+    t_decode = rows.column(session.generate * 1.0 if wanted else 0.0)
+    t_prefill = rows.column(session.batch * 1.0 if wanted else 0.0)
+    if problem.slo.tpot is not None:
+        rows.upper[t_decode] = problem.slo.tpot / scale
+    if problem.slo.ttft is not None:
+        rows.upper[t_prefill] = problem.slo.ttft / scale
+    columns: list[tuple[Option, int]] = []
+    for found in options:
+        mine = []
+        for option in found:
+            work = sum(sum(c.path.values()) + sum(c.streams.values()) for c in (option.decode, option.prefill))
+            at = rows.column(_NUDGE * work / scale if wanted else 0.0, float(option.part.count), True)
+            columns.append((option, at))
+            mine.append(at)
+        count = float(found[0].part.count)
+        rows.row(count, count, [(at, 1.0) for at in mine])
+    crossings = _crossings(rows, columns)
+    for decode, length in ((True, t_decode), (False, t_prefill)):
+        _lengths(rows, problem, columns, crossings, length, decode, scale)
+    _capacities(rows, problem, columns, least_bytes, shrink)
+    return rows, columns
+
+
+def _time_scale(options: Sequence[Sequence[Option]]) -> float:
+    """Seconds that become 1 in the program: what the fastest options of all parts take together."""
+    total = sum(min(o.decode.waited + o.prefill.waited for o in found) * found[0].part.count for found in options)
+    return max(total, 1e-9)
+
+
+def _crossings(rows: _Rows, columns: list[tuple[Option, int]]) -> list[int]:
+    """Columns that count layers whose MLP or experts are computed elsewhere than their attention."""
+    found = []
+    groups = dict.fromkeys((o.part.kind, o.part.group) for o, _ in columns if o.part.kind >= 0)
+    for kind, group in groups:
+        if group == "attention":
+            continue
+        mine = [(o, at) for o, at in columns if o.part.kind == kind]
+        for unit in dict.fromkeys(o.unit for o, _ in mine if o.part.group == "attention"):
+            at = rows.column()
+            entries = [(c, -1.0) for o, c in mine if o.part.group == "attention" and o.unit == unit]
+            entries += [(c, 1.0) for o, c in mine if o.part.group == group and o.unit == unit]
+            rows.row(0.0, math.inf, [(at, 1.0), *entries])
+            found.append(at)
+    return found
+
+
+def _lengths(
+    rows: _Rows,
+    problem: Problem,
+    columns: list[tuple[Option, int]],
+    crossings: list[int],
+    length: int,
+    decode: bool,
+    scale: float,
+) -> None:
+    """The phase is no shorter than the path, and than every resource is busy."""
+    cost = [(o.decode if decode else o.prefill, at) for o, at in columns]
+    extra = problem.together_decode if decode else problem.together_prefill
+    fixed = sum(seconds for _, seconds in extra) / scale
+    away = crossing(problem, decode=decode)
+    over = [(at, away[1] / scale) for at in crossings] if away else []
+    turns = problem.session.micro_batches if decode else 1
+    units = dict.fromkeys(u for c, _ in cost for u in c.unit_seconds) if turns > 1 else {"": None}
+    for unit in units:
+        entries = []
+        for c, at in cost:
+            own = c.unit_seconds.get(unit, 0.0) if turns > 1 else c.waited
+            entries.append((at, -(own + (c.waited - own) / turns) / scale))
+        shares = [(at, -value / turns) for at, value in over]
+        rows.row(fixed / turns if turns > 1 else fixed, math.inf, [(length, 1.0), *entries, *shares])
+    together = dict(extra)
+    for resource in dict.fromkeys(r for c, _ in cost for r in (*c.streams, *c.path)):
+        entries = [(at, -(c.path.get(resource, 0.0) + c.streams.get(resource, 0.0)) / scale) for c, at in cost]
+        if away and away[0] == resource:
+            entries += [(at, -value) for at, value in over]
+        rows.row(together.get(resource, 0.0) / scale, math.inf, [(length, 1.0), *entries])
+
+
+def _capacities(
+    rows: _Rows, problem: Problem, columns: list[tuple[Option, int]], least_bytes: str, shrink: float
+) -> None:
+    """What lies in a tier, one buffer of the largest piece `depth` times over, and activations fit into it."""
+    work = workspaces(problem)
+    for tier, room in problem.machine.room:
+        unit = float(max(room, 1 << 20)) if tier != least_bytes else float(1 << 30)
+        entries = [
+            (at, sum(n for t, _, n in option.holds if t == tier) / unit)
+            for option, at in columns
+            if any(t == tier for t, _, n in option.holds if n)
+        ]
+        sizes = sorted({n for o, _ in columns for t, n in o.buffer if t == tier and n})
+        if sizes:
+            buffer = rows.column()
+            entries.append((buffer, 1.0))
+            for size in sizes:
+                users = [(o, at) for o, at in columns if (tier, size) in o.buffer]
+                needed = rows.column(0.0, 1.0, True)
+                most = sum(o.part.count for o, _ in users)
+                rows.row(0.0, math.inf, [(needed, float(most)), *((at, -1.0) for _, at in users)])
+                rows.row(0.0, math.inf, [(buffer, 1.0), (needed, -size * problem.session.depth / unit)])
+        if tier == least_bytes:
+            for at, value in entries:
+                rows.cost[at] += value
+        else:
+            rows.row(-math.inf, (room * shrink - work.get(tier, 0)) / unit, entries)
+
+
+def _run(rows: _Rows) -> tuple[list[float] | None, float]:
+    """(values of the columns, relative gap); None when nothing fits."""
+    import highspy
+    import numpy as np
+
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(rows.cost), len(rows.low)
+    lp.col_cost_ = np.array(rows.cost)
+    lp.col_lower_ = np.zeros(len(rows.cost))
+    lp.col_upper_ = np.array(rows.upper)
+    lp.row_lower_, lp.row_upper_ = np.array(rows.low), np.array(rows.high)
+    kinds = highspy.HighsVarType
+    lp.integrality_ = [kinds.kInteger if whole else kinds.kContinuous for whole in rows.whole]
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.cumsum([0, *(len(e) for e in rows.entries)])
+    lp.a_matrix_.index_ = np.array([at for e in rows.entries for at, _ in e], dtype=np.int32)
+    lp.a_matrix_.value_ = np.array([value for e in rows.entries for _, value in e])
+    model = highspy.Highs()
+    model.silent()
+    for option, value in (
+        ("threads", 1),
+        ("random_seed", 0),
+        ("mip_max_nodes", _MAX_NODES),
+        ("mip_rel_gap", _REL_GAP),
+        ("mip_feasibility_tolerance", 1e-7),
+        ("primal_feasibility_tolerance", 1e-8),
+    ):
+        model.setOptionValue(option, value)
+    model.passModel(lp)
+    model.run()
+    info = model.getInfo()
+    values = list(model.getSolution().col_value)
+    if len(values) != len(rows.cost) or info.primal_solution_status != 2:
+        return None, math.inf
+    gap = info.mip_gap if math.isfinite(info.mip_gap) else 0.0
+    return values, max(0.0, gap)

@@ -1,0 +1,161 @@
+"""What a choice of options amounts to: seconds and bound of both phases, bytes of every tier, exactly.
+
+    outcome = evaluate(problem, choice)     # choice: ((option, layers), ...) of all parts
+    outcome.decode.seconds, outcome.decode.bound, outcome.fits
+
+A phase lasts as long as its slowest resource, and at least as long as what tokens wait for in turn. With micro-batches
+a unit works while others do: then the path is that of the busiest unit, and one micro-batch's turn of the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from passes.place.options import Option, PhaseCost, cross
+from passes.place.problem import Problem
+
+Choice = tuple[tuple[Option, int], ...]
+CATEGORIES = ("weights", "cache", "kv", "activations", "buffers")
+
+
+@dataclass(frozen=True)
+class PhaseOutcome:
+    """Seconds of a phase, the resource that decides them, and seconds that every resource is busy."""
+
+    seconds: float
+    bound: str
+    busy: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class TierUse:
+    """Bytes in one tier or storage by category, beside the room a plan may use."""
+
+    name: str
+    room: int
+    used: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.used)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a plan promises."""
+
+    decode: PhaseOutcome
+    prefill: PhaseOutcome
+    tiers: tuple[TierUse, ...]
+    objective: float
+
+    @property
+    def fits(self) -> bool:
+        return all(tier.total <= tier.room for tier in self.tiers)
+
+    def tier(self, name: str) -> TierUse:
+        return next(t for t in self.tiers if t.name == name)
+
+
+def objective(problem: Problem, decode: float, prefill: float) -> float:
+    """What is made small: the time of all sequences of the session, prompts one after the other."""
+    return problem.session.batch * prefill + problem.session.generate * decode
+
+
+def evaluate(problem: Problem, choice: Choice) -> Outcome:
+    """The outcome of a choice."""
+    decode, prefill = PhaseCost(), PhaseCost()
+    for option, count in choice:
+        _add(decode, option.decode, count)
+        _add(prefill, option.prefill, count)
+    for cost, extra in ((decode, problem.together_decode), (prefill, problem.together_prefill)):
+        for resource, seconds in extra:
+            cost.wait(problem.machine.units[0].name, resource, seconds)
+    for kind, count in mismatches(choice).items():
+        for cost, seconds in ((decode, crossing(problem, decode=True)), (prefill, crossing(problem, decode=False))):
+            if count and seconds:
+                cost.wait(f"crossing {kind}", seconds[0], seconds[1] * count)
+    found = phase(decode, problem.session.micro_batches), phase(prefill, 1)
+    value = objective(problem, found[0].seconds, found[1].seconds)
+    return Outcome(*found, tier_use(problem, choice), value)
+
+
+def phase(cost: PhaseCost, micro_batches: int) -> PhaseOutcome:
+    """The length of a phase and what decides it."""
+    busy: dict[str, float] = dict(cost.streams)
+    for resource, seconds in cost.path.items():
+        busy[resource] = busy.get(resource, 0.0) + seconds
+    total = cost.waited
+    longest = max(cost.unit_seconds.values(), default=0.0)
+    path = longest + (total - longest) / max(1, micro_batches)
+    slowest = max(busy, key=lambda name: busy[name], default="nothing")
+    ordered = tuple(sorted(busy.items(), key=lambda item: (-item[1], item[0])))
+    if busy.get(slowest, 0.0) >= path:
+        return PhaseOutcome(busy.get(slowest, 0.0), slowest, ordered)
+    bound = max(cost.path, key=lambda name: cost.path[name], default="nothing")
+    return PhaseOutcome(path, bound, ordered)
+
+
+def mismatches(choice: Choice) -> dict[int, int]:
+    """Layers of each kind whose MLP or experts are computed elsewhere than their attention, at best."""
+    units: dict[tuple[int, str], dict[str, int]] = {}
+    for option, count in choice:
+        if option.part.kind >= 0:
+            here = units.setdefault((option.part.kind, option.part.group), {})
+            here[option.unit] = here.get(option.unit, 0) + count
+    found: dict[int, int] = {}
+    for (kind, group), here in units.items():
+        if group != "attention":
+            base = units.get((kind, "attention"), {})
+            found[kind] = found.get(kind, 0) + sum(max(0, base.get(u, 0) - here.get(u, 0)) for u in base)
+    return found
+
+
+def crossing(problem: Problem, *, decode: bool) -> tuple[str, float] | None:
+    """(resource, seconds) of a layer's activations going to another unit and back, the slowest such way."""
+    rows = problem.session.batch if decode else problem.session.prompt
+    nbytes = 2 * rows * problem.shape.hidden * 2
+    worst: tuple[str, float] | None = None
+    for first in problem.machine.units:
+        for second in problem.machine.units:
+            if first.tier != second.tier:
+                cost = PhaseCost()
+                cross(problem, cost, first.name, first.tier, second.tier, nbytes)
+                for resource, seconds in cost.path.items():
+                    if worst is None or seconds > worst[1]:
+                        worst = (resource, seconds)
+    return worst
+
+
+def workspaces(problem: Problem) -> dict[str, int]:
+    """Bytes of activations in the memory of every unit."""
+    return dict.fromkeys((u.tier for u in problem.machine.units), problem.workspace_bytes())
+
+
+def tier_use(problem: Problem, choice: Choice) -> tuple[TierUse, ...]:
+    """Bytes of every tier and storage."""
+    used: dict[str, dict[str, int]] = {name: {} for name, _ in problem.machine.room}
+    pieces: dict[str, int] = {}
+    for option, count in choice:
+        for tier, category, nbytes in option.holds:
+            used[tier][category] = used[tier].get(category, 0) + nbytes * count
+        for tier, nbytes in option.buffer if count else ():
+            pieces[tier] = max(pieces.get(tier, 0), nbytes)
+    for tier, nbytes in pieces.items():
+        used[tier]["buffers"] = nbytes * problem.session.depth
+    for tier, nbytes in workspaces(problem).items():
+        used[tier]["activations"] = nbytes
+    return tuple(
+        TierUse(name, room, tuple((c, used[name][c]) for c in CATEGORIES if used[name].get(c)))
+        for name, room in problem.machine.room
+    )
+
+
+def _add(total: PhaseCost, one: PhaseCost, count: int) -> None:
+    for mine, theirs in (
+        (total.path, one.path),
+        (total.streams, one.streams),
+        (total.unit_seconds, one.unit_seconds),
+    ):
+        for name, seconds in theirs.items():
+            mine[name] = mine.get(name, 0.0) + seconds * count

@@ -1,0 +1,299 @@
+"""Many equal devices: how far to split products, layers, experts and sequences, by trying every way that divides.
+
+    best = search(shape, target, formats, session)      # None when one device alone, or when nothing fits
+
+Each way is priced in closed form with everything in the devices' own memory: products cut `tensor` ways (two
+all-reduces a layer), layers in `pipeline` stages (as many micro-batches as stages), sequences in `data` copies, experts
+whole on `expert` devices (all-to-all there and back) or cut like products. The vocabulary is cut like products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from frontends.model_shape import ModelShape
+from hw_targets.cost_model import Work, price
+from hw_targets.target import ComputeUnit, Fabric, Target
+from passes.place.formats import Formats
+from passes.place.options import attended_pairs
+from passes.place.outcome import PhaseOutcome
+from passes.place.parts import Part, parts_of
+from passes.place.placement import Degrees
+from passes.place.problem import Session, Slo
+from passes.place.routing_model import distinct_experts
+
+_DEFAULT_LATENCY = 5e-6
+NO_SLO = Slo()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One way to use the devices, with what a device holds and how long the phases are."""
+
+    degrees: Degrees
+    batch: int
+    holds: tuple[tuple[str, int], ...]
+    room: int
+    decode: PhaseOutcome
+    prefill: PhaseOutcome
+    objective: float
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.holds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.decode.seconds
+
+
+def device_unit(target: Target) -> ComputeUnit | None:
+    """The unit of which there are several: what plans for many devices are about."""
+    several = [u for u in target.units if u.count * target.nodes > 1 and u.kind == "gpu" and u.peak]
+    return several[0] if several else None
+
+
+def search(
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    slo: Slo = NO_SLO,
+    *,
+    fixed: Degrees | None = None,
+    any_batch: bool = False,
+) -> Spread | None:
+    """The best way, or None when none fits. `fixed` leaves one way; `any_batch` chooses the sequences at once too."""
+    best: Spread | None = None
+    for spread in spreads(shape, target, formats, session, fixed=fixed, any_batch=any_batch):
+        late = slo.tpot is not None and spread.decode.seconds > slo.tpot
+        late = late or (slo.ttft is not None and spread.prefill.seconds > slo.ttft)
+        if late or spread.total > spread.room:
+            continue
+        value = -spread.tokens_per_second if any_batch else spread.objective
+        if best is None or value < (-best.tokens_per_second if any_batch else best.objective):
+            best = spread
+    return best
+
+
+def spreads(
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    *,
+    fixed: Degrees | None = None,
+    any_batch: bool = False,
+) -> Iterator[Spread]:
+    """Every way to use all devices, also those that do not fit, in a fixed order."""
+    unit = device_unit(target)
+    if unit is None:
+        return
+    one = _one_device(target)
+    parts = parts_of(shape, formats)
+    for degrees in [fixed] if fixed else list(_degrees(shape, unit.count * target.nodes, unit.count)):
+        for batch in _batches(session.batch, degrees.data, any_batch):
+            yield _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch).spread()
+
+
+def _degrees(shape: ModelShape, devices: int, per_node: int) -> Iterator[Degrees]:
+    for tensor in _divisors(devices):
+        if tensor > max(per_node, 1) * 2 or any(x.attention.heads % tensor for x, _ in shape.kinds()):
+            continue
+        for pipeline in _divisors(devices // tensor):
+            if pipeline > len(shape.layers):
+                continue
+            data = devices // tensor // pipeline
+            for expert in dict.fromkeys((1, tensor * data)) if shape.moe_layers else (1,):
+                if all(x.mlp.experts % expert == 0 for x, _ in shape.kinds() if x.mlp.is_moe):
+                    yield Degrees(tensor, pipeline, expert, data, tensor)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _batches(batch: int, data: int, any_batch: bool) -> list[int]:
+    return [data << i for i in range(13)] if any_batch else [batch]
+
+
+def _one_device(target: Target) -> Target:
+    from passes.place.machine import machine_of
+
+    return machine_of(target, tensor=1).target
+
+
+class _Pricing:
+    """The closed form of one way."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        target: Target,
+        one: Target,
+        unit: ComputeUnit,
+        formats: Formats,
+        parts: tuple[Part, ...],
+        session: Session,
+        degrees: Degrees,
+        batch: int,
+    ) -> None:
+        self.shape, self.target, self.one, self.formats = shape, target, one, formats
+        self.parts, self.session, self.degrees, self.batch = parts, session, degrees, batch
+        found = next(u for u in one.units if u.name == unit.name)
+        self.unit = found
+        self.per_node = unit.count
+        self.busy: dict[str, float] = {}
+        self.times = 1
+
+    def spread(self) -> Spread:
+        d, session = self.degrees, self.session
+        rows = math.ceil(self.batch / d.data)
+        turn = max(1, math.ceil(rows / d.pipeline))
+        decode = self._phase(turn, decode=True)
+        # With as many micro-batches as stages, a token takes as long as one micro-batch needs for all stages.
+        prefill = self._phase(min(session.chunk, session.prompt), decode=False)
+        rounds = math.ceil(self.batch / d.data)
+        overlap = min(d.pipeline, rounds)
+        value = rounds * prefill.seconds / overlap + session.generate * decode.seconds
+        tier = self.one.tier(self.unit.tier)
+        room = (tier.usable_bytes if tier else None) or 0
+        return Spread(d, self.batch, tuple(self._holds(rows, turn).items()), room, decode, prefill, value)
+
+    def _holds(self, rows: int, turn: int) -> dict[str, int]:
+        """Bytes of the fullest device: a stage with the embeddings or the head."""
+        d = self.degrees
+        weights = kv = 0
+        for part in self.parts:
+            ways = d.expert if part.experts and d.expert > 1 else d.tensor
+            if part.layer is None:
+                weights += math.ceil(part.nbytes / d.tensor)
+                continue
+            layers = math.ceil(part.count / d.pipeline)
+            weights += math.ceil(part.nbytes / ways) * layers
+            if part.kv_bytes_per_token:
+                split = 1 if part.layer.attention.kind == "mla" else min(d.tensor, part.layer.attention.kv_heads)
+                held = rows * part.layer.kv_tokens(self.session.context) * part.kv_bytes_per_token
+                kv += math.ceil(held / split) * layers
+        tokens = max(turn, min(self.session.chunk, self.session.prompt))
+        widest = max(
+            2 * x.mlp.intermediate + 2 * x.mlp.top_k * x.mlp.expert_intermediate for x, _ in self.shape.kinds()
+        )
+        work = tokens * (4 * self.shape.hidden + math.ceil(widest / d.tensor)) * 4
+        work += turn * math.ceil(self.shape.vocab / d.vocabulary) * 4
+        return {"weights": weights, "kv": kv, "activations": work}
+
+    def _phase(self, rows: int, *, decode: bool) -> PhaseOutcome:
+        """One pass of `rows` tokens of each copy through all layers; of a prompt all its chunks."""
+        self.busy = {}
+        session, d = self.session, self.degrees
+        passes = 1 if decode else session.passes
+        seconds = 0.0
+        for part in self.parts:
+            self.times = part.count * passes
+            ways = d.tensor
+            nbytes = float(part.nbytes)
+            tokens = float(rows)
+            if part.experts:
+                if d.expert > 1:
+                    ways, tokens = d.expert, float(rows * d.data)
+                each = min(distinct_experts(part.experts, part.top_k, tokens), part.top_k * tokens)
+                nbytes = each * part.expert_bytes
+                seconds += self._exchange(rows, part)
+            work = Work(
+                part.flops_per_token * tokens / ways, part.element, ((self.unit.tier, nbytes / ways),),
+                launches=part.launches,
+            )  # fmt: skip
+            seconds += self._paid(work)
+            if part.layer is not None and part.group == "attention":
+                self.times = part.count
+                seconds += self._attend(part, rows, decode)
+                self.times = part.count * passes
+            if part.group in ("attention", "head", "mlp") or (part.experts and d.expert == 1):
+                seconds += self._all_reduce(rows)
+        stages = (d.pipeline - 1) * passes
+        hop = rows * self.shape.hidden * 2
+        self.times = stages
+        if stages:
+            seconds += self._count("pipeline hops", self._send(hop, d.pipeline * d.tensor))
+        bound = max(self.busy, key=lambda name: self.busy[name], default="nothing")
+        ordered = tuple(sorted(self.busy.items(), key=lambda item: (-item[1], item[0])))
+        return PhaseOutcome(seconds, bound, ordered)
+
+    def _attend(self, part: Part, rows: int, decode: bool) -> float:
+        layer, session, d = part.layer, self.session, self.degrees
+        assert layer is not None
+        split = 1 if layer.attention.kind == "mla" else min(d.tensor, layer.attention.kv_heads)
+        if decode:
+            seen = rows * layer.kv_tokens(session.decode_context)
+            flops = seen * layer.attention.flops_per_pair(absorbed=True)
+            read = seen * part.kv_bytes_per_token
+        else:
+            flops = attended_pairs(layer.attention.window, session.prompt) * layer.attention.flops_per_pair(
+                absorbed=False
+            )
+            read = session.prompt * session.passes / 2 * part.kv_bytes_per_token
+        work = Work(flops / d.tensor, self.formats.float_format, ((self.unit.tier, read / split),))
+        return self._paid(work)
+
+    def _paid(self, work: Work) -> float:
+        paid = price(work, self.unit, self.one)
+        dispatch = dict(paid.parts).get("dispatch", 0.0)
+        rest = {name: seconds for name, seconds in paid.parts if name != "dispatch"}
+        slowest = max(rest, key=lambda name: rest[name], default="dispatch")
+        return self._count(slowest, paid.seconds - dispatch) + self._count("dispatch", dispatch)
+
+    def _count(self, resource: str, seconds: float) -> float:
+        """Notes what a resource does `times` times, and gives the seconds of all of them."""
+        seconds *= self.times
+        if seconds:
+            self.busy[resource] = self.busy.get(resource, 0.0) + seconds
+        return seconds
+
+    def _all_reduce(self, rows: int) -> float:
+        ways = self.degrees.tensor
+        if ways == 1:
+            return 0.0
+        return self._count("all-reduce", all_reduce_seconds(self._fabric(ways), ways, rows * self.shape.hidden * 2))
+
+    def _exchange(self, rows: int, part: Part) -> float:
+        """Tokens go to their experts' devices and come back."""
+        ways = self.degrees.expert
+        if ways <= 1:
+            return 0.0
+        each = rows / self.degrees.tensor * part.top_k * self.shape.hidden * 2 * (ways - 1) / ways
+        return self._count("all-to-all", 2 * self._send(each, ways * self.degrees.tensor))
+
+    def _send(self, nbytes: float, span: int) -> float:
+        fabric = self._fabric(span)
+        rate, latency = _rate(fabric)
+        return latency + nbytes / rate
+
+    def _fabric(self, span: int) -> Fabric | None:
+        """What devices that span this many talk over; without a described one, their link to the host."""
+        scope = "node" if span <= self.per_node else "cluster"
+        found = self.target.fabric(self.unit.tier, scope) or self.target.fabric(self.unit.tier, "node")
+        if found is not None:
+            return found
+        link = next((x for x in self.one.links if self.unit.tier in (x.from_tier, x.to_tier)), None)
+        rate = link.rate() if link else None
+        if link is None or rate is None:
+            return None
+        return Fabric(link.name, self.unit.tier, bandwidth=rate / 2, latency_seconds=link.latency_seconds)
+
+
+def all_reduce_seconds(fabric: Fabric | None, ways: int, nbytes: float) -> float:
+    """The faster of a ring (a step for each device) and a tree (fewer steps, more bytes in each)."""
+    rate, latency = _rate(fabric)
+    ring = 2 * (ways - 1) * latency + 2 * (ways - 1) / ways * nbytes / rate
+    tree = 2 * math.ceil(math.log2(ways)) * (latency + nbytes / rate)
+    return min(ring, tree)
+
+
+def _rate(fabric: Fabric | None) -> tuple[float, float]:
+    if fabric is None:
+        return 1e10, _DEFAULT_LATENCY
+    latency = fabric.latency_seconds if fabric.latency_seconds is not None else _DEFAULT_LATENCY
+    return fabric.rate() or 1e10, latency

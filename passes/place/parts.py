@@ -1,0 +1,143 @@
+"""What is placed: for every kind of layer its attention, its MLP and its experts; the embeddings and the head.
+
+    for part in parts_of(shape, formats): part.name, part.count, part.nbytes, part.flops_per_token
+
+Layers that are equal are one part with a count, which is what keeps the choice small for models of any depth. A pin may
+name single layers (`layers.0-9.experts=...`): then the runs it cuts are parts of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from frontends.model_shape import LayerShape, ModelShape, TensorShape
+from passes.place.formats import Formats
+
+GROUPS = ("embedding", "attention", "mlp", "experts", "head")
+# Kernels that a token passes in each, after fusion: what dispatch is paid for.
+_LAUNCHES = {"embedding": 1, "attention": 4, "mlp": 2, "experts": 3, "head": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One group of `count` equal layers (`layers` are their numbers; empty for embedding and head).
+
+    Bytes and FLOP are of one layer. Of `experts`, `nbytes` is of all experts of the layer and `flops_per_token` of
+    those that one token uses.
+    """
+
+    group: str
+    kind: int
+    layers: tuple[int, ...]
+    nbytes: int
+    flops_per_token: int
+    element: str
+    format: str
+    layer: LayerShape | None = None
+    kv_bytes_per_token: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.layers) or 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.group} {span(self.layers)}".strip()
+
+    @property
+    def launches(self) -> int:
+        return _LAUNCHES[self.group]
+
+    @property
+    def experts(self) -> int:
+        return self.layer.mlp.experts if self.layer is not None and self.group == "experts" else 0
+
+    @property
+    def top_k(self) -> int:
+        return self.layer.mlp.top_k if self.layer is not None and self.group == "experts" else 0
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert: its matrices lie beside each other."""
+        return self.nbytes // self.experts if self.experts else 0
+
+
+def parts_of(shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], ...] = ()) -> tuple[Part, ...]:
+    """The parts of a model. `cuts` are ranges of layers (first, last) that must not share a part with others."""
+    found: list[Part] = [_outer(shape, formats, "embedding")]
+    for kind, (layer, layers) in enumerate(_kinds(shape, cuts)):
+        for group in ("attention", "mlp", "experts"):
+            tensors = tuple(t for t in shape.tensors(layer) if _group(t, layer) == group)
+            if tensors:
+                found.append(_inner(formats, group, kind, layer, layers, tensors))
+    found.append(_outer(shape, formats, "head"))
+    return tuple(found)
+
+
+def span(layers: tuple[int, ...]) -> str:
+    """`0-3,8`: numbers of layers as text."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][1] + 1 == i:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _kinds(shape: ModelShape, cuts: tuple[tuple[int, int], ...]) -> list[tuple[LayerShape, tuple[int, ...]]]:
+    found: dict[tuple[LayerShape, tuple[bool, ...]], list[int]] = {}
+    for i, layer in enumerate(shape.layers):
+        inside = tuple(first <= i <= last for first, last in cuts)
+        found.setdefault((layer, inside), []).append(i)
+    return [(layer, tuple(numbers)) for (layer, _), numbers in found.items()]
+
+
+def _group(tensor: TensorShape, layer: LayerShape) -> str:
+    """Shared experts and the router are the layer's MLP; without any, the router goes with the attention."""
+    first = tensor.role.partition(".")[0]
+    if first in ("experts", "mlp"):
+        return first
+    if first == "shared" or (first == "router" and layer.mlp.shared):
+        return "mlp"
+    return "attention"
+
+
+def _inner(
+    formats: Formats,
+    group: str,
+    kind: int,
+    layer: LayerShape,
+    layers: tuple[int, ...],
+    tensors: tuple[TensorShape, ...],
+) -> Part:
+    products = [t for t in tensors if t.is_product]
+    largest = max(products, key=lambda t: t.elements)
+    return Part(
+        group,
+        kind,
+        layers,
+        sum(formats.nbytes(t) for t in tensors),
+        sum(2 * t.used_elements for t in products),
+        formats.element(largest),
+        str(formats.weight(largest)),
+        layer,
+        formats.kv_bytes(layer) if group == "attention" else 0,
+    )
+
+
+def _outer(shape: ModelShape, formats: Formats, group: str) -> Part:
+    """The head with the last norm, or the embeddings; a tied table is the head's bytes and costs the other nothing."""
+    head = shape.head()
+    if group == "head":
+        own = [t for t in shape.outer_tensors() if t.role != "embedding" and t.role != "head"]
+        extra = sum(formats.nbytes(t) for t in own)
+        flops = 2 * head.elements + sum(2 * t.elements for t in own if t.is_product)
+        return Part(
+            "head", -1, (), formats.nbytes(head) + extra, flops, formats.element(head), str(formats.weight(head))
+        )
+    tables = [t for t in shape.outer_tensors() if t.role == "embedding"]
+    # A tied table that the head keeps in low bits is looked up in floats all the same.
+    tied = shape.tied_head and formats.weight(head) == formats.weight(tables[0])
+    nbytes = sum(formats.nbytes(t) for t in tables[1 if tied else 0 :])
+    return Part("embedding", -1, (), nbytes, 0, formats.float_format, str(formats.weight(tables[0])))

@@ -1,0 +1,68 @@
+"""Decisions taken beforehand, as text: `--pin 'experts=disk'`, `--pin 'layers.0-9.attention=gpu'`, `--pin 'kv=dram'`.
+
+    pin = parse_pin("layers.0-9.experts=hbm", shape, machine)
+
+Left of `=`: `weights` (every group), a group (`embedding`, `attention`, `mlp`, `experts`, `head`) or `kv`, perhaps with
+`layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it) or a mode (`resident`,
+`streamed`, `cached`, `split`). `disk` is the first storage, `gpu` and `cpu` the first unit of that kind. All else is
+refused with what would work.
+"""
+
+from __future__ import annotations
+
+import re
+
+from frontends.model_shape import ModelShape
+from ir.diagnostics import DiagnosticError
+from ir.spelling import did_you_mean
+from passes.place.machine import Machine
+from passes.place.options import CACHED, RESIDENT, SPLIT, STREAMED
+from passes.place.parts import GROUPS
+from passes.place.problem import Pin
+
+MODES = (RESIDENT, STREAMED, CACHED, SPLIT)
+_PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._-]+)")
+
+
+def parse_pin(text: str, shape: ModelShape, machine: Machine) -> Pin:
+    """The pin that a text means on this machine."""
+    match = _PIN.fullmatch(text.strip())
+    if match is None:
+        raise DiagnosticError(
+            f"{text!r} is not a pin", expected="group=where, such as experts=disk or layers.0-9.attention=gpu"
+        )
+    first, last, group, where = match.groups()
+    groups = ("weights", *GROUPS, "kv")
+    if group not in groups:
+        raise DiagnosticError(
+            f"pin {text!r}: there is no group {group!r}{did_you_mean(group, groups)}", expected=", ".join(groups)
+        )
+    layers = None
+    if first is not None:
+        layers = (int(first), int(last if last is not None else first))
+        if layers[0] > layers[1] or layers[1] >= len(shape.layers):
+            raise DiagnosticError(
+                f"pin {text!r}: the model has layers 0 to {len(shape.layers) - 1}", expected="a range among them"
+            )
+        if group in ("embedding", "head"):
+            raise DiagnosticError(f"pin {text!r}: {group} belongs to no layer")
+    known = places(machine)
+    if where not in known:
+        raise DiagnosticError(
+            f"pin {text!r}: target {machine.target.name} has nothing named {where!r}{did_you_mean(where, known)}",
+            expected=", ".join(known),
+        )
+    return Pin(text.strip(), group, known[where], layers)
+
+
+def places(machine: Machine) -> dict[str, str]:
+    """What may stand right of `=`, and what it means here."""
+    found = {name: name for name, _ in machine.room}
+    found |= {unit.name: unit.name for unit in machine.units}
+    if machine.stores:
+        found.setdefault("disk", machine.stores[0])
+    for kind in ("gpu", "cpu"):
+        unit = next((u for u in machine.units if u.kind == kind), None)
+        if unit is not None:
+            found.setdefault(kind, unit.name)
+    return found | {mode: mode for mode in MODES}

@@ -1,0 +1,208 @@
+"""The plan: what lies where, how it is computed, and what that promises; frozen, and the same as JSON.
+
+    text = placement.to_json()               # schema "stratum.plan/1", stable: keys in order, exact numbers
+    Placement.from_json(text, "plan.json")   # equal to `placement`; faults name the field
+
+What a user may edit are the entries (`groups`, `kv`) and the session; the rest is computed from them anew when the file
+is given back (`passes.place.replay`). Refuses other schemas, unknown and missing fields, and wrong types.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from ir.diagnostics import DiagnosticError
+
+SCHEMA = "stratum.plan/1"
+MAX_BYTES = 16 << 20
+Mode = Literal["resident", "streamed", "cached", "split"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One group of layers that is kept and computed alike. `nbytes` is of all its layers, at `tier`.
+
+    `group`: embedding, attention, mlp, experts or head; `layers`: `0-3,8`, "" for embedding and head. `slots` is the
+    cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others).
+    """
+
+    group: str
+    layers: str
+    tier: str
+    mode: Mode
+    unit: str
+    format: str
+    nbytes: int
+    slots: int = 0
+    rest_unit: str = ""
+    prefill_unit: str = ""
+
+
+@dataclass(frozen=True)
+class PlacedKV:
+    """Where the cache of some layers lies, and which unit attends to it."""
+
+    layers: str
+    tier: str
+    unit: str
+    format: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How the work is spread: a layer's products over `tensor` units, layers over `pipeline` stages, experts over
+    `expert` units (1: cut like products), sequences over `data` copies, the vocabulary over `vocabulary` units."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    data: int = 1
+    vocabulary: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """Experts kept in slots of a faster tier. `hit_rate` is expected, `belady` the best any policy can do."""
+
+    tier: str
+    slots: int
+    nbytes: int
+    scope: Literal["layer", "global"]
+    policy: str
+    hit_rate: float
+    source: str
+    belady: float | None = None
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """What the plan is made for."""
+
+    context: int
+    batch: int
+    prompt: int
+    generate: int
+    chunk: int
+    micro_batches: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Seconds that a resource is busy in a phase."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A decode step of the whole batch, or the prefill of one prompt."""
+
+    seconds: float
+    bound: str
+    resources: tuple[Resource, ...]
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """Bytes of one tier or storage (of one device where there are several) at the peak, beside its capacity."""
+
+    name: str
+    capacity: int
+    weights: int = 0
+    cache: int = 0
+    kv: int = 0
+    activations: int = 0
+    buffers: int = 0
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.cache + self.kv + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A whole plan."""
+
+    model: str
+    target: str
+    recipe: str
+    dtype: str
+    session: SessionPlan
+    degrees: Degrees
+    groups: tuple[Placed, ...]
+    kv: tuple[PlacedKV, ...]
+    decode: PhasePlan
+    prefill: PhasePlan
+    tiers: tuple[TierPlan, ...]
+    expert_cache: ExpertCache | None = None
+    prefill_threshold: int | None = None
+    gap: float = 0.0
+    joules_per_token: float | None = None
+    schema: str = SCHEMA
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole batch while decoding."""
+        return self.session.batch / self.decode.seconds if self.decode.seconds else 0.0
+
+    def to_json(self) -> str:
+        """The stable text: `schema` first, then the fields in the order of this class."""
+        fields = asdict(self)
+        return json.dumps({"schema": fields.pop("schema"), **fields}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str = "plan") -> Placement:
+        """The plan that a text holds. DiagnosticError naming the field when it is none."""
+        if len(text) > MAX_BYTES:
+            raise DiagnosticError("the plan is too large", where=where, expected=f"at most {MAX_BYTES >> 20} MiB")
+        try:
+            value: Any = json.loads(text)
+        except (ValueError, RecursionError) as fault:
+            raise DiagnosticError(f"the plan is no JSON: {fault}", where=where) from None
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            raise DiagnosticError(f"the plan has the schema {str(schema)[:60]!r}", where=where, expected=f"{SCHEMA!r}")
+        _only_known(value, where)
+        try:
+            return msgspec.convert(value, Placement)
+        except msgspec.ValidationError as fault:
+            raise DiagnosticError(f"the plan is not valid: {fault}", where=where, hint="see docs/plan.md") from None
+
+
+_PARTS: dict[str, type] = {
+    "session": SessionPlan,
+    "degrees": Degrees,
+    "groups": Placed,
+    "kv": PlacedKV,
+    "decode": PhasePlan,
+    "prefill": PhasePlan,
+    "tiers": TierPlan,
+    "expert_cache": ExpertCache,
+}
+
+
+def _only_known(value: dict[str, Any], where: str) -> None:
+    """Refuses keys that mean nothing: a mistyped one must not be read as a missing one."""
+    for key, part in (("", value), *value.items()):
+        kind = _PARTS.get(key) if key else Placement
+        for item in part if isinstance(part, list) else [part]:
+            if kind is None or not isinstance(item, dict):
+                continue
+            known = list(kind.__dataclass_fields__)
+            extra = [name for name in item if name not in known]
+            if extra:
+                at = f"{key}: " if key else ""
+                raise DiagnosticError(
+                    f"the plan is not valid: {at}unknown field {extra[0]!r}", where=where, expected=", ".join(known)
+                )

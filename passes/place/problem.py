@@ -1,0 +1,110 @@
+"""What a plan is asked for: a model, a machine, formats and a session; and what is true of every answer.
+
+`Session` says how the model is used: sequences at once, context to reserve, the prompt and the tokens after it. Its
+prefill is that of one prompt, in chunks; its decode step gives every sequence one token in the middle of what it makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from frontends.model_shape import LayerShape, ModelShape
+from passes.place.formats import Formats
+from passes.place.machine import Machine
+from passes.place.parts import Part, parts_of
+from passes.place.routing_model import fixed_share, hit_rate
+
+HitRate = Callable[[int, int, int, int], float]  # experts, top_k, slots a layer, batch -> share found
+
+
+@dataclass(frozen=True)
+class Session:
+    """`batch` sequences of at most `context` tokens; each has a prompt, then makes `generate` tokens.
+
+    `chunk` tokens of a prompt pass at once, `micro_batches` groups of sequences take turns, so that units work at the
+    same time, and `depth` buffers of every stream are filled ahead.
+    """
+
+    context: int = 4096
+    batch: int = 1
+    prompt: int = 512
+    generate: int = 128
+    chunk: int = 512
+    micro_batches: int = 1
+    depth: int = 2
+
+    @property
+    def passes(self) -> int:
+        """Chunks that a prompt takes."""
+        return math.ceil(self.prompt / self.chunk)
+
+    @property
+    def decode_context(self) -> int:
+        """Tokens that a decode step reads back, on average."""
+        return max(1, min(self.context, self.prompt + self.generate // 2))
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A decision taken beforehand: `[layers.A-B.]group=where`. `text` is what the user wrote."""
+
+    text: str
+    group: str
+    where: str
+    layers: tuple[int, int] | None = None
+
+    def concerns(self, part: Part) -> bool:
+        """Whether it is about this part."""
+        group = "attention" if self.group == "kv" else self.group
+        if self.group != "weights" and group != part.group:
+            return False
+        if self.layers is None:
+            return True
+        return bool(part.layers) and self.layers[0] <= part.layers[0] <= self.layers[1]
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Bounds in seconds: of the first token, of every further one. None: no bound."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a placement depends on."""
+
+    shape: ModelShape
+    machine: Machine
+    formats: Formats
+    session: Session = Session()
+    pins: tuple[Pin, ...] = ()
+    slo: Slo = Slo()
+    # Communication of units that work together on every layer: ((resource, seconds), ...) of a decode step, a prefill.
+    together_decode: tuple[tuple[str, float], ...] = ()
+    together_prefill: tuple[tuple[str, float], ...] = ()
+    cached: HitRate = field(default=hit_rate, compare=False)
+    popular: HitRate = field(default=fixed_share, compare=False)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts to place; pins of single layers cut runs of equal ones."""
+        cuts = tuple(dict.fromkeys(pin.layers for pin in self.pins if pin.layers is not None))
+        return parts_of(self.shape, self.formats, cuts)
+
+    def workspace_bytes(self) -> int:
+        """Activations of the larger phase: rows of the stream, the widest layer, and the logits."""
+        shape, session = self.shape, self.session
+        rows = max(min(session.chunk, session.prompt), math.ceil(session.batch / session.micro_batches))
+        widest = max(_width(layer) for layer, _ in shape.kinds())
+        logits = session.batch * shape.vocab * 4
+        return rows * (4 * shape.hidden + widest) * 4 + logits
+
+
+def _width(layer: LayerShape) -> int:
+    """Elements of a row in the widest part of a layer."""
+    attention, mlp = layer.attention, layer.mlp
+    qkv = attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
+    return max(qkv, 2 * mlp.intermediate, 2 * mlp.shared, 2 * mlp.top_k * mlp.expert_intermediate + mlp.experts)

@@ -1,0 +1,69 @@
+"""How often an expert is found in a cache, when no trace says so: sessions with a Zipf popularity of experts.
+
+    hit_rate(128, 8, slots=51, batch=1)        # share of the experts a token asks for that lie in 51 of 128 slots
+    distinct_experts(128, 8, tokens=64)        # how many experts 64 tokens of mixed sessions touch
+
+Within a session the i-th most popular expert of a layer is chosen with a probability falling like i^-s (s = 1.4 fits
+public traces best; other sessions have other favourites, so that many sessions together are near uniform). Hits of
+least-recently-used replacement by Che's approximation. The exact replay of a trace is `hw_targets.expert_cache`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+SESSION_ZIPF = 1.4
+
+
+@lru_cache(maxsize=1024)
+def inclusion(experts: int, top_k: int, skew: float = SESSION_ZIPF) -> tuple[float, ...]:
+    """Probability that a token uses the i-th most popular expert; they sum to `top_k` and none exceeds 1."""
+    if top_k >= experts:
+        return (1.0,) * experts
+    weights = [(i + 1.0) ** -skew for i in range(experts)]
+    low, high = 0.0, 1.0
+    chosen = [1.0 - math.exp(-high * w) for w in weights]
+    while sum(chosen) < top_k:  # successive draws without replacement, as independent Poisson clocks
+        high *= 2.0
+        chosen = [1.0 - math.exp(-high * w) for w in weights]
+    for _ in range(60):
+        middle = (low + high) / 2
+        chosen = [1.0 - math.exp(-middle * w) for w in weights]
+        low, high = (middle, high) if sum(chosen) < top_k else (low, middle)
+    scale = top_k / sum(chosen)
+    return tuple(min(1.0, p * scale) for p in chosen)
+
+
+@lru_cache(maxsize=4096)
+def hit_rate(experts: int, top_k: int, slots: int, batch: int = 1, skew: float = SESSION_ZIPF) -> float:
+    """Share of a token's experts found in a cache of `slots` for the layer; `batch` sessions share it.
+
+    Below the experts of one token nothing survives until the next, which is exactly 0. Never falls with more slots.
+    """
+    if slots >= experts:
+        return 1.0
+    if slots < min(experts, top_k) or slots <= 0:
+        return 0.0
+    if batch > 1:
+        return slots / experts  # favourites of many sessions together: near uniform
+    chances = inclusion(experts, top_k, skew)
+    low, high = 0.0, 1.0
+    while sum(1.0 - (1.0 - p) ** high for p in chances) < slots and high < 1e9:
+        high *= 2.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        filled = sum(1.0 - (1.0 - p) ** middle for p in chances)
+        low, high = (middle, high) if filled < slots else (low, middle)
+    return min(1.0, sum(p * (1.0 - (1.0 - p) ** high) for p in chances) / top_k)
+
+
+def fixed_share(experts: int, top_k: int, slots: int, batch: int = 1) -> float:
+    """Share of a token's experts that `slots` fixed ones serve. Favourites change with the session, so that without a
+    trace no choice beforehand is better than any other."""
+    return min(1.0, slots / experts)
+
+
+def distinct_experts(experts: int, top_k: int, tokens: float) -> float:
+    """How many experts a pass over `tokens` tokens touches when they choose independently and uniformly."""
+    return experts * (1.0 - (1.0 - top_k / experts) ** tokens) if experts else 0.0

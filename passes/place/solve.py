@@ -1,0 +1,234 @@
+"""Solving a placement: the best plan, or why there is none and what would fit.
+
+    solution = solve(problem)                  # Solution, or raises NoFit
+    solution.placement, solution.outcome, solution.gap, solution.greedy
+
+What is enumerated (few values each): the chunk of a prompt and the number of micro-batches. All else is the program of
+`passes.place.milp`; the greedy choice is taken where that should be better, so that no plan is worse than the baseline.
+A pin that leaves nothing, or that alone keeps everything from fitting, is named. `NoFit` says the least memory that
+would do, and the largest context and batch that fit the memory there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hw_targets.quantities import format_bytes
+from ir.diagnostics import Diagnostic, DiagnosticError
+from passes.place.build_plan import from_placement, to_placement
+from passes.place.greedy import greedy
+from passes.place.machine import UNLIMITED
+from passes.place.milp import Found, solve_counts
+from passes.place.options import Option, options_of
+from passes.place.outcome import Choice, Outcome, evaluate, tier_use
+from passes.place.placement import Placement
+from passes.place.problem import Problem, Slo
+
+_CHUNKS = (512, 128, 32, 8)
+_MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and where it comes from. `greedy` is the objective of the baseline, None when it found no fit."""
+
+    problem: Problem
+    choice: Choice
+    outcome: Outcome
+    placement: Placement
+    gap: float
+    greedy: float | None
+
+
+class NoFit(DiagnosticError):
+    """Nothing fits. `least` is ((tier, bytes), ...) of what would do; largest context and batch that fit, or None."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        least: tuple[tuple[str, int], ...] = (),
+        context: int | None = None,
+        batch: int | None = None,
+        pins: tuple[str, ...] = (),
+    ) -> None:
+        self.least, self.context, self.batch, self.pins = least, context, batch, pins
+        super().__init__(message)
+        notes = [Diagnostic("note", f"with {format_bytes(n)} of {tier} it fits") for tier, n in least]
+        if context is not None:
+            notes.append(Diagnostic("note", f"the largest context that fits is {context}"))
+        if batch is not None:
+            notes.append(Diagnostic("note", f"the largest batch that fits is {batch}"))
+        if pins:
+            notes.append(Diagnostic("note", f"without --pin {' '.join(pins)} it fits"))
+        self.diagnostics = (Diagnostic("error", message, notes=tuple(notes)),)
+
+
+def solve(problem: Problem) -> Solution:
+    """The best plan that fits. Raises NoFit, and DiagnosticError for pins that leave a part without any way."""
+    best: Solution | None = None
+    for variant in _variants(problem):
+        found = _solve_one(variant)
+        if found is not None and (best is None or found.outcome.objective < best.outcome.objective * (1 - 1e-9)):
+            best = found
+        if found is not None and variant.session.micro_batches == problem.session.micro_batches and _settled(problem):
+            break  # smaller chunks are for when nothing else fits
+    if best is None:
+        raise _no_fit(problem)
+    return best
+
+
+def replay(problem: Problem, placement: Placement) -> Solution:
+    """The same for a plan that is given: its promises computed anew. Raises NoFit where it holds too much."""
+    session = dataclasses.replace(problem.session, **dataclasses.asdict(placement.session))
+    problem = dataclasses.replace(problem, session=session, pins=())  # what is pinned stands in the plan
+    choice = from_placement(problem, placement)
+    outcome = evaluate(problem, choice)
+    for tier in outcome.tiers:
+        if tier.total > tier.room:
+            raise NoFit(
+                f"the plan needs {format_bytes(tier.total)} of {tier.name}, there are {format_bytes(tier.room)}",
+                least=((tier.name, tier.total),),
+            )
+    made = dataclasses.replace(
+        to_placement(problem, choice, outcome), groups=placement.groups, kv=placement.kv, degrees=placement.degrees
+    )
+    return Solution(problem, choice, outcome, made, 0.0, None)
+
+
+def choices_of(problem: Problem) -> list[list[Option]]:
+    """The options of every part; a pin that leaves a part none is named."""
+    found = []
+    for part in problem.parts():
+        options = options_of(problem, part)
+        if not options:
+            pins = [pin.text for pin in problem.pins if pin.concerns(part)]
+            raise DiagnosticError(
+                f"{' and '.join(pins)}: target {problem.machine.target.name} has no such way for {part.name}",
+                expected="a place that a unit computes from, or that a link leads from to one",
+            )
+        found.append(options)
+    return found
+
+
+def _settled(problem: Problem) -> bool:
+    return problem.session.batch == 1
+
+
+def _variants(problem: Problem) -> list[Problem]:
+    """The problem as given, with more micro-batches, then with smaller chunks."""
+    session = problem.session
+    found = [problem]
+    if session.batch > 1 and session.micro_batches == 1:
+        turns = [m for m in _MICRO_BATCHES[1:] if m <= session.batch]
+        found += [_with(problem, micro_batches=m) for m in turns]
+    return [*found, *(_with(problem, chunk=c) for c in _CHUNKS if c < min(session.chunk, session.prompt))]
+
+
+def _with(problem: Problem, **changes: int) -> Problem:
+    return dataclasses.replace(problem, session=dataclasses.replace(problem.session, **changes))
+
+
+def _solve_one(problem: Problem) -> Solution | None:
+    options = choices_of(problem)
+    found = solve_counts(problem, options)
+    base = greedy(problem, options)
+    base_outcome = evaluate(problem, base) if base is not None else None
+    if base_outcome is not None and not _in_time(problem, base_outcome):
+        base_outcome = None
+    if found is None and base_outcome is not None and base is not None:
+        found = Found(base, 1.0)
+    if found is None:
+        return None
+    choice, outcome = found.choice, evaluate(problem, found.choice)
+    if base is not None and base_outcome is not None and base_outcome.objective < outcome.objective:
+        choice, outcome = base, base_outcome
+    placement = dataclasses.replace(to_placement(problem, choice, outcome), gap=found.gap)
+    return Solution(
+        problem, choice, outcome, placement, found.gap, base_outcome.objective if base_outcome is not None else None
+    )
+
+
+def _in_time(problem: Problem, outcome: Outcome) -> bool:
+    slo = problem.slo
+    early = slo.ttft is None or outcome.prefill.seconds <= slo.ttft
+    return early and (slo.tpot is None or outcome.decode.seconds <= slo.tpot)
+
+
+# -- when nothing fits -------------------------------------------------------------------------------------------------
+
+
+def feasible(problem: Problem) -> bool:
+    """Whether any choice fits, with the smallest chunk."""
+    smallest = _with(problem, chunk=min(problem.session.chunk, _CHUNKS[-1]))
+    return solve_counts(smallest, choices_of(smallest), best=False) is not None
+
+
+def least_budget(problem: Problem, tier: str) -> int | None:
+    """Fewest bytes of a tier with which a plan fits; None when no amount of it helps."""
+    smallest = _with(problem, chunk=min(problem.session.chunk, _CHUNKS[-1]))
+    smallest = dataclasses.replace(smallest, machine=smallest.machine.with_room(tier, UNLIMITED), slo=Slo())
+    found = solve_counts(smallest, choices_of(smallest), least_bytes=tier)
+    return None if found is None else next(t.total for t in tier_use(smallest, found.choice) if t.name == tier)
+
+
+def largest(problem: Problem, what: str, high: int) -> int | None:
+    """The largest context or batch up to `high` that fits; None when not even 1 does."""
+
+    def fits(value: int) -> bool:
+        changed = _with(problem, **{what: value})
+        if what == "context":
+            prompt = min(changed.session.prompt, max(1, value - 1))
+            changed = _with(changed, prompt=prompt)
+        return feasible(changed)
+
+    if not fits(1):
+        return None
+    low = 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _no_fit(problem: Problem) -> NoFit:
+    name = problem.shape.name
+    relaxed = dataclasses.replace(problem, slo=Slo())
+    if problem.slo != Slo() and feasible(relaxed):
+        reached = _solve_one(relaxed)
+        best = "" if reached is None else (
+            f"; the fastest plan has a first token after {reached.outcome.prefill.seconds:.3g} s"
+            f" and {reached.outcome.decode.seconds:.3g} s for each further one"
+        )  # fmt: skip
+        return NoFit(f"no plan of {name} is as fast as asked for on {problem.machine.target.name}{best}")
+    if problem.pins and feasible(dataclasses.replace(relaxed, pins=())):
+        return NoFit(
+            f"{name} fits {problem.machine.target.name}, but not with what is pinned",
+            pins=tuple(_culprits(relaxed)),
+        )
+    least = []
+    for tier in problem.machine.tiers:
+        needed = least_budget(relaxed, tier)
+        if needed is not None and needed > problem.machine.room_of(tier):
+            least.append((tier, needed))
+    return NoFit(
+        f"{name} does not fit {problem.machine.target.name}: {_rooms(problem)}",
+        least=tuple(least),
+        context=largest(relaxed, "context", problem.session.context - 1),
+        batch=largest(relaxed, "batch", problem.session.batch - 1) if problem.session.batch > 1 else None,
+    )
+
+
+def _culprits(problem: Problem) -> Sequence[str]:
+    """Pins that each alone keep the rest from fitting; all of them when it takes several."""
+    for pin in problem.pins:
+        if feasible(dataclasses.replace(problem, pins=tuple(p for p in problem.pins if p is not pin))):
+            return [f"'{pin.text}'"]
+    return [f"'{pin.text}'" for pin in problem.pins]
+
+
+def _rooms(problem: Problem) -> str:
+    rooms = (f"{format_bytes(n)} of {name}" for name, n in problem.machine.room if n < UNLIMITED)
+    return ", ".join(rooms) + f", context {problem.session.context}, batch {problem.session.batch}"

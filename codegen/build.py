@@ -65,7 +65,7 @@ def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = 
     if dtype not in DTYPES:
         raise DiagnosticError(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
     wide = "avx512f" in target.llvm_features
-    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)  # type: ignore[arg-type]
+    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)
     if wide:
         return passes
     narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 low-bit-rows=16 small-rows=16}")[0]

@@ -32,7 +32,7 @@ import numpy as np
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, PlainFormat, ScaledFormat
 from ir.formats.fp8 import FP8Format
-from ir.types import Layout
+from ir.types import Layout, TensorType
 
 BLOCK = 32  # columns
 LANES = 16  # rows of a register
@@ -78,6 +78,14 @@ class PackedStrips:
                 f"{self.format} cannot hold rows of {self.k} elements",
                 expected=f"a multiple of the group of {group}",
             )
+
+    @classmethod
+    def of(cls, type: TensorType) -> PackedStrips:
+        """Those of a matrix, or of each matrix of a stack [E, n, k], with a layout and a low-bit element."""
+        n, k = type.shape[-2:]
+        assert isinstance(n, int) and isinstance(k, int) and type.layout is not None
+        assert isinstance(type.element, ScaledFormat | FP8Format)
+        return cls(n, k, type.layout, type.element)
 
     @property
     def _format_group(self) -> int:

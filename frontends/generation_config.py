@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from frontends.checkpoint_files import companion
-from frontends.config import MAX_CONTEXT, MAX_VOCAB, ModelConfig, token_ids
+from frontends.config import MAX_CONTEXT, MAX_VOCAB, token_ids
 from frontends.config_reader import ConfigReader
 from frontends.json_file import read_json_object
 
@@ -53,7 +54,20 @@ class GenerationDefaults:
     warnings: tuple[str, ...] = ()
 
 
-def load_generation_defaults(directory: Path, config: ModelConfig) -> GenerationDefaults:
+class TokenFacts(Protocol):
+    """What the defaults need to know of a model; `frontends.config.ModelConfig` has it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def pad_ids(self) -> tuple[int, ...]: ...
+
+
+def load_generation_defaults(directory: Path, config: TokenFacts) -> GenerationDefaults:
     """The defaults of a model directory; without a file, greedy with the token ids of config.json.
 
     A file that asks for sampling and names no `top_k` means 50, as in transformers.

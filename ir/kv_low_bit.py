@@ -9,7 +9,7 @@ last position is stored. With `recent`, a row reads the positions from `type.rec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -153,7 +153,7 @@ class LowBitKVState(KVState):
                 if position % group == group - 1:
                     where = slice(position + 1 - group, position + 1)
                     self._pack_group(parts, slot, where)
-        return LowBitKVState(type=self.type, **{n: parts.get(n) for n in vars(self) if n != "type"})  # type: ignore[arg-type]
+        return replace(self, **parts)
 
     def _pack_group(self, parts: dict[str, np.ndarray], slot: int, where: slice) -> None:
         """Packs the keys of one whole group of positions from what was kept of them."""

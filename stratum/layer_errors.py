@@ -29,6 +29,7 @@ from passes.fuse.fuse_qkv import FuseQKVPass
 from passes.pass_manager import PassManager
 from passes.pipelines import quantize, set_precision, simplify
 from passes.quantize.forward import Forward
+from passes.quantize.set_precision import FloatName
 
 DEFAULT_TOKENS = 128
 SMALL_MODEL = 50_000_000  # parameters: such a model is executed in seconds
@@ -55,7 +56,7 @@ def measure_layers(
     reference: Path,
     ids: np.ndarray,
     *,
-    dtype: str = "bf16",
+    dtype: FloatName = "bf16",
     pipeline: str | None = None,
     recipe: str | None = None,
     tell: Tell | None = None,
@@ -69,7 +70,7 @@ def measure_layers(
         raise DiagnosticError(
             "the layers of a build with its own pipeline cannot be looked into", expected="--layer-tokens 0"
         )
-    passes = quantize(recipe.split(","), dtype) if recipe else set_precision(dtype, dtype, dtype)  # type: ignore[arg-type]
+    passes = quantize(recipe.split(","), dtype) if recipe else set_precision(dtype, dtype, dtype)
     ours, theirs = import_model(model), import_model(reference)
     with ours.checkpoint, theirs.checkpoint:
         PassManager((*simplify(), FuseQKVPass(), FuseGateUpPass(), *passes)).run(ours.module)

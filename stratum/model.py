@@ -138,7 +138,7 @@ class Model:
 
         config = open_config(self.path)
         ids = (token_ids(config, f"{name}_token_id") for name in ("bos", "eos", "pad"))
-        return load_generation_defaults(self.path, _TokenFacts(self.manifest.vocab_size, *ids))  # type: ignore[arg-type]
+        return load_generation_defaults(self.path, _TokenFacts(self.manifest.vocab_size, *ids))
 
     def default_sampling(self) -> SamplingParams:
         """What the model's generation_config.json asks for; greedy when it asks for nothing."""

@@ -173,7 +173,7 @@ def emit_rowwise(op: Op, context: EmitContext) -> KernelSpec:
     combine = next((inner for inner in body if isinstance(inner, CombineOp)), None)
     if combine:
         writes.append(len(arguments))
-        arguments.append(Temporary(combine.order.type))  # type: ignore[arg-type]
+        arguments.append(Temporary(combine.order.type))
     arguments.append(SizeArgument(rows_of(op.results[0].type)))
     stem = "_".join(inner.name.split(".")[1] for inner in body)
 

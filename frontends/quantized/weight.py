@@ -24,7 +24,6 @@ from ir.formats import U8, NumberFormat, PackedArray, PlainFormat
 from ir.ops.low_bit import scale_parts
 from ir.types import TensorType
 
-
 W = TypeVar("W", bound="QuantizedWeight")
 
 

@@ -16,7 +16,6 @@ Bytes: as in `ir.formats.grouped_int`: codes, scales, channel scales; then the t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import numpy as np
 
@@ -47,7 +46,10 @@ _SAMPLE, _BINS, _STEPS, _ROUNDS = 1 << 16, 1 << 12, 20, 3
 class CodebookFormat(ScaledFormat):
     """Base of the formats of this file. `levels` of the methods are a learned table, or None for the fixed one."""
 
-    kind: ClassVar[int]  # bits of integers that spread as the levels do; 0 for ternary
+    @property
+    def kind(self) -> int:
+        """Bits of integers that spread as the levels do; 0 for ternary."""
+        return self.bits
 
     @property
     def outermost(self) -> int:
@@ -97,7 +99,10 @@ class TernaryFormat(CodebookFormat):
     scale: PlainFormat = F16
     channel: PlainFormat | None = None
     bits: int = field(default=2, init=False)
-    kind: ClassVar[int] = 0
+
+    @property
+    def kind(self) -> int:
+        return 0
 
     def __post_init__(self) -> None:
         self._check()
@@ -134,7 +139,6 @@ class TableFormat(CodebookFormat):
     scale: PlainFormat = F16
     channel: PlainFormat | None = None
     bits: int = field(default=4, init=False)
-    kind: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         if self.name not in TABLES:
@@ -168,10 +172,6 @@ class LearnedFormat(CodebookFormat):
 
     def __str__(self) -> str:
         return self._text(f"k{self.bits}")
-
-    @property
-    def kind(self) -> int:  # type: ignore[override]
-        return self.bits
 
     @property
     def integer_levels(self) -> None:

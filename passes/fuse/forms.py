@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ir.core import BlockArgument, Op, Value
 from ir.ops.attention import AttentionOp, RopeOp
@@ -21,6 +22,7 @@ from ir.ops.quant import QuantizeOp, RotateOp
 from ir.ops.tensor import AddOp, CastOp, ClipOp, EmbedOp, MulOp, ReshapeOp, SiluOp, SliceOp, SwigluOp
 from ir.traits import Elementwise, has_trait
 
+T = TypeVar("T", bound=Op)
 PRODUCTS = (MatmulOp, GroupedGemmOp)
 EPILOGUE_OPS = (AddOp, MulOp, SiluOp, ClipOp, SwigluOp, CastOp)
 ELEMENTWISE_HEADS = (RmsNormOp, EmbedOp, CombineOp)
@@ -153,6 +155,15 @@ def _require(condition: bool, what: str) -> None:
         raise FormError(what)
 
 
+def _next(rest: list[Op], *kinds: type[T]) -> T | None:
+    """The first of `rest`, taken off when it is one of these ops; else None."""
+    if not rest or not isinstance(rest[0], kinds):
+        return None
+    found = rest.pop(0)
+    assert isinstance(found, kinds)
+    return found
+
+
 def _argument(value: Value) -> int:
     """The operand index that `value`, read in a body, stands for."""
     if not isinstance(value, BlockArgument):
@@ -167,11 +178,10 @@ def _bare_gemm(product: MatmulOp | GroupedGemmOp) -> GemmForm:
 
 def _gemm(body: Sequence[Op], end: Op) -> GemmForm:
     rest = list(body)
-    norm = rest.pop(0) if isinstance(rest[0], RmsNormOp) else None
-    rotate = rest.pop(0) if rest and isinstance(rest[0], RotateOp) else None
-    narrow = rest.pop(0) if rest and isinstance(rest[0], (CastOp, QuantizeOp)) else None
-    _require(bool(rest) and isinstance(rest[0], PRODUCTS), "expected gemm.matmul or moe.grouped_gemm")
-    product = rest.pop(0)
+    norm, rotate, narrow = _next(rest, RmsNormOp), _next(rest, RotateOp), _next(rest, CastOp, QuantizeOp)
+    product = _next(rest, MatmulOp, GroupedGemmOp)
+    if product is None:
+        raise FormError("expected gemm.matmul or moe.grouped_gemm")
     chain = [op for op in (norm, rotate, narrow, product, *rest) if op is not None]
     for before, op in itertools.pairwise(chain):
         _require(op.operands[0] is before.results[0], f"{op.name} does not continue the chain")
@@ -183,18 +193,17 @@ def _gemm(body: Sequence[Op], end: Op) -> GemmForm:
     weight, *groups = [_argument(v) for v in product.operands[1:]]
     order, offsets = groups or (None, None)
     extra = tuple(_argument(op.operands[1]) if len(op.operands) == 2 else None for op in rest)
-    return GemmForm(norm, rotate, narrow, product, tuple(rest), x, weight, gain, order, offsets, extra)  # type: ignore[arg-type]
+    return GemmForm(norm, rotate, narrow, product, tuple(rest), x, weight, gain, order, offsets, extra)
 
 
 def _attention(body: Sequence[Op], end: Op) -> AttentionForm:
     rest = list(body)
-    attention = rest.pop(0)
-    _require(isinstance(attention, AttentionOp), "expected attn.attention first")
-    reshape = rest.pop(0) if rest and isinstance(rest[0], ReshapeOp) else None
-    cast = rest.pop(0) if rest and isinstance(rest[0], CastOp) else None
+    attention = _next(rest, AttentionOp)
+    if attention is None:
+        raise FormError("expected attn.attention first")
+    reshape, cast = _next(rest, ReshapeOp), _next(rest, CastOp)
     _require(not rest and end.operands[0] is body[-1].results[0], "expected attention, reshape, cast and nothing else")
-    assert isinstance(attention, AttentionOp)
-    return AttentionForm(attention, reshape, cast)  # type: ignore[arg-type]  # checked above
+    return AttentionForm(attention, reshape, cast)
 
 
 def _elementwise(body: Sequence[Op], end: Op) -> ElementwiseForm:
@@ -228,7 +237,7 @@ def read_stream(value: Value) -> StreamForm:
     A clip is met on either side of the reshape; in the normal form it stands in front of it.
     """
 
-    def take(kind: type[Op]) -> Op | None:
+    def take(kind: type[T]) -> T | None:
         nonlocal value
         op = value.defining_op()
         if not isinstance(op, kind):
@@ -244,7 +253,7 @@ def read_stream(value: Value) -> StreamForm:
     if reshape is None or cut is None:
         met = made_by.name if made_by is not None and cut is None else "an input"
         raise FormError(f"expected a slice of the joint projection, reshaped to heads; found {met}")
-    return StreamForm(cut, row_norm, clip, reshape, head_norm, rope)  # type: ignore[arg-type]  # checked by take
+    return StreamForm(cut, row_norm, clip, reshape, head_norm, rope)
 
 
 _READERS = {"gemm": _gemm, "rope_append": _rope_append, "attention": _attention, "elementwise": _elementwise}

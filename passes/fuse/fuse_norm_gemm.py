@@ -30,6 +30,8 @@ from passes.analysis.value_types import tensor_type
 from passes.fuse.outline import outline
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
+ProloguePart = CastOp | QuantizeOp | RotateOp | RmsNormOp
+
 
 class FoldPrologueIntoGemm(RewritePattern[Op]):
     """product([cast | quantize]([rotate](norm(x, gain))), w) --> fused "gemm" of all of them"""
@@ -70,7 +72,7 @@ class FoldPrologueIntoGemm(RewritePattern[Op]):
         return ""
 
 
-def _prologue(op: Op) -> tuple[Op | None, Op | None, Op | None]:
+def _prologue(op: Op) -> tuple[CastOp | QuantizeOp | None, RotateOp | None, RmsNormOp | None]:
     """(cast or quantize, rotate, norm) in front of a product."""
     maker = op.operands[0].defining_op()
     narrow = maker if isinstance(maker, (CastOp, QuantizeOp)) else None
@@ -80,9 +82,9 @@ def _prologue(op: Op) -> tuple[Op | None, Op | None, Op | None]:
     return narrow, rotate, maker if isinstance(maker, RmsNormOp) else None
 
 
-def _copy_for(reader: Op, maker: Op, rewriter: PatternRewriter) -> Op:
+def _copy_for(reader: Op, maker: ProloguePart, rewriter: PatternRewriter) -> ProloguePart:
     """A copy of `maker` that `reader` alone reads, in front of it."""
-    copy = type(maker)(*maker.operands, location=maker.location, **maker.attributes)  # type: ignore[arg-type]
+    copy = type(maker)(*maker.operands, location=maker.location, **maker.attributes)
     rewriter.insert_before(reader, copy)
     rewriter.set_operand(reader, 0, copy.results[0])
     return copy

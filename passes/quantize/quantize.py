@@ -135,7 +135,7 @@ class _Quantizer:
         if isinstance(weights, PlainFormat):
             chosen = weights
         elif not isinstance(chosen, PlainFormat):
-            chosen = self._fitting(op, chosen, k, replace(chosen, group=0))  # type: ignore[call-arg]  # int8 has groups
+            chosen = self._fitting(op, chosen, k, replace(chosen, group=0))  # int8 has groups
         float_weights = isinstance(weights, PlainFormat)
         return Storage(
             weights,
@@ -149,7 +149,7 @@ class _Quantizer:
     def _fitting(self, op: Op, format: NumberFormat, k: int, last: NumberFormat) -> NumberFormat:
         """`format`, with smaller groups where its own do not fill rows of k elements; `last` when none do."""
         group = getattr(format, "group", 0)
-        candidates = [format, *(replace(format, group=g) for g in SMALLER_GROUPS if g < group)]  # type: ignore[call-arg]
+        candidates = [format, *(replace(format, group=g) for g in SMALLER_GROUPS if g < group)]
         for candidate in candidates:
             if k % (getattr(candidate, "group", 0) or getattr(candidate, "dim", 1)) == 0:
                 if candidate != format:
@@ -236,7 +236,7 @@ class _Quantizer:
 
     def _is_there(self, key: Hashable, op: Op) -> bool:
         """Whether what `key` stands for was made in front of `op`."""
-        return key in self.made and self.made[key].owner.parent is op.parent  # type: ignore[union-attr]
+        return key in self.made and self.made[key].owner.parent is op.parent
 
     def _unwidened(self, op: Op, value: Value) -> Value:
         """A constant with the numbers of `value` in fewer bytes: without the casts that only widen what is stored."""
@@ -271,4 +271,4 @@ def _bits(format: NumberFormat, op: MatmulOp | GroupedGemmOp) -> float:
 
 def _precision(format: NumberFormat) -> int:
     """Activation formats by how little they lose."""
-    return {F32: 2, F16: 1, BF16: 1}.get(format, 0)  # type: ignore[call-overload]  # others are int8
+    return 2 if format == F32 else int(format in (F16, BF16))  # others are int8

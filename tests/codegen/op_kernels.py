@@ -153,9 +153,8 @@ def stored(type: Type, value: Any) -> np.ndarray:
 
 def packed_strips(value: PackedArray, type: TensorType) -> np.ndarray:
     """A low-bit weight [n, k] or [E, n, k] in its strips."""
-    assert type.layout is not None
-    n, k = value.shape[-2:]
-    strips = PackedStrips(n, k, type.layout, type.element)  # type: ignore[arg-type]
+    n = value.shape[-2]
+    strips = PackedStrips.of(type)
     count = value.codes.shape[0] // n
     pieces = [
         piece for e in range(count) for piece in matrix_pieces(value.rows(e * n, (e + 1) * n), strips, strips.strips)

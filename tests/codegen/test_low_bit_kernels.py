@@ -27,6 +27,7 @@ from ir.ops.norm import RmsNormOp
 from ir.ops.quant import QuantizeOp, RotateOp
 from ir.text_reader import parse_format
 from ir.types import Layout, SymbolicDim, TensorType
+from passes.analysis.value_types import tensor_type
 from tests.codegen.harness import host_target
 from tests.codegen.kernel_library import NativeKernels, native_kernels
 from tests.codegen.op_kernels import PREFILL, OpKernel, check_same_bits, fused, single
@@ -241,7 +242,7 @@ def test_saturated_activations_and_weights(kernels: NativeKernels) -> None:
             w = np.full(values[1].shape, 0.5, np.float32)
             w[..., 1::2] *= signs
             w[1::2] *= -1
-            values[0], values[1] = x, made.op.operands[1].type.element.pack(w)  # type: ignore[attr-defined]
+            values[0], values[1] = x, tensor_type(made.op.operands[1]).element.pack(w)
             check(kernels, made, values)
 
 
@@ -261,10 +262,12 @@ def test_sums_that_might_overflow_are_refused() -> None:
     """The longest segment fits with its start value: columns * 255 * 127 twice stays below 2**31."""
     assert 2 * LONGEST_SEGMENT * 255 * 127 < 2**31 <= 2 * (LONGEST_SEGMENT + 32) * 255 * 127
     row = parse_format("q8_sym<group=row, scale=f32>")
-    longest = PackedStrips(16, LONGEST_SEGMENT, Layout(16, 4), row)  # type: ignore[arg-type]
+    longest, longer = (
+        PackedStrips.of(TensorType((16, LONGEST_SEGMENT + more), row, Layout(16, 4))) for more in (0, 32)
+    )
     assert segment_of(longest, 0, integer=True) == LONGEST_SEGMENT
     with pytest.raises(DiagnosticError, match="might overflow"):
-        segment_of(PackedStrips(16, LONGEST_SEGMENT + 32, Layout(16, 4), row), 0, integer=True)  # type: ignore[arg-type]
+        segment_of(longer, 0, integer=True)
 
 
 def refused(op: Op) -> str:

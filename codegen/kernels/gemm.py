@@ -61,7 +61,7 @@ class Gemm:
         self.grouped = self.form.product if isinstance(self.form.product, GroupedGemmOp) else None
         type = self.w.type
         assert isinstance(type, TensorType)
-        self.n, self.k = (d for d in type.shape[-2:] if isinstance(d, int))
+        self.experts, self.n, self.k = (d for d in (1, *type.shape)[-3:] if isinstance(d, int))
         self.temporaries = self.product().temporaries(rows_of(self.x.type)) if self.has_prologue else []
 
     def product(self) -> Product:
@@ -142,12 +142,12 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
         tile.all_strips(lambda row: row, k.index(0), y_rows, k.index(0))
         return k.finish()
     assert order is not None and offsets is not None
-    gather, experts = gemm.grouped.gather, gemm.w.type.shape[0]  # type: ignore[attr-defined]
+    gather = gemm.grouped.gather
 
     def source_row(row: Expr) -> Expr:
         return order.load(row).to_index() // gather if gather else row
 
-    with k.loop(0, experts, 1, [k.index(0)]) as expert:
+    with k.loop(0, gemm.experts, 1, [k.index(0)]) as expert:
         first, last = offsets.load(expert.i).to_index(), offsets.load(expert.i + 1).to_index()
         used = first.compare("lt", last)
         with k.when(used):

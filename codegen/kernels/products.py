@@ -19,6 +19,7 @@ from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, F32, I8, I32, U8, GroupedIntFormat, NumberFormat, PlainFormat
 from ir.types import Dim, Layout, TensorType
+from passes.analysis.value_types import tensor_type
 
 PACKS: dict[NumberFormat, int] = {BF16: 2, F32: 1}  # pairs for `tile.dot2`, single numbers for `tile.fma`
 PIECES = 4  # of a row, for threads that have none of their own
@@ -166,8 +167,7 @@ class PackedProduct:
 
 def product_of(w: Value, x: Value, op: Op, shape: TileShape) -> Product:
     """The product for weights `w` and activations `x`; a diagnostic where there is no kernel."""
-    type, element = w.type, x.type.element  # type: ignore[attr-defined]
-    assert isinstance(type, TensorType)
+    type, element = tensor_type(w), tensor_type(x).element
     n, k = type.shape[-2:]
     assert isinstance(n, int) and isinstance(k, int)
     pack = INT8_PACK if isinstance(element, GroupedIntFormat) else PACKS.get(element)
@@ -177,7 +177,7 @@ def product_of(w: Value, x: Value, op: Op, shape: TileShape) -> Product:
     assert type.layout is not None
     if isinstance(type.element, PlainFormat):
         return PlainProduct(StripMatrix(n, k, type.layout, type.element), shape)
-    return PackedProduct(PackedStrips(n, k, type.layout, type.element), element, shape)  # type: ignore[arg-type]
+    return PackedProduct(PackedStrips.of(type), element, shape)
 
 
 def _refusal(w: TensorType, x: NumberFormat, pack: int | None, op: Op) -> str:

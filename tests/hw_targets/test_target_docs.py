@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import hw_targets
-from hw_targets import schema_tables, target_docs
+from hw_targets import registry, schema_tables, target_docs
 from hw_targets.describe import describe, table_row
 from hw_targets.schema import parse_target
 
@@ -64,7 +64,7 @@ def test_package_with_its_own_machine(tmp_path, monkeypatch):
 
 def test_name_that_is_shipped_stays_what_it_is(monkeypatch):
     points = {"rtx-4090": object()}
-    monkeypatch.setattr(hw_targets.registry, "_entry_points", lambda: points)
+    monkeypatch.setattr(registry, "_entry_points", lambda: points)
     assert hw_targets.load("rtx-4090").origin.endswith("rtx-4090.toml")
     assert hw_targets.names().count("rtx-4090") == 1
 

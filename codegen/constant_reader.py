@@ -28,7 +28,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 class TensorSource(Protocol):
-    """Where weights come from: a checkpoint."""
+    """Where weights come from: a checkpoint. Read by several threads at once."""
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows [first, last) along axis 0 of the tensor; the whole tensor for a scalar."""
@@ -40,13 +40,14 @@ class WholeTensors:
 
     def __init__(self, read: Callable[[str], np.ndarray]) -> None:
         self._read = read
-        self._name: str | None = None
-        self._tensor = np.empty(0)
+        self._last = ("", np.empty(0))  # replaced as a whole: several threads read
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        if name != self._name:
-            self._tensor, self._name = self._read(name), name
-        return self._tensor[first:last] if self._tensor.ndim else self._tensor
+        kept, tensor = self._last
+        if name != kept:
+            tensor = self._read(name)
+            self._last = name, tensor
+        return tensor[first:last] if tensor.ndim else tensor
 
 
 class ConstantReader:

@@ -177,7 +177,7 @@ def write_weights(
     """
     tensors, total = plan_weights(roots, bundles)
     done = 0
-    for piece in _one_ahead(_file_pieces(tensors, roots, source)):
+    for piece in _file_pieces(tensors, roots, source):
         out.write(piece)
         done += len(piece)
         if progress is not None:
@@ -190,31 +190,43 @@ def write_weights(
 def _file_pieces(
     tensors: Sequence[StoredTensor], roots: Sequence[tuple[str, Value]], source: TensorSource
 ) -> Iterator[memoryview]:
-    """The bytes of the file from its first to its last, padding included."""
+    """The bytes of the file from its first to its last, padding included.
+
+    While a piece is used, threads make the next one of the same part and the first one of the part that follows.
+    """
     parts: list[tuple[int, StoredTensor, Value, int | None]] = []
     for tensor, (_, value) in zip(tensors, roots, strict=True):
         matrices = range(tensor.shape[0]) if tensor.stride else [None]
         parts += [(tensor.offset + tensor.stride * (m or 0), tensor, value, m) for m in matrices]
+    parts.sort(key=lambda part: part[0])
     written = 0
-    for offset, tensor, value, matrix in sorted(parts, key=lambda part: part[0]):
-        assert written == offset
-        for piece in stored_pieces(value, source, matrix=matrix):
-            written += len(piece)
-            yield piece
-        size = tensor.nbytes // tensor.shape[0] if tensor.stride else tensor.nbytes
-        if written - offset != size:
-            raise AssertionError(f"{tensor.name} has {written - offset} stored bytes, its place {size}")
-        if written % PAGE_BYTES:
-            yield memoryview(bytes(-written % PAGE_BYTES))
-            written += -written % PAGE_BYTES
+    with ThreadPoolExecutor(2, "weights") as pool:
+        streams = (_Ahead(pool, stored_pieces(value, source, matrix=m)) for _, _, value, m in parts)
+        following = next(streams, None)
+        for offset, tensor, _, _ in parts:
+            assert written == offset and following is not None
+            stream, following = following, next(streams, None)
+            for piece in stream:
+                written += len(piece)
+                yield piece
+            size = tensor.nbytes // tensor.shape[0] if tensor.stride else tensor.nbytes
+            if written - offset != size:
+                raise AssertionError(f"{tensor.name} has {written - offset} stored bytes, its place {size}")
+            if written % PAGE_BYTES:
+                yield memoryview(bytes(-written % PAGE_BYTES))
+                written += -written % PAGE_BYTES
 
 
-def _one_ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same pieces; while one is used, a thread makes the next."""
-    with ThreadPoolExecutor(1, "weights") as pool:
-        pending = pool.submit(next, pieces, None)
-        while (piece := pending.result()) is not None:
-            pending = pool.submit(next, pieces, None)
+class _Ahead:
+    """Pieces, the next of which is always being made by a thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor, pieces: Iterator[memoryview]) -> None:
+        self.pool, self.pieces = pool, pieces
+        self.pending = pool.submit(next, pieces, None)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        while (piece := self.pending.result()) is not None:
+            self.pending = self.pool.submit(next, self.pieces, None)
             yield piece
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +84,7 @@ class Checkpoint:
         self.tensors = tensors
         self.metadata = metadata
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -145,10 +147,11 @@ class Checkpoint:
             return memoryview(b"")
         start = info.offset - info.offset % mmap.ALLOCATIONGRANULARITY
         end = info.offset + info.nbytes
-        descriptor = self._descriptor(info.file)
-        if os.fstat(descriptor).st_size < end:
-            raise _cut_short(info)
-        mapped = mmap.mmap(descriptor, end - start, access=mmap.ACCESS_READ, offset=start)
+        with self._lock:
+            descriptor = self._descriptor(info.file)
+            if os.fstat(descriptor).st_size < end:
+                raise _cut_short(info)
+            mapped = mmap.mmap(descriptor, end - start, access=mmap.ACCESS_READ, offset=start)
         return memoryview(mapped)[info.offset - start :]
 
     def _array(self, info: TensorInfo, start: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -159,17 +162,18 @@ class Checkpoint:
 
     def _fill(self, info: TensorInfo, start: int, target: memoryview) -> None:
         """Reads the bytes of a tensor from its byte `start` until `target` is full."""
-        descriptor = self._descriptor(info.file)
         done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(descriptor, [target[done:]], info.offset + start + done)
-            except OSError as error:
-                message = f"tensor {info.name!r} cannot be read: {error.strerror or error}"
-                raise DiagnosticError(message, where=str(info.file)) from None
-            if count == 0:
-                raise _cut_short(info)
-            done += count
+        with self._lock:  # a file that another thread reads must not be closed for the newest one
+            descriptor = self._descriptor(info.file)
+            while done < len(target):
+                try:
+                    count = os.preadv(descriptor, [target[done:]], info.offset + start + done)
+                except OSError as error:
+                    message = f"tensor {info.name!r} cannot be read: {error.strerror or error}"
+                    raise DiagnosticError(message, where=str(info.file)) from None
+                if count == 0:
+                    raise _cut_short(info)
+                done += count
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:

@@ -47,11 +47,11 @@ class Use:
 
 
 class Cache(ABC):
-    """A budget of `capacity` bytes; `peak` is the most bytes held at once."""
+    """A budget of `capacity` bytes, of which `used` are taken."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.used = self.peak = 0
+        self.used = 0
         self.resident: OrderedDict[int, int] = OrderedDict()  # key -> bytes
 
     def use(self, batch: Use) -> list[int]:
@@ -68,7 +68,6 @@ class Cache(ABC):
                 if victim is None:
                     break
                 self.used -= self.resident.pop(victim)
-        self.peak = max(self.peak, self.used)
         return missing
 
     @abstractmethod

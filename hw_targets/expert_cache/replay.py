@@ -24,8 +24,8 @@ Entry = tuple[int, int]  # (layer index, expert)
 class ReplayResult:
     """What happened. Rates are shares from 0 to 1; bytes are those of experts that were missing.
 
-    `preload_bytes`: pinned experts, read before the first token. `peak_bytes`: the most that was held at once, pinned
-    experts included; above `capacity_bytes` only when one batch was larger by itself.
+    `preload_bytes`: pinned experts, read before the first token. `peak_bytes`: the most that was held after a batch,
+    pinned experts included; above `capacity_bytes` only when batches were larger than their budget by themselves.
     """
 
     policy: str
@@ -87,16 +87,17 @@ def replay(
     layer_lookups, layer_hits = [0] * trace.layer_count, [0] * trace.layer_count
     decode_lookups = decode_hits = read = decode_read = 0
     following = next_uses(trace.requests) if policy == "belady" else ()
-    peaks = 0
+    used = peak = 0
     for number, batch in enumerate(trace.requests):
         layer = batch.layer
         cache = caches[layer if scope == "layer" else 0]
         use = _use(batch, trace.expert_count, sizes[layer], held.keys, following[number] if following else ())
+        used -= cache.used
         missing = len(cache.use(use))
-        if scope == "global":
-            peaks = max(peaks, cache.used)
+        used += cache.used
         if batch.step < first_step:
             continue
+        peak = max(peak, used)
         lookups = len(batch.experts)
         layer_lookups[layer] += lookups
         layer_hits[layer] += lookups - missing
@@ -116,7 +117,7 @@ def replay(
         read_bytes=read,
         decode_read_bytes=decode_read,
         preload_bytes=sum(held.bytes_of),
-        peak_bytes=sum(held.bytes_of) + (peaks if scope == "global" else sum(cache.peak for cache in caches)),
+        peak_bytes=sum(held.bytes_of) + peak,
         decode_tokens=_decode_tokens(trace, first_step),
         layer_lookups=tuple(layer_lookups),
         layer_hits=tuple(layer_hits),

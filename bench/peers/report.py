@@ -62,7 +62,15 @@ def _judge(row: str, ours: Samples, item: Measured, bar: Bar) -> Verdict:
     peer = max(peers, key=lambda s: s.rate)
     ratio = median(a / b for a, b in zip(ours.tokens_per_s, peer.tokens_per_s, strict=False))
     found = f"{ours.rate:.1f} tok/s, {ratio:.2f} x {peer.engine} ({peer.rate:.1f})"
+    if ours.bytes:
+        found += f"; {_most(ours, peer):.2f} x would be all of the bandwidth"
     return Verdict(row, found, _wanted(bar), ratio >= bar.least)
+
+
+def _most(ours: Samples, peer: Samples) -> float:
+    """How many times the peer's speed ours would be if its bytes came at the speed of memory."""
+    turns = zip(ours.tokens_per_s, ours.seconds, ours.bandwidth, peer.tokens_per_s, strict=False)
+    return median(rate * seconds * bandwidth / ours.bytes / other for rate, seconds, bandwidth, other in turns)
 
 
 def _batch(item: Measured, bar: Bar) -> Verdict:

@@ -64,6 +64,12 @@ def test_bars_against_peers_are_judged_round_by_round() -> None:
     assert "1.29 x openvino:g32" in found[0].found and "3.00 x llama.cpp:b" in found[1].found
 
 
+def test_a_ratio_says_what_the_bandwidth_allows() -> None:
+    rows = [samples("stratum:a", 10, 10, bytes=80.0), samples("llama.cpp:b", 8, 8)]  # 80 of the machine's 100 bytes/s
+    (verdict,) = report.verdicts([Measured(section(Bar("llama.cpp", 1.25)), rows)], None)
+    assert verdict.found == "10.0 tok/s, 1.25 x llama.cpp:b (8.0); 1.56 x would be all of the bandwidth"
+
+
 def test_bars_against_the_machine() -> None:
     bars = (Bar("bandwidth", 0.9), Bar("vnni", 0.62))
     rows = [samples("stratum:a", 10, 10, bytes=91.0, operations=600.0)]

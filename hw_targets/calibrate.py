@@ -28,7 +28,7 @@ from hw_targets.cache_dir import cache_root
 from hw_targets.calibrate_kernels import barrier_kernel, kernels
 from ir.diagnostics import DiagnosticError
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 _BYTES = 1 << 30
 _SECONDS = 0.03
 _REPEATS = 15
@@ -41,7 +41,8 @@ class Calibration:
 
     `spread` is the largest (best - median) / best of bandwidths and peaks: above 0.1 the machine was busy meanwhile.
     `read_by_threads` is ((threads, bytes/s of all of them), ...) in rising order, up to `threads`. `barrier_seconds` is
-    one meeting of all threads, spinning; None with one thread.
+    one meeting of all threads, spinning; None with one thread. `page_fault_seconds` is the first touch of 4096 bytes
+    of memory; None where it could not be told from noise.
     """
 
     threads: int
@@ -53,6 +54,7 @@ class Calibration:
     cpu: str = ""
     read_by_threads: tuple[tuple[int, float], ...] = ()
     barrier_seconds: float | None = None
+    page_fault_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -105,7 +107,7 @@ def cached(threads: int) -> Calibration | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     numbers = [found.read_bandwidth, found.f32_peak, found.bf16_peak, found.i8_peak, found.spread]
-    numbers += [found.barrier_seconds, *(rate for _, rate in found.read_by_threads)]
+    numbers += [found.barrier_seconds, found.page_fault_seconds, *(rate for _, rate in found.read_by_threads)]
     sane = all(n is None or (isinstance(n, int | float) and 0 <= n < 1e18) for n in numbers)
     return found if sane and found.threads == threads and found.read_bandwidth and found.f32_peak else None
 
@@ -165,7 +167,7 @@ def _measure(threads: int, nbytes: int, seconds: float, repeats: int) -> Calibra
         request["ir"][barrier.name], request["kernels"][barrier.name] = barrier.ir_text, barrier.operations
     rates = _run_child(request)
     best = {name: max(values) for name, values in rates.items()}
-    steady = {name: values for name, values in rates.items() if name != "barrier"}
+    steady = {name: values for name, values in rates.items() if name not in ("barrier", "fault")}
     spread = max((best[name] - median(values)) / best[name] for name, values in steady.items())
     curve = [(int(name.removeprefix("read@")), rate) for name, rate in best.items() if name.startswith("read@")]
     return Calibration(
@@ -178,6 +180,7 @@ def _measure(threads: int, nbytes: int, seconds: float, repeats: int) -> Calibra
         cpu=cpu,
         read_by_threads=(*sorted(curve), (threads, best["read"])),
         barrier_seconds=1 / best["barrier"] if "barrier" in best else None,
+        page_fault_seconds=1 / best["fault"] if "fault" in best else None,
     )
 
 

@@ -3,8 +3,8 @@
 Argument: the folder that holds llvmlite. Standard input: one JSON object (ir, cpu, features, kernels with their
 operations, threads, bytes, seconds, repeats; fewer: further numbers of threads to read with). Standard output: one JSON
 object, kernel name -> rates of every repeat, in bytes/s, operations/s or barriers/s over all threads; `read@1` is the
-rate of one thread. Threads call the kernels through ctypes, which drops the interpreter's
-lock.
+rate of one thread, `fault` is pages/s of the first touch of memory, without the writing. Threads call the kernels
+through ctypes, which drops the interpreter's lock.
 """
 
 import ctypes
@@ -35,6 +35,9 @@ def main() -> None:
             results[name] = measure_barrier(functions[name], address, request)
         else:
             results[name] = measure_peak(functions[name], address, operations, request)
+    faults = measure_faults(min(request["bytes"], 4 << 20))
+    if faults:
+        results["fault"] = faults
     json.dump(results, sys.stdout)
 
 
@@ -136,6 +139,34 @@ def measure_barrier(function, address, request):
     rounds = 2000
     arguments = [(address, rounds)] * request["threads"]
     return [rounds / run_threads(function, arguments) for _ in range(request["repeats"])]
+
+
+def measure_faults(nbytes):
+    """[pages of 4096 bytes a second] that the system hands out at the first touch; [] where noise hides it.
+
+    Fresh memory is written twice; only the first time costs faults. Little of it and often: the shortest times are
+    those that nothing interrupted.
+    """
+    first, second = [], []
+    for _ in range(60):
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            try:
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+            except OSError:
+                pass  # a kernel without huge pages has no others
+        view = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(view)
+        times = [time.perf_counter()]
+        for value in (1, 2):
+            ctypes.memset(address, value, nbytes)
+            times.append(time.perf_counter())
+        first.append(times[1] - times[0])
+        second.append(times[2] - times[1])
+        del view
+        memory.close()
+    seconds = min(first) - min(second)
+    return [nbytes / 4096 / seconds] if seconds > 0 else []
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def _tier(tier: MemoryTier) -> str:
         parts.append(f"write {_rate(tier.write_bandwidth)}")
     if tier.latency_seconds is not None:
         parts.append(f"latency {_time(tier.latency_seconds)}")
+    if tier.page_fault_seconds is not None:
+        parts.append(f"page fault {_time(tier.page_fault_seconds)}")
     return ", ".join(parts)
 
 

@@ -56,6 +56,7 @@ def detect() -> Target:
         read_bandwidth=found.read_bandwidth if found else None,
         source=found.source() if found else "",
         read_by_threads=found.read_by_threads if found else (),
+        page_fault_seconds=found.page_fault_seconds if found else None,
     )
     return Target(
         name="host",

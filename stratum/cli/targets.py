@@ -116,6 +116,8 @@ def _calibration_lines(result: Calibration) -> list[str]:
     ]
     if result.barrier_seconds is not None:
         lines.append(f"  barrier     {result.barrier_seconds * 1e6:.2f} us")
+    if result.page_fault_seconds is not None:
+        lines.append(f"  page fault  {result.page_fault_seconds * 1e6:.2f} us (4 KiB)")
     return [*lines, _spread_line(result.spread, 0.1)]
 
 

@@ -26,6 +26,7 @@ def test_quick_calibration_of_this_machine(cache):
     assert 1e8 < found.f32_peak < 1e13
     assert 0 <= found.spread < 1
     assert found.read_by_threads == ((1, found.read_bandwidth),) and found.barrier_seconds is None
+    assert found.page_fault_seconds is None or 1e-9 < found.page_fault_seconds < 1e-2
     host = hw_targets.load("host")
     assert (found.bf16_peak is not None) == (host.has("avx512bf16") or (host.arch == "aarch64" and host.has("bf16")))
     if found.bf16_peak is not None and host.has("avx512bf16"):
@@ -102,13 +103,14 @@ def test_threads_and_barriers_of_this_machine(cache):
 def test_host_shows_what_was_measured(cache, monkeypatch):
     threads = 2
     monkeypatch.setattr(host, "usable_cores", lambda: threads)
-    answers = {"read": [4e10], "f32": [1e11], "read@1": [3e10], "barrier": [4e6]}
+    answers = {"read": [4e10], "f32": [1e11], "read@1": [3e10], "barrier": [4e6], "fault": [4e6]}
     monkeypatch.setattr(calibrate, "_run_child", lambda request: answers)
     calibrate.calibrate(threads)
     target = hw_targets.load("host")
     unit, tier = target.unit(), target.tier()
     assert unit is not None and tier is not None
     assert unit.barrier_seconds == 2.5e-7 and tier.read_by_threads == ((1, 3e10), (threads, 4e10))
+    assert tier.page_fault_seconds == 2.5e-7
     assert tier.read_rate(1) == 3e10 and tier.read_rate() == 4e10
     assert calibrate.cached(threads) == calibrate.calibrate(threads)
 

@@ -13,7 +13,7 @@ from hw_targets.calibrate import Calibration
 from hw_targets.calibrate_disk import DiskCalibration
 from stratum.cli import main
 
-MEASURED = Calibration(2, 6e10, 5.4e11, 1.08e12, 2.1e12, 0.02, "znver9", ((1, 4e10), (2, 6e10)), 2.5e-7)
+MEASURED = Calibration(2, 6e10, 5.4e11, 1.08e12, 2.1e12, 0.02, "znver9", ((1, 4e10), (2, 6e10)), 2.5e-7, 1.5e-7)
 DRIVE = DiskCalibration(
     device="vdx",
     model="a drive",
@@ -70,7 +70,8 @@ def test_calibrate_measures_anew(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(calibrate, "calibrate", measure)
     text = said(capsys, "calibrate")
     assert "znver9, 2 threads" in text and "read        40.0 GB/s with 1, 60.0 GB/s with 2" in text
-    assert "i8 2100 GFLOP/s" in text and "barrier     0.25 us" in text and text.endswith("spread      2%\n")
+    assert "i8 2100 GFLOP/s" in text and "barrier     0.25 us" in text and "page fault  0.15 us" in text
+    assert text.endswith("spread      2%\n")
     facts = json.loads(said(capsys, "calibrate", "--threads", "2", "--json"))
     assert facts["read_by_threads"] == [[1, 4e10], [2, 6e10]] and facts["barrier_seconds"] == 2.5e-7
     assert asked == [(None, True), (2, True)]

@@ -60,7 +60,7 @@ class ClusterProblem:
 
 
 def emit_cluster(problem: ClusterProblem, name: str = "step") -> FuncOp:
-    """The plan of all devices. Raises ValueError for a problem without stages, devices, batches or a way between them."""
+    """The plan of all devices. Raises ValueError without stages, devices, batches or a way between them."""
     p = problem
     if not p.stages or p.tensor < 1 or p.batches < 1 or p.steps < 1:
         raise ValueError("a cluster has one stage, device, micro-batch and step or more")

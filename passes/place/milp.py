@@ -174,14 +174,17 @@ def _capacities(
         ]
         sizes = sorted({n for o, _ in columns for t, n in o.buffer if t == tier and n})
         if sizes:
-            buffer = rows.column()
-            entries.append((buffer, 1.0))
+            current, ahead = rows.column(), rows.column()
+            entries += [(current, 1.0), (ahead, float(problem.session.depth - 1))]
             for size in sizes:
-                users = [(o, at) for o, at in columns if (tier, size) in o.buffer]
-                needed = rows.column(0.0, 1.0, True)
-                most = sum(o.part.count for o, _ in users)
-                rows.row(0.0, math.inf, [(needed, float(most)), *((at, -1.0) for _, at in users)])
-                rows.row(0.0, math.inf, [(buffer, 1.0), (needed, -size * problem.session.depth / unit)])
+                for column, once in ((current, True), (ahead, False)):
+                    users = [(o, at) for o, at in columns if (tier, size) in o.buffer and (once or o.part.layers)]
+                    if not users:
+                        continue
+                    needed = rows.column(0.0, 1.0, True)
+                    most = sum(o.part.count for o, _ in users)
+                    rows.row(0.0, math.inf, [(needed, float(most)), *((at, -1.0) for _, at in users)])
+                    rows.row(0.0, math.inf, [(column, 1.0), (needed, -size / unit)])
         if tier == least_bytes:
             for at, value in entries:
                 rows.cost[at] += value

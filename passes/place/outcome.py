@@ -135,20 +135,29 @@ def workspaces(problem: Problem) -> dict[str, int]:
 def tier_use(problem: Problem, choice: Choice) -> tuple[TierUse, ...]:
     """Bytes of every tier and storage."""
     used: dict[str, dict[str, int]] = {name: {} for name, _ in problem.machine.room}
-    pieces: dict[str, int] = {}
+    pieces: dict[str, list[tuple[int, bool]]] = {}
     for option, count in choice:
         for tier, category, nbytes in option.holds:
             used[tier][category] = used[tier].get(category, 0) + nbytes * count
         for tier, nbytes in option.buffer if count else ():
-            pieces[tier] = max(pieces.get(tier, 0), nbytes)
-    for tier, nbytes in pieces.items():
-        used[tier]["buffers"] = nbytes * problem.session.depth
+            pieces.setdefault(tier, []).append((nbytes, bool(option.part.layers)))
+    for tier, found in pieces.items():
+        used[tier]["buffers"] = buffer_bytes(found, problem.session.depth)
     for tier, nbytes in workspaces(problem).items():
         used[tier]["activations"] = nbytes
     return tuple(
         TierUse(name, room, tuple((c, used[name][c]) for c in CATEGORIES if used[name].get(c)))
         for name, room in problem.machine.room
     )
+
+
+def buffer_bytes(pieces: list[tuple[int, bool]], depth: int) -> int:
+    """Room for the piece in use and those on their way. `pieces` are (bytes, whether layers repeat it).
+
+    The head comes once in a step, so that what is on its way behind it is a layer's piece.
+    """
+    ahead = max((nbytes for nbytes, repeats in pieces if repeats), default=0)
+    return max(nbytes for nbytes, _ in pieces) + (depth - 1) * ahead
 
 
 def _add(total: PhaseCost, one: PhaseCost, count: int) -> None:

@@ -5,7 +5,7 @@
 
 Within a session the i-th most popular expert of a layer is chosen with a probability falling like i^-s (s = 1.4 fits
 public traces best; other sessions have other favourites, so that many sessions together are near uniform). Hits of
-least-recently-used replacement by Che's approximation. The exact replay of a trace is `hw_targets.expert_cache`.
+least-recently-used replacement by Che's approximation; the exact replay of a trace is `passes.place.cache_choice`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from functools import lru_cache
 
 SESSION_ZIPF = 1.4
+SESSION_TOKENS = 128
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from stratum.cli.errors import guarded
 from stratum.cli.eval import evaluate
 from stratum.cli.inspect import inspect
 from stratum.cli.opt import opt
+from stratum.cli.plan import plan
 from stratum.cli.quantize import quantize
 from stratum.cli.recipes import recipes
 from stratum.cli.run import run
@@ -31,7 +32,7 @@ def cli() -> None:
     """Compile a language model's checkpoint to native code, and run it."""
 
 
-for command in (build, run, inspect, opt, bench, evaluate, quantize, targets, recipes):
+for command in (build, run, plan, inspect, opt, bench, evaluate, quantize, targets, recipes):
     cli.add_command(command)
 
 

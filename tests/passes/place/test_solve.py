@@ -176,11 +176,11 @@ def test_experts_are_cached_below_a_budget() -> None:
 
 def test_pins_are_kept_and_the_rest_is_solved() -> None:
     base = problem(dense(6), target())
-    found = solve(pinned(base, "kv=dram", "layers.0-1.mlp=cpu", "head=disk"))
+    found = solve(pinned(base, "kv=dram", "layers.0-1.mlp=cpu", "embedding=disk"))
     assert {e.tier for e in found.placement.kv} == {"dram"}
     first = [g for g in found.placement.groups if g.group == "mlp" and g.layers == "0-1"]
     assert [g.unit for g in first] == ["cores"]
-    assert [g.tier for g in found.placement.groups if g.group == "head"] == ["ssd"]
+    assert [g.tier for g in found.placement.groups if g.group == "embedding"] == ["ssd"]
     assert {g.unit for g in found.placement.groups if g.group == "mlp" and g.layers != "0-1"} == {"gpu"}
     check_plan(found)
 

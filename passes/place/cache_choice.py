@@ -1,0 +1,81 @@
+"""Expert caches by replay: hit rates from a trace, the policy that does best on it, and the bound that none can pass.
+
+    rates = TraceRates(trace)                    # a `HitRate` for `Problem.cached`
+    judged = judge(trace, slots, source="...")   # policies compared, Belady's bound, warnings at cliffs
+
+Without a trace, `session_trace` draws one of a single conversation (Zipf 1.4), so that plans of any model have a bound.
+Refuses a trace of another model: other experts, or more of them for a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from frontends.model_shape import ModelShape
+from hw_targets.expert_cache import ON_LINE, replay
+from hw_targets.routing.trace import RoutingTrace
+from ir.diagnostics import DiagnosticError
+from passes.place.routing_model import SESSION_TOKENS
+
+_LAYERS = 4  # of a drawn trace: layers are alike
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Hit rates while decoding. `rates` is ((policy, share), ...), best first; `belady` no policy can pass."""
+
+    policy: str
+    rates: tuple[tuple[str, float], ...]
+    belady: float
+    source: str
+    warnings: tuple[str, ...] = ()
+
+
+class TraceRates:
+    """Hit rates of per-layer caches, replayed once for each number of slots."""
+
+    def __init__(self, trace: RoutingTrace) -> None:
+        self.trace = trace
+        self._found: dict[int, float] = {}
+
+    def __call__(self, experts: int, top_k: int, slots: int, batch: int) -> float:
+        if slots >= experts:
+            return 1.0
+        if slots not in self._found:
+            slots_of_all = slots * self.trace.layer_count
+            self._found[slots] = replay(self.trace, slots=slots_of_all, scope="layer").decode_hit_rate
+        return self._found[slots]
+
+
+def check_trace(trace: RoutingTrace, shape: ModelShape) -> RoutingTrace:
+    """`trace`, which must fit the model."""
+    kinds = {(x.mlp.experts, x.mlp.top_k) for x, _ in shape.kinds() if x.mlp.is_moe}
+    if not kinds:
+        raise DiagnosticError(f"{shape.name} has no experts; a routing trace says nothing about it")
+    if not any(experts == trace.expert_count and trace.top_k <= top_k for experts, top_k in kinds):
+        wanted = " or ".join(f"{e} experts, {k} a token" for e, k in sorted(kinds))
+        raise DiagnosticError(
+            f"the trace is of {trace.model}: {trace.expert_count} experts, {trace.top_k} a token", expected=wanted
+        )
+    return trace
+
+
+def session_trace(experts: int, top_k: int) -> RoutingTrace:
+    """A drawn conversation of one user."""
+    from hw_targets.routing.synthetic import SESSION, synthetic_trace
+
+    return synthetic_trace(SESSION, experts=experts, top_k=top_k, layers=_LAYERS, tokens=SESSION_TOKENS)
+
+
+def judge(trace: RoutingTrace, slots: int, source: str) -> Judged:
+    """What every on-line policy reaches with `slots` a layer, and the best that hindsight would."""
+    of_all = slots * trace.layer_count
+    rates = {p: replay(trace, slots=of_all, policy=p, scope="layer").decode_hit_rate for p in ON_LINE}
+    order = tuple(sorted(rates.items(), key=lambda item: (-round(item[1], 4), item[0] != "lru", item[0])))
+    belady = replay(trace, slots=of_all, policy="belady", scope="layer").decode_hit_rate
+    warnings = []
+    if slots < trace.top_k:
+        warnings.append(
+            f"{slots} slots a layer hold less than the {trace.top_k} experts of one token: every look-up misses"
+        )
+    return Judged(order[0][0], order, belady, source, tuple(warnings))

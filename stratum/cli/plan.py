@@ -1,0 +1,134 @@
+"""`compile-model plan`: will it fit, how fast, what bounds it, what would help; before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stratum.cli.options import DTYPES
+
+if TYPE_CHECKING:
+    from passes.place.solve import NoFit
+
+EXIT_NO_FIT = 3
+
+
+@click.command(epilog="Exit codes: 0 a plan, 2 a fault that you can mend, 3 nothing fits.")
+@click.argument("model", metavar="DIR|CONFIG|NAME")
+@click.option("--target", default="host", show_default=True, metavar="NAME", help="See 'compile-model targets'.")
+@click.option(
+    "-c", "--ctx", "--context", "context", type=click.IntRange(min=1), help="Tokens to reserve. Default 4096."
+)
+@click.option("--batch", default="1", show_default=True, metavar="N|auto", help="Sequences at once.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), help="Tokens of a prompt. Default: 512, at most half of ctx."
+)
+@click.option("--generate", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens after the prompt.")
+@click.option("--memory", metavar="SIZE", help="What may be used of the host's memory: 2GiB.")
+@click.option("--disk", metavar="SIZE", help="What may be used of the first drive.")
+@click.option("--budget", multiple=True, metavar="TIER=SIZE", help="What may be used of any tier or drive.")
+@click.option(
+    "--slo", metavar="ttft=T,tpot=T", help="Bounds of the first token and of each further one: ttft=2s,tpot=50ms."
+)
+@click.option("--pin", "pins", multiple=True, metavar="GROUP=WHERE", help="A decision taken: experts=disk, kv=dram.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="A recorded routing of experts.")
+@click.option("--recipe", "--format", "recipe", metavar="NAME[,NAME...]|FILE", help="Number formats, as for build.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="What is no low-bit number."
+)
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan to judge, maybe edited."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as JSON.")
+@click.option("--quick", is_flag=True, help="Do not try what would help.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on stdout.")
+def plan(
+    model: str,
+    target: str,
+    context: int | None,
+    batch: str,
+    prompt_tokens: int | None,
+    generate: int,
+    memory: str | None,
+    disk: str | None,
+    budget: tuple[str, ...],
+    slo: str | None,
+    pins: tuple[str, ...],
+    trace: Path | None,
+    recipe: str | None,
+    dtype: str,
+    plan_file: Path | None,
+    output: Path | None,
+    quick: bool,
+    as_json: bool,
+) -> int:
+    """Place a model on a machine: a checkpoint directory, a config.json, or a name like Qwen3-30B-A3B.
+
+    Reads headers only, never weights. Says what lies where, what bounds each phase and what would help; when nothing
+    fits, the least that would, and the largest context and batch that do.
+    """
+    from passes.place.solve import NoFit
+    from stratum.planning import PlanRequest, make_plan
+
+    sizes = [("memory", memory), ("disk", disk), *(_named(text) for text in budget)]
+    request = PlanRequest(
+        model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
+        tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file, not quick,
+    )  # fmt: skip
+    try:
+        planned = make_plan(request)
+    except NoFit as fault:
+        return _refused(fault, as_json)
+    text = planned.placement.to_json()
+    if output is not None:
+        _write(output, text)
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        from stratum.plan_report import plan_text
+
+        click.echo(plan_text(planned))
+    return 0
+
+
+def _batch(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not (text.isdecimal() and 1 <= int(text[:12]) <= 1 << 20):
+        raise click.BadParameter(f"expected a whole number of sequences or auto, got {text!r}", param_hint="--batch")
+    return int(text)
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    name, equals, size = text.partition("=")
+    if not (name and equals and size):
+        raise click.BadParameter(f"expected TIER=SIZE, got {text!r}", param_hint="--budget")
+    return name, size
+
+
+def _refused(fault: NoFit, as_json: bool) -> int:
+    """Nothing fits: what would, as text on stderr or as JSON on stdout."""
+    if as_json:
+        facts = {
+            "schema": "stratum.plan/1",
+            "error": fault.diagnostics[0].message,
+            "least_bytes": dict(fault.least),
+            "largest_context": fault.context,
+            "largest_batch": fault.batch,
+            "pins": list(fault.pins),
+        }
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        click.echo(fault.diagnostics[0].render(), err=True)
+    return EXIT_NO_FIT
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,191 @@
+"""A plan as text: what lies where, how long phases take and why, what would help.
+
+`plan_text(planned)` gives lines for people; programs read `Placement.to_json`. Every figure shown is one of the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from passes.place.outcome import CATEGORIES
+from passes.place.placement import PhasePlan, Placed, PlacedKV, Placement
+from stratum.planning import Planned
+from stratum.progress import format_bytes, format_count
+
+_SHOWN_RESOURCES = 6
+_SHOWN_GAINS = 6
+
+
+def plan_text(planned: Planned) -> str:
+    """The report of a plan."""
+    plan = planned.placement
+    lines = [*_head(planned), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
+    if plan.prefill_threshold is not None:
+        lines.append(
+            f"prompts of {plan.prefill_threshold} tokens or more move weights to the faster unit to pass there"
+        )
+    if plan.expert_cache is not None:
+        lines += ["", *_cache(planned)]
+    if planned.gains:
+        lines += ["", *_gains(planned)]
+    lines += [f"warning: {text}" for text in planned.warnings]
+    return "\n".join(lines)
+
+
+def _head(planned: Planned) -> list[str]:
+    plan, shape = planned.placement, planned.shape
+    parameters, active = shape.parameters(), shape.active_parameters()
+    size = format_count(parameters)
+    if shape.moe_layers:
+        size += f" parameters, {format_count(active)} active"
+    else:
+        size += " parameters"
+    weights = sum(g.nbytes for g in plan.groups)
+    bits = 8 * weights / parameters
+    formats = f"recipe {plan.recipe}" if plan.recipe else plan.dtype
+    session = plan.session
+    lines = [
+        f"{plan.model}: {size}, {format_bytes(weights)} in {formats} ({bits:.2f} bits a weight)",
+        f"{plan.target}: context {session.context}, batch {session.batch}, prompts of {session.prompt} tokens",
+    ]
+    degrees = plan.degrees
+    if degrees.devices > 1:
+        experts = f", experts on {degrees.expert}" if degrees.expert > 1 else ""
+        lines.append(
+            f"{degrees.devices} devices: products cut {degrees.tensor} ways, {degrees.pipeline} stages, "
+            f"{degrees.data} copies{experts}, vocabulary cut {degrees.vocabulary} ways"
+        )
+    elif session.micro_batches > 1:
+        lines.append(f"{session.micro_batches} micro-batches take turns")
+    return lines
+
+
+def _phases(plan: Placement) -> list[str]:
+    session = plan.session
+    rate = f"{plan.tokens_per_second:.4g} tok/s"
+    energy = f", {plan.joules_per_token:.3g} J a token" if plan.joules_per_token is not None else ""
+    lines = [
+        f"decode   {seconds_text(plan.decode.seconds)} a step = {rate}, bound by {plan.decode.bound}{energy}",
+        f"prefill  {seconds_text(plan.prefill.seconds)} for {session.prompt} tokens, bound by {plan.prefill.bound}",
+        "",
+    ]
+    rows: list[Sequence[str]] = [("time by resource", "decode", "prefill")]
+    decode, prefill = _by_name(plan.decode), _by_name(plan.prefill)
+    names = sorted(
+        dict.fromkeys((*decode, *prefill)),
+        key=lambda n: -max(_share(decode, n, plan.decode), _share(prefill, n, plan.prefill)),
+    )
+    for name in names[:_SHOWN_RESOURCES]:
+        rows.append(
+            (name, *(_busy(found, name, phase) for found, phase in ((decode, plan.decode), (prefill, plan.prefill))))
+        )
+    return lines + table(rows)
+
+
+def _by_name(phase: PhasePlan) -> dict[str, float]:
+    return {r.name: r.seconds for r in phase.resources}
+
+
+def _share(found: dict[str, float], name: str, phase: PhasePlan) -> float:
+    return found.get(name, 0.0) / phase.seconds if phase.seconds else 0.0
+
+
+def _busy(found: dict[str, float], name: str, phase: PhasePlan) -> str:
+    if name not in found:
+        return "-"
+    return f"{seconds_text(found[name])} ({_share(found, name, phase):.0%})"
+
+
+def _tiers(plan: Placement) -> list[str]:
+    each = " of each device" if plan.degrees.devices > 1 else ""
+    rows: list[Sequence[str]] = [(f"memory{each}", *CATEGORIES, "peak", "of")]
+    for tier in plan.tiers:
+        cells = [format_bytes(getattr(tier, c)) if getattr(tier, c) else "-" for c in CATEGORIES]
+        capacity = format_bytes(tier.capacity) if tier.capacity < 1 << 59 else "no limit"
+        rows.append((tier.name, *cells, format_bytes(tier.peak), capacity))
+    return table(rows)
+
+
+def _groups(plan: Placement) -> list[str]:
+    rows = [("what", "layers", "where", "computed by", "bytes", "format")]
+    merged: dict[tuple[str, str, str, str], list[Placed]] = {}
+    for group in plan.groups:
+        if group.nbytes:
+            merged.setdefault((group.group, _where(group), _by(group), group.format), []).append(group)
+    for (name, where, by, format), found in merged.items():
+        size = format_bytes(sum(g.nbytes for g in found))
+        rows.append((name, shortened(",".join(g.layers for g in found if g.layers)), where, by, size, format))
+    kv: dict[tuple[str, str, str], list[PlacedKV]] = {}
+    for entry in plan.kv:
+        kv.setdefault((entry.tier, entry.unit, entry.format), []).append(entry)
+    for (tier, unit, format), entries in kv.items():
+        size = format_bytes(sum(e.nbytes for e in entries))
+        rows.append(("kv", shortened(",".join(e.layers for e in entries)), tier, unit, size, format))
+    return table(rows)
+
+
+def _where(group: Placed) -> str:
+    if group.mode == "cached":
+        return f"{group.tier}, {group.slots} slots a layer"
+    if group.mode == "split":
+        return f"{group.slots} by {group.unit}, others {group.tier}"
+    return f"{group.tier}, {group.mode}"
+
+
+def _by(group: Placed) -> str:
+    both = f"{group.unit} and {group.rest_unit}" if group.rest_unit else group.unit
+    return f"{both}; prompts {group.prefill_unit}" if group.prefill_unit else both
+
+
+def shortened(layers: str, width: int = 28) -> str:
+    """Numbers of layers, cut to `width` characters with how many there are."""
+    if len(layers) <= width:
+        return layers
+    count = 0
+    for run in layers.split(","):
+        first, _, last = run.partition("-")
+        count += int(last or first) - int(first) + 1
+    return f"{layers[: width - 12].rpartition(',')[0]},… ({count})"
+
+
+def _cache(planned: Planned) -> list[str]:
+    cache, judged = planned.placement.expert_cache, planned.judged
+    assert cache is not None
+    lines = [
+        f"expert cache: {cache.slots} slots of all layers, {format_bytes(cache.nbytes)} in {cache.tier}, "
+        f"policy {cache.policy}; {cache.hit_rate:.1%} of look-ups hit ({cache.source})"
+    ]
+    if judged is not None:
+        rates = ", ".join(f"{policy} {rate:.1%}" for policy, rate in judged.rates)
+        lines.append(
+            f"  replayed with the fewest slots a layer: {rates}; no policy can pass {judged.belady:.1%} (Belady)"
+        )
+    return lines
+
+
+def _gains(planned: Planned) -> list[str]:
+    plan = planned.placement
+    rows = [("what would help", "decode", "prefill", "a session is shorter by")]
+    for gain in planned.gains[:_SHOWN_GAINS]:
+        rows.append((gain.what, seconds_text(gain.decode), seconds_text(gain.prefill), f"{gain.saved:.1%}"))
+    if all(gain.saved < 1e-3 for gain in planned.gains):
+        rows.append((f"(nothing tried helps: bound by {plan.decode.bound})", "", "", ""))
+    return table(rows)
+
+
+def seconds_text(seconds: float) -> str:
+    """`3.69 ms`: three significant digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [_line(row, widths) for row in rows]
+
+
+def _line(row: Iterable[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

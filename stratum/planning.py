@@ -1,0 +1,203 @@
+"""From what `compile-model plan` is given to a plan: shape, machine, formats and session put together, then solved.
+
+    planned = make_plan(PlanRequest("Qwen3-30B-A3B", target="rtx-4090", recipe="w4a8-g32", context=8192))
+    planned.placement, planned.gains, planned.judged, planned.warnings
+
+Takes text as the command line has it; reads configurations and headers only. Raises NoFit when nothing fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from frontends.model_shape import ModelShape
+from frontends.shape_library import load_shape
+from hw_targets import load as load_target
+from hw_targets.quantities import parse_quantity
+from hw_targets.target import Target
+from ir.diagnostics import DiagnosticError
+from passes.place.build_plan import spread_placement
+from passes.place.cache_choice import Judged, TraceRates, check_trace, judge, session_trace
+from passes.place.formats import Formats, formats_of
+from passes.place.machine import machine_of, main_tier
+from passes.place.parallel import device_unit, search
+from passes.place.pins import parse_pin
+from passes.place.placement import Placement
+from passes.place.problem import Problem, Session, Slo
+from passes.place.solve import NoFit, Solution, replay, solve
+from passes.place.what_if import Gain, gains
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is wanted for. Sizes are texts like `2GiB`; `batch` 0 chooses it, for most tokens a second."""
+
+    model: str
+    target: str = "host"
+    recipe: str | None = None
+    dtype: str = "bf16"
+    context: int | None = None
+    batch: int = 1
+    prompt: int | None = None
+    generate: int = 128
+    budgets: tuple[tuple[str, str], ...] = ()  # (tier or storage, size); "memory" and "disk" stand for the main ones
+    pins: tuple[str, ...] = ()
+    slo: str | None = None
+    trace: Path | None = None
+    plan: Path | None = None
+    what_if: bool = True
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what explains it."""
+
+    shape: ModelShape
+    target: Target
+    placement: Placement
+    solution: Solution | None = None  # None: every device keeps its share, found in closed form
+    gains: tuple[Gain, ...] = ()
+    judged: Judged | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+
+def make_plan(request: PlanRequest) -> Planned:
+    """The plan that a request leads to. Raises NoFit, and DiagnosticError for what is wrong with the request."""
+    shape, target = load_shape(request.model), load_target(request.target)
+    formats = formats_of(request.recipe, request.dtype)
+    given = _read_plan(request.plan) if request.plan is not None else None
+    session = _session(request, shape)
+    if given is not None:
+        _same_model(given, shape, request)
+        formats = formats_of(given.recipe, given.dtype)
+        session = Session(**dataclasses.asdict(given.session))
+    slo = parse_slo(request.slo)
+    spread = None
+    if device_unit(target) is not None and not (request.pins or request.budgets):
+        if given is None or given.degrees.devices > 1:
+            fixed = given.degrees if given is not None else None
+            spread = search(shape, target, formats, session, slo, fixed=fixed, any_batch=request.batch == 0)
+    unit = device_unit(target)
+    if spread is not None and unit is not None:
+        machine = machine_of(target)
+        problem = Problem(shape, machine, formats, session)
+        placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
+        return Planned(shape, target, placement, warnings=shape.warnings)
+    return _placed(request, shape, target, formats, session, slo, given)
+
+
+def _placed(
+    request: PlanRequest,
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    slo: Slo,
+    given: Placement | None,
+) -> Planned:
+    """A plan over the tiers of one machine."""
+    machine = machine_of(target, budgets=_budgets(request, target))
+    problem = Problem(shape, machine, formats, session, tuple(parse_pin(p, shape, machine) for p in request.pins), slo)
+    trace = None
+    if request.trace is not None:
+        from hw_targets.routing.trace_file import read_trace
+
+        trace = check_trace(read_trace(request.trace), shape)
+        problem = dataclasses.replace(problem, cached=TraceRates(trace))
+    if given is not None:
+        solution = replay(problem, given)
+    elif request.batch == 0:
+        solution = _most_tokens(problem)
+    else:
+        solution = solve(problem)
+    placement, judged, warnings = solution.placement, None, list(shape.warnings)
+    cached = [g for g in placement.groups if g.mode == "cached"]
+    if placement.expert_cache is not None and cached:
+        slots = min(g.slots for g in cached)
+        if trace is None:
+            layer = next(x for x in shape.layers if x.mlp.is_moe)
+            judged = judge(session_trace(layer.mlp.experts, layer.mlp.top_k), slots, "a drawn session, Zipf 1.4")
+        else:
+            judged = judge(trace, slots, str(request.trace))
+        warnings += judged.warnings
+        rate = placement.expert_cache.hit_rate
+        cache = dataclasses.replace(
+            placement.expert_cache, policy=judged.policy, belady=max(rate, judged.belady), source=judged.source
+        )
+        placement = dataclasses.replace(placement, expert_cache=cache)
+    found = gains(solution) if request.what_if and given is None else ()
+    return Planned(shape, target, placement, solution, found, judged, tuple(warnings))
+
+
+def parse_slo(text: str | None) -> Slo:
+    """`ttft=2s,tpot=50ms` -> bounds in seconds."""
+    bounds: dict[str, float] = {}
+    for part in (text or "").split(","):
+        name, equals, value = part.strip().partition("=")
+        if not part.strip():
+            continue
+        if name not in ("ttft", "tpot") or not equals or name in bounds:
+            raise DiagnosticError(f"{part.strip()!r} is not a bound", where="--slo", expected="ttft=2s,tpot=50ms")
+        bounds[name] = parse_quantity(value, "time", where=f"--slo {name}")
+    return Slo(**bounds)
+
+
+def _session(request: PlanRequest, shape: ModelShape) -> Session:
+    context = request.context if request.context is not None else min(shape.max_context, 4096)
+    prompt = request.prompt if request.prompt is not None else max(1, min(512, context // 2))
+    if prompt >= context + 1:
+        raise DiagnosticError(f"a prompt of {prompt} tokens is longer than the context of {context}")
+    if context > shape.max_context:
+        raise DiagnosticError(
+            f"{shape.name} takes a context of at most {shape.max_context} tokens, not {context}",
+            expected=f"--ctx {shape.max_context} or less",
+        )
+    generate = max(1, min(request.generate, context - prompt)) if context > prompt else 1
+    return Session(context=context, batch=max(1, request.batch), prompt=prompt, generate=generate)
+
+
+def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, size in request.budgets:
+        if name == "memory":
+            name = main_tier(target)
+        elif name == "disk":
+            if not target.storage:
+                raise DiagnosticError(f"target {target.name} has no storage", where="--disk")
+            name = target.storage[0].name
+        found[name] = int(parse_quantity(size, "bytes", where=f"budget of {name}"))
+    return found
+
+
+def _most_tokens(problem: Problem) -> Solution:
+    """The batch (a power of two) with which most tokens a second come out."""
+    best: Solution | None = None
+    for exponent in range(11):
+        session = dataclasses.replace(problem.session, batch=1 << exponent)
+        try:
+            found = solve(dataclasses.replace(problem, session=session))
+        except NoFit:
+            if best is None:
+                raise
+            break
+        if best is None or found.placement.tokens_per_second > best.placement.tokens_per_second:
+            best = found
+    assert best is not None
+    return best
+
+
+def _read_plan(path: Path) -> Placement:
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise DiagnosticError(f"the plan cannot be read: {fault.strerror}", where=str(path)) from None
+    return Placement.from_json(data, str(path))
+
+
+def _same_model(given: Placement, shape: ModelShape, request: PlanRequest) -> None:
+    if given.model != shape.name:
+        raise DiagnosticError(
+            f"the plan is for {given.model}, not for {shape.name}", where=str(request.plan), expected="its own model"
+        )

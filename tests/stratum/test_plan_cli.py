@@ -1,0 +1,148 @@
+"""`compile-model plan`: reports, JSON that can be given back, exit codes, and that no weight is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from frontends.shape_library import load_shape
+from passes.place.placement import SCHEMA, Placement
+from stratum.cli import main
+from stratum.plan_report import seconds_text, shortened
+from stratum.planning import PlanRequest, make_plan, parse_slo
+from tests.frontends.model_files import config_of, write_model
+
+OLMOE = ["OLMoE-1B-7B-0924", "--target", "ddr5-laptop", "--recipe", "w4a8-g32", "--ctx", "2048"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["plan", *arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_report_names_bounds_and_places(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "Qwen3-30B-A3B", "--target", "rtx-4090", "--recipe", "w4a8-g32")
+    assert code == 0
+    for words in ("30.53 B parameters", "tok/s, bound by vram read", "J a token", "experts", "vram, resident", "kv"):
+        assert words in text, words
+    assert "what would help" in text and "+10 GB/s of vram read" in text and "--recipe w3" in text
+
+
+def test_json_can_be_edited_and_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["Llama-3.1-8B", "--target", "rtx-4090", "--quick", "--ctx", "2048"]
+    code, text, _ = run(capsys, *arguments, "--json", "-o", str(file))
+    assert code == 0 and file.read_text() == text and json.loads(text)["schema"] == SCHEMA
+    assert run(capsys, *arguments, "--json")[1] == text  # the same answer again
+    plan = Placement.from_json(text)
+    code, again, _ = run(capsys, *arguments, "--plan", str(file), "--json")
+    assert code == 0 and Placement.from_json(again).decode == plan.decode
+    edited = json.loads(text)
+    for group in edited["groups"]:
+        if group["group"] == "mlp":
+            group |= {"tier": "dram", "unit": "cores"}
+    file.write_text(json.dumps(edited))
+    code, slower, _ = run(capsys, *arguments, "--plan", str(file), "--json")
+    assert code == 0 and Placement.from_json(slower).decode.seconds > 2 * plan.decode.seconds
+    assert run(capsys, "Llama-2-7b-hf", "--target", "rtx-4090", "--plan", str(file))[0] == 2
+
+
+def test_a_budget_makes_a_cache_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, *OLMOE, "--memory", "2GiB", "--pin", "experts=cached", "--pin", "kv=dram")
+    assert code == 0 and "expert cache:" in text and "(Belady)" in text and "+1 GiB of dram" in text
+    code, text, _ = run(capsys, *OLMOE, "--memory", "2GiB", "--pin", "experts=cached", "--json", "--quick")
+    plan = Placement.from_json(text)
+    dram = next(t for t in plan.tiers if t.name == "dram")
+    assert dram.peak <= 2 << 30 == dram.capacity and plan.expert_cache is not None
+    assert plan.expert_cache.belady is not None and plan.expert_cache.hit_rate <= plan.expert_cache.belady
+
+
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["Llama-3.1-8B", "--target", "ddr5-laptop", "--disk", "1GiB", "--memory", "16GiB", "--ctx", "32768"]
+    code, out, err = run(capsys, *short)
+    assert code == 3 and out == "" and "does not fit" in err and "of dram it fits" in err
+    assert "the largest context that fits is" in err
+    code, out, _ = run(capsys, *short, "--json")
+    facts = json.loads(out)
+    assert code == 3 and facts["least_bytes"]["dram"] > 16 << 30 and 0 < facts["largest_context"] < 32768
+    fits = [*short[:-1], str(facts["largest_context"])]
+    assert run(capsys, *fits, "--prompt-tokens", "8", "--quick")[0] == 0
+    code, _, err = run(capsys, *short, "--pin", "weights=dram", "--ctx", "1024", "--memory", "3GiB", "--disk", "1TB")
+    assert code == 3 and "without --pin 'weights=dram' it fits" in err
+    code, _, err = run(capsys, "Llama-3.1-8B", "--target", "ddr5-laptop", "--slo", "tpot=1ms")
+    assert code == 3 and "as fast as asked for" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["Lama-3.1-8B"], "did you mean"),
+        (["Llama-3.1-8B", "--target", "x86-64-v4"], "describes instructions"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--pin", "mlp=moon"], "nothing named 'moon'"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--slo", "speed=1"], "is not a bound"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--ctx", "999999999"], "at most 131072"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--batch", "many"], "a whole number of sequences or auto"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--memory", "much"], "not a number with a unit"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--budget", "vram"], "expected TIER=SIZE"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--plan", "/no/such"], "the plan cannot be read"),
+    ],
+)
+def test_faults_are_one_diagnostic(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and words in err and out == "" and "Traceback" not in err
+
+
+def test_many_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "DeepSeek-V3", "--target", "64xh100", "--recipe", "fp8", "--batch", "256")
+    assert code == 0 and "64 devices: products cut" in text and "of each device" in text
+    code, text, _ = run(
+        capsys,
+        "DeepSeek-V3",
+        "--target",
+        "64xh100",
+        "--recipe",
+        "fp8",
+        "--batch",
+        "auto",
+        "--slo",
+        "tpot=40ms",
+        "--json",
+    )
+    plan = Placement.from_json(text)
+    assert code == 0 and plan.decode.seconds <= 0.04 and plan.session.batch > 256 and plan.degrees.devices == 64
+
+
+def test_a_directory_is_planned_from_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path, config_of("llama"))
+    code, text, _ = run(capsys, str(tmp_path), "--target", "ddr5-laptop", "--ctx", "64")
+    assert code == 0 and "dram, resident" in text
+    assert run(capsys, str(tmp_path / "config.json"), "--target", "ddr5-laptop", "--ctx", "64")[0] == 0
+
+
+def test_planning_loads_no_compiler() -> None:
+    code = (
+        "import sys\n"
+        "from stratum.planning import PlanRequest, make_plan\n"
+        "make_plan(PlanRequest('Llama-3.1-8B', 'rtx-4090', what_if=False))\n"
+        "print([m for m in ('numba', 'llvmlite', 'torch', 'codegen', 'runtime.native') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_more_of_what_bounds_helps_most() -> None:
+    planned = make_plan(PlanRequest("Llama-3.1-70B", "a100-80gb", "w8a8", context=2048))
+    assert planned.gains and list(planned.gains) == sorted(planned.gains, key=lambda g: (-g.saved, g.what))
+    assert all(0.0 <= g.saved < 1.0 for g in planned.gains)
+    assert planned.placement.model == load_shape("Llama-3.1-70B").name
+
+
+def test_texts() -> None:
+    assert [seconds_text(s) for s in (2.5, 0.0123, 4e-5, 3e-9)] == ["2.5 s", "12.3 ms", "40 us", "3 ns"]
+    assert shortened("0-3") == "0-3" and shortened(",".join(map(str, range(0, 60, 2)))).endswith("… (30)")
+    assert (parse_slo("ttft=2s, tpot=50ms").ttft, parse_slo("tpot=50ms").tpot) == (2.0, 0.05)

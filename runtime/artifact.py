@@ -54,6 +54,12 @@ class Artifact:
         with _opened(self.path, weights.file, weights.bytes) as descriptor:
             return FileMapping(descriptor, weights.bytes, where=str(self.path / weights.file))
 
+    def open_weights(self) -> int:
+        """A descriptor of the weights, checked as `map_weights` does; the caller closes it."""
+        weights = self.manifest.weights
+        with _opened(self.path, weights.file, weights.bytes) as descriptor:
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
 
 def open_artifact(path: str | os.PathLike[str], *, verify: bool = False) -> Artifact:
     """Loads and checks the artifact at `path`; `verify` hashes the weights whatever their size."""

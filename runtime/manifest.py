@@ -18,6 +18,7 @@ from runtime.errors import RuntimeDiagnostic
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 256 << 20  # a 100 000-tensor model needs about 25 MiB
 REBUILD_HINT = "build the artifact again: compile-model build MODEL -o OUT"
+PAGE_BYTES = 4096  # of the weights file, whatever the machine's
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _HEX = re.compile(r"[0-9a-f]+")
 _ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -39,6 +40,14 @@ class LaunchInfo:
 
 
 @dataclass(frozen=True)
+class AwaitInfo:
+    """A place in a program where it waits for a piece of the weights, and pieces that it is done with there."""
+
+    piece: int
+    done: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ProgramInfo:
     """One compiled specialisation of the step: takes 1..max_tokens tokens, needs `arena_bytes` of scratch memory."""
 
@@ -47,6 +56,7 @@ class ProgramInfo:
     max_tokens: int
     arena_bytes: int
     launches: tuple[LaunchInfo, ...]
+    awaits: tuple[AwaitInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,27 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class PieceInfo:
+    """Whole pages of the weights file that are read together: `rows`, `experts` or `dense`.
+
+    `unit` is the bytes of a row or of an expert, 0 for dense ones.
+    """
+
+    kind: str
+    offset: int
+    bytes: int
+    unit: int
+    origin: str
+
+
+@dataclass(frozen=True)
 class WeightsInfo:
     """The weights file, its size, and what lies in it; its hash is with those of the other files."""
 
     file: str
     bytes: int
     tensors: tuple[TensorInfo, ...]
+    pieces: tuple[PieceInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +145,7 @@ class Manifest:
     weights: WeightsInfo
     files: dict[str, FileInfo]
     raw: dict[str, Any]
+    experts_per_token: int = 0
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -199,6 +225,7 @@ def _typed(raw: dict[str, Any], top: _Fields) -> Manifest:
         weights=_weights(top.child("weights")),
         files=_files(top.child("files")),
         raw=raw,
+        experts_per_token=model.integer("experts_per_token", 0, 1 << 16, 0),
     )
     _check_consistent(manifest, top)
     return manifest
@@ -220,8 +247,13 @@ def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
             )
             for launch in program.children("launches", 1 << 20)
         )
+        awaits = tuple(
+            AwaitInfo(wait.integer("piece", 0, 1 << 20), tuple(wait.integers("done", 0, 1 << 20)))
+            for wait in program.children("awaits", 1 << 20, ())
+        )
         arena = program.integer("arena_bytes", 0, 1 << 44)
-        programs.append(ProgramInfo(name, symbol, program.integer("max_tokens", 1, 1 << 20), arena, launches))
+        tokens = program.integer("max_tokens", 1, 1 << 20)
+        programs.append(ProgramInfo(name, symbol, tokens, arena, launches, awaits))
     if not programs:
         fields.fail("", "at least one program", fields.values)
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
@@ -238,7 +270,29 @@ def _weights(fields: _Fields) -> WeightsInfo:
         if info.offset + info.bytes > total:
             tensor.fail("offset", f"offset + bytes <= {total}, the size of the weights", info.offset + info.bytes)
         tensors.append(info)
-    return WeightsInfo(fields.text("file"), total, tuple(tensors))
+    return WeightsInfo(fields.text("file"), total, tuple(tensors), _pieces(fields, total))
+
+
+def _pieces(fields: _Fields, total: int) -> tuple[PieceInfo, ...]:
+    """Pieces lie in order, on pages, and do not overlap; experts are whole and on pages too."""
+    pieces: list[PieceInfo] = []
+    end = 0
+    for piece in fields.children("pieces", 1 << 20, ()):
+        info = PieceInfo(
+            piece.text("kind"), piece.integer("offset", end, total), piece.integer("bytes", 1, total),
+            piece.integer("unit", 0, total), piece.text("origin", ""),
+        )  # fmt: skip
+        if info.kind not in ("rows", "experts", "dense"):
+            piece.fail("kind", "rows, experts or dense", info.kind)
+        if info.offset % PAGE_BYTES or info.bytes % PAGE_BYTES or info.offset + info.bytes > total:
+            piece.fail("offset", "whole pages inside of the weights", info.offset)
+        if info.kind == "experts" and (not info.unit or info.unit % PAGE_BYTES or info.bytes % info.unit):
+            piece.fail("unit", "whole pages, of which the piece is a multiple", info.unit)
+        if info.kind == "rows" and not 0 < info.unit <= info.bytes:
+            piece.fail("unit", f"1 to {info.bytes}, the bytes of a row", info.unit)
+        end = info.offset + info.bytes
+        pieces.append(info)
+    return tuple(pieces)
 
 
 def _files(fields: _Fields) -> dict[str, FileInfo]:
@@ -269,6 +323,13 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
         top.fail("kv.bytes_per_slot", f"a multiple of the layers, at most {4 * numbers * kv.ring}", kv.bytes_per_slot)
     if kv.ring and kv.ring < kv.recent + max(program.max_tokens for program in manifest.programs):
         top.fail("kv.ring", "room for the recent positions and those of a step", kv.ring)
+    pieces = manifest.weights.pieces
+    for program in manifest.programs:
+        for wait in program.awaits:
+            if any(p >= len(pieces) or pieces[p].kind == "rows" for p in (wait.piece, *wait.done)):
+                top.fail(f"programs.{program.name}.awaits", "numbers of dense and expert pieces", wait.piece)
+    if any(piece.kind == "experts" for piece in pieces) and not manifest.experts_per_token:
+        top.fail("model.experts_per_token", "at least 1, as there are experts", 0)
     listed = manifest.files.get(manifest.weights.file)
     if listed is None:
         top.fail("weights.file", "a file listed under 'files'", manifest.weights.file)
@@ -301,9 +362,9 @@ class _Fields:
             self.fail(key, "an object", value)
         return _Fields(value, self._where, f"{self._prefix}.{key}" if self._prefix else key)
 
-    def children(self, key: str, most: int) -> list[_Fields]:
-        """The list of objects under `key`, at most `most` of them."""
-        value = self.values.get(key)
+    def children(self, key: str, most: int, default: tuple[()] | None = None) -> list[_Fields]:
+        """The list of objects under `key`, at most `most` of them; `default` where there is none."""
+        value = self.values.get(key, None if default is None else [])
         if not isinstance(value, list) or len(value) > most or not all(isinstance(item, dict) for item in value):
             self.fail(key, f"a list of at most {most} objects", value)
         name = f"{self._prefix}.{key}" if self._prefix else key
@@ -313,6 +374,13 @@ class _Fields:
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             self.fail(key, f"an integer in {low}..{high}", value)
+        return value
+
+    def integers(self, key: str, low: int, high: int) -> list[int]:
+        """A list of integers in that range."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(type(item) is int and low <= item <= high for item in value):
+            self.fail(key, f"a list of integers in {low}..{high}", value)
         return value
 
     def number(self, key: str) -> float:

@@ -65,12 +65,18 @@ class _Library:
         self._compiler.close()
 
 
-def _link(add: Callable[[Any], object], symbols: Sequence[str], where: str) -> _Library:
-    """A library of its own with what `add` puts into it; the C library's symbols are visible to it."""
+def load_libraries() -> Any:
+    """LLVM, ready to link; what it takes in memory is then taken."""
     import llvmlite.binding as llvm  # heavy: only when code is loaded
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    return llvm
+
+
+def _link(add: Callable[[Any], object], symbols: Sequence[str], where: str) -> _Library:
+    """A library of its own with what `add` puts into it; the C library's symbols are visible to it."""
+    llvm = load_libraries()
     builder = llvm.JITLibraryBuilder().add_current_process()
     add(builder)
     for symbol in symbols:

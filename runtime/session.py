@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -31,10 +31,15 @@ from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
 from runtime.step_inputs import StepInputs, check_step
+from runtime.step_reader import RoutingListener, StepReader
+from runtime.stream_plan import StreamPlan
 from runtime.team import WorkerTeam
 from runtime.trace import Profile, StepRecord
+from runtime.weight_reader import Pread
+from runtime.weight_streamer import WeightStreamer
 
-STEP_ARGUMENT_WORDS = 16
+STEP_ARGUMENT_WORDS = 32
+ENDED_EARLY = 2  # a step's status: its weights did not come
 MAX_SLOTS = 1 << 16
 
 
@@ -64,6 +69,9 @@ class MemoryReport:
 class Session:
     """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
 
+    With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. `routing` is told which
+    experts every token chose.
+
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
     """
 
@@ -75,6 +83,9 @@ class Session:
         max_context: int | None = None,
         num_slots: int = 1,
         verify: bool = False,
+        stream: StreamPlan | None = None,
+        routing: RoutingListener | None = None,
+        preadv: Pread = os.preadv,
     ) -> None:
         self.artifact = open_artifact(path, verify=verify)
         self.manifest: Manifest = self.artifact.manifest
@@ -86,6 +97,8 @@ class Session:
         self._lock = threading.Lock()
         self._resources = resources = _Resources()
         self._finalizer = weakref.finalize(self, _release, resources)
+        self._stream, self._preadv = stream, preadv
+        self._routing = routing
         try:
             self._acquire()
         except BaseException:
@@ -99,8 +112,14 @@ class Session:
     def _acquire(self) -> None:
         resources = self._resources
         programs = self.manifest.programs
-        weights = resources.add(self.artifact.map_weights())
-        weights.read_ahead()
+        self.streamer: WeightStreamer | None = None
+        if self._stream is not None:
+            self.streamer = resources.add(WeightStreamer(self.artifact, self._stream, preadv=self._preadv))
+            weights_address = self.streamer.address
+        else:
+            weights = resources.add(self.artifact.map_weights())
+            weights.read_ahead()
+            weights_address = weights.address
         resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
         arena_bytes = max(program.arena_bytes for program in programs)
@@ -111,14 +130,21 @@ class Session:
                 where=self._where,
                 expected=f"at most {available} bytes, the memory of this machine",
             )
-        self._arena = resources.add(Reservation(arena_bytes, what="activations", huge=True))
+        self._arena = resources.add(Reservation(arena_bytes, what="activations", huge=self.streamer is None))
         resources.team = WorkerTeam(resources.native, self.threads)
-        self._memory_sizes = (weights.nbytes, self._kv.reserved_bytes, arena_bytes)
+        self._memory_sizes = (self.manifest.weights.bytes, self._kv.reserved_bytes, arena_bytes)
         arguments = np.zeros(STEP_ARGUMENT_WORDS, dtype=np.int64)
-        arguments[5:8] = weights.address, self._arena.address, self._kv.address
+        arguments[5:8] = weights_address, self._arena.address, self._kv.address
         arguments[10:12] = self.threads, resources.team.address
         arguments[13:15] = self._kv.capacity, self.num_slots
         self._arguments = arguments
+        self._reader: StepReader | None = None
+        self._most_tokens = 1 << 62
+        if self.streamer is not None or self._routing is not None:
+            self._reader = StepReader(self.manifest, arguments, self.streamer, self._routing)
+        if self.streamer is not None and self._stream is not None:
+            self._most_tokens = self._stream.tokens_at_once(self.manifest)
+            self.streamer.load()
 
     def step(
         self,
@@ -149,10 +175,14 @@ class Session:
             start = 0
             while start < len(inputs.ids):
                 program = self._program_for(len(inputs.ids) - start)
-                stop = min(start + program.max_tokens, len(inputs.ids))
-                first, last = np.searchsorted(sorted_rows, (start, stop))
-                self._run(program, inputs, start, stop, sorted_rows[first:last] - start, target[first:last])
-                start = stop
+                end = min(start + program.max_tokens, len(inputs.ids))
+                # Parts of what the program takes at once are run by the same program: another one may add in
+                # another order.
+                while start < end:
+                    stop = min(start + self._most_tokens, end)
+                    first, last = np.searchsorted(sorted_rows, (start, stop))
+                    self._run(program, inputs, start, stop, sorted_rows[first:last] - start, target[first:last])
+                    start = stop
         if not in_order:
             logits[order] = target
         return logits
@@ -195,9 +225,13 @@ class Session:
         profile = self._profile
         stamps = profile.buffer(program) if profile is not None else None
         arguments[12] = stamps.ctypes.data if stamps is not None else 0
-        started_s = time.perf_counter()
-        status = team.run(native.functions[program.symbol], arguments.ctypes.data)
-        ended_s = time.perf_counter()
+        reader = self._reader
+        with reader.serving(program, *pieces) if reader is not None else nullcontext():
+            started_s = time.perf_counter()
+            status = team.run(native.functions[program.symbol], arguments.ctypes.data)
+            ended_s = time.perf_counter()
+        if status == ENDED_EARLY and reader is not None:
+            raise reader.fault()
         if status != 0:
             self._broken = True
             raise RuntimeDiagnostic(

@@ -18,6 +18,7 @@ from stratum.progress import Progress
 
 if TYPE_CHECKING:
     from codegen.build import BuildResult
+    from runtime.step_reader import RoutingListener
     from stratum.model import Model
 
 Warn = Callable[[str], None]
@@ -116,20 +117,28 @@ def load(
     recipe: str | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
+    memory: int | str | None = None,
+    routing: RoutingListener | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
     `threads` defaults to one a physical core this process may use, `max_context` to the model's. `verify` hashes the
     weights even when they are large. A cached artifact that turns out damaged is built again.
+
+    `memory` (bytes, or a text like "2GiB") bounds what the process may use: weights that do not fit are read as they
+    are needed, and `max_context` defaults to what takes an eighth of it. `routing` is told which experts every token
+    chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is too small.
     """
     from runtime.artifact import is_artifact, open_artifact
     from stratum.model import Model
 
     options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
     options |= {"progress": progress, "warn": warn}
+    opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
+    opened |= {"memory": memory_bytes(memory)}
     artifact = ensure_built(path, **options)
     try:
-        return Model(artifact, threads=threads, max_context=max_context, verify=verify)
+        return Model(artifact, **opened)
     except RuntimeDiagnostic:
         if is_artifact(path):
             raise
@@ -140,7 +149,16 @@ def load(
         else:
             raise  # the artifact is fine: threads, context or memory are not
         build(path, artifact, **options)
-        return Model(artifact, threads=threads, max_context=max_context, verify=verify)
+        return Model(artifact, **opened)
+
+
+def memory_bytes(memory: int | str | None) -> int | None:
+    """Bytes of a budget given as a number or a text ("2GiB", "1500MB"). Raises DiagnosticError for other texts."""
+    if memory is None or isinstance(memory, int):
+        return memory
+    from hw_targets.quantities import parse_quantity
+
+    return int(parse_quantity(memory, "bytes", where="--memory"))
 
 
 def _target_key(target: str) -> list[str]:

@@ -9,6 +9,7 @@ generation.statistics.decode_tokens_per_s
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,10 @@ from runtime.session import Session
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
     from frontends.tokenizer import Tokenizer
+    from runtime.manifest import Manifest
+    from runtime.step_reader import RoutingListener
     from runtime.trace import Profile
+    from stratum.memory_plan import MemoryPlan
 
 Message = Mapping[str, Any]
 
@@ -102,7 +106,10 @@ class Generation:
 
 
 class Model:
-    """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time."""
+    """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time.
+
+    `memory`: bytes that the process may use; weights that do not fit are read as they are needed.
+    """
 
     def __init__(
         self,
@@ -111,10 +118,32 @@ class Model:
         threads: int | None = None,
         max_context: int | None = None,
         verify: bool = False,
+        memory: int | None = None,
+        routing: RoutingListener | None = None,
     ) -> None:
         self.path = Path(path)
-        self.session = Session(path, threads=threads, max_context=max_context, verify=verify)
+        stream = None
+        if memory is not None:
+            self.manifest, planned = self._plan(memory, max_context)
+            stream, max_context = planned.stream, planned.context
+        self.session = Session(
+            path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing
+        )
         self.manifest = self.session.manifest
+
+    def _plan(self, memory: int, max_context: int | None) -> tuple[Manifest, MemoryPlan]:
+        """What fits into `memory` bytes beside this process, all that it will load being loaded."""
+        import runtime.native
+        from runtime.artifact import open_artifact
+        from stratum.memory_plan import plan_memory, resident_bytes
+
+        self.manifest = manifest = open_artifact(self.path).manifest
+        runtime.native.load_libraries()
+        with contextlib.suppress(DiagnosticError):
+            _ = self.tokenizer  # without one, whoever asks for it is told
+        baseline = resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
+        where = str(self.path)
+        return manifest, plan_memory(manifest, memory, baseline=baseline, context=max_context, where=where)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

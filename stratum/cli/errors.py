@@ -1,8 +1,9 @@
 """Faults become one message on stderr and an exit code.
 
 Diagnostics of the compiler and of the runtime, mistakes on the command line and what the operating system refuses
-(disk full, no permission, out of memory) are the user's to mend: exit code 2, no traceback. Anything else is a bug of
-ours: one line that says how to see the traceback, exit code 70. Ctrl-C is 130, a reader that closed our pipe is 141.
+(disk full, no permission, out of memory) are the user's to mend: exit code 2, no traceback; 3 where a model does not
+fit the memory it was given. Anything else is a bug of ours: one line that says how to see the traceback, exit code 70.
+Ctrl-C is 130, a reader that closed our pipe is 141.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def guarded(work: Callable[[], object]) -> int:
         result = work()
         sys.stdout.flush()
     except (DiagnosticError, RuntimeDiagnostic) as error:
-        return _fault(str(error))
+        return _fault(str(error), getattr(error, "exit_code", EXIT_FAULT))
     except click.exceptions.NoArgsIsHelpError as error:
         _to_stderr(error.format_message())
         return EXIT_FAULT
@@ -57,11 +58,11 @@ def guarded(work: Callable[[], object]) -> int:
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
-def _fault(text: str) -> int:
+def _fault(text: str, code: int = EXIT_FAULT) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         traceback.print_exc()
     _to_stderr(text)
-    return EXIT_FAULT
+    return code
 
 
 def _bug(error: Exception) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,10 @@ from stratum.cli.options import DTYPES, output_options, recipe_option
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
     from runtime.sampling import SamplingParams
+    from runtime.session import Session
     from stratum.model import Generation, Model
     from stratum.progress import Reporter
+    from stratum.routing_recorder import RoutingRecorder
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -44,6 +48,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @bit_options
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
+@click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
+@click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
 @click.option("--profile", is_flag=True, help="Show where the time went, by part of the model.")
 @click.option("--verify", is_flag=True, help="Check the hash of the weights, whatever their size.")
@@ -62,6 +68,8 @@ def run(
     recipe: str | None,
     pipeline: str | None,
     budget: BitRequest,
+    memory: str | None,
+    record_routing: Path | None,
     trace: Path | None,
     profile: bool,
     verify: bool,
@@ -78,6 +86,7 @@ def run(
     """
     from stratum import api
     from stratum.progress import make_reporter
+    from stratum.routing_recorder import RoutingRecorder
 
     text = _prompt(prompt_argument, prompt)
     refuse_build_options(model, dtype=dtype, target=target, recipe=recipe, pipeline=pipeline, **budget.given)
@@ -85,6 +94,7 @@ def run(
     with reporter:
         options: dict[str, Any] = {"dtype": dtype or "bf16", "target": target or "host", "pipeline": pipeline}
         shown = {"reporter": reporter, "as_json": as_json, "quiet": quiet}
+        recorder = RoutingRecorder() if record_routing is not None else None
         options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown)}
         loaded = api.load(
             model,
@@ -93,6 +103,8 @@ def run(
             verify=verify,
             progress=reporter,
             warn=lambda message: click.echo(f"warning: {message}", err=True),
+            memory=memory,
+            routing=recorder,
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
@@ -105,6 +117,9 @@ def run(
         if token_ids and not as_json:
             click.echo(f"prompt ids: {list(generation.prompt_ids)}\ntext ids: {generation.token_ids}", err=True)
         _tell_end(generation, reporter, quiet, as_json)
+        _tell_streaming(loaded.session, reporter, quiet, as_json)
+        if recorder is not None and record_routing is not None:
+            _write_routing(recorder, loaded.manifest, record_routing)
         if record is not None and profile:
             click.echo(record.table(), err=True)
         if record is not None and trace:
@@ -163,16 +178,54 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
             kv_reserved_bytes=memory.kv_reserved,
             activation_bytes=memory.arena,
             sampling=vars(sampling),
+            streaming=json.loads(session.streamer.plan.to_json()) if session.streamer else None,
         )
         return
     parameters = f"{format_count(manifest.model.get('parameters') or 0)} parameters in {formats_of(manifest)}"
     click.echo(
         f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "
         f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}\n"
-        f"memory: weights {format_bytes(memory.weights)} mapped, KV cache up to {format_bytes(memory.kv_reserved)} for "
+        f"memory: weights {format_bytes(memory.weights)} {_kept(session)}, "
+        f"KV cache up to {format_bytes(memory.kv_reserved)} for "
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
         err=True,
     )
+
+
+def _kept(session: Session) -> str:
+    """How the weights are held, in a few words."""
+    from stratum.progress import format_bytes
+
+    if session.streamer is None:
+        return "mapped"
+    plan, report = session.streamer.plan, session.streamer.report()
+    parts = [f"{format_bytes(report.resident_bytes)} of them stay"]
+    if plan.window_bytes:
+        parts.append(f"{format_bytes(plan.window_bytes)} for those that are streamed")
+    if plan.expert_bytes:
+        parts.append(f"{format_bytes(plan.expert_bytes)} for experts ({plan.policy})")
+    return f"under {format_bytes(plan.budget_bytes)}: {', '.join(parts)}"
+
+
+def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: bool) -> None:
+    """What was read, and what it cost."""
+    if session.streamer is None:
+        return
+    report = session.streamer.report()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    if as_json:
+        rates = {"gigabytes_per_s": report.gigabytes_per_s, "hit_rate": report.hit_rate, "peak_resident_bytes": peak}
+        reporter.event("streaming", **vars(report), **rates)
+    elif not quiet:
+        click.echo(f"{report}; at most {peak / (1 << 20):.0f} MiB in memory", err=True)
+
+
+def _write_routing(recorder: RoutingRecorder, manifest: Manifest, path: Path) -> None:
+    from hw_targets.routing import write_trace
+
+    if not manifest.experts_per_token:
+        raise DiagnosticError("the model has no experts, so there is no routing", where=str(path))
+    write_trace(recorder.trace(manifest), path)
 
 
 def formats_of(manifest: Manifest) -> str:

@@ -1,0 +1,113 @@
+"""What native code calls where a program waits for weights: one C function, and the errors that come of it.
+
+Thread 0 of the team calls it in the middle of a step; the others wait. An exception cannot pass through native code,
+so it is kept and raised when the step has ended: native code ends the step when the answer is not 1, and the answer is
+set last, so that an interrupt at any moment ends the step and never lets it go on without its weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtime.manifest import Manifest, ProgramInfo
+from runtime.weight_streamer import WeightStreamer
+
+READER_WORD, ANSWER_WORD, WANTED_WORD = 15, 16, 17
+_THERE = 1
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+
+
+class RoutingListener(Protocol):
+    """Is told of every native call and the experts of its layers: `choices` i32 [tokens, top_k]; `layer` counts those
+    with experts."""
+
+    def begins(self, positions: np.ndarray, slots: np.ndarray) -> None: ...
+    def chosen(self, layer: int, choices: np.ndarray) -> None: ...
+
+
+class StepReader:
+    """Serves the waits of a session's programs, by a streamer, a listener or both. `arguments`: the step's words."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        arguments: np.ndarray,
+        streamer: WeightStreamer | None,
+        listener: RoutingListener | None,
+    ) -> None:
+        self._arguments = arguments
+        self._streamer, self._listener = streamer, listener
+        pieces = manifest.weights.pieces
+        experts = [n for n, piece in enumerate(pieces) if piece.kind == "experts"]
+        self._layer_of = {piece: layer for layer, piece in enumerate(experts)}
+        self._top_k = max(1, manifest.experts_per_token)
+        self._wanted = {program.name: self._flags(program) for program in manifest.programs}
+        self._program: ProgramInfo | None = None
+        self._fault: BaseException | None = None
+        self._function = _FUNCTION(self._called)
+        self._address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def _flags(self, program: ProgramInfo) -> np.ndarray:
+        """1 where native code must call."""
+        flags = np.zeros(max(1, len(program.awaits)), np.uint8)
+        if self._streamer is not None:
+            flags[: len(program.awaits)] = np.frombuffer(self._streamer.wanted(program), np.uint8)
+        if self._listener is not None:
+            for number, wait in enumerate(program.awaits):
+                flags[number] |= wait.piece in self._layer_of
+        return flags
+
+    @contextmanager
+    def serving(
+        self, program: ProgramInfo, ids: np.ndarray, positions: np.ndarray, slots: np.ndarray
+    ) -> Iterator[None]:
+        """Round one native call. Raises, at its end, what went wrong while it waited."""
+        self._program, self._fault = program, None
+        if self._listener is not None:
+            self._listener.begins(positions, slots)
+        if self._streamer is not None:
+            self._streamer.begin(ids.tolist())
+        arguments = self._arguments
+        arguments[READER_WORD] = self._address
+        arguments[ANSWER_WORD] = 0
+        arguments[WANTED_WORD] = self._wanted[program.name].ctypes.data
+        hook = sys.unraisablehook
+        sys.unraisablehook = self._keep
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook
+            arguments[READER_WORD] = 0
+            if self._streamer is not None:
+                self._streamer.end()
+
+    def fault(self) -> BaseException:
+        """Why the call ended early."""
+        return self._fault or KeyboardInterrupt()
+
+    def _called(self, number: int, ids_address: int | None, count: int) -> None:
+        try:
+            program = self._program
+            assert program is not None
+            experts: list[int] = []
+            if ids_address:
+                ids = np.frombuffer((ctypes.c_int32 * count).from_address(ids_address), np.int32)
+                experts = ids.tolist()
+                if self._listener is not None:
+                    layer = self._layer_of[program.awaits[number].piece]
+                    self._listener.chosen(layer, ids.reshape(-1, self._top_k).copy())
+            if self._streamer is not None:
+                self._streamer.wait_for(program, number, experts)
+            self._arguments[ANSWER_WORD] = _THERE
+        except BaseException as fault:  # noqa: BLE001 - raised again when native code has returned
+            self._fault = fault
+
+    def _keep(self, unraisable: Any) -> None:
+        """An interrupt before the first line of `_called` has nowhere else to go."""
+        self._fault = self._fault or unraisable.exc_value or KeyboardInterrupt()

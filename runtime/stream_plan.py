@@ -1,0 +1,139 @@
+"""What is kept in memory and what is read when it is needed: the part of a placement that the runtime executes.
+
+A `StreamPlan` is plain data and JSON (`schema: "stratum.stream/1"`). Pieces are those of the manifest, by number; a
+dense piece that is not resident is read each time a program comes to it, in the order of the file, up to
+`window_bytes` ahead. Experts come and go in a cache of `expert_bytes`. Rows of a table that is not resident are read
+for the tokens of a step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from runtime.errors import RuntimeDiagnostic
+from runtime.eviction import POLICIES
+from runtime.manifest import Manifest, ProgramInfo
+
+SCHEMA = "stratum.stream/1"
+SCOPES = ("global", "layer")
+_LARGEST = 1 << 50
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """See the module's text. All sizes in bytes.
+
+    `step_tokens`: most tokens of one native call; longer steps are run in parts of the same program, with the same
+    bits. `budget_bytes` and `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
+    """
+
+    budget_bytes: int
+    resident: tuple[int, ...]
+    window_bytes: int = 0
+    expert_bytes: int = 0
+    rows_bytes: int = 16 << 20
+    scope: str = "global"
+    policy: str = "least_stale"
+    step_tokens: int = 1 << 20
+    threads: int = 3
+    request_bytes: int = 1 << 20
+    other_bytes: int = 0
+
+    def to_json(self) -> str:
+        """Stable text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> StreamPlan:
+        """Raises RuntimeDiagnostic for other texts."""
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as fault:
+            raise RuntimeDiagnostic(f"not a readable stream plan: {fault}") from None
+        if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
+            raise RuntimeDiagnostic("not a stream plan", expected=f'an object with "schema": "{SCHEMA}"')
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(raw) - known)
+        if unknown or "budget_bytes" not in raw or not isinstance(raw.get("resident"), list):
+            what = f"the unknown field {unknown[0]!r}" if unknown else "no 'budget_bytes' or 'resident'"
+            raise RuntimeDiagnostic(f"the stream plan has {what}", expected=", ".join(sorted(known)))
+        raw["resident"] = tuple(raw["resident"])
+        plan = cls(**raw)
+        for field in fields(cls):
+            plan._check_field(field.name)
+        return plan
+
+    def _check_field(self, name: str) -> None:
+        value: Any = getattr(self, name)
+        if name in ("scope", "policy"):
+            allowed = SCOPES if name == "scope" else POLICIES
+            if value not in allowed:
+                raise RuntimeDiagnostic(f"'{name}' of the stream plan is {value!r}", expected=", ".join(allowed))
+            return
+        numbers = value if name == "resident" else (value,)
+        least = 1 if name in ("step_tokens", "threads", "request_bytes") else 0
+        most = 64 if name == "threads" else _LARGEST
+        if not all(type(n) is int and least <= n <= most for n in numbers):
+            raise RuntimeDiagnostic(f"'{name}' of the stream plan is {value!r}", expected=f"{least} to {most}")
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises RuntimeDiagnostic where the plan does not fit the artifact: nothing may wait for ever."""
+        pieces = manifest.weights.pieces
+        if len(set(self.resident)) != len(self.resident) or any(p >= len(pieces) for p in self.resident):
+            raise RuntimeDiagnostic(
+                "the stream plan names resident pieces that do not exist, or one twice",
+                expected=f"different numbers of pieces, 0..{len(pieces) - 1}",
+            )
+        for number in self.resident:
+            if pieces[number].kind == "experts":
+                raise RuntimeDiagnostic(
+                    f"the stream plan keeps piece {number} resident, which holds experts",
+                    expected="expert_bytes, which says how many of them are kept",
+                )
+        for program in manifest.programs:
+            needed = live_bytes(manifest, program, frozenset(self.resident))
+            if self.window_bytes < needed:
+                raise RuntimeDiagnostic(
+                    f"the stream plan has a window of {self.window_bytes} bytes for dense weights",
+                    expected=f"at least {needed}, what '{program.name}' uses at once",
+                )
+        needed = least_expert_bytes(manifest)
+        if self.scope == "layer":
+            needed *= sum(piece.kind == "experts" for piece in pieces)
+        if self.expert_bytes < needed:
+            raise RuntimeDiagnostic(
+                f"the stream plan has {self.expert_bytes} bytes for experts",
+                expected=f"at least {needed}, the experts of one token",
+            )
+
+    def tokens_at_once(self, manifest: Manifest) -> int:
+        """Tokens of one native call: no more than whose experts are sure to fit."""
+        tokens = self.step_tokens
+        layers = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
+        share = self.expert_bytes // (len(layers) if self.scope == "layer" and layers else 1)
+        for piece in layers:
+            if share < piece.bytes:
+                tokens = min(tokens, share // piece.unit // max(1, manifest.experts_per_token))
+        return max(1, tokens)
+
+
+def live_bytes(manifest: Manifest, program: ProgramInfo, resident: frozenset[int]) -> int:
+    """The most bytes of streamed dense pieces that the program uses at a time."""
+    pieces = manifest.weights.pieces
+    live: dict[int, int] = {}
+    most = 0
+    for wait in program.awaits:
+        for piece in wait.done:
+            live.pop(piece, None)
+        if pieces[wait.piece].kind == "dense" and wait.piece not in resident:
+            live[wait.piece] = pieces[wait.piece].bytes
+        most = max(most, sum(live.values()))
+    return most
+
+
+def least_expert_bytes(manifest: Manifest) -> int:
+    """Bytes of the experts of one token in the layer where they are largest."""
+    units = [piece.unit for piece in manifest.weights.pieces if piece.kind == "experts"]
+    return max(units, default=0) * max(1, manifest.experts_per_token)

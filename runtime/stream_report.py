@@ -1,0 +1,81 @@
+"""What streaming did so far, in numbers: bytes read, how fast, how often experts were there, how long steps waited."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.weight_reader import WeightReader
+    from runtime.weight_streamer import WeightStreamer
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """Counts since the session was opened. `disk_s`: time with a read in flight; `stall_s`: time steps waited.
+
+    `resident_bytes`: dense pieces that stay. `direct` is False where the file system refuses O_DIRECT.
+    """
+
+    budget_bytes: int
+    resident_bytes: int
+    window_bytes: int
+    expert_bytes: int
+    other_bytes: int
+    read_bytes: int
+    disk_s: float
+    stall_s: float
+    retries: int
+    expert_lookups: int
+    expert_hits: int
+    direct: bool
+
+    @classmethod
+    def of(cls, streamer: WeightStreamer, reader: WeightReader) -> StreamReport:
+        """The state of a streamer."""
+        plan, reads, cache = streamer.plan, reader.counters, streamer.cache
+        return cls(
+            plan.budget_bytes,
+            sum(streamer.pieces[n].bytes for n in streamer.resident),
+            plan.window_bytes,
+            plan.expert_bytes,
+            plan.other_bytes,
+            reads.bytes,
+            reads.busy_s,
+            streamer.stall_s,
+            reads.retries,
+            cache.counters.lookups if cache else 0,
+            cache.counters.hits if cache else 0,
+            reader.direct,
+        )
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        """While reading."""
+        return self.read_bytes / self.disk_s / 1e9 if self.disk_s > 0 else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Of experts; 0 where none were asked for."""
+        return self.expert_hits / self.expert_lookups if self.expert_lookups else 0.0
+
+    def since(self, earlier: StreamReport) -> StreamReport:
+        """The counts of the time between two reports."""
+        counts = ("read_bytes", "disk_s", "stall_s", "retries", "expert_lookups", "expert_hits")
+        values = asdict(self)
+        return StreamReport(**{n: v - getattr(earlier, n) if n in counts else v for n, v in values.items()})
+
+    def __str__(self) -> str:
+        parts = [f"read {_size(self.read_bytes)} at {self.gigabytes_per_s:.2f} GB/s"]
+        if self.expert_lookups:
+            parts.append(f"{self.hit_rate * 100:.1f} % of {self.expert_lookups} experts were in memory")
+        parts.append(f"waited {self.stall_s:.2f} s for reads")
+        if self.retries:
+            parts.append(f"{self.retries} reads tried again")
+        if not self.direct:
+            parts.append("through the page cache, as this file system refuses O_DIRECT")
+        return ", ".join(parts)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,0 +1,252 @@
+"""Reads ranges of the weights file straight from the disk into their place in memory, on a few threads.
+
+Takes an open file and a reservation as large as the file: byte b of the file goes to byte b of the reservation, so a
+read needs no copy and an offset means the same everywhere. Reads are O_DIRECT (no page cache, which would count against
+the memory of the process a second time); where a file system refuses that, buffered, with the cached pages dropped
+behind. The interpreter lock is free while a thread reads.
+
+A short read goes on where it stopped. EIO and the like are tried again a few times. What cannot be read ends in one
+RuntimeDiagnostic, kept with the job, for whoever waits for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import REBUILD_HINT
+
+PAGE_BYTES = 4096
+TRIES = 4
+_PAUSES_S = (0.01, 0.1, 0.5)
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # of O_DIRECT
+
+Pread = Callable[[int, Sequence[memoryview], int], int]
+
+
+class ReadJob:
+    """Ranges that were asked for together. `wait` returns when all are there, or raises what went wrong."""
+
+    __slots__ = ("_done", "_left", "ended_s", "fault", "label", "nbytes", "started_s")
+
+    def __init__(self, label: str, nbytes: int, requests: int) -> None:
+        self.label, self.nbytes = label, nbytes
+        self.fault: RuntimeDiagnostic | None = None
+        self.started_s = self.ended_s = 0.0
+        self._left = requests
+        self._done = threading.Event()
+        if not requests:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self.fault is not None:
+            raise self.fault
+
+    def finish_one(self, fault: RuntimeDiagnostic | None, started_s: float) -> bool:
+        """Called by the pool, under its lock; True for the last."""
+        self.started_s = min(self.started_s or started_s, started_s)
+        self.fault = self.fault or fault
+        self._left -= 1
+        if self._left:
+            return False
+        self.ended_s = time.perf_counter()
+        self._done.set()
+        return True
+
+
+@dataclass
+class ReadCounters:
+    """Since the pool was made. `busy_s` is the time in which at least one read was in flight."""
+
+    bytes: int = 0
+    requests: int = 0
+    retries: int = 0
+    short_reads: int = 0
+    busy_s: float = 0.0
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        return self.bytes / self.busy_s / 1e9 if self.busy_s > 0 else 0.0
+
+
+class WeightReader:
+    """Threads that read one file. `descriptor` is taken over: `close` closes it.
+
+    `memory` is the reservation's bytes. `preadv` may be replaced (tests plant faults there). `direct` is False where
+    reads are buffered.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        descriptor: int,
+        nbytes: int,
+        memory: np.ndarray,
+        *,
+        threads: int = 3,
+        request_bytes: int = 1 << 20,
+        preadv: Pread = os.preadv,
+        on_done: Callable[[ReadJob], None] | None = None,
+    ) -> None:
+        self.path, self.nbytes = path, nbytes
+        self.preadv = preadv
+        self.counters = ReadCounters()
+        self._descriptor, self.direct = _direct(descriptor)
+        self._memory = memoryview(memory)
+        self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
+        self._on_done = on_done
+        self._requests: deque[tuple[int, int, ReadJob]] = deque()
+        self._changed = threading.Condition()
+        self._in_flight, self._busy_since = 0, 0.0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"stratum-reader-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, ranges: Sequence[tuple[int, int]], label: str, *, urgent: bool = False) -> ReadJob:
+        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting."""
+        parts = [
+            (at, min(self._request_bytes, offset + nbytes - at))
+            for offset, nbytes in ranges
+            for at in range(offset, offset + nbytes, self._request_bytes)
+        ]
+        job = ReadJob(label, sum(nbytes for _, nbytes in ranges), len(parts))
+        with self._changed:
+            if self._closed:
+                raise RuntimeDiagnostic("the weights are closed", where=self.path)
+            if urgent:
+                self._requests.extendleft((at, size, job) for at, size in reversed(parts))
+            else:
+                self._requests.extend((at, size, job) for at, size in parts)
+            self._changed.notify(len(parts))
+        return job
+
+    def close(self) -> None:
+        """Drops what is waiting, ends the reads in flight, closes the file."""
+        with self._changed:
+            self._closed = True
+            closed = RuntimeDiagnostic("the weights were closed while they were read", where=self.path)
+            for _, _, job in self._requests:
+                job.finish_one(closed, time.perf_counter())
+            self._requests.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._memory = memoryview(b"")
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._requests and not self._closed:
+                    self._changed.wait()
+                if not self._requests:
+                    return
+                at, size, job = self._requests.popleft()
+                started_s = time.perf_counter()
+                if self._in_flight == 0:
+                    self._busy_since = started_s
+                self._in_flight += 1
+            fault: RuntimeDiagnostic | None = None
+            if job.fault is None:
+                try:
+                    self._read(at, size)
+                except RuntimeDiagnostic as error:
+                    fault = error
+                except Exception as error:  # noqa: BLE001 - a thread that died would leave its waiter for ever
+                    fault = RuntimeDiagnostic(f"reading weights failed: {error}", where=self.path)
+            with self._changed:
+                self._in_flight -= 1
+                now_s = time.perf_counter()
+                if self._in_flight == 0:
+                    self.counters.busy_s += now_s - self._busy_since
+                self.counters.requests += 1
+                self.counters.bytes += 0 if fault else size
+                last = job.finish_one(fault, started_s)
+            if last and self._on_done is not None:
+                self._on_done(job)
+
+    def _read(self, at: int, size: int) -> None:
+        """All of one range, however many system calls that takes."""
+        end, tries = at + size, 0
+        while at < end:
+            try:
+                got = self.preadv(self._descriptor, [self._memory[at:end]], at)
+            except OSError as fault:
+                if fault.errno == errno.EINTR:
+                    continue
+                if self.direct and fault.errno in _REFUSALS:
+                    self._read_buffered()
+                    continue
+                tries += 1
+                if tries >= TRIES:
+                    raise self._refusal(fault, at) from None
+                self.counters.retries += 1
+                time.sleep(_PAUSES_S[tries - 1])
+                continue
+            if got <= 0:
+                raise RuntimeDiagnostic(
+                    f"the weights end at byte {at} instead of {self.nbytes}",
+                    where=self.path,
+                    expected="the file as it was when it was opened",
+                    hint=REBUILD_HINT,
+                )
+            if not self.direct:
+                os.posix_fadvise(self._descriptor, at, got, os.POSIX_FADV_DONTNEED)
+            at += got
+            if at < end:
+                self.counters.short_reads += 1
+                # A direct read begins on a page: what came of the last one is read again.
+                at -= at % PAGE_BYTES if self.direct else 0
+                if got < PAGE_BYTES and self.direct:
+                    self._read_buffered()
+
+    def _read_buffered(self) -> None:
+        """From here on through the page cache."""
+        import fcntl
+
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_O_DIRECT)
+        self.direct = False
+
+    def _refusal(self, fault: OSError, at: int) -> RuntimeDiagnostic:
+        return RuntimeDiagnostic(
+            f"the weights cannot be read at byte {at}: {fault.strerror or fault} (tried {TRIES} times)",
+            where=self.path,
+            hint="check the disk (dmesg), or copy the artifact to another one",
+        )
+
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def _direct(descriptor: int) -> tuple[int, bool]:
+    """The descriptor set to O_DIRECT where the file system takes it."""
+    import fcntl
+
+    if not _O_DIRECT:
+        return descriptor, False
+    try:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT)
+    except OSError:
+        return descriptor, False
+    return descriptor, True

@@ -1,0 +1,201 @@
+"""A byte budget for a whole process -> what stays in memory and what is streamed (`runtime.stream_plan.StreamPlan`).
+
+The rule, in the order of what a byte is worth: dense weights stay, because every token reads them; then experts, as
+many as fit; then the table of embeddings. Dense weights that do not fit are streamed, large ones kept first, since the
+window must hold two of the largest that are streamed, and the rest spread evenly over the program. What is no weight
+comes off first: the interpreter and its libraries as measured, activations, the KV cache for the context asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ir.diagnostics import DiagnosticError
+from runtime.manifest import Manifest
+from runtime.memory import PAGE_BYTES
+from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
+
+SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
+ROWS_BYTES = 8 << 20
+DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
+CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
+CONTEXT_STEP = 64
+EXIT_DOES_NOT_FIT = 3
+
+
+class DoesNotFit(DiagnosticError):
+    """The budget is too small; `minimum` bytes would do."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+    def __init__(self, message: str, minimum: int, *, where: str, hint: str) -> None:
+        super().__init__(message, where=where, expected=f"at least {_mib(minimum)}", hint=hint)
+        self.minimum = minimum
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stream plan, and the context that it has room for."""
+
+    stream: StreamPlan
+    context: int
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_memory(
+    manifest: Manifest, budget: int, *, baseline: int, context: int | None = None, num_slots: int = 1, where: str = ""
+) -> MemoryPlan:
+    """What to keep of `manifest`'s weights in `budget` bytes, of which the process has `baseline` already.
+
+    Raises DoesNotFit with the least budget, and the context that would fit where a smaller one would do.
+    """
+    rule = _Rule(manifest, budget, baseline, num_slots)
+    chosen = context if context is not None else rule.default_context()
+    tokens = max(program.max_tokens for program in manifest.programs)
+    while tokens >= 1:
+        plan = rule.plan(chosen, tokens)
+        if plan is not None:
+            return MemoryPlan(plan, chosen)
+        tokens //= 2
+    minimum = rule.minimum(chosen)
+    message = f"{_mib(budget)} are too small for this model with a context of {chosen}"
+    fits = rule.largest_context(chosen)
+    parts = [f"{_mib(baseline + SLACK_BYTES)} are the process itself, {_mib(rule.kv_bytes(chosen))} the KV cache"]
+    if fits:
+        parts.append(f"a context of {fits} would fit: --context {fits}")
+    raise DoesNotFit(message, minimum, where=where, hint="; ".join(parts))
+
+
+class _Rule:
+    """One model and budget."""
+
+    def __init__(self, manifest: Manifest, budget: int, baseline: int, num_slots: int) -> None:
+        self.manifest, self.budget, self.num_slots = manifest, budget, num_slots
+        self.fixed = baseline + SLACK_BYTES + budget // 256  # page tables
+        pieces = manifest.weights.pieces
+        self.dense = [n for n, piece in enumerate(pieces) if piece.kind == "dense"]
+        self.tables = [n for n, piece in enumerate(pieces) if piece.kind == "rows"]
+        self.experts = sum(piece.bytes for piece in pieces if piece.kind == "experts")
+        self.sizes = {n: piece.bytes for n, piece in enumerate(pieces)}
+
+    def kv_bytes(self, context: int) -> int:
+        """The cache when every slot is full."""
+        kv = self.manifest.kv
+        positions = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+        return (kv.bytes_per_position * positions + kv.bytes_per_slot) * self.num_slots
+
+    def default_context(self) -> int:
+        """The largest whose cache takes a small part of the budget."""
+        most, kv = self.manifest.max_context, self.manifest.kv
+        room = self.budget // CONTEXT_SHARE // self.num_slots - kv.bytes_per_slot
+        positions = room // max(1, kv.bytes_per_position) // CONTEXT_STEP * CONTEXT_STEP
+        return min(most, max(DEFAULT_CONTEXT, positions))
+
+    def arena_bytes(self, tokens: int) -> int:
+        """Activations of calls of so many tokens, by program; a page more for each of its buffers."""
+        return max(
+            program.arena_bytes * min(tokens, program.max_tokens) // program.max_tokens
+            + 4 * PAGE_BYTES * (len(program.launches) + 1)
+            for program in self.manifest.programs
+        )
+
+    def rows_bytes(self, tokens: int) -> int:
+        """Rows of a call, and as many more as a small cache of them takes."""
+        pieces = self.manifest.weights.pieces
+        needed = sum(tokens * (pieces[n].unit + 2 * PAGE_BYTES) for n in self.tables)
+        return min(max(ROWS_BYTES, needed), sum(self.sizes[n] for n in self.tables))
+
+    def other_bytes(self, context: int, tokens: int) -> int:
+        """All that is no weight."""
+        return self.fixed + self.kv_bytes(context) + self.arena_bytes(tokens)
+
+    def plan(self, context: int, tokens: int) -> StreamPlan | None:
+        """The plan, or None where it does not fit."""
+        other, rows = self.other_bytes(context, tokens), self.rows_bytes(tokens)
+        room = self.budget - other - rows
+        least = least_expert_bytes(self.manifest)
+        dense = sum(self.sizes[n] for n in self.dense)
+        if dense + least <= room:
+            resident, window = tuple(self.dense), 0
+            experts = min(room - dense, self.experts)
+            left = room - dense - experts
+            tables = sum(self.sizes[n] for n in self.tables)
+            if tables and tables <= left + rows:
+                resident = tuple(sorted((*resident, *self.tables)))
+        else:
+            found = self.spread(room - least)
+            if found is None:
+                return None
+            (resident, window), experts = found, least
+        return StreamPlan(self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other)
+
+    def spread(self, room: int) -> tuple[tuple[int, ...], int] | None:
+        """(dense pieces that stay, window): as few streamed bytes as fit, in equal parts along the program."""
+        by_size = sorted(self.dense, key=lambda n: -self.sizes[n])
+        best: tuple[int, tuple[int, ...], int] | None = None
+        total = sum(self.sizes[n] for n in self.dense)
+        for count in range(len(by_size)):
+            kept = by_size[:count]
+            live = max(live_bytes(self.manifest, program, frozenset(kept)) for program in self.manifest.programs)
+            left = room - sum(self.sizes[n] for n in kept)
+            if left < live:
+                if best is None and count < len(by_size) - 1:
+                    continue
+                break
+            window = max(live, min(left, 2 * self.sizes[by_size[count]]))
+            more = self._evenly(by_size[count:], left - window)
+            resident = tuple(sorted((*kept, *more)))
+            streamed = total - sum(self.sizes[n] for n in resident)
+            if best is None or streamed < best[0]:
+                best = streamed, resident, room - (total - streamed)
+        return (best[1], best[2]) if best else None
+
+    def _evenly(self, pieces: list[int], room: int) -> list[int]:
+        """Pieces of at most `room` bytes in all, taken evenly along the file."""
+        total = sum(self.sizes[n] for n in pieces)
+        taken: list[int] = []
+        seen = used = 0
+        for piece in sorted(pieces):
+            seen += self.sizes[piece]
+            if used + self.sizes[piece] <= min(room, room * seen / total + self.sizes[piece] / 2):
+                taken.append(piece)
+                used += self.sizes[piece]
+        return taken
+
+    def minimum(self, context: int) -> int:
+        """The least budget that has a plan, found by halving."""
+        low, high = self.budget, self.budget + 1
+        while _Rule(self.manifest, high, self._baseline(), self.num_slots).plan(context, 1) is None:
+            low, high = high, high * 2
+        while high - low > 1 << 20:
+            middle = (low + high) // 2
+            if _Rule(self.manifest, middle, self._baseline(), self.num_slots).plan(context, 1) is None:
+                low = middle
+            else:
+                high = middle
+        return -(-high // (1 << 20)) * (1 << 20)
+
+    def _baseline(self) -> int:
+        return self.fixed - SLACK_BYTES - self.budget // 256
+
+    def largest_context(self, below: int) -> int:
+        """The largest context less than `below` that fits, 0 for none."""
+        low, high = 0, below // CONTEXT_STEP
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.plan(middle * CONTEXT_STEP, 1) is None:
+                high = middle
+            else:
+                low = middle
+        return low * CONTEXT_STEP
+
+
+def _mib(nbytes: int) -> str:
+    return f"{-(-nbytes // (1 << 20))} MiB"

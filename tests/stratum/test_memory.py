@@ -1,0 +1,172 @@
+"""Budgets: what is planned for them, `run --memory` and what it says, the recorded routing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import stratum
+from hw_targets.routing import read_trace
+from ir.diagnostics import DiagnosticError
+from runtime.manifest import AwaitInfo, KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
+from runtime.stream_plan import least_expert_bytes, live_bytes
+from stratum.memory_plan import DoesNotFit, plan_memory, resident_bytes
+from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+PAGE = 4096
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stratum.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def manifest(dense: list[int], experts: int, expert_pages: int, layers: int, table_pages: int) -> Manifest:
+    """A model of `layers` layers, each with those dense pieces (pages) and experts."""
+    pieces = [PieceInfo("rows", 0, table_pages * PAGE, PAGE, "embed")]
+    awaits: list[AwaitInfo] = []
+
+    def add(kind: str, pages: int, unit: int) -> None:
+        offset = pieces[-1].offset + pieces[-1].bytes
+        awaits.append(AwaitInfo(len(pieces), (len(pieces) - 1,) if len(pieces) > 1 else ()))
+        pieces.append(PieceInfo(kind, offset, pages * PAGE, unit, f"piece{len(pieces)}"))
+
+    for _ in range(layers):
+        for pages in dense:
+            add("dense", pages, 0)
+        if experts:
+            add("experts", experts * expert_pages, expert_pages * PAGE)
+    programs = tuple(
+        ProgramInfo(name, f"stratum_step_{name}", tokens, tokens * 16384, (), tuple(awaits))
+        for name, tokens in (("decode", 16), ("prefill", 512))
+    )
+    weights = WeightsInfo("weights/weights.bin", pieces[-1].offset + pieces[-1].bytes, (), tuple(pieces))
+    kv = KVInfo(layers, 2, 64, "bf16", layers * 512, 16)
+    target = TargetInfo("host", "", "", ())
+    return Manifest("", {}, 100, 4096, "bf16", target, programs, kv, weights, {}, {}, 2 if experts else 0)
+
+
+MODELS = st.builds(
+    manifest,
+    st.lists(st.integers(1, 3000), min_size=1, max_size=3),
+    st.sampled_from((0, 4, 16)),
+    st.integers(1, 500),
+    st.integers(1, 4),
+    st.integers(1, 2000),
+)
+
+
+@settings(deadline=None)
+@given(model=MODELS, extra=st.integers(0, 200 * MIB), baseline=st.integers(10 * MIB, 100 * MIB))
+def test_plans_fit_their_budget_and_run(model: Manifest, extra: int, baseline: int) -> None:
+    """Every budget has a plan within it that can run, or a minimum that has one."""
+    budget = baseline + extra
+    try:
+        made = plan_memory(model, budget, baseline=baseline, context=256)
+    except DoesNotFit as fault:
+        assert fault.minimum > budget and fault.exit_code == 3
+        made = plan_memory(model, fault.minimum, baseline=baseline, context=256)
+        budget = fault.minimum
+        with pytest.raises(DoesNotFit):
+            plan_memory(model, budget - 2 * MIB, baseline=baseline, context=256)
+    plan, pieces = made.stream, model.weights.pieces
+    plan.check(model)
+    kept = sum(pieces[n].bytes for n in plan.resident)
+    rows = 0 if 0 in plan.resident else plan.rows_bytes
+    assert plan.other_bytes + kept + plan.window_bytes + plan.expert_bytes + rows <= budget
+    assert plan.expert_bytes >= least_expert_bytes(model)
+    assert plan.window_bytes >= max(live_bytes(model, p, frozenset(plan.resident)) for p in model.programs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(model=MODELS, budget=st.integers(60 * MIB, 200 * MIB), more=st.integers(0, 100 * MIB))
+def test_more_memory_never_streams_more(model: Manifest, budget: int, more: int) -> None:
+    def streamed(size: int) -> tuple[int, int] | None:
+        try:
+            plan = plan_memory(model, size, baseline=20 * MIB, context=256).stream
+        except DoesNotFit:
+            return None
+        pieces = model.weights.pieces
+        dense = sum(p.bytes for n, p in enumerate(pieces) if p.kind == "dense" and n not in plan.resident)
+        return dense, plan.expert_bytes
+
+    little, much = streamed(budget), streamed(budget + more)
+    if little is not None:
+        assert much is not None
+        # Pieces are whole, so spreading them evenly may leave out a few that fit before.
+        slack = max(p.bytes for p in model.weights.pieces if p.kind == "dense")
+        assert much[0] <= little[0] + slack and (much[0] or much[1] >= little[1] or little[0])
+
+
+def test_a_smaller_context_is_offered() -> None:
+    model = manifest([100], 0, 0, 4, 10)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_memory(model, 50 * MIB, baseline=20 * MIB, context=4096 * 16)
+    assert "a context of " in str(caught.value) and "at least " in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("memory")
+    families = {"dense": LLAMA, "experts": QWEN3_MOE}
+    return {
+        name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
+        for name, family in families.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_run_under_a_budget(artifacts: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """The same text, and the events say what was done; the routing can be read back."""
+    arguments = ["run", str(artifacts[name]), "some text", "-n", "6", "--json", "-t", "1", "-c", "64"]
+    recorded = tmp_path / "routing.csv"
+    more = ["--memory", "1GiB", *(["--record-routing", str(recorded)] if name == "experts" else [])]
+    plain, bounded = run_cli(*arguments), run_cli(*arguments, *more)
+    assert plain.returncode == bounded.returncode == 0, bounded.stderr
+    events = [[json.loads(line) for line in r.stdout.splitlines()] for r in (plain, bounded)]
+    done = [next(e for e in found if e["event"] == "done") for found in events]
+    assert done[0]["token_ids"] == done[1]["token_ids"]
+    report = next(e for e in events[1] if e["event"] == "streaming")
+    assert report["read_bytes"] > 0 and report["budget_bytes"] == 1 << 30
+    assert report["peak_resident_bytes"] < 1 << 30
+    if name == "experts":
+        trace = read_trace(recorded)
+        prompt = len(done[1]["prompt_ids"])
+        assert trace.tokens == prompt + 5 and trace.decode_tokens == 5  # the last token is not run
+        assert trace.experts.shape == (prompt + 5, 2, 2) and np.all(trace.experts >= 0)
+        assert [batch.decode for batch in trace.batches()][:2] == [False, False]
+
+
+def test_a_budget_that_is_too_small(artifacts: dict[str, Path]) -> None:
+    done = run_cli("run", str(artifacts["dense"]), "text", "--memory", "8MiB")
+    assert done.returncode == 3 and "8 MiB are too small" in done.stderr and "expected: at least" in done.stderr
+    least = int(done.stderr.split("at least ")[1].split(" MiB")[0])
+    assert run_cli("run", str(artifacts["dense"]), "text", "-n", "1", "--memory", f"{least + 16}MiB").returncode == 0
+
+
+def test_what_is_no_budget(artifacts: dict[str, Path]) -> None:
+    done = run_cli("run", str(artifacts["dense"]), "text", "--memory", "much")
+    assert done.returncode == 2 and "--memory" in done.stderr and "16GiB" in done.stderr
+
+
+def test_routing_of_a_model_without_experts(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    done = run_cli("run", str(artifacts["dense"]), "text", "-n", "1", "--record-routing", str(tmp_path / "r"))
+    assert done.returncode == 2 and "no experts" in done.stderr
+
+
+def test_loading_under_a_budget(artifacts: dict[str, Path]) -> None:
+    with stratum.load(artifacts["experts"]) as model, stratum.load(artifacts["experts"], memory="1GiB") as bounded:
+        wanted = model.generate("abc", max_tokens=5, temperature=0).token_ids
+        assert bounded.generate("abc", max_tokens=5, temperature=0).token_ids == wanted
+        assert bounded.session.streamer is not None
+    with pytest.raises(DiagnosticError):
+        stratum.load(artifacts["experts"], memory=resident_bytes() // 2)

@@ -36,7 +36,7 @@ class ExpertNames:
 def linear(step: StepBuilder, x: Value, part: str, n: int, k: int, role: str, bias: bool = False) -> Value:
     """x [tokens, k] @ weight[n, k].T (+ bias) -> f32 [tokens, n]."""
     with step.scope(part):
-        y = step(MatmulOp(x, step.weight(n, k, role=role)), "y")
+        y = step(step.product(x, step.named("weight"), n, k, role=role), "y")
         return step(AddOp(y, step.weight(n, role="bias", leaf="bias")), "y") if bias else y
 
 
@@ -70,9 +70,9 @@ def head(step: StepBuilder, x: Value, table: Value) -> Value:
         x = step(GatherRowsOp(x, step.rows), "x")
     x = norm(step, x, "norm", config.hidden_size)
     with step.scope("lm_head"):
-        if not config.tied:
-            table = step.constant("lm_head.weight", config.vocab_size, config.hidden_size, role="head")
-        return step(MatmulOp(x, step.as_f32(table)), "logits")
+        if config.tied:
+            return step(MatmulOp(x, step.as_f32(table)), "logits")
+        return step(step.product(x, "lm_head.weight", config.vocab_size, config.hidden_size, role="head"), "logits")
 
 
 def attention(step: StepBuilder, x: Value, layer: int, rope: tuple[Value, Value], qk_norm: str = "") -> Value:

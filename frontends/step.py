@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from frontends.checkpoint import WEIGHT_FORMATS
 from frontends.config import ModelConfig
-from frontends.quantized import QuantizedWeight
+from frontends.quantized import ColumnOrder, QuantizedWeight
 from frontends.safetensors_header import MAX_TENSORS, TensorInfo
 from ir.attributes import SymbolRef
 from ir.builder import Builder
@@ -26,7 +26,9 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32, PlainFormat
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.ops.gemm import MatmulOp
 from ir.ops.quant import AssembleOp, DequantizeOp
+from ir.ops.quant_columns import SelectColumnsOp
 from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
 from ir.types import SymbolicDim, TensorType
 
@@ -85,14 +87,31 @@ class StepBuilder:
     def constant(self, name: str, *shape: int, role: str) -> Value:
         """The tensor `name` as the checkpoint stores it; a quantized one in f32."""
         self._need(name, shape, role)
-        if self._is_low_bit(name, shape):
+        if self._is_low_bit(name, shape) and self._order(name) is None:
             return self._dequantized(name, shape)
         made = ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, self._element(name))])
         return self(made, "w")
 
+    def product(self, x: Value, name: str, n: int, k: int, *, role: str) -> MatmulOp:
+        """x [m, k] times the matrix [n, k] that is the tensor `name`, in f32; not inserted.
+
+        Where the codes of a quantized matrix are in an order of their own, the columns of x are put in that order.
+        """
+        order = self._order(name) if self._is_low_bit(name, (n, k)) else None
+        if order is None:
+            return MatmulOp(x, self.as_f32(self.constant(name, n, k, role=role)))
+        self._need(name, (n, k), role)
+        type = TensorType((k,), I32)
+        columns = self(ConstantOp(symbol=SymbolRef(order.name), result_types=[type]), "columns")
+        return MatmulOp(self(SelectColumnsOp(x, columns), "x"), self._dequantized(name, (n, k)))
+
+    def named(self, leaf: str) -> str:
+        """The tensor `model.` + origin + "." + `leaf`."""
+        return f"model.{self._builder.origin}.{leaf}"
+
     def weight(self, *shape: int, role: str, leaf: str = "weight") -> Value:
         """The tensor `model.` + origin + "." + `leaf` in f32."""
-        return self.as_f32(self.constant(f"model.{self._builder.origin}.{leaf}", *shape, role=role))
+        return self.as_f32(self.constant(self.named(leaf), *shape, role=role))
 
     def stack(self, count: int, part: str, *shape: int, role: str) -> Value:
         """The tensors `model.` + origin + ".N." + `part` + ".weight" for N = 0 .. count-1, stacked, in f32."""
@@ -117,6 +136,11 @@ class StepBuilder:
         """Whether the tensor is there in a low-bit format, and of the shape that is needed."""
         weight = self._quantized.get(name)
         return weight is not None and weight.low_bit and weight.shape == shape
+
+    def _order(self, name: str) -> ColumnOrder | None:
+        """The order of the codes of a quantized weight, where it is not that of the columns."""
+        weight = self._quantized.get(name)
+        return weight.order_of_codes if weight is not None else None
 
     def _dequantized(self, name: str, shape: tuple[int, ...], symbol: str = "", count: int = 0) -> Value:
         """The floats that a quantized weight stands for; with `count`, of the stack of weights like it."""

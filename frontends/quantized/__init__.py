@@ -10,9 +10,10 @@ table of what becomes what.
 
 from frontends.quantized.checkpoint import QuantizedCheckpoint, open_quantized
 from frontends.quantized.schemes import QuantizationSettings, find_settings, find_settings_of
-from frontends.quantized.weight import QuantizedWeight
+from frontends.quantized.weight import ColumnOrder, QuantizedWeight
 
 __all__ = [
+    "ColumnOrder",
     "QuantizationSettings",
     "QuantizedCheckpoint",
     "QuantizedWeight",

@@ -1,9 +1,9 @@
 """A quantized checkpoint, seen as the weights that the model names.
 
 `QuantizedCheckpoint.tensors` has one entry for each weight, packed or not: of a packed one, NAME, the dtype is its
-format and the shape that of the matrix. Its parts are read as NAME.codes, NAME.scales, NAME.zeros; `read_rows(NAME)`
-gives the floats they stand for. Tensors that only matter to a quantized activation or cache are left out and named in
-`warnings`.
+format and the shape that of the matrix. Its parts are read as NAME.codes, NAME.scales, NAME.zeros, and NAME.columns
+where the codes are in another order than the columns of the matrix; `read_rows(NAME)` gives the floats of the matrix.
+Tensors that only matter to a quantized activation or cache are left out and named in `warnings`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from frontends.checkpoint import Checkpoint
 from frontends.quantized import awq, compressed, fp8, gptq, mxfp4
 from frontends.quantized.schemes import AWQ, COMPRESSED, FP8, GPTQ, MXFP4, QuantizationSettings
 from frontends.quantized.source import Source
-from frontends.quantized.weight import QuantizedWeight
+from frontends.quantized.weight import ColumnOrder, GroupedWeight, QuantizedWeight
 from frontends.safetensors_header import TensorInfo
 from ir.diagnostics import DiagnosticError
 
@@ -51,6 +51,7 @@ def open_quantized(settings: QuantizationSettings, checkpoint: Checkpoint) -> Qu
             expected="tensors that fit the settings",
             hint="a checkpoint of floats has no such settings; changing a label does not convert tensors",
         )
+    weights = _with_shared_orders(weights)
     tensors, unused = _visible(checkpoint, weights)
     warnings = []
     if unused:
@@ -60,10 +61,23 @@ def open_quantized(settings: QuantizationSettings, checkpoint: Checkpoint) -> Qu
     as_floats = [w.name for w in weights.values() if not w.low_bit]
     if as_floats:
         warnings.append(
-            f"{len(as_floats)} weights, {as_floats[0]} first, have groups of columns that are no neighbours "
-            "(act-order) or do not fill the rows; they are used as floats, and a recipe can round them anew"
+            f"{len(as_floats)} weights, {as_floats[0]} first, are experts whose groups of columns are no neighbours "
+            "(act-order), or have groups that do not fill the rows; they are used as floats, and a recipe can round "
+            "them anew"
         )
     return QuantizedCheckpoint(checkpoint, tensors, weights, f"{settings.scheme}, {details}", tuple(warnings))
+
+
+def _with_shared_orders(weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """The weights, of which those whose columns are in one order name one tensor for it: they can read one gather."""
+    known: dict[bytes, ColumnOrder] = {}
+    found: dict[str, QuantizedWeight] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, GroupedWeight) and weight.sorted is not None:
+            shared = known.setdefault(weight.sorted.columns.tobytes(), weight.sorted)
+            weight = replace(weight, sorted=shared)
+        found[name] = weight
+    return found
 
 
 def _visible(stored: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -71,6 +85,7 @@ def _visible(stored: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> tupl
     packed = {info.name: weight for weight in weights.values() for info in weight.tensors}
     spoken_for = {name + leaf for name in weights for leaf in _READ_BEFORE}
     part_names = {f"{weight.name}.{part}" for weight in weights.values() for part in weight.parts()}
+    part_names |= {weight.order_of_codes.name for weight in weights.values() if weight.order_of_codes is not None}
     tensors: dict[str, TensorInfo] = {}
     unused: list[str] = []
     for name, info in stored.tensors.items():
@@ -112,6 +127,9 @@ class QuantizedCheckpoint(Checkpoint):
         self._parts = {
             f"{name}.{part}": (weight, part) for name, weight in quantized.items() for part in weight.parts()
         }
+        orders = [w.order_of_codes for w in quantized.values()]
+        self._orders = {order.name: order.columns for order in orders if order is not None}
+        self._not_stored = {*self._parts, *self._orders, *self.quantized}
 
     @property
     def nbytes(self) -> int:
@@ -123,15 +141,18 @@ class QuantizedCheckpoint(Checkpoint):
             element, shape = weight.part_type(part)
             nbytes = element.nbytes(shape)
             return replace(weight.tensors[0], name=name, dtype=str(element).upper(), shape=shape, nbytes=nbytes)
+        if name in self._orders:
+            order, weight = self._orders[name], self.quantized[name.removesuffix(".columns")]
+            return replace(weight.tensors[0], name=name, dtype="I32", shape=order.shape, nbytes=order.nbytes)
         return super().info(name)
 
     def read(self, name: str) -> np.ndarray:
-        if name in self._parts or name in self.quantized:
+        if name in self._not_stored:
             return self.read_rows(name, 0, self.info(name).shape[0])
         return super().read(name)
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        if name not in self._parts and name not in self.quantized:
+        if name not in self._not_stored:
             return super().read_rows(name, first, last)
         rows = self.info(name).shape[0]
         if not 0 <= first <= last <= rows:
@@ -139,10 +160,12 @@ class QuantizedCheckpoint(Checkpoint):
         if name in self._parts:
             weight, part = self._parts[name]
             return weight.read_part(part, first, last)
+        if name in self._orders:
+            return self._orders[name][first:last]
         return self.quantized[name].floats(first, last)
 
     def byte_view(self, name: str) -> memoryview:
-        if name in self._parts or name in self.quantized:
+        if name in self._not_stored:
             raise ValueError(f"{name} is packed in the file; its bytes are not those of an array")
         return super().byte_view(name)
 

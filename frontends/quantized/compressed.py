@@ -36,6 +36,7 @@ from frontends.quantized.weight import (
     part_of,
     read_modules,
     scale_format,
+    sorted_columns,
 )
 from frontends.quantized.words import dense_words, loose_words, unpack_dense, unpack_loose
 from frontends.safetensors_header import TensorInfo
@@ -284,12 +285,13 @@ def _integers(
     elif zeros is not None:
         raise bad(zeros, "is there, but the settings say 'symmetric'", "settings that fit the tensors")
     order = module.get("weight_g_idx")
-    ordered = False
+    scattered, by_group = False, None
     if order is not None:
         expect_tensor(order, ("I32", "I64"), rank=1)
         expect_shape(order, (k,), "the group of each column")
-        ordered = not column_groups(order, group, groups, source)
-    runs = not ordered and k % group == 0
+        scattered = not column_groups(order, group, groups, source)
+        by_group = sorted_columns(prefix + "weight", order, group, source) if scattered else None
+    runs = (by_group is not None or not scattered) and k % group == 0
     # A single symmetric bit is -1 or 0 here, while the symmetric format of one bit has -1 and 1.
     has_zeros = not scheme.symmetric or scheme.bits == 1
     format = GroupedIntFormat(scheme.bits, scheme.group, has_zeros, scale_format(scale))
@@ -301,8 +303,9 @@ def _integers(
         tensors=tuple(tensors),
         bits=scheme.bits,
         group=scheme.group,
-        order=order.name if order is not None and ordered else "",
+        order=order.name if order is not None and scattered else "",
         has_zeros=has_zeros,
+        sorted=by_group,
         loose=loose,
     )
 

@@ -4,7 +4,8 @@ A linear layer P of shape [n, k] is stored as P.qweight int32 [k * bits / 32, n]
 [groups, n] in floats; P.qzeros int32 [groups, n * bits / 32], packed densely along n; P.g_idx int32 [k], the group of
 each column. A weight is scale * (code - zero). Version 1 of the format stores zero - 1 (modulo 2**bits), version 2
 the zero itself. With `sym` every zero is 2**(bits - 1), which is the symmetric format; a checkpoint that claims `sym`
-and has another zero keeps its zero points. Columns that are grouped by activations (`desc_act`) are read as floats.
+and has another zero keeps its zero points. Columns that are grouped by activations (`desc_act`) are sorted by group;
+experts whose columns are so are read as floats.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from frontends.quantized.weight import (
     part_of,
     read_modules,
     scale_format,
+    sorted_columns,
 )
 from frontends.quantized.words import unpack_dense
 from frontends.safetensors_header import TensorInfo
@@ -104,7 +106,7 @@ def read_weights(settings: GPTQSettings, tensors: Mapping[str, TensorInfo], sour
     """Every quantized weight by its name. Raises one DiagnosticError for all that do not fit."""
     found = read_modules(tensors, LEAVES, lambda prefix, module: _weight(settings, prefix, module, source))
     symmetric = settings.symmetric and all(_is_symmetric(w) for w in found.values())
-    ordered = frozenset(_stack(w.name) for w in found.values() if w.order)
+    ordered = frozenset(_stack(w.name) for w in found.values() if w.order and w.sorted is None)
     return {name: _in_format(w, symmetric, _stack(name) in ordered) for name, w in found.items()}
 
 
@@ -141,6 +143,7 @@ def _weight(settings: GPTQSettings, prefix: str, module: Mapping[str, TensorInfo
     if -(-k // group) != groups:
         wanted = f"{-(-k // group)}, since 'group_size' is {settings.group or -1}"
         raise bad(scales, f"has {groups} groups for {k} columns", wanted)
+    scattered = order is not None and not column_groups(order, group, groups, source)
     return GPTQWeight(
         name=prefix + "weight",
         shape=(n, k),
@@ -149,8 +152,9 @@ def _weight(settings: GPTQSettings, prefix: str, module: Mapping[str, TensorInfo
         tensors=(qweight, scales, qzeros, *([order] if order is not None else [])),
         bits=bits,
         group=0 if groups == 1 and settings.group != k else group,
-        order=order.name if order is not None and not column_groups(order, group, groups, source) else "",
+        order=order.name if order is not None and scattered else "",
         has_zeros=True,
+        sorted=sorted_columns(prefix + "weight", order, group, source) if order is not None and scattered else None,
         stored=settings.stored,
     )
 
@@ -173,6 +177,6 @@ def _in_format(weight: GPTQWeight, symmetric: bool, ordered: bool) -> GPTQWeight
     """The weight in the low-bit format that says exactly what it stores; in floats when its groups are no runs."""
     k = weight.shape[1]
     if ordered or k % (weight.group or k):
-        return weight
+        return replace(weight, sorted=None)
     format = GroupedIntFormat(weight.bits, weight.group, not symmetric, scale_format(weight.tensors[1]))
     return replace(weight, format=format, has_zeros=not symmetric)

@@ -28,6 +28,14 @@ W = TypeVar("W", bound="QuantizedWeight")
 
 
 @dataclass(frozen=True, eq=False)
+class ColumnOrder:
+    """Column j of the codes of a weight is column `columns[j]` of the matrix (i32 [k]), under the name `name`."""
+
+    name: str
+    columns: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight(ABC):
     """The matrix `name` of shape [n, k]. `tensors` are those of the file it is made of, the codes first."""
 
@@ -48,6 +56,11 @@ class QuantizedWeight(ABC):
     def zeros(self, first: int, last: int) -> np.ndarray:
         """u8 [rows, groups], of formats with zero points."""
         raise TypeError(f"{self.name} in {self.format} has no zero points")
+
+    @property
+    def order_of_codes(self) -> ColumnOrder | None:
+        """The columns of the codes, where they are not those of the matrix from the first to the last."""
+        return None
 
     @property
     def low_bit(self) -> bool:
@@ -77,6 +90,8 @@ class QuantizedWeight(ABC):
         """Rows [first, last) of a part."""
         element, shape = self.part_type(part)
         values = getattr(self, part)(first, last)
+        if part == "codes" and self.order_of_codes is not None:
+            values = np.ascontiguousarray(values[:, self.order_of_codes.columns])
         expected = (last - first, *shape[1:])
         assert values.shape == expected and values.dtype == element.dtype, f"{self.name}.{part}: {values.shape}"
         if part == "scales":
@@ -95,7 +110,12 @@ class QuantizedWeight(ABC):
             for name in self.parts()
         }
         packed = PackedArray.assemble(self.format, shape, **parts)
-        return packed.format.unpack(packed)[first - low : last - low]
+        values = packed.format.unpack(packed)[first - low : last - low]
+        if self.order_of_codes is None:
+            return values
+        floats = np.empty_like(values)
+        floats[:, self.order_of_codes.columns] = values
+        return floats
 
     def refuse_infinite(self, scales: np.ndarray, first: int) -> None:
         """Raises DiagnosticError when a scale is no finite number."""
@@ -112,13 +132,19 @@ class QuantizedWeight(ABC):
 @dataclass(frozen=True, eq=False)
 class GroupedWeight(QuantizedWeight):
     """Integers of `bits` bits in groups. `order` is the tensor that says which group a column belongs to, where the
-    groups are not runs of columns; `group` is how many columns share a scale (0 = all) where they are.
+    groups are not runs of columns; `group` is how many columns share a scale (0 = all) where they are. With `sorted`
+    the codes come by their groups, as the format has them.
     """
 
     bits: int = 4
     group: int = 0
     order: str = ""
     has_zeros: bool = False
+    sorted: ColumnOrder | None = None
+
+    @property
+    def order_of_codes(self) -> ColumnOrder | None:
+        return self.sorted
 
     def floats(self, first: int, last: int) -> np.ndarray:
         if self.low_bit:
@@ -229,6 +255,18 @@ def column_groups(order: TensorInfo, group: int, groups: int, source: Source) ->
         at = int(np.argmax((found < 0) | (found >= groups)))
         raise bad(order, f"puts column {at} into group {found[at]}", f"0 .. {groups - 1}")
     return bool(np.array_equal(found, np.arange(found.shape[0]) // group))
+
+
+def sorted_columns(name: str, order: TensorInfo, group: int, source: Source) -> ColumnOrder | None:
+    """The columns of the weight `name` by their groups, each group in the order of the matrix.
+
+    None where a group has more or fewer than `group` columns, and for an expert: the experts of a layer share their
+    activations, which have one order only.
+    """
+    found = source.rows(order.name)
+    if ".experts." in name or found.shape[0] % group or (np.bincount(found) != group).any():
+        return None
+    return ColumnOrder(f"{name}.columns", np.argsort(found, kind="stable").astype(np.int32))
 
 
 class Faults:

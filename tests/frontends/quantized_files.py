@@ -73,6 +73,11 @@ def grouped(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray, groups: np
     return wide.astype(np.float32)
 
 
+def act_ordered(index: np.ndarray) -> np.ndarray:
+    """The groups of columns in the order of their activations, which layers of one input share."""
+    return np.random.default_rng(len(index)).permutation(index)
+
+
 def gptq(
     *,
     bits: int = 4,
@@ -88,7 +93,7 @@ def gptq(
     def make(rng: np.random.Generator, n: int, k: int) -> Layer:
         size = group or k
         index = np.arange(k) // size
-        order = rng.permutation(index) if act_order else index
+        order = act_ordered(index) if act_order else index
         count = int(index[-1]) + 1
         codes = rng.integers(0, 1 << bits, (n, k))
         zeros = rng.integers(0, 1 << bits, (n, count)) if not symmetric else np.full((n, count), 1 << (bits - 1))
@@ -141,7 +146,7 @@ def compressed_integers(
     def make(rng: np.random.Generator, n: int, k: int) -> Layer:
         half = 1 << (bits - 1)
         index = np.arange(k) // (group if strategy == "group" else k)
-        order = rng.permutation(index) if act_order else index
+        order = act_ordered(index) if act_order else index
         shape = (1,) if strategy == "tensor" else (n, int(index[-1]) + 1)
         integers = rng.integers(-half, half, (n, k))
         zeros = np.zeros(shape, np.int64) if symmetric else rng.integers(-half, half, shape)

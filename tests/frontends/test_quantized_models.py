@@ -15,7 +15,10 @@ from frontends.huggingface import ImportedModel, import_model
 from frontends.quantized import QuantizedCheckpoint
 from ir.diagnostics import DiagnosticError
 from ir.interpreter import zero_states
+from ir.ops.gemm import MatmulOp
 from ir.ops.quant import AssembleOp
+from ir.ops.quant_columns import SelectColumnsOp
+from ir.ops.tensor import ConstantOp
 from tests.frontends import quantized_files as files
 from tests.frontends.model_files import config_of, write_model
 from tests.frontends.test_quantized_weights import AWQ, FP8, GPTQ, NAME, open_layer
@@ -25,7 +28,6 @@ MODERATE = range(118, 124)  # exponents of scales near one
 MODELS: list[tuple[str, dict[str, Any], Any, files.Maker]] = [
     ("llama", {}, GPTQ, files.gptq()),
     ("qwen2", {}, {**GPTQ, "sym": True, "bits": 8}, files.gptq(bits=8, symmetric=True)),
-    ("mixtral", {}, {**GPTQ, "desc_act": True}, files.gptq(act_order=True)),
     ("olmoe", {}, {**GPTQ, "sym": True}, files.gptq(symmetric=True)),
     ("mistral", {}, AWQ, files.awq()),
     ("mixtral", {}, AWQ, files.awq()),
@@ -67,12 +69,45 @@ def test_logits_are_those_of_the_floats(
     np.testing.assert_array_equal(found, _logits(plain))
 
 
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "make"),
+    [
+        ({**GPTQ, "desc_act": True}, files.gptq(act_order=True)),
+        (files.compressed_settings(actorder="group"), files.compressed_integers(act_order=True)),
+    ],
+)
+def test_columns_in_another_order(settings: Any, make: files.Maker, tables: bool, tmp_path: Path) -> None:
+    """The codes stay packed and the activations are put in their order: the same sums, added up in another order."""
+    model = files.write_quantized(tmp_path, config_of("llama", **WIDE), make, settings, tables=tables)
+    packed, plain = import_model(model.packed), import_model(model.plain)
+    checkpoint = packed.checkpoint
+    assert isinstance(checkpoint, QuantizedCheckpoint) and packed.warnings == ()
+    assert packed.weights == plain.weights
+    ops = list(packed.module.walk())
+    products = [op for op in ops if isinstance(op, MatmulOp)]
+    assert sum(isinstance(op.x.defining_op(), SelectColumnsOp) for op in products) == len(products) - (not tables)
+    assert sum(isinstance(op, AssembleOp) for op in ops) == len(products) - (not tables)
+    orders = {op.symbol.name for op in ops if isinstance(op, ConstantOp) and "columns" in op.symbol.name}
+    assert len(orders) == 2  # of the layers that read 64 columns, and of those that read 96
+    for name in orders:
+        columns = checkpoint.read(name)
+        assert checkpoint.info(name).shape == columns.shape and checkpoint.info(name).dtype == "I32"
+        assert sorted(columns) == list(range(len(columns))) and list(columns) != sorted(columns)
+        np.testing.assert_array_equal(checkpoint.read_rows(name, 3, 7), columns[3:7])
+        with pytest.raises(ValueError, match="packed in the file"):
+            checkpoint.byte_view(name)
+    np.testing.assert_allclose(_logits(packed), _logits(plain), rtol=1e-3, atol=1e-5)
+
+
 def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     config = config_of("llama", **WIDE)
-    model = files.write_quantized(tmp_path, config, files.gptq(act_order=True), {**GPTQ, "desc_act": True})
+    experts = config_of("mixtral", **WIDE)
+    model = files.write_quantized(tmp_path, experts, files.gptq(act_order=True), {**GPTQ, "desc_act": True})
     ordered = import_model(model.packed)
     ordered.checkpoint.close()
-    assert any("14 weights, model.layers.0." in w and "act-order" in w for w in ordered.warnings)
+    count = sum(".experts." in name for name in model.floats)
+    assert any(f"{count} weights, model.layers.0." in w and "act-order" in w for w in ordered.warnings)
 
     def make(rng: np.random.Generator, n: int, k: int) -> files.Layer:
         layer = files.fp8()(rng, n, k)

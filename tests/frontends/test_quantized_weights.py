@@ -38,8 +38,13 @@ CASES: list[tuple[Any, files.Maker, str]] = [
     ({**GPTQ, "dynamic": {"+:.*q_proj": {"bits": 8}}}, files.gptq(bits=8), "q8_zp<group=8, scale=f16>"),
     (GPTQ, files.gptq(dtype=ml_dtypes.bfloat16), "q4_zp<group=8, scale=bf16>"),
     (GPTQ, files.gptq(dtype=np.float32), "q4_zp<group=8, scale=f32>"),
-    ({**GPTQ, "desc_act": True}, files.gptq(act_order=True), "f32"),
-    ({**GPTQ, "desc_act": True, "sym": True}, files.gptq(act_order=True, symmetric=True, bits=4), "f32"),
+    ({**GPTQ, "desc_act": True}, files.gptq(act_order=True), "q4_zp<group=8, scale=f16>"),
+    (
+        {**GPTQ, "desc_act": True, "sym": True},
+        files.gptq(act_order=True, symmetric=True, bits=4),
+        "q4_sym<group=8, scale=f16>",
+    ),
+    ({**GPTQ, "desc_act": True, "group_size": 40}, files.gptq(group=40, act_order=True), "f32"),
     ({**GPTQ, "group_size": 40}, files.gptq(group=40), "f32"),  # the last group is shorter
     ({**GPTQ, "group_size": 128}, files.gptq(group=128), "q4_zp<group=row, scale=f16>"),
     (AWQ, files.awq(), "q4_zp<group=8, scale=f16>"),
@@ -68,7 +73,11 @@ CASES: list[tuple[Any, files.Maker, str]] = [
     ),
     (files.compressed_settings(num_bits=6), files.compressed_integers(bits=6), "q6_sym<group=8, scale=bf16>"),
     (files.compressed_settings(num_bits=1), files.compressed_integers(bits=1), "q1_zp<group=8, scale=bf16>"),
-    (files.compressed_settings(actorder="group"), files.compressed_integers(act_order=True), "f32"),
+    (
+        files.compressed_settings(actorder="group"),
+        files.compressed_integers(act_order=True),
+        "q4_sym<group=8, scale=bf16>",
+    ),
     (
         files.compressed_settings("int-quantized", num_bits=8, strategy="channel", group_size=None),
         files.compressed_integers(bits=8, packed=False, strategy="channel"),

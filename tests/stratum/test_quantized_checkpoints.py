@@ -27,10 +27,11 @@ activations = "float"
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> files.Model:
-    settings = {**GPTQ, "group_size": 32}
-    made = files.write_quantized(tmp_path_factory.mktemp("gptq"), LLAMA, files.gptq(group=32), settings)
+@pytest.fixture(scope="module", params=[False, True], ids=["in_order", "act_order"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> files.Model:
+    settings = {**GPTQ, "group_size": 32, "desc_act": request.param}
+    make = files.gptq(group=32, act_order=request.param)
+    made = files.write_quantized(tmp_path_factory.mktemp("gptq"), LLAMA, make, settings)
     write_tokenizer(made.packed)
     return made
 

@@ -28,12 +28,13 @@ from hw_targets.disk_reads import ScratchFile
 from hw_targets.memory import Storage, StoragePoint
 from ir.diagnostics import DiagnosticError
 
-VERSION = 1
+VERSION = 2
 FILE_BYTES = 2 << 30
 MIN_BYTES, MAX_BYTES = 64 << 20, 64 << 30
 # Large blocks first: they use up what is left of a burst.
 BLOCKS = (16 << 20, 4 << 20, 1 << 20, 256 << 10, 64 << 10, 16 << 10, 4 << 10)
 THREADS = (1, 2, 4, 8)
+_LARGE = 4 << 20
 _SECONDS, _LIMIT = 0.6, 4.0  # of one point
 _REST_SECONDS, _BURST_SECONDS = 2.0, 12.0
 _SYS_BLOCK = Path("/sys/dev/block")
@@ -43,6 +44,9 @@ Tell = Callable[[str, float, float, str], None]
 @dataclass(frozen=True)
 class DiskCalibration:
     """Rates of one drive in bytes/s. `points` holds (block bytes, threads, sustained rate) of random aligned reads.
+
+    `sustained_bandwidth` is the second half of a long run of large blocks. No point is above it, unless half of the
+    points of large blocks are: what is read faster for a moment is not kept up.
 
     `spread` is the median over the points of (best - worst) / best within one; above 0.2 machine or drive were busy.
     `burst_bandwidth` and `burst_bytes` are None where the drive does not begin faster than it goes on.
@@ -56,6 +60,7 @@ class DiskCalibration:
     capacity_bytes: int | None
     points: tuple[tuple[int, int, float], ...]
     write_bandwidth: float
+    sustained_bandwidth: float
     burst_bandwidth: float | None = None
     burst_bytes: int | None = None
     spread: float = 0.0
@@ -68,7 +73,7 @@ class DiskCalibration:
         """The drive as a target holds it. Writes are those of blocks of 4 MiB, one in flight."""
         points = []
         for block, threads, rate in self.points:
-            writes = self.write_bandwidth if (block, threads) == (4 << 20, 1) else None
+            writes = self.write_bandwidth if (block, threads) == (_LARGE, 1) else None
             points.append(StoragePoint(block, threads, rate, writes))
         disturbed = f", spread {self.spread:.0%}" if self.spread > 0.2 else ""
         return Storage(
@@ -161,7 +166,7 @@ def _measure(directory: Path, nbytes: int, seconds: float, tell: Tell) -> DiskCa
         tell("burst", 0, 0, "")
         time.sleep(0.0 if quick else _REST_SECONDS)
         limit = seconds if quick else _BURST_SECONDS
-        start = disk_reads.read_blocks(file, min(1 << 20, file.nbytes), max(THREADS) // 2, limit, limit)
+        start = disk_reads.read_blocks(file, min(_LARGE, file.nbytes), max(THREADS) // 2, limit, limit)
         fast, settled = disk_reads.burst(start), disk_reads.sustained(start)
         points, spreads = [], []
         cells = [(block, threads) for block in BLOCKS if block <= file.nbytes for threads in THREADS]
@@ -173,6 +178,7 @@ def _measure(directory: Path, nbytes: int, seconds: float, tell: Tell) -> DiskCa
             points.append((block, threads, disk_reads.sustained(samples)))
             spreads.append(disk_reads.spread(samples))
         tell("read", len(cells), len(cells), "points")
+        ceiling = max(settled, median(rate for block, _, rate in points if block >= min(_LARGE, file.nbytes)))
         return DiskCalibration(
             device=device,
             model=model,
@@ -180,8 +186,9 @@ def _measure(directory: Path, nbytes: int, seconds: float, tell: Tell) -> DiskCa
             kernel=platform.release(),
             file_bytes=file.nbytes,
             capacity_bytes=capacity,
-            points=tuple(sorted(points)),
+            points=tuple(sorted((block, threads, min(rate, ceiling)) for block, threads, rate in points)),
             write_bandwidth=file.nbytes / file.write_seconds,
+            sustained_bandwidth=ceiling,
             burst_bandwidth=fast[0] if fast else None,
             burst_bytes=fast[1] if fast else None,
             spread=round(median(spreads), 4),
@@ -201,7 +208,8 @@ def _load(path: Path) -> DiskCalibration | None:
         fields["points"] = tuple((int(block), int(threads), float(rate)) for block, threads, rate in fields["points"])
         found = DiskCalibration(**fields)
         sizes = [n for block, threads, _ in found.points for n in (block, threads)]
-        rates = [rate for _, _, rate in found.points] + [found.write_bandwidth, found.burst_bandwidth or 1.0]
+        rates = [rate for _, _, rate in found.points] + [found.write_bandwidth, found.sustained_bandwidth]
+        rates.append(found.burst_bandwidth or 1.0)
         texts = (found.device, found.model, found.directory, found.kernel)
         sane = all(0 < n < 1e15 for n in (*sizes, *rates)) and all(isinstance(text, str) for text in texts)
         return found if sane and found.points and 0 <= found.spread <= 1 else None

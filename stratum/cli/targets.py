@@ -132,6 +132,7 @@ def _disk_lines(result: DiskCalibration) -> list[str]:
     for block in sorted({block for block, _, _ in result.points}):
         size = f"{block >> 20} MiB" if block >= 1 << 20 else f"{block >> 10} KiB"
         lines.append(f"  {size:<10}" + "".join(f"{table[block, n] / 1e6:>9.0f}" for n in depths))
+    lines.append(f"  long run    {result.sustained_bandwidth / 1e6:.0f} MB/s of large blocks")
     lines.append(f"  write       {result.write_bandwidth / 1e6:.0f} MB/s")
     if result.burst_bandwidth is not None and result.burst_bytes is not None:
         size = f"{result.burst_bytes / 1e9:.1f} GB"

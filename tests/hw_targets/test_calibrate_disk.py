@@ -25,6 +25,7 @@ SOME = DiskCalibration(
     capacity_bytes=10**12,
     points=((4096, 1, 5e7), (4096, 8, 2e8), (4 << 20, 1, 1.2e9), (4 << 20, 8, 1.3e9)),
     write_bandwidth=9e8,
+    sustained_bandwidth=1.3e9,
     burst_bandwidth=2.9e9,
     burst_bytes=4 * 10**9,
     spread=0.05,
@@ -65,6 +66,7 @@ def test_small_measurement_of_a_real_drive(cache, drive):
     found = calibrate_disk.calibrate_disk(drive, tell=lambda stage, *rest: stages.append(stage), **QUICK)
     assert [(b, t) for b, t, _ in found.points] == sorted((b, t) for b in calibrate_disk.BLOCKS for t in (1, 2, 4, 8))
     assert all(1e4 < rate < 1e12 for _, _, rate in found.points) and 1e4 < found.write_bandwidth < 1e12
+    assert max(rate for _, _, rate in found.points) <= found.sustained_bandwidth
     assert found.file_bytes == 16 << 20 and 0 <= found.spread <= 1
     assert list(dict.fromkeys(stages)) == ["write", "burst", "read"]
     assert list(drive.iterdir()) == [] and not cache.exists()  # no file left, and nothing of a quick run kept
@@ -175,6 +177,20 @@ def test_reading_goes_on_until_a_burst_is_over(drive, monkeypatch):
         long = disk_reads.read_blocks(file, 4096, 1, 0.5, 4.0, ceiling=1.0e9)
         stubborn = disk_reads.read_blocks(file, 4096, 1, 0.5, 1.0, ceiling=0.5e9)
     assert short[-1][0] < 0.8 and 1.0 < long[-1][0] < 2.5 and 1.0 <= stubborn[-1][0] < 1.3
+
+
+def test_point_that_is_faster_than_what_lasts_is_not_believed(drive, monkeypatch):
+    """The long run keeps up 1 GB/s; one of the large points met a fresh burst."""
+
+    def read_blocks(file, block, threads, *rest):
+        rate = 3e9 if (block, threads) == (16 << 20, 8) else 2e7 if block == 4096 else 1e9
+        return samples_of(lambda t: rate)
+
+    monkeypatch.setattr(disk_reads, "read_blocks", read_blocks)
+    found = calibrate_disk.calibrate_disk(drive, **QUICK)
+    rates = {(block, threads): rate for block, threads, rate in found.points}
+    assert rates[16 << 20, 8] == rates[4 << 20, 1] == pytest.approx(1e9) and rates[4096, 1] == pytest.approx(2e7)
+    assert found.sustained_bandwidth == pytest.approx(1e9) and found.burst_bandwidth is None
 
 
 def test_kept_and_used(cache, drive, monkeypatch):

@@ -23,6 +23,7 @@ DRIVE = DiskCalibration(
     capacity_bytes=None,
     points=((4096, 1, 5e7), (4096, 2, 9e7), (1 << 20, 1, 1.2e9), (1 << 20, 2, 1.3e9)),
     write_bandwidth=9e8,
+    sustained_bandwidth=1.3e9,
     burst_bandwidth=2.9e9,
     burst_bytes=4 * 10**9,
     spread=0.3,
@@ -91,6 +92,7 @@ def test_calibrate_a_drive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     lines = [line.split() for line in text.splitlines()]
     assert ["4", "KiB", "50", "90"] in lines and ["1", "MiB", "1200", "1300"] in lines
     assert "vdx (a drive), somewhere" in text and "burst       2900 MB/s for 4.0 GB, not planned with" in text
+    assert "long run    1300 MB/s" in text
     assert "spread      30%: the machine was busy, measure again" in text
     assert json.loads(said(capsys, "calibrate", "--disk", "somewhere", "--json"))["device"] == "vdx"
     assert asked == [("somewhere", 1 << 30), ("somewhere", 2 << 30)]

@@ -125,19 +125,17 @@ class _Reader:
         raise AssertionError(f"{op.name} is not known to the simulator")
 
     def transfer(self, op: stream.TransferOp, task: int) -> None:
-        made, store = self.made, isinstance(op, stream.StoreOp)
-        segment, slot = (op.operands[1], op.operands[0]) if store else (op.operands[0], op.operands[1])
-        home = segment.defining_op()
-        assert isinstance(home, stream.SegmentOp)
-        made.demands[task] = self.demands.transfer(op, home.tier, self.tier_of[slot], home.bytes)
-        a = op.attributes
+        made, a, store = self.made, op.attributes, isinstance(op, stream.StoreOp)
+        source, slot = (op.operands[1], op.operands[0]) if store else (op.operands[0], op.operands[1])
+        home = source.defining_op()
+        name = home.symbol.name if isinstance(home, stream.SegmentOp) else source.name_hint
+        nbytes = stream.held_bytes(source) or 0
+        made.demands[task] = self.demands.transfer(op, self.tier_of[source], self.tier_of[slot], nbytes)
         way = "store" if store else "load"
         key = (a["unit"], a["over"], way, a["stream"])
         made.queues[task] = self.queues.setdefault(key, len(self.queues))
-        made.labels[task] = (
-            f"{way} {home.symbol.name}",
-            f"{a['over']} {way}" + (f" {a['stream']}" if a["stream"] else ""),
-        )
+        track = f"{a['over']} {way}" + (f" {a['stream']}" if a["stream"] else "")
+        made.labels[task] = (f"{way} {name}", track)
         if a.get("cache"):
             made.caches[task] = (a["cache"], a["rank"])
 

@@ -111,23 +111,25 @@ class SlotOp(StreamOp):
 
 
 class TransferOp(StreamOp):
-    """Base of prefetch and store: a segment and a slot that holds it, over a link or storage."""
+    """Base of prefetch and store: from the first operand to the second, over a link or storage."""
 
     least: ClassVar[dict[str, int]] = {"block": 0, "depth": 1}
     places: ClassVar[tuple[str, ...]] = ("unit", "over")
 
     def verify(self, diag: DiagnosticSink) -> None:
         super().verify(diag)
-        sizes = {v.type: held_bytes(v) for v in self.operands}
-        segment, slot = sizes.get(SEGMENT), sizes.get(SLOT)
-        if segment is not None and slot is not None and segment > slot:
-            diag.error(self.location, f"'{self.name}' of {segment} bytes with a slot of {slot} bytes")
+        source, goal = map(held_bytes, self.operands)
+        if source is not None and goal is not None and isinstance(self, PrefetchOp) and source > goal:
+            diag.error(self.location, f"'{self.name}' of {source} bytes with a slot of {goal} bytes")
+        if source is not None and goal is not None and isinstance(self, StoreOp) and goal > source:
+            diag.error(self.location, f"'{self.name}' of {goal} bytes with a slot of {source} bytes")
 
 
 @register_op
 class PrefetchOp(TransferOp):
     """Starts to copy a segment into a slot, over a link or storage. The slot may be read when the token was waited for.
 
+    Over two links data are copied twice: the second copy is one from the slot that the first has filled.
     Transfers of one unit over one link are served in order if they have the same `stream`, else they share it.
     With `cache` the segment is the `rank`-th one that an expert cache may lack: the copy takes place only when at least
     `rank` of those asked for are missing, and plans are checked for the worst case, in which all are.
@@ -145,13 +147,13 @@ class PrefetchOp(TransferOp):
     pinned = attr(bool, "whether the memory is pinned (links), read without the page cache (storage)", default=True)
     cache = attr(str, 'the expert cache that may hold it already, "" for none', default="")
     rank = attr(int, "how many must be missing for the copy to take place", default=0)
-    segment = operand("what is copied")
+    segment = operand("what is copied, or the slot that holds it")
     slot = operand("where to")
     token = result("the copy under way")
 
     @staticmethod
     def infer_types(segment: Type, slot: Type, cache: str, rank: int, **attributes: Any) -> Type:
-        expect(segment == SEGMENT, f"expected a segment, got {segment}")
+        expect(segment in (SEGMENT, SLOT), f"expected a segment or slot, got {segment}")
         expect(slot == SLOT, f"expected a slot, got {slot}")
         expect((rank >= 1) if cache else rank == 0, f"expected rank >= 1 with a cache and 0 without, got {rank}")
         return TOKEN
@@ -160,7 +162,7 @@ class PrefetchOp(TransferOp):
         segment, slot = map(int, values)
         context.stream.idle_slot(slot, "overwriting")
         value = context.stream.value_of(segment, "prefetch")
-        return (context.stream.start(Transfer((slot,), slot, value)),)
+        return (context.stream.start(Transfer((slot, segment), slot, value)),)
 
 
 @register_op

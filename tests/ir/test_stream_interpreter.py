@@ -181,3 +181,20 @@ def test_the_plain_interpreter_says_which_one_is_meant() -> None:
     module = ir.parse('func @p() { %s = plan.slot {unit = "gpu", tier = "hbm", bytes = 8} : () -> slot return }')
     with pytest.raises(DiagnosticError, match="moves data between memories: use ir"):
         interpret(module.functions[0], [])
+
+
+def test_a_copy_of_a_copy() -> None:
+    """Over two links: the slot between holds what the first copy brought, and is busy while the second runs."""
+    second = """
+      %m = plan.slot {unit = "gpu", tier = "dram", bytes = 64} : () -> slot
+      %u = plan.prefetch %w, %m {unit = "gpu", over = "ssd"} : (segment, slot) -> token
+      plan.wait %u {unit = "gpu"} : (token) -> ()
+      %t = plan.prefetch %m, %s {unit = "gpu", over = "pcie"} : (slot, slot) -> token
+      WAIT
+      plan.evict %m {unit = "gpu"} : (slot) -> ()
+    """
+    trace = run(second.replace("WAIT", WAIT) + USE + EVICT)
+    assert trace.computed == (("gpu", "k", ("w",)),)
+    assert trace.peak_bytes == {"disk": 64, "hbm": 64, "dram": 64}
+    with pytest.raises(StreamFault, match="eviction of a slot of dram while a transfer uses it"):
+        run(second.replace("WAIT", "") + WAIT + USE + EVICT)

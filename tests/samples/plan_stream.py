@@ -32,6 +32,7 @@ SAMPLES: tuple[Sample, ...] = (
         "prefetch", "from_storage", A_SEGMENT, EMPTY_SLOT, **_GPU, over="ssd", block=1 << 20, depth=4, pinned=False
     ),
     handled("prefetch", "cached", A_SEGMENT, EMPTY_SLOT, **_OVER, stream="experts", cache="layers.0", rank=2),
+    handled("prefetch", "from_a_slot", FULL_SLOT, EMPTY_SLOT, **_OVER),
     handled("store", "over_a_link", FULL_SLOT, A_SEGMENT, **_OVER),
     handled("store", "to_storage", FULL_SLOT, A_SEGMENT, **_GPU, over="ssd", block=4096, depth=2),
     handled("wait", "one", A_TOKEN, **_GPU),
@@ -52,7 +53,7 @@ FAULTS: tuple[Fault, ...] = (
     fault("plan.segment", "tier: expected a name like gpu or gpu[3], got 'a disk'", symbol=MLP, tier="a disk", bytes=1),
     fault("plan.slot", "expected bytes >= 0, got -8", unit="gpu", tier="hbm", bytes=-8),
     fault("plan.slot", "unit: expected a name like gpu or gpu[3], got 'gpu[]'", unit="gpu[]", tier="hbm", bytes=8),
-    fault("plan.prefetch", "expected a segment, got slot", SLOT, SLOT, **_OVER),
+    fault("plan.prefetch", "expected a segment or slot, got token", TOKEN, SLOT, **_OVER),
     fault("plan.prefetch", "expected a slot, got index", SEGMENT, INDEX, **_OVER),
     fault("plan.prefetch", "expected depth >= 1, got 0", SEGMENT, SLOT, **_OVER, depth=0),
     fault("plan.prefetch", "expected rank >= 1 with a cache and 0 without, got 1", SEGMENT, SLOT, **_OVER, rank=1),

@@ -44,31 +44,35 @@ def cache_warnings(
     if capacity_bytes <= 0 or not expert_bytes:
         return ()
     if capacity_bytes >= everything:
-        text = f"the cache holds all {_mib(everything)} of experts: keep them resident, a cache only costs then"
+        text = f"the cache holds all {_size(everything)} of experts: keep them resident, a cache only costs then"
         return (CacheWarning("holds-everything", text, everything),)
     if scope == "global" and policy == "lru" and capacity_bytes < cycle:
         text = (
-            f"LRU below one token cycle never hits: {_mib(capacity_bytes)} for all layers, while one pass asks for "
-            f"{_mib(cycle)}; take {_mib(cycle)}, another policy (least_stale, lfu), or a share for each layer"
+            f"LRU below one token cycle never hits: {_size(capacity_bytes)} for all layers, while one pass asks for "
+            f"{_size(cycle)}; take {_size(cycle)}, another policy (least_stale, lfu), or a share for each layer"
         )
         found.append(CacheWarning("lru-cliff", text, cycle))
     if scope == "layer" and capacity_bytes // len(expert_bytes) < largest:
         text = (
-            f"a layer's share of {_mib(capacity_bytes // len(expert_bytes))} is less than the {_mib(largest)} that one "
-            f"pass asks of it: experts of one pass stay beyond the budget, or are read in pieces"
+            f"a layer's share of {_size(capacity_bytes // len(expert_bytes))} is less than the {_size(largest)} that "
+            f"one pass asks of it: experts of one pass stay beyond the budget, or are read in pieces"
         )
         found.append(CacheWarning("share-below-token", text, largest * len(expert_bytes)))
     if scope == "global" and capacity_bytes < largest:
         text = (
-            f"the cache of {_mib(capacity_bytes)} is less than the {_mib(largest)} that one pass asks of one layer: "
+            f"the cache of {_size(capacity_bytes)} is less than the {_size(largest)} that one pass asks of one layer: "
             f"a layer's experts are read in pieces"
         )
         found.append(CacheWarning("cache-below-layer", text, largest))
     return tuple(found)
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 10000:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class PolicyChoice:
 def choose_policy(trace: RoutingTrace, capacity_bytes: int, *, scopes: Sequence[str] = SCOPES) -> PolicyChoice:
     """Replays every on-line policy, with one budget and with shares, and pinned popular experts with LRU or LFU.
 
-    Candidates that held more than the capacity are left out while there are others. A simpler policy wins ties.
+    Candidates that held more than the capacity are left out while others held less. A simpler policy wins ties.
     """
     half = len(np.unique(trace.batch)) // 2
     found: list[tuple[str, ReplayResult, tuple[Entry, ...]]] = []
@@ -99,7 +103,8 @@ def choose_policy(trace: RoutingTrace, capacity_bytes: int, *, scopes: Sequence[
         for policy in ("lru", "lfu") if popular else ():
             result = replay(trace, capacity_bytes, policy=policy, pinned=popular, first_step=half)
             found.append((f"half pinned, {policy}", result, popular))
-    fitting = [entry for entry in found if entry[1].peak_bytes <= capacity_bytes] or found
+    least = min(result.peak_bytes for _, result, _ in found)
+    fitting = [entry for entry in found if entry[1].peak_bytes <= max(capacity_bytes, least)]
     best = fitting[0]
     for entry in fitting[1:]:
         if entry[1].decode_hit_rate > best[1].decode_hit_rate + _TIE:

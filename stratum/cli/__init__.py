@@ -17,6 +17,7 @@ from stratum.cli.opt import opt
 from stratum.cli.plan import plan
 from stratum.cli.quantize import quantize
 from stratum.cli.recipes import recipes
+from stratum.cli.routing import routing
 from stratum.cli.run import run
 from stratum.cli.targets import targets
 
@@ -32,7 +33,7 @@ def cli() -> None:
     """Compile a language model's checkpoint to native code, and run it."""
 
 
-for command in (build, run, plan, inspect, opt, bench, evaluate, quantize, targets, recipes):
+for command in (build, run, plan, inspect, opt, bench, evaluate, quantize, targets, recipes, routing):
     cli.add_command(command)
 
 

@@ -8,9 +8,10 @@ budget is one for all layers (`global`), or every layer has an equal share of it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from hw_targets.expert_cache.policies import NEVER, Use, make_cache
 from hw_targets.routing.trace import Batch, RoutingTrace
@@ -26,6 +27,7 @@ class ReplayResult:
 
     `preload_bytes`: pinned experts, read before the first token. `peak_bytes`: the most that was held after a batch,
     pinned experts included; above `capacity_bytes` only when batches were larger than their budget by themselves.
+    `misses`: experts that were missing, [passes counted, layers], as a simulation of the passes needs them.
     """
 
     policy: str
@@ -42,6 +44,7 @@ class ReplayResult:
     decode_tokens: int
     layer_lookups: tuple[int, ...]
     layer_hits: tuple[int, ...]
+    misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
 
     @property
     def hit_rate(self) -> float:
@@ -88,6 +91,8 @@ def replay(
     decode_lookups = decode_hits = read = decode_read = 0
     following = next_uses(trace.requests) if policy == "belady" else ()
     used = peak = 0
+    steps = trace.requests[-1].step + 1 if trace.requests else 0
+    misses = np.zeros((max(0, steps - first_step), trace.layer_count), np.int32)
     for number, batch in enumerate(trace.requests):
         layer = batch.layer
         cache = caches[layer if scope == "layer" else 0]
@@ -98,6 +103,7 @@ def replay(
         if batch.step < first_step:
             continue
         peak = max(peak, used)
+        misses[batch.step - first_step, layer] = missing
         lookups = len(batch.experts)
         layer_lookups[layer] += lookups
         layer_hits[layer] += lookups - missing
@@ -121,6 +127,7 @@ def replay(
         decode_tokens=_decode_tokens(trace, first_step),
         layer_lookups=tuple(layer_lookups),
         layer_hits=tuple(layer_hits),
+        misses=misses,
     )
 
 

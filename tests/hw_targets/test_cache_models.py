@@ -28,6 +28,7 @@ from hw_targets.expert_cache.analytic import (
     zipf_popularity,
 )
 from hw_targets.routing import MIXED, Router, synthetic_trace
+from hw_targets.routing.router_weights import session_router_weights
 from tests.hw_targets.routing_samples import MIB, qwen_trace, small_trace
 
 # (experts, Zipf exponent, slots, most popular ones pinned, LRU by Che, LRU simulated), published
@@ -127,6 +128,32 @@ def test_batches_hold_tokens_of_different_sessions() -> None:
     trace = synthetic_trace(Router(sessions=4), experts=16, top_k=2, layers=1, tokens=8, batch=4)
     assert trace.batch.tolist() == [0] * 4 + [1] * 4
     assert trace.turn.tolist() == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.4])
+def test_weights_of_a_router_that_routes_as_in_a_session(exponent: float) -> None:
+    """Inputs drawn at random, but for one element, are routed with the hit rates of the synthetic router."""
+    random = np.random.Generator(np.random.PCG64(3))
+    inputs = 0.5 * random.standard_normal((150, 4, 256))
+    inputs[:, :, 7] = 8.0
+    choices = np.empty((150, 4, 6), int)
+    for layer in range(4):
+        weights = session_router_weights(
+            64, 256, exponent=exponent, constant_element=7, constant_value=8.0, rest_deviation=0.5, seed=layer
+        )
+        choices[:, layer] = np.argsort(-(inputs[:, layer] @ weights.T), axis=1)[:, :6]
+    installed = small_trace(choices, experts=64)
+    drawn = synthetic_trace(Router(exponent), experts=64, top_k=6, layers=4, tokens=150)
+    for slots in (4 * 12, 4 * 24):
+        rates = [replay(trace, slots=slots, scope="layer").decode_hit_rate for trace in (installed, drawn)]
+        assert rates[0] == pytest.approx(rates[1], abs=0.06)
+
+
+@pytest.mark.parametrize("wrong", [{"constant_element": 9}, {"constant_value": 0.0}, {"rest_deviation": 0.0}])
+def test_routers_that_cannot_be_made(wrong: dict[str, float]) -> None:
+    good = {"exponent": 1.0, "constant_element": 0, "constant_value": 1.0, "rest_deviation": 1.0}
+    with pytest.raises(ValueError, match="a session router needs"):
+        session_router_weights(4, 8, **(good | wrong))  # pyright: ignore[reportArgumentType]
 
 
 def test_the_router_that_meets_the_recorded_trace() -> None:

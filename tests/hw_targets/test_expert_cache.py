@@ -82,6 +82,9 @@ def test_what_a_warm_cache_does_is_counted_alone() -> None:
     assert half.decode_tokens == 64 and half.decode_lookups == whole.decode_lookups // 2
     assert 0.65 < half.decode_hit_rate != whole.decode_hit_rate
     assert sum(half.layer_hits) == half.hits
+    assert half.misses.shape == (64, 48) and whole.misses.shape == (129, 48)
+    assert (half.misses == whole.misses[65:]).all()
+    assert whole.misses[1:].sum() == whole.decode_lookups - whole.decode_hits
 
 
 def test_mistakes_are_refused() -> None:

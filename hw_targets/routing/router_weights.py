@@ -13,7 +13,9 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-GUMBEL_DEVIATION = math.pi / math.sqrt(6.0)
+# Normal noise has thinner tails than the Gumbel noise of a synthetic router (deviation 1.28). With this deviation the
+# hit rates of caches of one to four times a token's experts are nearest, within some six points.
+NOISE_DEVIATION = 1.7
 
 
 def session_router_weights(
@@ -29,8 +31,8 @@ def session_router_weights(
     """A router's matrix [experts, hidden].
 
     Its input has `constant_value` (not 0) at `constant_element` for every token; the other elements vary between tokens
-    with standard deviation `rest_deviation` (> 0). Logits are then -exponent * log(rank of the expert) and normal noise
-    of the deviation that Gumbel noise has. ValueError for values that make no router.
+    with standard deviation `rest_deviation` (> 0). Logits are then -exponent * log(rank of the expert) and normal noise.
+    ValueError for values that make no router.
     """
     if not (experts > 0 and 0 <= constant_element < hidden and constant_value != 0 and rest_deviation > 0):
         raise ValueError("a session router needs experts, a constant element within the input, and inputs that vary")
@@ -38,6 +40,6 @@ def session_router_weights(
     rank = np.empty(experts)
     rank[random.permutation(experts)] = np.arange(1, experts + 1)
     weights = random.standard_normal((experts, hidden))
-    weights *= GUMBEL_DEVIATION / (rest_deviation * math.sqrt(max(1, hidden - 1)))
+    weights *= NOISE_DEVIATION / (rest_deviation * math.sqrt(max(1, hidden - 1)))
     weights[:, constant_element] = -exponent * np.log(rank) / constant_value
     return weights.astype(np.float32)

@@ -31,7 +31,7 @@ def session_router_weights(
     """A router's matrix [experts, hidden].
 
     Its input has `constant_value` (not 0) at `constant_element` for every token; the other elements vary between tokens
-    with standard deviation `rest_deviation` (> 0). Logits are then -exponent * log(rank of the expert) and normal noise.
+    with standard deviation `rest_deviation` (> 0). Logits are then -exponent * log(rank of the expert) + normal noise.
     ValueError for values that make no router.
     """
     if not (experts > 0 and 0 <= constant_element < hidden and constant_value != 0 and rest_deviation > 0):

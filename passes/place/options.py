@@ -233,7 +233,9 @@ def _keep_weights(option: Option, unit: ComputeUnit, nbytes: int, problem: Probl
 def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: ComputeUnit, tokens: int | None) -> None:
     """All of a part passes on `unit`: once for a decode step of `tokens`, once for every chunk when that is None."""
     session, part = problem.session, option.part
-    if tokens is None:
+    if tokens is None and part.group == "head":
+        passes, rows, reads = 1, 1.0, 1  # of a prompt only the last token needs logits
+    elif tokens is None:
         passes, rows, reads = session.passes, session.prompt / session.passes, 1
     else:
         passes, rows, reads = 1, float(tokens), min(session.micro_batches, tokens)

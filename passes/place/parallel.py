@@ -192,10 +192,11 @@ class _Pricing:
         passes = 1 if decode else session.passes
         seconds = 0.0
         for part in self.parts:
-            self.times = part.count * passes
+            last = part.group == "head" and not decode  # of a prompt only the last token needs logits
+            self.times = 1 if last else part.count * passes
             ways = d.tensor
             nbytes = float(part.nbytes)
-            tokens = float(rows)
+            tokens = 1.0 if last else float(rows)
             if part.experts:
                 if d.expert > 1:
                     ways, tokens = d.expert, float(rows * d.data)
@@ -212,7 +213,7 @@ class _Pricing:
                 seconds += self._attend(part, rows, decode)
                 self.times = part.count * passes
             if part.group in ("attention", "head", "mlp") or (part.experts and d.expert == 1):
-                seconds += self._all_reduce(rows)
+                seconds += self._all_reduce(1 if last else rows)
         stages = (d.pipeline - 1) * passes
         hop = rows * self.shape.hidden * 2
         self.times = stages

@@ -1,0 +1,4 @@
+"""Published figures of other systems against the cost model: exact ones, rooflines, orders.
+
+`python -m bench.published` writes docs/published_points.md; `bench.published.points.POINTS` is what it shows.
+"""

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,9 @@ class Reservation:
         last = (offset + nbytes) // PAGE_BYTES * PAGE_BYTES
         if last <= first:
             return 0
-        self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+        # Not by the mapping's own method, which holds the interpreter lock for the milliseconds this can take.
+        if _madvise(self.address + first, last - first, mmap.MADV_DONTNEED) != 0:
+            raise OSError(ctypes.get_errno(), "madvise failed on our own mapping")
         return last - first
 
     def close(self) -> None:
@@ -121,11 +124,13 @@ def _close(mapping: mmap.mmap) -> None:
         pass
 
 
-def _bind_mincore() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None, use_errno=True).mincore
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+def _bind(name: str, last: Any) -> Callable[[int, int, int], int]:
+    """A system call on (address, length, something)."""
+    function = ctypes.CDLL(None, use_errno=True)[name]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, last]
     function.restype = ctypes.c_int
     return function
 
 
-_mincore = _bind_mincore()
+_mincore = _bind("mincore", ctypes.c_void_p)
+_madvise = _bind("madvise", ctypes.c_int)

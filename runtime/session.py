@@ -33,7 +33,7 @@ from runtime.native import CycleCounter, NativeCode
 from runtime.step_inputs import StepInputs, check_step
 from runtime.step_reader import RoutingListener, StepReader
 from runtime.stream_plan import StreamPlan
-from runtime.team import WorkerTeam
+from runtime.team import WorkerTeam, on_cpu
 from runtime.trace import Profile, StepRecord
 from runtime.weight_reader import Pread
 from runtime.weight_streamer import WeightStreamer
@@ -142,6 +142,12 @@ class Session:
         self._most_tokens = 1 << 62
         if self.streamer is not None or self._routing is not None:
             self._reader = StepReader(self.manifest, arguments, self.streamer, self._routing)
+        self._own_cpu: int | None = None
+        if self.streamer is not None and self.threads > 1 and hasattr(os, "sched_setaffinity"):
+            cpus = os.sched_getaffinity(0)
+            if len(cpus) >= self.threads:
+                self._own_cpu = min(cpus)
+                resources.team.keep_off(self._own_cpu)
         if self.streamer is not None and self._stream is not None:
             self._most_tokens = self._stream.tokens_at_once(self.manifest)
             self.streamer.load()
@@ -226,7 +232,7 @@ class Session:
         stamps = profile.buffer(program) if profile is not None else None
         arguments[12] = stamps.ctypes.data if stamps is not None else 0
         reader = self._reader
-        with reader.serving(program, *pieces) if reader is not None else nullcontext():
+        with reader.serving(program, *pieces) if reader is not None else nullcontext(), on_cpu(self._own_cpu):
             started_s = time.perf_counter()
             status = team.run(native.functions[program.symbol], arguments.ctypes.data)
             ended_s = time.perf_counter()

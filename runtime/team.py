@@ -9,8 +9,11 @@ Not fork-safe, like every thread pool: a child of `os.fork` has no workers. `Ses
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -58,6 +61,18 @@ class WorkerTeam:
         """Where the team's 4096 bytes lie."""
         return self._memory.address
 
+    def keep_off(self, cpu: int) -> None:
+        """The worker threads run on other CPUs than `cpu`, where there are any.
+
+        A thread that is woken is often put where its waker runs, and would then wait for it, spinning, for a whole
+        turn of the scheduler.
+        """
+        others = os.sched_getaffinity(0) - {cpu}
+        for worker in self._workers:
+            if others and worker.native_id is not None:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(worker.native_id, others)
+
     def run(self, function: int, arguments: int) -> int:
         """Runs one step function on all threads; 0, or another number when a bounded wait expired."""
         return self._native.run(self._memory.address, function, arguments)
@@ -74,3 +89,19 @@ class WorkerTeam:
             return False
         self._memory.close()
         return True
+
+
+@contextlib.contextmanager
+def on_cpu(cpu: int | None) -> Iterator[None]:
+    """The calling thread stays on that CPU meanwhile; None leaves it free."""
+    if cpu is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {cpu})
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)

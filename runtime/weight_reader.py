@@ -27,6 +27,7 @@ from runtime.manifest import REBUILD_HINT
 PAGE_BYTES = 4096
 TRIES = 4
 _PAUSES_S = (0.01, 0.1, 0.5)
+_LATCH_S = 0.05  # between looks at a job whose latch an interrupted waiter kept
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # of O_DIRECT
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
@@ -35,23 +36,22 @@ Pread = Callable[[int, Sequence[memoryview], int], int]
 class ReadJob:
     """Ranges that were asked for together. `wait` returns when all are there, or raises what went wrong."""
 
-    __slots__ = ("_done", "_left", "ended_s", "fault", "label", "nbytes", "started_s")
+    __slots__ = ("_latch", "_left", "before", "done", "ended_s", "fault", "label", "nbytes", "started_s")
 
     def __init__(self, label: str, nbytes: int, requests: int) -> None:
         self.label, self.nbytes = label, nbytes
+        self.before: Callable[[], None] | None = None
         self.fault: RuntimeDiagnostic | None = None
         self.started_s = self.ended_s = 0.0
+        self.done = not requests
         self._left = requests
-        self._done = threading.Event()
-        if not requests:
-            self._done.set()
-
-    @property
-    def done(self) -> bool:
-        return self._done.is_set()
+        self._latch = threading.Lock()  # held until the end; an Event could be left locked by an interrupt
+        self._latch.acquire()
 
     def wait(self) -> None:
-        self._done.wait()
+        while not self.done:
+            if self._latch.acquire(timeout=_LATCH_S):
+                self._latch.release()  # for others that wait
         if self.fault is not None:
             raise self.fault
 
@@ -63,7 +63,8 @@ class ReadJob:
         if self._left:
             return False
         self.ended_s = time.perf_counter()
-        self._done.set()
+        self.done = True
+        self._latch.release()
         return True
 
 
@@ -109,7 +110,9 @@ class WeightReader:
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
         self._on_done = on_done
         self._requests: deque[tuple[int, int, ReadJob]] = deque()
-        self._changed = threading.Condition()
+        # Callers take the lock itself: an interrupt inside of a condition's own methods could leave it locked.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._in_flight, self._busy_since = 0, 0.0
         self._closed = False
         self._threads = [
@@ -118,15 +121,26 @@ class WeightReader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, ranges: Sequence[tuple[int, int]], label: str, *, urgent: bool = False) -> ReadJob:
-        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting."""
+    def submit(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        label: str,
+        *,
+        urgent: bool = False,
+        before: Callable[[], None] | None = None,
+    ) -> ReadJob:
+        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting.
+
+        `before` is called by the thread that makes the first of the reads: it gives back memory that they take.
+        """
         parts = [
             (at, min(self._request_bytes, offset + nbytes - at))
             for offset, nbytes in ranges
             for at in range(offset, offset + nbytes, self._request_bytes)
         ]
         job = ReadJob(label, sum(nbytes for _, nbytes in ranges), len(parts))
-        with self._changed:
+        job.before = before
+        with self._lock:
             if self._closed:
                 raise RuntimeDiagnostic("the weights are closed", where=self.path)
             if urgent:
@@ -136,12 +150,23 @@ class WeightReader:
             self._changed.notify(len(parts))
         return job
 
+    def drain(self) -> None:
+        """Returns when nothing is waiting or in flight any more."""
+        with self._lock:
+            for at, size, job in self._requests:
+                job.before = None
+                job.finish_one(RuntimeDiagnostic(f"the read of {size} bytes at {at} was given up"), 0.0)
+            self._requests.clear()
+        while self._in_flight:  # not by the condition: an interrupt inside of its methods could spoil it
+            time.sleep(0.001)
+
     def close(self) -> None:
         """Drops what is waiting, ends the reads in flight, closes the file."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             closed = RuntimeDiagnostic("the weights were closed while they were read", where=self.path)
             for _, _, job in self._requests:
+                job.before = None
                 job.finish_one(closed, time.perf_counter())
             self._requests.clear()
             self._changed.notify_all()
@@ -161,11 +186,14 @@ class WeightReader:
                 if not self._requests:
                     return
                 at, size, job = self._requests.popleft()
+                before, job.before = job.before, None
                 started_s = time.perf_counter()
                 if self._in_flight == 0:
                     self._busy_since = started_s
                 self._in_flight += 1
             fault: RuntimeDiagnostic | None = None
+            if before is not None:
+                before()
             if job.fault is None:
                 try:
                     self._read(at, size)

@@ -1,0 +1,219 @@
+"""The books of streamed weights: what is in memory, what is on its way, what goes to make room.
+
+`StreamBooks` takes what a program comes to (a dense piece, the experts of a layer, rows of a table) and gives the reads
+that must end before it may go on. It submits those and others ahead of them, and gives memory back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from runtime.errors import RuntimeDiagnostic
+from runtime.expert_cache import Entry
+from runtime.manifest import PAGE_BYTES, PieceInfo
+from runtime.memory import Reservation
+from runtime.weight_reader import ReadJob, WeightReader
+
+if TYPE_CHECKING:
+    from runtime.weight_streamer import WeightStreamer
+
+
+class StreamBooks:
+    """What is in memory, and what is on its way. Used by one thread at a time."""
+
+    def __init__(self, owner: WeightStreamer, reader: WeightReader, memory: Reservation) -> None:
+        self._reader, self._memory = reader, memory
+        self._pieces, self._plan, self.cache = owner.pieces, owner.plan, owner.cache
+        self._resident = owner.resident
+        self._expert_pieces = owner.expert_pieces
+        self._order = [n for n, p in enumerate(self._pieces) if p.kind == "dense" and n not in owner.resident]
+        self._cursor = 0  # in `_order`: what is read next
+        self._held: dict[int, ReadJob] = {}
+        self._held_bytes = 0
+        self._live: dict[int, None] = {}  # waited for in this call, not done with
+        self._experts: dict[Entry, ReadJob] = {}
+        self._freed_by: dict[Entry, ReadJob] = {}  # the read that gives an entry's memory back
+        self._tables = [p for n, p in enumerate(self._pieces) if p.kind == "rows" and n not in owner.resident]
+        self._pages: dict[int, ReadJob] = {}  # first byte of a page of a table
+
+    # -- dense pieces
+
+    def dense(self, piece: int, done: Sequence[int]) -> list[ReadJob]:
+        """`piece` is needed, `done` are not any more."""
+        self._done(done)
+        job = self._held.get(piece)
+        if job is None or job.fault is not None:
+            # The call before ended early, or a read failed: begin again from here.
+            for other in [n for n in self._held if n not in self._live or n == piece]:
+                self._drop(other)
+            self._cursor = self._order.index(piece)
+        self._live[piece] = None
+        self._fill(needed=piece)
+        job = self._held[piece]
+        return [] if job.done and job.fault is None else [job]
+
+    def _done(self, pieces: Sequence[int]) -> None:
+        for piece in pieces:
+            self._live.pop(piece, None)
+            if piece in self._held:
+                self._drop(piece)
+
+    def _drop(self, piece: int) -> None:
+        info, job = self._pieces[piece], self._held.pop(piece)
+        _settle(job)
+        self._memory.discard(info.offset, info.bytes)
+        self._held_bytes -= info.bytes
+
+    def _fill(self, needed: int = -1) -> None:
+        """Reads ahead as far as the window takes; `needed` in any case."""
+        for _ in range(len(self._order)):
+            piece = self._order[self._cursor]
+            info = self._pieces[piece]
+            if piece in self._held:
+                return
+            room = self._held_bytes + info.bytes <= self._plan.window_bytes
+            if not room and (needed in self._held or needed < 0):
+                return
+            self._held[piece] = self._reader.submit([(info.offset, info.bytes)], info.origin)
+            self._held_bytes += info.bytes
+            self._cursor = (self._cursor + 1) % len(self._order)
+
+    def end(self) -> None:
+        """The call is over."""
+        self._done(list(self._live))
+        if self._order and not any(job.fault for job in self._held.values()):
+            self._fill()
+
+    # -- experts
+
+    def experts(self, layer: int, ids: Sequence[int], done: Sequence[int]) -> list[ReadJob]:
+        """The experts that a layer chose."""
+        assert self.cache is not None
+        self._done(done)
+        if self._order:
+            self._fill()
+        hits, misses = self.cache.lookup(layer, ids)
+        gone = self.cache.admit(layer, misses)
+        waiting = []
+        for expert in (*hits, *misses):
+            job = self._experts.get((layer, expert))
+            if job is None or job.fault is not None:
+                job = self._submit(layer, expert, gone, urgent=True)
+            if not job.done:
+                waiting.append(job)
+        self._give_up(gone)
+        return waiting
+
+    def ahead(self, layer: int) -> None:
+        """Reads the experts of a layer that is sure to use them all, as many as fit beside those in use."""
+        assert self.cache is not None
+        info = self._pieces[self._expert_pieces[layer]]
+        before = self._pieces[self._expert_pieces[layer - 1]]
+        capacity = self.cache.capacity_bytes // (len(self._expert_pieces) if self._plan.scope == "layer" else 1)
+        room = max(0, capacity - (before.bytes if self._plan.scope == "global" else 0)) // info.unit
+        count = info.bytes // info.unit
+        have = [e for e in range(count) if self.cache.is_resident(layer, e)]
+        missing = [e for e in range(count) if not self.cache.is_resident(layer, e)][: max(0, room - len(have))]
+        gone = self.cache.admit(layer, missing)
+        for expert in missing:
+            if self.cache.is_resident(layer, expert):
+                self._submit(layer, expert, gone, urgent=False)
+        self._give_up(gone)
+
+    def _submit(self, layer: int, expert: int, gone: list[Entry], *, urgent: bool) -> ReadJob:
+        """Reads an expert; the memory of one of `gone` is given back just before, by the thread that reads."""
+        freed_by = self._freed_by.pop((layer, expert), None)
+        if freed_by is not None:
+            _settle(freed_by)
+        info = self._pieces[self._expert_pieces[layer]]
+        place = (info.offset + expert * info.unit, info.unit)
+        victim = gone.pop() if gone else None
+        before = None
+        if victim is not None:
+            self._settle_expert(victim)
+            before = partial(self._discard, victim)
+        job = self._reader.submit([place], f"{info.origin}.{expert}", urgent=urgent, before=before)
+        if victim is not None:
+            self._freed_by[victim] = job
+        self._experts[layer, expert] = job
+        return job
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._settle_expert(entry)
+            self._discard(entry)
+
+    def _settle_expert(self, entry: Entry) -> None:
+        """Nothing writes to the entry's memory any more, and nobody takes it to be there."""
+        job = self._experts.pop(entry, None)
+        if job is not None:
+            _settle(job)
+
+    def _discard(self, entry: Entry) -> None:
+        layer, expert = entry
+        info = self._pieces[self._expert_pieces[layer]]
+        self._memory.discard(info.offset + expert * info.unit, info.unit)
+
+    def forget(self) -> None:
+        """Begins anew: gives back all that does not stay."""
+        self._reader.drain()
+        for number, piece in enumerate(self._pieces):
+            if number not in self._resident:
+                self._memory.discard(piece.offset, piece.bytes)
+        for book in (self._held, self._live, self._experts, self._freed_by, self._pages):
+            book.clear()
+        self._held_bytes = self._cursor = 0
+
+    # -- tables
+
+    def rows(self, ids: Sequence[int]) -> list[ReadJob]:
+        """The pages that hold these rows."""
+        waiting: list[ReadJob] = []
+        for table in self._tables:
+            wanted = _pages_of(table, ids)
+            if (len(self._pages) + len(wanted)) * PAGE_BYTES > self._plan.rows_bytes:
+                self._forget_rows(keep=frozenset(wanted))
+            missing = [page for page in wanted if (job := self._pages.get(page)) is None or job.fault is not None]
+            if missing:
+                job = self._reader.submit(_ranges(missing), table.origin, urgent=True)
+                self._pages.update(dict.fromkeys(missing, job))
+            waiting += [self._pages[page] for page in wanted if not self._pages[page].done]
+        return list(dict.fromkeys(waiting))
+
+    def _forget_rows(self, keep: frozenset[int]) -> None:
+        gone = sorted(page for page in self._pages if page not in keep)
+        for page in gone:
+            _settle(self._pages.pop(page))
+        for start, size in _ranges(gone):
+            self._memory.discard(start, size)
+
+
+def _settle(job: ReadJob) -> None:
+    """Waits until nothing writes to the job's memory any more, however it ended."""
+    try:
+        job.wait()
+    except RuntimeDiagnostic:
+        pass  # whoever needed it has been told; its memory is given back now
+
+
+def _pages_of(table: PieceInfo, ids: Sequence[int]) -> list[int]:
+    """First bytes of the pages that hold rows `ids`, ascending."""
+    pages: dict[int, None] = {}
+    for row in sorted(dict.fromkeys(ids)):
+        first = table.offset + row * table.unit
+        start = first // PAGE_BYTES * PAGE_BYTES
+        pages.update(dict.fromkeys(range(start, first + table.unit, PAGE_BYTES)))
+    return list(pages)
+
+
+def _ranges(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring pages as (offset, bytes)."""
+    ranges: list[tuple[int, int]] = []
+    for page in pages:
+        if ranges and sum(ranges[-1]) == page:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + PAGE_BYTES)
+        else:
+            ranges.append((page, PAGE_BYTES))
+    return ranges

@@ -26,7 +26,7 @@ def test_the_table_of_instructions_is_current() -> None:
 def test_the_words_of_the_step() -> None:
     rows = re.findall(r"\| (\d+) \| (\w+)[^|]* \| (\d+) \| (\w+)", PAGE)
     words = {int(n): name for first, a, second, b in rows for n, name in ((first, a), (second, b))}
-    assert sorted(words) == list(range(16))
+    assert sorted(words) == list(range(18))
     for name, number in (_INPUT_WORDS | _SIZE_WORDS).items():
         assert words[number] == name
     assert f"at most {DECODE_TOKENS} tokens" in PAGE and f"at most {PREFILL_TOKENS}" in PAGE

@@ -105,6 +105,9 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
         },
         "kv_bytes_per_position": manifest.kv.bytes_per_position,
         "kv_format": manifest.kv.format,
+        "kv_recent": manifest.kv.recent,
+        "kv_ring": manifest.kv.ring,
+        "kv_bytes_per_slot": manifest.kv.bytes_per_slot,
         "weights_bytes": manifest.weights.bytes,
         "formats": formats,
         "files": manifest.raw["files"],
@@ -142,6 +145,16 @@ def checkpoint_text(facts: dict[str, Any], *, tensors: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _ring_lines(facts: dict[str, Any]) -> list[str]:
+    """What a sequence keeps besides its positions: those read last, in 16 bits."""
+    if not facts["kv_ring"]:
+        return []
+    return [
+        f"              the newest {facts['kv_recent']} positions are read in bf16, from a ring of {facts['kv_ring']}, "
+        f"{format_bytes(facts['kv_bytes_per_slot'])} a sequence"
+    ]
+
+
 def artifact_text(facts: dict[str, Any]) -> str:
     """`describe_artifact` for people."""
     target = facts["target"]
@@ -153,6 +166,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         + ", ".join(f"{name} {format_bytes(f['bytes'])}" for name, f in facts["formats"].items()),
         f"  KV cache    {facts['kv_format']}, {format_bytes(facts['kv_bytes_per_position'])} a position, "
         f"context {facts['max_context']}",
+        *_ring_lines(facts),
         f"  target      {target['name']} ({target['triple']}, {target['cpu']})",
         f"  features    {' '.join(target['features']) or '(the baseline)'}",
         f"  pipeline    {facts['pipeline']}",

@@ -107,7 +107,8 @@ class FP8Format(NumberFormat):
             )
         starts = np.arange(0, wide.shape[1], self.block_cols or wide.shape[1])
         extent = np.maximum.reduceat(np.abs(wide).max(axis=0), starts)
-        best = round_up(extent / self.largest, self.scale)
+        tried = self.scales_tried(extent, rounding)
+        best = tried[0]
         if not np.isfinite(best.astype(np.float64)).all():
             block = int(np.argmin(np.isfinite(best.astype(np.float64))))
             raise DiagnosticError(
@@ -116,16 +117,21 @@ class FP8Format(NumberFormat):
                 hint="use scale=bf16 or scale=f32",
             )
         codes = self._codes(wide, best)
-        if rounding == "mse":
-            least = self._squared_error(wide, codes, best, starts)
-            for clip in _CLIPS:
-                scales = round_up(extent / (self.largest * clip), self.scale)
-                tried = self._codes(wide, scales)
-                error = self._squared_error(wide, tried, scales, starts)
-                better = error < least
-                least, best = np.where(better, error, least), np.where(better, scales, best)
-                codes = np.where(self._spread(better, wide.shape[1]), tried, codes)
+        least = self._squared_error(wide, codes, best, starts)
+        for scales in tried[1:]:
+            others = self._codes(wide, scales)
+            error = self._squared_error(wide, others, scales, starts)
+            better = error < least
+            least, best = np.where(better, error, least), np.where(better, scales, best)
+            codes = np.where(self._spread(better, wide.shape[1]), others, codes)
         return codes, best
+
+    def scales_tried(self, extent: np.ndarray, rounding: str) -> np.ndarray:
+        """[tries, *blocks]: scales for blocks whose largest magnitude is `extent` (f64): the smallest that clip none,
+        and with rounding="mse" those that clip a little. Infinite where the scale's format ends.
+        """
+        clips = (1.0, *_CLIPS) if rounding == "mse" else (1.0,)
+        return np.stack([round_up(extent / (self.largest * clip), self.scale) for clip in clips])
 
     def _spread(self, blocks: np.ndarray, k: int) -> np.ndarray:
         """What belongs to the blocks of columns, for each of `k` columns (the last axis)."""
@@ -160,7 +166,7 @@ class FP8Format(NumberFormat):
         """float64 of the packed shape: |x - unpack(pack(x))| of an element is never larger.
 
         Half the distance of neighbouring elements; of the largest element, how far rounding="mse" may clip; and the
-        rounding of the product to float32.
+        roundings of the quotient, which becomes an element by way of float32, and of the product to float32.
         """
         scales = np.abs(self._row_scales(packed))
         elements = np.abs(packed.codes.view(self.element.dtype).astype(np.float64))
@@ -169,7 +175,8 @@ class FP8Format(NumberFormat):
         if rounding == "mse":
             reach = np.where(elements == self.largest, self.largest * (_CLIPS[-1] - 1), reach)
         wide = np.minimum(elements * scales, _F32_MAX)
-        bound = (reach + self.largest * QUOTIENT_SLACK) * scales + np.maximum(wide * 2.0**-23, 2.0**-149)
+        quotient = (elements * 1.25 + smallest) * 2.0**-24 + self.largest * QUOTIENT_SLACK
+        bound = (reach + quotient) * scales + np.maximum(wide * 2.0**-23, 2.0**-149)
         return np.where(scales == 0, 0.0, bound).reshape(packed.shape)
 
 

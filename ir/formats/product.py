@@ -79,12 +79,38 @@ class ProductFormat(ScaledFormat):
         assert levels is not None
         quotient = wide / np.where(scales == 0, 1.0, scales)[..., None]
         vectors = quotient.reshape(-1, self.dim)
-        return _nearest_vectors(vectors, levels.astype(np.float64)).astype(np.uint8), None
+        return self._nearest_vectors(vectors, levels.astype(np.float64)).astype(np.uint8), None
 
     def _worth(self, packed: PackedArray, rows: slice, table: np.ndarray | None) -> np.ndarray:
         assert table is not None
         vectors = table.astype(np.float64)[packed.code_array(rows)]
         return vectors.reshape(vectors.shape[0], -1)
+
+    def _nearest_vectors(self, vectors: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """int64 [count]: the entry nearest to each vector; the first of equals."""
+        nearest = np.zeros(len(vectors), np.int64)
+        doubled = (entries * -2.0).astype(np.float32)
+        norms = doubled * doubled * np.float32(0.25)
+        constant = norms[:, 0].copy()
+        for j in range(1, self.dim):
+            constant += norms[:, j]
+        self.nearest_entries(vectors.astype(np.float32), doubled, constant, nearest)
+        return nearest
+
+    def nearest_entries(
+        self, vectors: np.ndarray, doubled: np.ndarray, constant: np.ndarray, nearest: np.ndarray
+    ) -> None:
+        """nearest[i] = the entry of least constant + vectors[i] . doubled, all in f32, sums in the order of the axis.
+
+        This is the squared distance less |vector|**2, which is the same for all entries.
+        """
+        step = max(1, _CHUNK // len(doubled))
+        for start in range(0, len(vectors), step):
+            part = vectors[start : start + step]
+            distance = constant[None, :] + part[:, 0, None] * doubled[None, :, 0]
+            for j in range(1, self.dim):
+                distance += part[:, j, None] * doubled[None, :, j]
+            nearest[start : start + step] = distance.argmin(axis=1)
 
     def error_bound(self, packed: PackedArray, rounding: str = "mse") -> np.ndarray:
         """float64 of the packed shape: |x - unpack(pack(x))| of an element is never larger.
@@ -119,29 +145,11 @@ class ProductFormat(ScaledFormat):
         order = np.argsort(vectors.sum(axis=1), kind="stable")
         entries = vectors[order[np.linspace(0, len(order) - 1, count).astype(np.int64)]]
         for _ in range(_STEPS):
-            nearest = _nearest_vectors(vectors, entries)
+            nearest = self._nearest_vectors(vectors, entries)
             members = np.bincount(nearest, minlength=count)
             sums = np.stack([np.bincount(nearest, vectors[:, j], count) for j in range(self.dim)], axis=1)
             entries = np.where(members[:, None] > 0, sums / np.maximum(members, 1)[:, None], entries)
         return np.clip(np.rint(entries), -REACH, REACH).astype(np.int8)
-
-
-def _nearest_vectors(vectors: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """int64 [count]: the entry nearest to each vector; the first of equals. f32, and sums in a fixed order."""
-    nearest = np.zeros(len(vectors), np.int64)
-    parts, doubled = vectors.astype(np.float32), (entries * -2.0).astype(np.float32)
-    norms = (doubled * doubled).astype(np.float32)
-    constant = norms[:, 0] * np.float32(0.25)
-    for j in range(1, entries.shape[1]):
-        constant = constant + norms[:, j] * np.float32(0.25)
-    step = max(1, _CHUNK // len(entries))
-    for start in range(0, len(vectors), step):
-        part = parts[start : start + step]
-        distance = constant[None, :] + part[:, 0, None] * doubled[None, :, 0]  # less |vector|**2, the same for all
-        for j in range(1, entries.shape[1]):
-            distance += part[:, j, None] * doubled[None, :, j]
-        nearest[start : start + step] = distance.argmin(axis=1)
-    return nearest
 
 
 def _read(name: str, fields: dict[str, str]) -> ProductFormat:

@@ -2,8 +2,9 @@
 
     packed = quantize_rows(format, values, rounding="mse")
 
-Formats under scales with rounding="mse" take the compiled search (`passes.quantize.rounding_loops`). Nearest rounding,
-product quantization and FP8 go to `format.pack`, and so do the rows with groups too small or too large for the search.
+Formats under scales with rounding="mse" take the compiled search (`passes.quantize.rounding_loops`); FP8 and product
+quantization have loops of their own (`float8_loops`, `vector_loops`). Nearest rounding under scales goes to
+`format.pack`, and so do the rows with groups too small or too large for the search, and a few values.
 Raises what `format.pack` raises: numbers that are not finite, by row and column, and numbers too large for a scale.
 """
 
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ir.formats import BF16, PackedArray, ScaledFormat
+from ir.formats import BF16, FP8Format, PackedArray, ScaledFormat
 from ir.formats.bit_packing import pack_codes
 from ir.formats.least_squares import SearchPlan
+from ir.formats.product import ProductFormat
+from ir.formats.scaled import ROUNDINGS
 from passes.quantize.jit import run_in_threads
 
 _FEW = 1 << 12  # values for which compiled code need not be loaded
@@ -73,9 +76,18 @@ def round_rows(
     format: Any, values: np.ndarray, rounding: str = "mse", table: np.ndarray | None = None
 ) -> PackedArray | RoundedRows:
     """`quantize_rows` for callers that would unpack the codes again: they are packed only where `format.pack` did."""
+    few = values.ndim != 2 or values.size < _FEW
+    if isinstance(format, FP8Format) and not few and rounding in ROUNDINGS:
+        from passes.quantize.float8_loops import round_float8  # numba takes a while to import
+
+        return round_float8(format, values, rounding)
+    if isinstance(format, ProductFormat) and not few:
+        from passes.quantize.vector_loops import round_vectors
+
+        return round_vectors(format, values, rounding, table)
     if not isinstance(format, ScaledFormat):
         return format.pack(values, rounding)
-    if rounding != "mse" or values.ndim != 2 or values.size < _FEW:
+    if rounding != "mse" or few:
         return format.pack(values, rounding, table)
     k = values.shape[1]
     size = k // format.groups(k)

@@ -16,7 +16,7 @@ SHIPPED = shipped_recipes()
 INT8 = SHIPPED["w4a8-g32"].weights.activations
 EXPECTED = {
     *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "w3", "w2a8", "w1a8"),
-    *("ternary", "nf4", "mxfp4", "fp8", "pq2", "k4", "outliers16", "rotate64"),
+    *("ternary", "nf4", "nl4", "mxfp4", "fp8", "pq2", "k4", "outliers16", "rotate64"),
     *("as-stored", "none", "kv8", "kv4", "kv2"),
 }
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ir.diagnostics import DiagnosticError
+from ir.formats import FP8Format
 from ir.text_reader import parse_format
 from passes.quantize import jit, rounding
 from passes.quantize.rounding import quantize_rows
@@ -31,7 +32,11 @@ FORMATS = (
     "k3<group=32, scale=f16>",
     "mxfp4",
     "pq<dim=4, bits=3, scale=f16>",
+    "pq<dim=3, bits=8, scale=f32>",
     "f8e4m3<block=16x32, scale=f32>",
+    "f8e4m3<block=row, scale=f32>",
+    "f8e5m2<block=row, scale=f16>",
+    "f8e5m2<block=33x50, scale=bf16>",
 )
 
 
@@ -62,6 +67,33 @@ def test_the_same_bytes(text: str, data: st.DataObject) -> None:
         fast = quantize_rows(format, values, kind, table)
         assert fast.tobytes() == slow.tobytes()
         assert (fast.format, fast.shape) == (slow.format, slow.shape)
+
+
+@pytest.mark.parametrize("text", ["f8e4m3<block=row, scale=f32>", "f8e5m2<block=3x700, scale=f16>"])
+def test_float8_of_long_rows(text: str) -> None:
+    """Errors of many columns are added up by halves, as numpy does."""
+    format = parse_format(text)
+    assert isinstance(format, FP8Format)
+    for k in (1, 8, 9, 136, 137, 2047, 5632):
+        values = np.random.default_rng(k).standard_normal((-(-5000 // k), k)).astype(np.float32)
+        assert quantize_rows(format, values).tobytes() == format.pack(values, "mse").tobytes()
+
+
+def test_every_float8() -> None:
+    """All elements, what lies half way between two of them, and what is just beside that."""
+    for name in ("f8e4m3", "f8e5m2"):
+        format = parse_format(f"{name}<block=row, scale=f32>")
+        assert isinstance(format, FP8Format)
+        elements = np.arange(128, dtype=np.uint8).view(format.element.dtype).astype(np.float64)
+        elements = elements[np.isfinite(elements)]
+        middles = (elements[1:] + elements[:-1]) / 2
+        points = np.concatenate([elements, middles, np.nextafter(middles, 0), np.nextafter(middles, np.inf)])
+        values = np.tile(np.concatenate([points, -points]), (9, 1))
+        assert values.max() == format.largest  # so that the scale is 1
+        packed = quantize_rows(format, values, "nearest")
+        assert packed.tobytes() == format.pack(values, "nearest").tobytes()
+        assert np.array_equal(packed.codes[0], values[0].astype(format.element.dtype).view(np.uint8))
+        assert (np.abs(format.unpack(packed) - values) <= format.error_bound(packed, "nearest")).all()
 
 
 def test_rows_are_rounded_by_themselves() -> None:

@@ -12,7 +12,9 @@ import stratum
 from ir.diagnostics import DiagnosticError
 from runtime.errors import RuntimeDiagnostic
 from stratum import api, model_cache
+from stratum.checkpoint_report import artifact_text, describe_artifact
 from stratum.cli import main
+from stratum.progress import format_bytes
 from tests.stratum.tiny_model import BOS, EOS
 
 
@@ -224,7 +226,18 @@ def test_inspect_both_kinds(moe_directory: Path, llama_artifact: Path, capsys: p
     text = capsys.readouterr().out
     assert "fuse-qkv" in text and "weights/weights.bin" in text and "all hashes checked" in text
     assert main(["inspect", str(llama_artifact), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["family"] == "llama"
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["family"] == "llama" and facts["kv_ring"] == facts["kv_recent"] == facts["kv_bytes_per_slot"] == 0
+
+
+def test_inspect_shows_the_ring_of_a_cache(llama_directory: Path, tmp_path: Path) -> None:
+    artifact = stratum.build(llama_directory, tmp_path / "out", recipe="none,kv4")
+    facts = describe_artifact(artifact)
+    assert facts["kv_recent"] == 16 and facts["kv_ring"] == 512 + 16 + 16
+    # Two layers, two heads, keys and values of 16 columns, padded to 32, of two bytes.
+    assert facts["kv_bytes_per_slot"] == 2 * 2 * 2 * 32 * 2 * facts["kv_ring"]
+    size = format_bytes(facts["kv_bytes_per_slot"])
+    assert f"newest 16 positions are read in bf16, from a ring of 544, {size} a sequence" in artifact_text(facts)
 
 
 def test_targets_verb(capsys: pytest.CaptureFixture[str]) -> None:

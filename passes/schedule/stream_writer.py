@@ -37,12 +37,22 @@ class StreamWriter:
     def slot(self, unit: str, tier: str, nbytes: int, name: str = "slot") -> Value:
         return self.build(SlotOp(unit=unit, tier=tier, bytes=nbytes), name)
 
-    def fetch(self, unit: str, piece: Piece, slot: Value, cache: str = "", rank: int = 0) -> Value:
-        """The token of a copy of `piece` into `slot`."""
+    def fetch(
+        self, unit: str, piece: Piece, slot: Value, cache: str = "", rank: int = 0, source: Value | None = None
+    ) -> Value:
+        """The token of a copy of `piece` into `slot`, from its home or from the slot `source` that holds it already."""
         op = PrefetchOp(
-            self.segment(piece), slot, unit=unit, over=piece.over, stream=piece.stream, block=piece.block,
-            depth=piece.depth, pinned=piece.pinned, cache=cache, rank=rank,
-        )  # fmt: skip
+            self.segment(piece) if source is None else source,
+            slot,
+            unit=unit,
+            over=piece.over,
+            stream=piece.stream,
+            block=piece.block,
+            depth=piece.depth,
+            pinned=piece.pinned,
+            cache=cache,
+            rank=rank,
+        )
         return self.build(op, f"{piece.name}.loaded")
 
     def store(self, unit: str, slot: Value, piece: Piece) -> Value:

@@ -1,0 +1,208 @@
+"""A placement as stages of a decode step: what every part computes, on which unit, and what must be brought to it.
+
+    stages = decode_stages(problem, choice)      # in the order in which a token passes them
+
+`choice` gives each part its options (`passes.place`). Equal layers are interchangeable; `order` says which get which:
+`units` those of one unit together, as a placement numbers them, so that activations cross seldom; `even` all options
+spread evenly, so that what is streamed for one unit comes while others compute too. All figures are those of one
+micro-batch and are computed from the parts anew, so that a simulated step is a second opinion on the closed form of the
+placement, not a copy of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hw_targets.cost_model import Work
+from passes.place.build_plan import numbered
+from passes.place.options import CACHED, SPLIT, STREAMED, Option
+from passes.place.outcome import Choice
+from passes.place.parts import Part
+from passes.place.problem import Problem
+from passes.place.routing_model import distinct_experts
+
+PAGE_BYTES = 4096
+KV_BLOCK_BYTES = 1 << 20  # keys and values are kept together, chunk by chunk
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes at home: a segment that the plan declares, read from drives in requests of `block` bytes (0: whole)."""
+
+    name: str
+    home: str
+    nbytes: int
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work` of one micro-batch on `unit`; `entry_bytes` of activations come with it from the unit of the stage before.
+
+    `chunks` are pieces that are brought from `chunk_home` one after another for all micro-batches, `cache_piece` those
+    of keys and values for each of them (from `cache_home`, with `new_bytes` that go back). Of an expert cache at most
+    `fetches` experts of `expert_bytes` are missing, each with the probability `1 - hit`. `beside`: a stage that another
+    unit computes at the same time.
+    """
+
+    name: str
+    unit: str
+    work: Work
+    entry_bytes: int
+    kept: tuple[Kept, ...] = ()
+    chunk_home: str = ""
+    chunks: tuple[Kept, ...] = ()
+    cache_home: str = ""
+    cache_piece: int = 0
+    new_bytes: int = 0
+    fetches: int = 0
+    expert_bytes: int = 0
+    hit: float = 1.0
+    beside: Stage | None = None
+
+
+def decode_stages(problem: Problem, choice: Choice, order: str = "units") -> tuple[Stage, ...]:
+    """The stages of one decode step of all sequences."""
+    if order not in ("units", "even"):
+        raise ValueError(f"expected the order units or even, got {order!r}")
+    return _Reader(problem, choice, order == "even").stages()
+
+
+class _Reader:
+    def __init__(self, problem: Problem, choice: Choice, even: bool) -> None:
+        self.problem, self.choice, self.even = problem, choice, even
+        session = problem.session
+        self.batches = min(session.micro_batches, session.batch)
+        self.rows = session.batch / self.batches
+        self.hidden_bytes = math.ceil(self.rows) * problem.shape.hidden * 2
+
+    def stages(self) -> tuple[Stage, ...]:
+        order = {unit.name: i for i, unit in enumerate(self.problem.machine.units)}
+        by_part: dict[Part, list[tuple[Option, int]]] = {}
+        for option, count in self.choice:
+            by_part.setdefault(option.part, []).append((option, count))
+        layers: dict[int, dict[str, tuple[Part, Option]]] = {}
+        outer: dict[str, tuple[Part, Option]] = {}
+        for part, found in by_part.items():
+            for option, numbers in _spread(part, found) if self.even else numbered(part, found, order):
+                for number in numbers:
+                    layers.setdefault(number, {})[part.group] = (part, option)
+                if not numbers:
+                    outer[part.group] = (part, option)
+        first = layers[min(layers)]["attention"][1].unit if layers else self.problem.machine.units[0].name
+        made = [self.embedding(*outer["embedding"], first)]
+        for number in sorted(layers):
+            for group in ("attention", "mlp", "experts"):
+                if group in layers[number]:
+                    made += self.part(f"layers.{number}.{group}", *layers[number][group])
+        return (*made, *self.part("head", *outer["head"]))
+
+    def embedding(self, part: Part, option: Option, unit: str) -> Stage:
+        """Rows are looked up where they lie; from a drive each takes a page."""
+        kept = (Kept("embedding", option.home, part.nbytes),) if part.nbytes else ()
+        if option.home not in self.problem.machine.stores:
+            return Stage("embedding", unit, Work(), 0, kept)
+        pages = min(part.nbytes, PAGE_BYTES * self.problem.session.batch)
+        read = (Kept("embedding.rows", option.home, pages, PAGE_BYTES),)
+        rest = (Kept("embedding", option.home, part.nbytes - pages),)
+        return Stage("embedding", unit, Work(), 0, rest, option.home, read)
+
+    def part(self, name: str, part: Part, option: Option) -> list[Stage]:
+        if option.mode == CACHED:
+            return [self.cached(name, part, option)]
+        if option.mode == SPLIT:
+            return [self.split(name, part, option)]
+        touched = self.touched(part)
+        work = self.work(part, option.unit, touched, self.rows, part.launches)
+        kept: tuple[Kept, ...] = (Kept(name, option.home, part.nbytes),)
+        chunks: tuple[Kept, ...] = ()
+        if option.mode == STREAMED:
+            moved = min(part.nbytes, touched)
+            piece = max(1, part.expert_bytes * max(1, part.top_k) if part.experts else part.nbytes)
+            count = max(1, -(-moved // piece))
+            bounds = [moved * i // count for i in range(count + 1)]
+            block = part.expert_bytes or part.nbytes
+            chunks = tuple(Kept(f"{name}.{i}", option.home, bounds[i + 1] - bounds[i], block) for i in range(count))
+            kept = (Kept(f"{name}.rest", option.home, part.nbytes - moved),) if part.nbytes > moved else ()
+        home = option.home if chunks else ""
+        made = [Stage(name, option.unit, work, self.hidden_bytes, kept, home, chunks)]
+        if part.group == "attention":
+            made.append(self.attend(name, part, option))
+        return made
+
+    def attend(self, name: str, part: Part, option: Option) -> Stage:
+        """Scores and values, on the unit of the cache or on one that the cache is brought to."""
+        session, layer, target = self.problem.session, part.layer, self.problem.machine
+        assert layer is not None
+        seen = layer.kv_tokens(session.decode_context)
+        read = math.ceil(self.rows * seen * part.kv_bytes_per_token)
+        held = session.batch * layer.kv_tokens(session.context) * part.kv_bytes_per_token
+        unit = target.unit(option.kv_unit)
+        flops = self.rows * seen * layer.attention.flops_per_pair(absorbed=True)
+        work = Work(flops, self.problem.formats.float_format, ((unit.tier, float(read)),))
+        attention = layer.attention
+        entry = math.ceil(self.rows) * 2
+        entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
+        if option.kv_home == unit.tier:
+            return Stage(f"{name}.kv", unit.name, work, entry, (Kept(f"{name}.kv", option.kv_home, held),))
+        new = math.ceil(self.rows * part.kv_bytes_per_token)
+        piece = max(0, min(read, held // self.batches - new))
+        rest = held - self.batches * (piece + new)
+        kept = (Kept(f"{name}.kv.rest", option.kv_home, max(0, rest)),)
+        return Stage(
+            f"{name}.kv", unit.name, work, entry, kept, cache_home=option.kv_home, cache_piece=piece, new_bytes=new
+        )
+
+    def cached(self, name: str, part: Part, option: Option) -> Stage:
+        """Experts in slots of the unit's tier; those that are missing come one by one."""
+        tier = self.problem.machine.unit(option.unit).tier
+        needed = self.needed(part, self.rows)
+        fetches = max(1, math.ceil(needed - 1e-9))
+        missing = tuple(Kept(f"{name}.missing.{i}", option.home, part.expert_bytes) for i in range(fetches))
+        rest = part.nbytes - fetches * part.expert_bytes
+        kept = (
+            *missing,
+            *((Kept(f"{name}.rest", option.home, rest),) if rest > 0 else ()),
+            Kept(f"{name}.cache", tier, option.slots * part.expert_bytes),
+        )
+        work = self.work(part, option.unit, math.ceil(needed * part.expert_bytes), self.rows, part.launches)
+        return Stage(
+            name, option.unit, work, self.hidden_bytes, kept, option.home,
+            fetches=fetches, expert_bytes=part.expert_bytes, hit=option.hit,
+        )  # fmt: skip
+
+    def split(self, name: str, part: Part, option: Option) -> Stage:
+        """Some experts on the unit, the others computed by the helper where they lie."""
+        tier, helper = self.problem.machine.unit(option.unit).tier, self.problem.machine.unit(option.helper)
+        needed, here = self.needed(part, self.rows), option.slots * part.expert_bytes
+        far_rows, far_bytes = self.rows * (1 - option.hit), needed * (1 - option.hit) * part.expert_bytes
+        far = Stage(
+            f"{name}.far", helper.name, self.work(part, helper.name, math.ceil(far_bytes), far_rows, part.launches),
+            self.hidden_bytes, (Kept(f"{name}.far", helper.tier, part.nbytes - here),),
+        )  # fmt: skip
+        near_rows, near_bytes = self.rows * option.hit, needed * option.hit * part.expert_bytes
+        work = self.work(part, option.unit, math.ceil(near_bytes), near_rows, part.launches)
+        return Stage(name, option.unit, work, self.hidden_bytes, (Kept(name, tier, here),), beside=far)
+
+    def work(self, part: Part, unit: str, nbytes: int, rows: float, launches: int) -> Work:
+        tier = self.problem.machine.unit(unit).tier
+        return Work(part.flops_per_token * rows, part.element, ((tier, float(nbytes)),), launches=launches)
+
+    def needed(self, part: Part, rows: float) -> float:
+        """Experts that a micro-batch touches."""
+        return min(distinct_experts(part.experts, part.top_k, rows), part.top_k * rows)
+
+    def touched(self, part: Part) -> int:
+        return math.ceil(part.expert_bytes * self.needed(part, self.rows)) if part.experts else part.nbytes
+
+
+def _spread(part: Part, found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:
+    """The layers of a part dealt to its options so that each option's are as far apart as they can be."""
+    if not part.layers:
+        return [(option, ()) for option, _ in found]
+    turns = [((2 * turn + 1) / (2 * count), at) for at, (_, count) in enumerate(found) for turn in range(count)]
+    taken: list[list[int]] = [[] for _ in found]
+    for layer, (_, at) in zip(part.layers, sorted(turns), strict=True):
+        taken[at].append(layer)
+    return [(option, tuple(numbers)) for (option, _), numbers in zip(found, taken, strict=True)]

@@ -22,7 +22,7 @@ from passes.place.build_plan import spread_placement
 from passes.place.cache_choice import Judged, TraceRates, check_trace, judge, session_trace
 from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of, main_tier
-from passes.place.parallel import device_unit, search
+from passes.place.parallel import device_unit, search, together
 from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
@@ -99,7 +99,10 @@ def _placed(
 ) -> Planned:
     """A plan over the tiers of one machine."""
     machine = machine_of(target, budgets=_budgets(request, target))
-    problem = Problem(shape, machine, formats, session, tuple(parse_pin(p, shape, machine) for p in request.pins), slo)
+    problem = Problem(
+        shape, machine, formats, session, tuple(parse_pin(p, shape, machine) for p in request.pins), slo,
+        together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
+    )  # fmt: skip
     trace = None
     if request.trace is not None:
         from hw_targets.routing.trace_file import read_trace

@@ -5,7 +5,7 @@
 
 A layer's weights, cache and hidden states lie on GPU, CPU and disk in given fractions. In prefill a layer lasts as long
 as the slowest of loading, storing and computing; in decode loading to the GPU comes before the slowest of the rest. The
-constants were fitted by its authors (FMInference/FlexLLMGen) to a T4 in a cloud. Numbers have 16 bits; a GB of rates is 2^30.
+constants were fitted by its authors (FMInference/FlexLLMGen) to a T4 in a cloud. Numbers have 16 bits, a GB is 2^30 B.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from passes.place.options import Option
 from passes.place.outcome import Choice, crossing, tier_use, workspaces
 from passes.place.problem import Problem
 
-_MAX_NODES = 3000
-_REL_GAP = 1e-3
+_MAX_NODES = 300
+_REL_GAP = 2e-3
 _NUDGE = 1e-6  # among equals the choice with less work altogether
 
 

@@ -273,16 +273,28 @@ class _Pricing:
         return latency + nbytes / rate
 
     def _fabric(self, span: int) -> Fabric | None:
-        """What devices that span this many talk over; without a described one, their link to the host."""
-        scope = "node" if span <= self.per_node else "cluster"
-        found = self.target.fabric(self.unit.tier, scope) or self.target.fabric(self.unit.tier, "node")
-        if found is not None:
-            return found
-        link = next((x for x in self.one.links if self.unit.tier in (x.from_tier, x.to_tier)), None)
-        rate = link.rate() if link else None
-        if link is None or rate is None:
-            return None
-        return Fabric(link.name, self.unit.tier, bandwidth=rate / 2, latency_seconds=link.latency_seconds)
+        return fabric_of(self.target, self.unit, "node" if span <= self.per_node else "cluster")
+
+
+def fabric_of(target: Target, unit: ComputeUnit, scope: str = "node") -> Fabric | None:
+    """What copies of a unit talk over; without a described one, the link of each to the host, there and back."""
+    found = target.fabric(unit.tier, scope) or target.fabric(unit.tier, "node")
+    if found is not None:
+        return found
+    link = next((x for x in target.links if unit.tier in (x.from_tier, x.to_tier)), None)
+    rate = link.rate() if link else None
+    if link is None or rate is None:
+        return None
+    return Fabric(link.name, unit.tier, bandwidth=rate / 2, latency_seconds=link.latency_seconds)
+
+
+def together(shape: ModelShape, target: Target, rows: int, passes: int = 1) -> tuple[tuple[str, float], ...]:
+    """((resource, seconds),) of what the GPUs of a node tell each other when they work on every layer together."""
+    unit = device_unit(target)
+    if unit is None or unit.count == 1:
+        return ()
+    each = all_reduce_seconds(fabric_of(target, unit), unit.count, rows / passes * shape.hidden * 2)
+    return (("all-reduce", (2 * len(shape.layers) + 1) * passes * each),)
 
 
 def all_reduce_seconds(fabric: Fabric | None, ways: int, nbytes: float) -> float:

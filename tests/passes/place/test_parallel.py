@@ -12,7 +12,7 @@ from hw_targets.target import Fabric
 from ir.diagnostics import DiagnosticError
 from passes.place.formats import LADDER, formats_of, next_down
 from passes.place.machine import machine_of, main_tier
-from passes.place.parallel import all_reduce_seconds, search, spreads
+from passes.place.parallel import all_reduce_seconds, search, spreads, together
 from passes.place.problem import Session, Slo
 from passes.place.routing_model import distinct_experts, hit_rate
 from tests.passes.place.machines import MIB, dense, sparse, target
@@ -57,6 +57,15 @@ def test_degrees_shorten_or_widen() -> None:
     most = search(shape, machine, formats_of(""), USE, any_batch=True)
     assert most is not None and most.tokens_per_second >= fastest.tokens_per_second
     assert search(sparse(4), machine, formats_of(""), USE) is not None
+
+
+def test_copies_that_share_a_layer_talk() -> None:
+    shape = dense(8)
+    assert together(shape, target(), 4) == ()
+    ((name, seconds),) = together(shape, target(gpus=4), 4)
+    assert name == "all-reduce" and seconds > 17 * 4e-6  # two a layer and one of the head, tree of latencies
+    ((_, more),) = together(shape, target(gpus=4), 4000, passes=2)
+    assert more > seconds
 
 
 def test_copies_become_one_machine() -> None:

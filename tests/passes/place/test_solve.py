@@ -26,7 +26,7 @@ from passes.place.problem import Problem, Session, Slo
 from passes.place.solve import NoFit, Solution, choices_of, feasible, least_budget, replay, solve
 from tests.passes.place.machines import MIB, dense, sparse, target
 
-GAP = 1.0021  # twice what the solver may leave open
+GAP = 1.0041  # twice what the solver may leave open
 
 
 def problem(shape: ModelShape, machine: Target, recipe: str = "", **session: int) -> Problem:
@@ -253,7 +253,7 @@ def test_real_machine_quickly_bounded() -> None:
 
     base = Problem(load_shape("Qwen3-30B-A3B"), machine_of(hw_targets.load("rtx-4090")), formats_of("w4a8-g32"))
     found = solve(base)
-    assert found.placement.decode.bound == "vram read" and found.gap <= 1e-3
+    assert found.placement.decode.bound == "vram read" and found.gap <= 2e-3
     check_plan(found)
     down = next_down(base.formats)
     assert down is not None and down.name == "w3"

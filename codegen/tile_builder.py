@@ -186,8 +186,8 @@ class Buffer:
         else:
             self.kernel.emit_op(tile_memory.StoreOp(self.value, at, value.value))
 
-    def prefetch(self, index: Expr | int) -> None:
-        self.kernel.emit_op(tile_memory.PrefetchOp(self.value, self.kernel.index(index).value))
+    def prefetch(self, index: Expr | int, level: int = 1) -> None:
+        self.kernel.emit_op(tile_memory.PrefetchOp(self.value, self.kernel.index(index).value, level=level))
 
     def at(self, index: Expr | int) -> Buffer:
         """The buffer from element `index` on."""

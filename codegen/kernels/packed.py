@@ -21,6 +21,7 @@ from ir.formats import BF16, F32, I8, I32
 from ir.types import VectorType
 
 LONGEST_SEGMENT = (2**31 - 1) // (2 * 255 * 127) // BLOCK * BLOCK
+_LINE = 64  # bytes that come together
 _UNROLLED_STEPS = 16  # inner products of a segment that are written out; longer segments loop over their blocks
 _UNROLLED_SEGMENTS = 4  # of a group
 
@@ -57,9 +58,13 @@ def multiply_packed(
     vectors: list[tuple[Buffer, int]],
     w: PackedStrips,
     decoder: WeightDecoder,
+    ahead: Expr | None = None,
 ) -> list[list[Expr]]:
-    """f32 sums [len(rows)][len(vectors)] of 16 lanes. `rows` are row numbers of x, a vector is a strip and 16 rows."""
-    product = _PackedProduct(k, x, rows, vectors, w, decoder)
+    """f32 sums [len(rows)][len(vectors)] of 16 lanes. `rows` are row numbers of x, a vector is a strip and 16 rows.
+
+    The bytes `ahead` of those in use are asked for meanwhile.
+    """
+    product = _PackedProduct(k, x, rows, vectors, w, decoder, ahead)
     zeros = [k.f32(0.0, LANES)] * (len(rows) * len(vectors))
     together = product.together
     with k.loop(0, w.groups // together, 1, zeros) as loop:
@@ -83,8 +88,10 @@ class _PackedProduct:
         vectors: list[tuple[Buffer, int]],
         w: PackedStrips,
         decoder: WeightDecoder,
+        ahead: Expr | None,
     ) -> None:
         self.k, self.x, self.rows, self.vectors, self.w, self.decoder = k, x, rows, vectors, w, decoder
+        self.ahead = ahead if vectors[0][1] == 0 else None  # once for all registers of a strip
         self.integer = x.scales is not None
         self.segment = segment_of(w, x.group, self.integer)
         self.segments = w.group // self.segment  # of a group of weights
@@ -102,6 +109,10 @@ class _PackedProduct:
         """Adds one group of weights to f32 sums."""
         d = self.decoder
         groups = [strip.at(number * self.w.group_bytes) for strip, _ in self.vectors]
+        if self.ahead is not None:
+            later = groups[0].at(self.ahead)
+            for line in range(0, self.w.group_bytes, _LINE):
+                later.prefetch(line, level=2)
         scales = [d.scales(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
         zeros = [d.zeros(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
         if self.segments <= _UNROLLED_SEGMENTS:

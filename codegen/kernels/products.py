@@ -61,8 +61,13 @@ class Product(Protocol):
         """Registers of outputs that a tile of `count` rows may have."""
         ...
 
-    def sums(self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]]) -> list[list[Expr]]:
-        """f32 sums [len(rows)][len(vectors)] of 16 lanes; a vector is a strip and the number of its register."""
+    def sums(
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+    ) -> list[list[Expr]]:
+        """f32 sums [len(rows)][len(vectors)] of 16 lanes; a vector is a strip and the number of its register.
+
+        `ahead`: how many bytes behind those in use lie those to ask memory for.
+        """
         ...
 
     @property
@@ -100,7 +105,9 @@ class PlainProduct:
     def widest(self, count: int) -> int:
         return self.shape.vectors
 
-    def sums(self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]]) -> list[list[Expr]]:
+    def sums(
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+    ) -> list[list[Expr]]:
         places = [(self.x, row * self.matrix.stored_k) for row in rows]
         return multiply_rows(k, places, vectors, self.matrix, self.shape)
 
@@ -157,8 +164,10 @@ class PackedProduct:
     def widest(self, count: int) -> int:
         return max(1, self.most // count)
 
-    def sums(self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]]) -> list[list[Expr]]:
-        return multiply_packed(k, self.x, rows, vectors, self.matrix, self.decoder)
+    def sums(
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+    ) -> list[list[Expr]]:
+        return multiply_packed(k, self.x, rows, vectors, self.matrix, self.decoder, ahead)
 
     @property
     def tile_rows(self) -> int:

@@ -300,7 +300,7 @@ def _store_masked(e: FunctionEmitter, op: tile_memory.StoreMaskedOp) -> None:
 @lowering(tile_memory.PrefetchOp)
 def _prefetch(e: FunctionEmitter, op: tile_memory.PrefetchOp) -> None:
     pointer = e.address(op.buffer, op.index, inbounds=False)
-    e.emit(e.intrinsic("llvm.prefetch.p0", "void", f"ptr {pointer}", "i32 0", "i32 3", "i32 1"))
+    e.emit(e.intrinsic("llvm.prefetch.p0", "void", f"ptr {pointer}", "i32 0", f"i32 {4 - op.level}", "i32 1"))
 
 
 @lowering(tile_memory.OffsetOp)

@@ -165,22 +165,24 @@ class StoreMaskedOp(Op):
 class PrefetchOp(Op):
     """Hints that the cache line of element `index` is read soon. Any index is allowed, also outside the buffer.
 
-    tile.prefetch %b, %i : (buffer<bf16>, index) -> ()
+    tile.prefetch %b, %i {level = 2} : (buffer<bf16>, index) -> ()
     """
 
     name = "tile.prefetch"
     traits = (WritesMemory,)  # kept where it is, never removed as unused
     buffer = operand("buffer")
     index = operand("element")
+    level = attr(int, "the cache it is to come to: 1, or 2 for what is read later", default=1)
 
     @staticmethod
-    def infer_types(buffer: Type, index: Type) -> tuple[Type, ...]:
+    def infer_types(buffer: Type, index: Type, level: int) -> tuple[Type, ...]:
         _check_index(index)
         _buffer_element(buffer)
+        expect(level in (1, 2), f"expected level 1 or 2, got {level}")
         return ()
 
     @staticmethod
-    def reference(buffer: Any, index: Any) -> tuple[()]:
+    def reference(buffer: Any, index: Any, level: int) -> tuple[()]:
         return ()
 
 

@@ -1,11 +1,13 @@
 """Policies of the expert cache: which resident entry is given up next.
 
-`make_policy(name, layers)` takes `lru`, `lfu`, `score` or `least_stale`. An entry is a pair (layer, expert). A policy
-is told of each use (`touch`, whether the entry is resident or not), of arrivals and departures (`add`, `remove`), and
-names a `victim` among the resident entries that are not busy.
+`make_policy(name, layers)` takes a name of `POLICIES`. An entry is a pair (layer, expert). A policy is told of each use
+(`touch`, whether the entry is resident or not), of arrivals and departures (`add`, `remove`), and names a `victim`
+among the resident entries that are not busy.
 
 - `lru`: least recently used.
 - `lfu`: least often used since the start, entries that were away included; ties: least recently used.
+- `lrfu`: lowest count of uses, where a use counts half as much after sixteen passes; between the two before (LRFU, IEEE
+  Transactions on Computers 50, 2001).
 - `score`: lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a
   pass, a = 1/2 (HybriMoE, with the weights of the experts that were chosen).
 - `least_stale`: a model visits its layers in a known order, so an entry that this pass did not use is stale once its
@@ -26,8 +28,9 @@ from typing import Protocol
 from runtime.errors import RuntimeDiagnostic
 
 Entry = tuple[int, int]
-POLICIES = ("lru", "lfu", "score", "least_stale")
+POLICIES = ("lru", "lfu", "lrfu", "score", "least_stale")
 SCORE_ALPHA = 0.5
+HALF_LIFE = 16  # passes
 
 
 class EvictionPolicy(Protocol):
@@ -48,6 +51,8 @@ def make_policy(name: str, layers: int) -> EvictionPolicy:
         return LeastRecentlyUsed()
     if name == "lfu":
         return LeastFrequentlyUsed()
+    if name == "lrfu":
+        return FadingCount()
     if name == "score":
         return RoutingScore()
     if name == "least_stale":
@@ -132,6 +137,23 @@ class LeastFrequentlyUsed(_Ranked):
     def _worth(self, entry: Entry, weight: float) -> float:
         self._uses[entry] = self._uses.get(entry, 0) + 1
         return float(self._uses[entry])
+
+
+class FadingCount(_Ranked):
+    """Gives up the lowest count of uses, of which each fades to a half in `HALF_LIFE` passes.
+
+    log2 of the count, and the pass divided by the half-life, stay in order between entries until their next use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count: dict[Entry, tuple[float, int]] = {}  # count, and the pass in which it was made
+
+    def _worth(self, entry: Entry, weight: float) -> float:
+        count, step = self._count.get(entry, (0.0, self._step))
+        count = 1.0 + count * 2.0 ** ((step - self._step) / HALF_LIFE)
+        self._count[entry] = (count, self._step)
+        return math.log2(count) + self._step / HALF_LIFE
 
 
 class RoutingScore(_Ranked):

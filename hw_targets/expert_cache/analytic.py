@@ -46,7 +46,7 @@ def static_hit_rate(popularity: Vector, slots: int) -> float:
 def lru_hit_rate(popularity: Vector, slots: float) -> float:
     """LRU by Che's approximation: an expert stays for the time in which `slots` different ones are asked for.
 
-    H. Che, Y. Tung, Z. Wang: Hierarchical Web Caching Systems, IEEE JSAC 20 (2002).
+    Hierarchical Web Caching Systems: Modeling, Design and Experimental Results, IEEE JSAC 20 (2002).
     """
     if slots >= len(popularity):
         return 1.0

@@ -5,6 +5,7 @@ what is missing comes in, then entries that the batch does not use leave until t
 the budget by itself stays. `runtime.eviction` has the on-line policies for the running model, written on their own.
 
 - lru: what was used longest ago leaves. lfu: what was used least often, times away included; ties: longest ago.
+- lrfu: the lowest count of uses, where a use counts half as much after sixteen passes.
 - score: the lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a pass, a = 1/2 (HybriMoE).
 - least_stale: what this pass did not use of the layers it has visited, then of those to come, then what it used. Within
   these groups: used in the oldest pass first; ties: the highest layer, then longest ago (after SpecMD).
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 
 from ir.diagnostics import DiagnosticError
 
-ON_LINE = ("lru", "lfu", "score", "least_stale")
+ON_LINE = ("lru", "lfu", "lrfu", "score", "least_stale")
 POLICIES = (*ON_LINE, "belady", "random")
 SCORE_ALPHA = 0.5
+HALF_LIFE = 16  # passes
 RANDOM_SEED = 1234  # that of the published curve
 NEVER = 1 << 60
 
@@ -134,6 +136,23 @@ class LfuCache(HeapCache):
             self.rank(key, (self._counts[key], self._clock))
 
 
+class LrfuCache(HeapCache):
+    """Counts of different passes are compared as they would stand in the same one: log2, and a term for the pass."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._counts: dict[int, tuple[float, int]] = {}
+        self._clock = 0
+
+    def touch(self, batch: Use, missing: list[int]) -> None:
+        for key in batch.recency:
+            self._clock += 1
+            before, step = self._counts.get(key, (0.0, batch.step))
+            count = before * 2.0 ** ((step - batch.step) / HALF_LIFE) + 1.0
+            self._counts[key] = (count, batch.step)
+            self.rank(key, (math.log2(count) + batch.step / HALF_LIFE, self._clock))
+
+
 class ScoreCache(HeapCache):
     """Averages of different passes are compared as they would stand in the same one: log S, and a term for the pass."""
 
@@ -234,6 +253,7 @@ class RandomCache(Cache):
 _CLASSES: dict[str, type[Cache]] = {
     "lru": LruCache,
     "lfu": LfuCache,
+    "lrfu": LrfuCache,
     "score": ScoreCache,
     "least_stale": LeastStaleCache,
     "belady": BeladyCache,

@@ -21,10 +21,11 @@ _MULTIPLES = (0.5, 0.9, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of what one token 
 _COLUMNS = (
     ("lru", "lru", "global"),
     ("lfu", "lfu", "global"),
+    ("lrfu", "lrfu", "global"),
     ("score", "score", "global"),
     ("stale", "least_stale", "global"),
     ("lru/layer", "lru", "layer"),
-    ("lfu/layer", "lfu", "layer"),
+    ("lrfu/layer", "lrfu", "layer"),
     ("belady", "belady", "global"),
 )
 
@@ -101,14 +102,14 @@ def _print_table(trace: RoutingTrace, table: dict[str, tuple[ReplayResult, ...]]
     from hw_targets.expert_cache import cache_warnings
 
     click.echo("hits of decoded tokens in %, by size of the cache:")
-    click.echo("  size      " + "".join(f"{title:>10}" for title in table))
+    click.echo("  size      " + "".join(f"{title:>11}" for title in table))
     for index, size in enumerate(grid):
         beyond = bool(cache_warnings(trace.expert_bytes, trace.expert_count, trace.top_k, size, scope="layer"))
         cells = [
             "-" if beyond and results[index].scope == "layer" else f"{100 * results[index].decode_hit_rate:.1f}"
             for results in table.values()
         ]
-        click.echo(f"  {format_bytes(size):<10}" + "".join(f"{cell:>10}" for cell in cells))
+        click.echo(f"  {format_bytes(size):<10}" + "".join(f"{cell:>11}" for cell in cells))
 
 
 def _print_choice(choice: PolicyChoice) -> None:

@@ -200,7 +200,10 @@ def test_a_policy_is_chosen_by_replay() -> None:
     assert choice.bound.decode_hit_rate > choice.best.decode_hit_rate + 0.15
     assert all(result.peak_bytes <= 1000 * MIB for _, result in choice.candidates)
     assert choice.warnings == ()
-    assert choose_policy(qwen_trace(), 500 * MIB, scopes=("global",)).best.policy == "lfu"  # and not LRU, at 0 %
+    assert choose_policy(qwen_trace(), 500 * MIB, scopes=("global",)).best.policy in (
+        "lfu",
+        "lrfu",
+    )  # and not LRU, at 0 %
 
 
 def test_popular_experts_fit_and_are_the_most_used() -> None:

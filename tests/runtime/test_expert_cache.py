@@ -41,6 +41,14 @@ def test_lfu_remembers_uses_of_entries_that_were_away() -> None:
     assert _use(cache, 0, [4]) == (0, [(0, 2)])  # three uses as well, and longer ago
 
 
+def test_lrfu_forgets_uses_of_long_ago() -> None:
+    for policy, gone in (("lfu", 2), ("lrfu", 1)):
+        cache = ExpertCache([1], 3, policy=policy)
+        for expert in [1] * 10 + [3] * 40 + [2] * 4:
+            _use(cache, 0, [expert])
+        assert _use(cache, 0, [4]) == (0, [(0, gone)])
+
+
 def test_score_keeps_what_had_much_weight() -> None:
     cache = ExpertCache([1], 2, policy="score")
     _use(cache, 0, [1, 2], [0.9, 0.1])

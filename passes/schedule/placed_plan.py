@@ -14,7 +14,7 @@ Activations that pass two links are charged the second; new keys and values go h
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -307,6 +307,8 @@ class _Emitter:
         slot = self.writer.slot(unit.name, goal, item.source.nbytes, item.name)
         piece = self.piece(item, source, goal)
         held = item.slots[-1] if number else None
+        if held is not None:  # a queue of its own: it is needed before what was asked for further ahead
+            piece = replace(piece, stream="second")
         item.token = self.writer.fetch(unit.name, piece, slot, cache, rank, held)
         item.slots.append(slot)
 
@@ -342,6 +344,10 @@ class _Emitter:
         del unit.active[item.key]
         self.free(unit, item, item.slots[0], item.hops[-1][1])
         self.fill(unit)
+        following = next(iter(unit.active.values()), None)
+        if following is not None and following.token is not None and len(following.hops) > len(following.slots):
+            self.writer.wait(unit.name, following.token)
+            self.hop(unit, following, 1)
 
     def attend(self, stage: Stage, unit: _Unit, k: int, item: _Item, work: Work) -> None:
         """Attention over keys and values that were brought; the new ones go home."""

@@ -316,7 +316,7 @@ def dense(plan: PlanOfSteps) -> FuncOp:
     return realise(plan.steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(stream_plans(), st.sampled_from([None, 1e3, 3e4]))
 def test_never_below_the_bound_and_nothing_lost(drawn: PlanOfSteps, tiers: float | None) -> None:
     """Simulated time is at least that of the busiest resource and of the longest chain; all work is done; every op has
@@ -341,7 +341,7 @@ def test_never_below_the_bound_and_nothing_lost(drawn: PlanOfSteps, tiers: float
     assert simulate(program, target) == timeline
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(stream_plans(), st.floats(1.0, 8.0), st.sampled_from([None, 1e3]))
 def test_a_faster_machine_is_never_slower(drawn: PlanOfSteps, factor: float, tiers: float | None) -> None:
     """All rates times a factor; and with nothing shared by two, any one rate."""
@@ -350,7 +350,7 @@ def test_a_faster_machine_is_never_slower(drawn: PlanOfSteps, factor: float, tie
     assert simulate(program, random_machine(factor, tiers)).seconds <= slow * (1 + 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(stream_plans(units=1), st.floats(1.0, 8.0), st.sampled_from(["units", "storage"]))
 def test_one_faster_resource_is_never_slower(drawn: PlanOfSteps, factor: float, what: str) -> None:
     """In plans of one unit whose transfers and computations share no memory: each queue keeps its order."""
@@ -360,7 +360,7 @@ def test_one_faster_resource_is_never_slower(drawn: PlanOfSteps, factor: float, 
     assert simulate(program, mixed).seconds <= simulate(program, slow).seconds * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.5, 100), st.lists(st.integers(0, 3), max_size=3)), min_size=1)
 )

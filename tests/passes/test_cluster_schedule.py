@@ -95,7 +95,7 @@ def clusters(draw: st.DrawFn) -> ClusterProblem:
 MEASURED = dataclasses.replace(CLUSTER, tiers=(MemoryTier("hbm", 1 << 20, read_bandwidth=100.0, count=8),))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(clusters())
 def test_every_cluster_plan_is_sound(problem: ClusterProblem) -> None:
     """And holds, besides what is resident, no more than three hidden states and the tokens of each batch."""

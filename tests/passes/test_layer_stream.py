@@ -51,7 +51,7 @@ def problems(draw: st.DrawFn) -> StreamProblem:
     return dataclasses.replace(problem, slot_bytes=room, scratch_bytes=draw(st.sampled_from([0, 64])))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems(), st.integers(0, 4))
 def test_every_window_is_sound_and_computes_the_same(problem: StreamProblem, depth: int) -> None:
     program = emit_layers(problem, depth, problem.room(DEVICE))

@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(shape, machine_of(machine), formats_of(""), use)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(problems(), st.sampled_from(["units", "even"]))
 def test_every_placement_that_the_solver_finds_is_sound(problem: Problem, order: str) -> None:
     """Proven within the room that the solver was given; its segments are the bytes of the model and its cache, once."""

@@ -32,6 +32,7 @@ class StreamBooks:
         self._cursor = 0  # in `_order`: what is read next
         self._held: dict[int, ReadJob] = {}
         self._held_bytes = 0
+        self.most_held_bytes = 0
         self._live: dict[int, None] = {}  # waited for in this call, not done with
         self._experts: dict[Entry, ReadJob] = {}
         self._freed_by: dict[Entry, ReadJob] = {}  # the read that gives an entry's memory back
@@ -78,6 +79,7 @@ class StreamBooks:
                 return
             self._held[piece] = self._reader.submit([(info.offset, info.bytes)], info.origin)
             self._held_bytes += info.bytes
+            self.most_held_bytes = max(self.most_held_bytes, self._held_bytes)
             self._cursor = (self._cursor + 1) % len(self._order)
 
     def end(self) -> None:

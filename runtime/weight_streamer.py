@@ -43,6 +43,7 @@ class WeightStreamer:
         self.expert_pieces = [n for n, piece in enumerate(self.pieces) if piece.kind == "experts"]
         self._layer_of = {piece: layer for layer, piece in enumerate(self.expert_pieces)}
         self.cache = self._new_cache() if self.expert_pieces else None
+        self._done = {program.name: self._done_before(program) for program in manifest.programs}
         self.stall_s = 0.0
         self.jobs: list[ReadJob] | None = None  # finished reads, while a profile is made
         self.stalls: list[tuple[str, float, float]] = []
@@ -78,6 +79,17 @@ class WeightStreamer:
         """One byte for each wait of the program: 1 where something may have to be read."""
         return bytes(int(wait.piece not in self.resident) for wait in program.awaits)
 
+    def _done_before(self, program: ProgramInfo) -> list[tuple[int, ...]]:
+        """By wait: what is done with there. Native code passes waits for what stays, so theirs go to the next one."""
+        done: list[tuple[int, ...]] = []
+        passed: list[int] = []
+        for wait, wanted in zip(program.awaits, self.wanted(program), strict=True):
+            passed += wait.done
+            done.append(tuple(passed) if wanted else ())
+            if wanted:
+                passed = []
+        return done
+
     def begin(self, ids: Sequence[int]) -> None:
         """A native call begins; returns when the rows of its ids are in memory."""
         if self._torn:
@@ -90,16 +102,16 @@ class WeightStreamer:
 
     def wait_for(self, program: ProgramInfo, number: int, experts: Sequence[int]) -> None:
         """Wait `number` of the program; `experts` are the ids that its layer chose. Raises RuntimeDiagnostic."""
-        wait = program.awaits[number]
+        wait, done = program.awaits[number], self._done[program.name][number]
         piece = self.pieces[wait.piece]
         layer = self._layer_of.get(wait.piece)
         if layer is None:
             with self._keeping():
-                jobs = self._books.dense(wait.piece, wait.done)
+                jobs = self._books.dense(wait.piece, done)
             self._wait(jobs, piece.origin)
             return
         with self._keeping():
-            jobs = self._books.experts(layer, experts, wait.done)
+            jobs = self._books.experts(layer, experts, done)
         self._wait(jobs, piece.origin)
         if len(experts) >= ALL_EXPERTS_USED * (piece.bytes // piece.unit) and layer + 1 < len(self.expert_pieces):
             with self._keeping():
@@ -125,6 +137,11 @@ class WeightStreamer:
     def memory_bytes(self) -> int:
         """What the weights take in memory now."""
         return self._memory.committed_bytes()
+
+    @property
+    def most_window_bytes(self) -> int:
+        """The most that streamed dense pieces took so far."""
+        return self._books.most_held_bytes
 
     def close(self) -> None:
         """Ends the threads and gives the memory back."""

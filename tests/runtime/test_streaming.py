@@ -133,6 +133,7 @@ def test_the_same_bits_under_every_plan(
         kept = sum(pieces[n].bytes for n in plan.resident)
         most = kept + plan.window_bytes + plan.expert_bytes + plan.rows_bytes + 64 * 4096
         assert session.streamer.memory_bytes() <= most
+        assert session.streamer.most_window_bytes <= plan.window_bytes
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -1,0 +1,1 @@
+"""Models larger than their memory, measured beside llama.cpp under the same limit."""

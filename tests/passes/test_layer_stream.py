@@ -77,6 +77,17 @@ def test_the_chosen_depth_is_the_best_one_tried(problem: StreamProblem) -> None:
     assert list(check_stream(choice.program, DEVICE)) == []
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems(), st.integers(0, 600))
+def test_more_room_is_never_slower(problem: StreamProblem, more: int) -> None:
+    """Of copies over one link, which come in the order of their use."""
+    kept = (dataclasses.replace(x, pieces=tuple(p for p in x.pieces if p.over != "ssd")) for x in problem.layers)
+    problem = dataclasses.replace(problem, layers=tuple(kept))
+    least = max(layer.streamed_bytes for layer in problem.layers)
+    small, large = (dataclasses.replace(problem, slot_bytes=n) for n in (least, least + more))
+    assert choose_depth(large, FREE).timeline.seconds <= choose_depth(small, FREE).timeline.seconds * (1 + 1e-4)
+
+
 def layers(flags: str, nbytes: int = 100, flops: float = 1000.0) -> tuple[Layer, ...]:
     """`s` streamed over the link (1 s each), `r` resident; a second of work each."""
     made = []

@@ -44,6 +44,7 @@ EXIT_NO_FIT = 3
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="A plan to judge, maybe edited."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as JSON.")
+@click.option("--compare-run", is_flag=True, help="Run it too, on this machine, and show both: phases and parts.")
 @click.option("--quick", is_flag=True, help="Do not try what would help.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on stdout.")
 def plan(
@@ -63,6 +64,7 @@ def plan(
     dtype: str,
     plan_file: Path | None,
     output: Path | None,
+    compare_run: bool,
     quick: bool,
     as_json: bool,
 ) -> int:
@@ -83,6 +85,10 @@ def plan(
         planned = make_plan(request)
     except NoFit as fault:
         return _refused(fault, as_json)
+    if compare_run:
+        from stratum.compare_run import check
+
+        check(request, planned)
     text = planned.placement.to_json()
     if output is not None:
         _write(output, text)
@@ -92,6 +98,10 @@ def plan(
         from stratum.plan_report import plan_text
 
         click.echo(plan_text(planned))
+    if compare_run:
+        from stratum.compare_run import compare, compared_text
+
+        click.echo("\n" + compared_text(compare(request, planned)), err=as_json)
     return 0
 
 

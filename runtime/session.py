@@ -285,10 +285,14 @@ class Session:
         with self._lock:
             self._check_usable()
             profile = self._profile = Profile(self.threads, CycleCounter())
+            if self.streamer is not None:
+                self.streamer.record(True)
         try:
             yield profile
         finally:
             self._profile = None
+            if self.streamer is not None:
+                profile.reads, profile.stalls = self.streamer.record(False)
             profile.finish()
 
     def memory(self) -> MemoryReport:

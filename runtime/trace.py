@@ -8,6 +8,7 @@ together at the profile's start and end.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -59,6 +60,8 @@ class Profile:
     def __init__(self, threads: int, counter: Callable[[], int]) -> None:
         self.threads = threads
         self.steps: list[StepRecord] = []
+        self.reads: list[tuple[str, float, float, int]] = []  # what, start and end by perf_counter, bytes
+        self.stalls: list[tuple[str, float, float]] = []  # what steps waited for
         self._counter = counter
         self._first = _read_together(counter)
         self._last: tuple[int, float] | None = None
@@ -156,12 +159,30 @@ class Profile:
                     arguments = {"kernel": launch.name, "launch": index}
                     yield _complete(name, launch.name, pid, thread + 1, start_s, end_s, origin_s, arguments)
 
+    def stream_events(self) -> Iterator[dict[str, object]]:
+        """Trace events of weights that were read: reads on tracks as wide as they overlap, waits on one."""
+        if not self.reads and not self.stalls:
+            return
+        pid, first = os.getpid(), self.threads + 1
+        origin_s = self.steps[0].started_s if self.steps else 0.0
+        yield _metadata("thread_name", pid, first, "waits for weights")
+        for name, start_s, end_s in self.stalls:
+            yield _complete(name, "wait", pid, first, start_s, end_s, origin_s, {})
+        ends: list[float] = []
+        for name, start_s, end_s, nbytes in sorted(self.reads, key=lambda read: read[1]):
+            track = next((i for i, end in enumerate(ends) if end <= start_s), len(ends))
+            if track == len(ends):
+                ends.append(0.0)
+                yield _metadata("thread_name", pid, first + 1 + track, f"reads {track}")
+            ends[track] = end_s
+            yield _complete(name, "read", pid, first + 1 + track, start_s, end_s, origin_s, {"bytes": nbytes})
+
     def write_trace(self, path: str | os.PathLike[str]) -> None:
         """Writes the events as a JSON file that ui.perfetto.dev and chrome://tracing open."""
         try:
             with Path(path).open("w", encoding="utf-8") as file:
                 file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-                for index, event in enumerate(self.events()):
+                for index, event in enumerate(itertools.chain(self.events(), self.stream_events())):
                     file.write(",\n" if index else "\n")
                     json.dump(event, file)
                 file.write("\n]}\n")

@@ -134,6 +134,12 @@ class WeightStreamer:
         """What has happened so far."""
         return StreamReport.of(self, self._reader)
 
+    def record(self, on: bool) -> tuple[list[tuple[str, float, float, int]], list[tuple[str, float, float]]]:
+        """Begins or ends to note each read and wait; at the end gives them, as `Profile` keeps them."""
+        jobs, stalls = self.jobs or [], self.stalls
+        self.jobs, self.stalls = ([] if on else None), []
+        return [(job.label, job.started_s, job.ended_s, job.nbytes) for job in jobs], stalls
+
     def memory_bytes(self) -> int:
         """What the weights take in memory now."""
         return self._memory.committed_bytes()

@@ -126,8 +126,9 @@ def load(
     weights even when they are large. A cached artifact that turns out damaged is built again.
 
     `memory` (bytes, or a text like "2GiB") bounds what the process may use: weights that do not fit are read as they
-    are needed, and `max_context` defaults to what takes an eighth of it. `routing` is told which experts every token
-    chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is too small.
+    are needed, `max_context` defaults to what takes an eighth of it, and a build runs in a process of its own.
+    `routing` is told which experts every token chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
+    too small.
     """
     from runtime.artifact import is_artifact, open_artifact
     from stratum.model import Model
@@ -136,7 +137,13 @@ def load(
     options |= {"progress": progress, "warn": warn}
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory)}
-    artifact = ensure_built(path, **options)
+    if memory is not None and not is_artifact(path):
+        from stratum.build_apart import built_apart
+
+        settings = {name: options[name] for name in ("target", "dtype", "pipeline", "recipe")}
+        artifact = built_apart(Path(path), settings, progress, warn)
+    else:
+        artifact = ensure_built(path, **options)
     try:
         return Model(artifact, **opened)
     except RuntimeDiagnostic:

@@ -73,6 +73,17 @@ def plan_memory(
     raise DoesNotFit(message, minimum, where=where, hint="; ".join(parts))
 
 
+def plan_for(artifact: Path, budget: int, context: int | None) -> MemoryPlan:
+    """`plan_memory` for this process, with what running takes loaded already."""
+    from runtime.artifact import open_artifact
+    from runtime.native import load_libraries
+
+    manifest = open_artifact(artifact).manifest
+    load_libraries()
+    code = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
+    return plan_memory(manifest, budget, baseline=resident_bytes() + code, context=context, where=str(artifact))
+
+
 class _Rule:
     """One model and budget."""
 

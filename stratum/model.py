@@ -27,7 +27,6 @@ from runtime.session import Session
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
     from frontends.tokenizer import Tokenizer
-    from runtime.manifest import Manifest
     from runtime.step_reader import RoutingListener
     from runtime.trace import Profile
     from stratum.memory_plan import MemoryPlan
@@ -124,26 +123,22 @@ class Model:
         self.path = Path(path)
         stream = None
         if memory is not None:
-            self.manifest, planned = self._plan(memory, max_context)
+            planned = self._plan(memory, max_context)
             stream, max_context = planned.stream, planned.context
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing
         )
         self.manifest = self.session.manifest
 
-    def _plan(self, memory: int, max_context: int | None) -> tuple[Manifest, MemoryPlan]:
+    def _plan(self, memory: int, max_context: int | None) -> MemoryPlan:
         """What fits into `memory` bytes beside this process, all that it will load being loaded."""
-        import runtime.native
         from runtime.artifact import open_artifact
-        from stratum.memory_plan import plan_memory, resident_bytes
+        from stratum.memory_plan import plan_for
 
-        self.manifest = manifest = open_artifact(self.path).manifest
-        runtime.native.load_libraries()
+        self.manifest = open_artifact(self.path).manifest
         with contextlib.suppress(DiagnosticError):
             _ = self.tokenizer  # without one, whoever asks for it is told
-        baseline = resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
-        where = str(self.path)
-        return manifest, plan_memory(manifest, memory, baseline=baseline, context=max_context, where=where)
+        return plan_for(self.path, memory, max_context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

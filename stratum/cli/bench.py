@@ -27,6 +27,7 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
     "-r", "--repetitions", type=click.IntRange(min=1), default=5, help="Runs of each test, after one to warm up."
 )
 @click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
+@click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
@@ -42,6 +43,7 @@ def bench(
     n_depth: tuple[int, ...],
     repetitions: int,
     threads: tuple[int, ...] | None,
+    memory: str | None,
     output: str,
     jsonl: Path | None,
     no_calibration: bool,
@@ -89,7 +91,7 @@ def bench(
     results: list[Result] = []
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
-        measured = _measure(path, tests, count, context, repetitions, quiet)
+        measured = _measure(path, tests, count, context, repetitions, quiet, api.memory_bytes(memory))
         results += measured
         used = measured[0].threads
         calibrations[used] = None if no_calibration else _calibration(used)
@@ -115,17 +117,28 @@ def _limits_text(calibration: Calibration) -> str:
 
 
 def _measure(
-    path: Path, tests: list[BenchTest], count: int | None, context: int, repetitions: int, quiet: bool
+    path: Path,
+    tests: list[BenchTest],
+    count: int | None,
+    context: int,
+    repetitions: int,
+    quiet: bool,
+    memory: int | None = None,
 ) -> list[Result]:
     from runtime.session import Session
     from stratum import benchmark
+    from stratum.memory_plan import plan_for
 
     results = []
-    with Session(path, threads=count, max_context=context) as session:
+    plan = plan_for(path, memory, context).stream if memory is not None else None
+    with Session(path, threads=count, max_context=context, stream=plan) as session:
         for test in tests:
             if not quiet:
                 click.echo(f"{test.name}, {session.threads} threads", err=True)
+            before = session.streamer.report() if session.streamer else None
             results.append(benchmark.measure(session, test, repetitions))
+            if session.streamer is not None and before is not None and not quiet:
+                click.echo(str(session.streamer.report().since(before)), err=True)
     return results
 
 

@@ -170,3 +170,42 @@ def test_loading_under_a_budget(artifacts: dict[str, Path]) -> None:
         assert bounded.session.streamer is not None
     with pytest.raises(DiagnosticError):
         stratum.load(artifacts["experts"], memory=resident_bytes() // 2)
+
+
+def test_a_directory_is_built_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time under a budget: the compiler never enters this process; its warnings and faults do."""
+    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    directory = write_model(tmp_path / "model", QWEN3_MOE)
+    code = (
+        "import sys, stratum\n"
+        "stages = []\n"
+        "with stratum.load(sys.argv[1], memory='1GiB', threads=1, progress=lambda s, *a: stages.append(s)) as model:\n"
+        "    print(len(model.generate('abc', max_tokens=3).token_ids), sorted(set(stages)))\n"
+        "assert 'codegen.build' not in sys.modules and 'passes.pass_manager' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 ") and "weights" in done.stdout
+    (directory / "config.json").write_text("{}")
+    failed = run_cli("run", str(directory), "abc", "--memory", "1GiB", "-q")
+    assert failed.returncode == 2 and "config.json" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_a_trace_shows_reads(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    with stratum.load(artifacts["experts"], memory="1GiB", threads=1) as model:
+        with model.profile() as profile:
+            assert model.generate("abc", max_tokens=2, temperature=0).token_ids
+        profile.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    reads = [event for event in events if event.get("cat") == "read"]
+    assert reads and all(event["args"]["bytes"] > 0 and event["dur"] >= 0 for event in reads)
+    assert any("experts" in event["name"] for event in reads)
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert all(tracks[event["tid"]].startswith("reads ") for event in reads)
+
+
+def test_bench_under_a_budget(artifacts: dict[str, Path]) -> None:
+    words = ["bench", str(artifacts["experts"]), "-p", "8", "-n", "4", "-r", "1", "-t", "1", "--no-calibration"]
+    done = run_cli(*words, "--memory", "1GiB")
+    assert done.returncode == 0, done.stderr
+    assert "pp8" in done.stdout and "GB/s" in done.stderr

@@ -97,7 +97,7 @@ class StepReader:
             assert program is not None
             experts: list[int] = []
             if ids_address:
-                ids = np.frombuffer((ctypes.c_int32 * count).from_address(ids_address), np.int32)
+                ids = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(ids_address))
                 experts = ids.tolist()
                 if self._listener is not None:
                     layer = self._layer_of[program.awaits[number].piece]

@@ -106,7 +106,7 @@ class WeightReader:
         self.preadv = preadv
         self.counters = ReadCounters()
         self._descriptor, self.direct = _direct(descriptor)
-        self._memory = memoryview(memory)
+        self._memory: memoryview = memory.data
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
         self._on_done = on_done
         self._requests: deque[tuple[int, int, ReadJob]] = deque()

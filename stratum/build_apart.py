@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
     def tell(*message: object) -> None:
         print(json.dumps(message), flush=True)
 
-    def progress(*values: object) -> None:
-        tell("progress", *values)
+    def progress(stage: str, done: float, total: float, unit: str = "") -> None:
+        tell("progress", stage, done, total, unit)
 
     try:
         artifact = ensure_built(

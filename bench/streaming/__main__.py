@@ -82,7 +82,7 @@ def measured(name: str, command: Sequence[str], file: Path, cap: int, request: d
             answer = engine.ask(request)
         finally:
             engine.close()
-        return answer | group.facts()
+        return {**answer, **group.facts()}
 
 
 def row(label: str, tokens: int, answer: dict[str, float], disk: float) -> str:

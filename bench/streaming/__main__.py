@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import mmap
 import os
+import signal
 import sys
 import threading
 import time
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--gguf", default="q4_0")
     parser.add_argument("--device", help="block device of the work directory, to set its read-ahead")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the device's setting and the group are put back
     models = Models(options.work, options.peers, lambda line: print(line, file=sys.stderr))
     artifact = options.artifact or models.artifact(options.preset, options.recipe)
     weights = artifact / "weights" / "weights.bin"
@@ -133,7 +135,7 @@ def main() -> None:
             continue
         gguf = models.gguf(options.preset, options.gguf)
         words = ["bench.peers.llama_cpp_child", str(gguf), "--context", context]
-        for kib in (None, BEST_READ_AHEAD_KIB) if options.device else (None,):
+        for kib in (BEST_READ_AHEAD_KIB, None) if options.device else (None,):
             with read_ahead(options.device or "", kib):
                 answer = measured("llama.cpp", [str(options.peers), "-m", *words], gguf, cap << 20, request)
             label = f"{cap} MiB, llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}"

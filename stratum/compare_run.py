@@ -63,13 +63,10 @@ def compare(request: PlanRequest, planned: Planned) -> tuple[Compared, ...]:
         decode = benchmark.measure(runner, step, REPETITIONS)
         with runner.profile() as profile:
             benchmark.measure(runner, step, 1)
+    step_seconds = planned.placement.simulated_step or planned.placement.decode.seconds
     rows = [
         Compared("prefill", planned.placement.prefill.seconds, statistics.median(prompt.samples_ns) / 1e9),
-        Compared(
-            "decode step",
-            planned.placement.decode.seconds,
-            statistics.median(decode.samples_ns) / 1e9 / session.generate,
-        ),
+        Compared("decode step", step_seconds, statistics.median(decode.samples_ns) / 1e9 / session.generate),
     ]
     steps = [s for s in profile.steps if s.tokens == 1]
     if steps and planned.solution is not None:

@@ -65,7 +65,7 @@ def _phases(plan: Placement) -> list[str]:
     rate = f"{plan.tokens_per_second:.4g} tok/s"
     energy = f", {plan.joules_per_token:.3g} J a token" if plan.joules_per_token is not None else ""
     lines = [
-        f"decode   {seconds_text(plan.decode.seconds)} a step = {rate}, bound by {plan.decode.bound}{energy}",
+        f"decode   {_step(plan)} a step = {rate}, bound by {plan.decode.bound}{energy}",
         f"prefill  {seconds_text(plan.prefill.seconds)} for {session.prompt} tokens, bound by {plan.prefill.bound}",
         "",
     ]
@@ -80,6 +80,14 @@ def _phases(plan: Placement) -> list[str]:
             (name, *(_busy(found, name, phase) for found, phase in ((decode, plan.decode), (prefill, plan.prefill))))
         )
     return lines + table(rows)
+
+
+def _step(plan: Placement) -> str:
+    """The simulated step, and the bound where the two differ."""
+    bound = seconds_text(plan.decode.seconds)
+    if plan.simulated_step is None or plan.simulated_step <= 1.005 * plan.decode.seconds:
+        return bound
+    return f"{seconds_text(plan.simulated_step)} (simulated; at least {bound})"
 
 
 def _by_name(phase: PhasePlan) -> dict[str, float]:
@@ -165,7 +173,7 @@ def _cache(planned: Planned) -> list[str]:
 
 def _gains(planned: Planned) -> list[str]:
     plan = planned.placement
-    rows = [("what would help", "decode", "prefill", "a session is shorter by")]
+    rows = [("what would help", "decode at least", "prefill", "a session is shorter by")]
     for gain in planned.gains[:_SHOWN_GAINS]:
         rows.append((gain.what, seconds_text(gain.decode), seconds_text(gain.prefill), f"{gain.saved:.1%}"))
     if all(gain.saved < 1e-3 for gain in planned.gains):

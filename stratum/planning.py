@@ -26,6 +26,7 @@ from passes.place.parallel import device_unit, search, together
 from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
+from passes.place.refine import refine, simulated
 from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
 
@@ -48,6 +49,7 @@ class PlanRequest:
     trace: Path | None = None
     plan: Path | None = None
     what_if: bool = True
+    simulate: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,14 @@ def _placed(
         solution = _most_tokens(problem)
     else:
         solution = solve(problem)
+    step, bound = None, solution  # what would help is judged by bounds: that of the plan with the lowest one
+    if request.simulate and given is not None:
+        step = simulated(solution)
+    elif request.simulate:
+        refined = refine(solution)
+        solution, step = refined.solution, refined.step_seconds
     placement, judged, warnings = solution.placement, None, list(shape.warnings)
+    placement = dataclasses.replace(placement, simulated_step=step)
     cached = [g for g in placement.groups if g.mode == "cached"]
     if placement.expert_cache is not None and cached:
         slots = min(g.slots for g in cached)
@@ -130,7 +139,7 @@ def _placed(
             placement.expert_cache, policy=judged.policy, belady=max(rate, judged.belady), source=judged.source
         )
         placement = dataclasses.replace(placement, expert_cache=cache)
-    found = gains(solution) if request.what_if and given is None else ()
+    found = gains(bound) if request.what_if and given is None else ()
     return Planned(shape, target, placement, solution, found, judged, tuple(warnings))
 
 

@@ -149,12 +149,14 @@ class Placement:
     prefill_threshold: int | None = None
     gap: float = 0.0
     joules_per_token: float | None = None
+    simulated_step: float | None = None  # seconds of a decode step, event by event; `decode` is its closed-form bound
     schema: str = SCHEMA
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole batch while decoding."""
-        return self.session.batch / self.decode.seconds if self.decode.seconds else 0.0
+        """Of the whole batch while decoding, as simulated where that was done."""
+        seconds = self.simulated_step or self.decode.seconds
+        return self.session.batch / seconds if seconds else 0.0
 
     def to_json(self) -> str:
         """The stable text: `schema` first, then the fields in the order of this class."""

@@ -1,0 +1,59 @@
+"""Plans chosen by simulation: never faster than their bound, never slower than the solved plan as simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from passes.place.formats import formats_of
+from passes.place.machine import machine_of
+from passes.place.outcome import objective
+from passes.place.problem import Problem, Session, Slo
+from passes.place.refine import refine, simulated
+from passes.place.solve import Solution, solve
+from tests.passes.place.machines import MIB, dense, sparse, target
+
+USE = Session(context=256, prompt=64, generate=64)
+
+
+def solved(base: Problem) -> Solution:
+    return solve(base)
+
+
+def value(solution: Solution, seconds: float) -> float:
+    return objective(solution.problem, seconds, solution.outcome.prefill.seconds)
+
+
+def test_a_plan_that_streams_less_can_win() -> None:
+    machine = machine_of(target(vram=8 * MIB, dram_rate=1e8, link=8e7))
+    first = solved(Problem(dense(16), machine, formats_of(""), USE))
+    assert any(o.mode == "streamed" for o, _ in first.choice)
+    before, refined = simulated(first), refine(first)
+    assert before is not None and refined.step_seconds is not None
+    assert before >= first.outcome.decode.seconds
+    assert refined.step_seconds >= refined.solution.outcome.decode.seconds
+    assert value(refined.solution, refined.step_seconds) <= value(first, before) * (1 + 1e-9)
+    assert refined.solution.outcome.fits and refined.solution.problem.pins == ()
+
+
+def test_what_stays_is_not_touched() -> None:
+    first = solved(Problem(dense(4), machine_of(target()), formats_of(""), USE))
+    refined = refine(first)
+    assert refined.solution is first and refined.step_seconds is not None
+    assert abs(refined.step_seconds / first.outcome.decode.seconds - 1) < 0.05
+
+
+def test_caches_are_simulated_with_their_misses() -> None:
+    machine = machine_of(target(gpu=False, dram=24 * MIB))
+    first = solved(Problem(sparse(4, experts=32), machine, formats_of(""), USE))
+    refined = refine(first)
+    assert refined.step_seconds is not None and refined.step_seconds >= refined.solution.outcome.decode.seconds
+    assert refine(first).step_seconds == refined.step_seconds  # the same draws again
+
+
+def test_what_cannot_be_simulated_stays() -> None:
+    first = solved(Problem(dense(4), machine_of(target()), formats_of(""), dataclasses.replace(USE, batch=2)))
+    turns = dataclasses.replace(first.problem, session=dataclasses.replace(first.problem.session, micro_batches=2))
+    other = dataclasses.replace(first, problem=turns)
+    assert simulated(other) is None and refine(other).solution is other
+    late = dataclasses.replace(first.problem, slo=Slo(tpot=1e-12))
+    assert refine(dataclasses.replace(first, problem=late)).solution.choice == first.choice

@@ -81,8 +81,8 @@ class WeightDecoder:
             return [block.load(LANES * i, LANES).cast(I32) for i in range(self.w.steps)]
         return [block.load(64 * i, 64).bitcast(WORDS) for i in range(self.w.bits)]
 
-    def codes(self, registers: list[Expr], step: int) -> Expr:
-        """i32 lanes whose slots hold the codes of a step."""
+    def codes(self, registers: list[Expr], step: int, cut: bool = True) -> Expr:
+        """i32 lanes whose slots hold the codes of a step; if not `cut`, with other bits above a code of one piece."""
         slots = range(0, 32, self.w.slot_bits)
         total: Expr | None = None
         for piece in self.w.pieces[step]:
@@ -91,7 +91,7 @@ class WeightDecoder:
                 word = word.shifted_right(piece.shift - low)
             elif piece.shift < low:
                 word = word.shifted_left(low - piece.shift)
-            if piece.width < self.w.slot_bits:
+            if piece.width < self.w.slot_bits and (cut or len(self.w.pieces[step]) > 1):
                 mask = sum((((1 << piece.width) - 1) << low) << slot for slot in slots)
                 word = word & (mask - (1 << 32) if mask >> 31 else mask)
             total = word if total is None else total | word
@@ -102,11 +102,12 @@ class WeightDecoder:
         """The weights of a step: 64 u8, 32 bf16 or 16 f32. `zeros` are zero points as i32 lanes; bytes ignore them."""
         if self.words is not None:
             return self.words.gather(registers[step]).bitcast(VectorType(4 * LANES, U8))
+        if self.table is not None:
+            whole = self.table.lanes == 1 << self.w.bits  # then an index counts modulo all codes
+            return self.k.lookup(self.table, self.codes(registers, step, cut=not whole))
         codes = self.codes(registers, step)
         if self.float8 is not None:
             return self._float8(codes)
-        if self.table is not None:
-            return self.k.lookup(self.table, codes)
         if self.pack == 4:
             return codes.bitcast(VectorType(4 * LANES, U8))
         less = zeros if zeros is not None else self.bias

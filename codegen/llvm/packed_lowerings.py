@@ -110,15 +110,17 @@ def _lookup(e: FunctionEmitter, op: tile_packed.LookupOp) -> None:
 
 
 def _permute(e: FunctionEmitter, table: str, index: str, word: str, sizes: tuple[int, int, int], intrinsic: str) -> str:
-    """By an instruction that permutes registers of `width` entries. `pshufb` looks into its own 16 bytes only, and
-    gives zero where bit 7 of an index is set, so the table is repeated and the index cut to its bits."""
+    """By an instruction that permutes registers of `width` entries. The table is repeated to fill one: bits of an
+    index above the table's do not matter then. `pshufb` looks into its own 16 bytes only, and gives zero where bit 7
+    of an index is set: its indices are cut."""
     entries, lanes, width = sizes
     kind = f"<{width} x {word}>"
     places = ", ".join(f"i32 {i % entries}" for i in range(width))
     repeated = e.assign(
         f"shufflevector <{entries} x {word}> {table}, <{entries} x {word}> poison, <{width} x i32> <{places}>"
     )
-    index = e.assign(f"and <{lanes} x {word}> {index}, splat ({word} {entries - 1})")
+    if "pshuf" in intrinsic:
+        index = e.assign(f"and <{lanes} x {word}> {index}, splat ({word} {entries - 1})")
     parts = []
     for first in range(0, lanes, width):
         chosen = _part(e, index, word, lanes, first, width)

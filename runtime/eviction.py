@@ -1,13 +1,13 @@
 """Policies of the expert cache: which resident entry is given up next.
 
-`make_policy(name, layers)` takes a name of `POLICIES`. An entry is a pair (layer, expert). A policy is told of each use
-(`touch`, whether the entry is resident or not), of arrivals and departures (`add`, `remove`), and names a `victim`
-among the resident entries that are not busy.
+`make_policy(name, entry_bytes)` takes a name of `POLICIES`. An entry is a pair (layer, expert). A policy is told of
+each use (`touch`, whether the entry is resident or not), of arrivals and departures (`add`, `remove`), and names a
+`victim` among the resident entries that are not busy.
 
 - `lru`: least recently used.
 - `lfu`: least often used since the start, entries that were away included; ties: least recently used.
-- `lrfu`: lowest count of uses, where a use counts half as much after sixteen passes; between the two before (LRFU, IEEE
-  Transactions on Computers 50, 2001).
+- `lrfu`: lowest count of uses for each byte that the entry's layer holds, where a use counts half as much after sixteen
+  passes; between the two before (LRFU, IEEE Transactions on Computers 50, 2001, with the layers evened out).
 - `score`: lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a
   pass, a = 1/2 (HybriMoE, with the weights of the experts that were chosen).
 - `least_stale`: a model visits its layers in a known order, so an entry that this pass did not use is stale once its
@@ -22,7 +22,7 @@ import heapq
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from runtime.errors import RuntimeDiagnostic
@@ -45,18 +45,18 @@ class EvictionPolicy(Protocol):
     def victim(self, busy: Container[Entry]) -> Entry | None: ...
 
 
-def make_policy(name: str, layers: int) -> EvictionPolicy:
-    """A new policy of that name; RuntimeDiagnostic for another name."""
+def make_policy(name: str, entry_bytes: Sequence[int]) -> EvictionPolicy:
+    """A new policy of that name, for layers whose entries have these sizes; RuntimeDiagnostic for another name."""
     if name == "lru":
         return LeastRecentlyUsed()
     if name == "lfu":
         return LeastFrequentlyUsed()
     if name == "lrfu":
-        return FadingCount()
+        return FadingCount(entry_bytes)
     if name == "score":
         return RoutingScore()
     if name == "least_stale":
-        return LeastStale(layers)
+        return LeastStale(len(entry_bytes))
     raise RuntimeDiagnostic(f"there is no cache policy {name!r}", expected=", ".join(POLICIES))
 
 
@@ -93,17 +93,21 @@ class _Ranked(ABC):
         self._resident.discard(entry)
 
     def victim(self, busy: Container[Entry]) -> Entry | None:
+        lowest = self.lowest(busy)
+        return None if lowest is None else lowest[1]
+
+    def lowest(self, busy: Container[Entry]) -> tuple[tuple[float, int], Entry] | None:
+        """The lowest rank of an entry that is resident and not busy, and the entry."""
         kept: list[tuple[tuple[float, int], Entry]] = []
         found = None
-        while self._heap:
-            item = heapq.heappop(self._heap)
-            entry = item[1]
-            if entry not in self._resident or self._rank[entry] != item[0]:
-                continue
-            kept.append(item)
-            if entry not in busy:
-                found = entry
-                break
+        while self._heap and found is None:
+            rank, entry = self._heap[0]
+            if entry not in self._resident or self._rank[entry] != rank:
+                heapq.heappop(self._heap)
+            elif entry in busy:
+                kept.append(heapq.heappop(self._heap))
+            else:
+                found = self._heap[0]
         for item in kept:
             heapq.heappush(self._heap, item)
         return found
@@ -139,10 +143,10 @@ class LeastFrequentlyUsed(_Ranked):
         return float(self._uses[entry])
 
 
-class FadingCount(_Ranked):
-    """Gives up the lowest count of uses, of which each fades to a half in `HALF_LIFE` passes.
+class _LayerCounts(_Ranked):
+    """Uses of one layer's entries, each fading to a half in `HALF_LIFE` passes.
 
-    log2 of the count, and the pass divided by the half-life, stay in order between entries until their next use.
+    log2 of a count, and the pass divided by the half-life, stay in order between entries until their next use.
     """
 
     def __init__(self) -> None:
@@ -154,6 +158,51 @@ class FadingCount(_Ranked):
         count = 1.0 + count * 2.0 ** ((step - self._step) / HALF_LIFE)
         self._count[entry] = (count, self._step)
         return math.log2(count) + self._step / HALF_LIFE
+
+
+class FadingCount:
+    """Gives up the lowest fading count for each byte that the entry's layer holds: a layer with much gives first.
+
+    A layer that this pass has not come to yet has had one pass less to use its entries, which is made good.
+    """
+
+    uses_weights = False
+
+    def __init__(self, entry_bytes: Sequence[int]) -> None:
+        self._bytes = entry_bytes
+        self._layers = [_LayerCounts() for _ in entry_bytes]
+        self._held = [0] * len(entry_bytes)
+        self._step, self._layer = 0, 0
+
+    def begin_batch(self, step: int, layer: int) -> None:
+        self._step, self._layer = step, layer
+
+    def touch(self, entry: Entry, weight: float) -> None:
+        counts = self._layers[entry[0]]
+        counts.begin_batch(self._step, entry[0])
+        counts.touch(entry, weight)
+
+    def add(self, entry: Entry) -> None:
+        self._layers[entry[0]].add(entry)
+        self._held[entry[0]] += self._bytes[entry[0]]
+
+    def remove(self, entry: Entry) -> None:
+        self._layers[entry[0]].remove(entry)
+        self._held[entry[0]] -= self._bytes[entry[0]]
+
+    def victim(self, busy: Container[Entry]) -> Entry | None:
+        best: tuple[float, int] | None = None
+        found = None
+        for layer, counts in enumerate(self._layers):
+            lowest = counts.lowest(busy) if self._held[layer] else None
+            if lowest is None:
+                continue
+            later = 1.0 / HALF_LIFE if layer > self._layer else 0.0
+            # Rounded, so that equal counts are equal however they came about; then the highest layer goes first.
+            rank = (round(lowest[0][0] + later - math.log2(self._held[layer]), 9), -layer)
+            if best is None or rank < best:
+                best, found = rank, lowest[1]
+        return found
 
 
 class RoutingScore(_Ranked):

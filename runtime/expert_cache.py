@@ -76,7 +76,7 @@ class ExpertCache:
         self.policy_name, self.scope = policy, scope
         layers = len(self._bytes)
         count = layers if scope == "layer" else 1
-        self._partitions = [_Partition(capacity // count, make_policy(policy, layers)) for _ in range(count)]
+        self._partitions = [_Partition(capacity // count, make_policy(policy, self._bytes)) for _ in range(count)]
         self._pinned = dict.fromkeys(pinned)
         self._busy: dict[Entry, None] = {}  # entries of the batch in progress
         self._layer, self._step = -1, -1

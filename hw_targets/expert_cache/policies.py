@@ -5,7 +5,8 @@ what is missing comes in, then entries that the batch does not use leave until t
 the budget by itself stays. `runtime.eviction` has the on-line policies for the running model, written on their own.
 
 - lru: what was used longest ago leaves. lfu: what was used least often, times away included; ties: longest ago.
-- lrfu: the lowest count of uses, where a use counts half as much after sixteen passes.
+- lrfu: the lowest count of uses for each byte that the entry's layer holds, where a use counts half as much after
+  sixteen passes.
 - score: the lowest moving average S <- a * weight + (1 - a) * S of the routing weight, once a pass, a = 1/2 (HybriMoE).
 - least_stale: what this pass did not use of the layers it has visited, then of those to come, then what it used. Within
   these groups: used in the oldest pass first; ties: the highest layer, then longest ago (after SpecMD).
@@ -136,21 +137,58 @@ class LfuCache(HeapCache):
             self.rank(key, (self._counts[key], self._clock))
 
 
-class LrfuCache(HeapCache):
-    """Counts of different passes are compared as they would stand in the same one: log2, and a term for the pass."""
+class LrfuCache(Cache):
+    """A heap for each layer. Counts of different passes are compared as they would stand in the same one: log2, and a
+    term for the pass, of which a layer that is still to come in this pass has had one less."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._counts: dict[int, tuple[float, int]] = {}
         self._clock = 0
+        self._ranks: dict[int, tuple[float, int]] = {}
+        self._heaps: dict[int, list[tuple[tuple[float, int], int]]] = {}
+        self._held: dict[int, int] = {}  # bytes by layer
 
     def touch(self, batch: Use, missing: list[int]) -> None:
+        heap = self._heaps.setdefault(batch.layer, [])
+        self._held[batch.layer] = self._held.get(batch.layer, 0) + batch.size * len(missing)
         for key in batch.recency:
             self._clock += 1
             before, step = self._counts.get(key, (0.0, batch.step))
             count = before * 2.0 ** ((step - batch.step) / HALF_LIFE) + 1.0
             self._counts[key] = (count, batch.step)
-            self.rank(key, (math.log2(count) + batch.step / HALF_LIFE, self._clock))
+            self._ranks[key] = (math.log2(count) + batch.step / HALF_LIFE, self._clock)
+            heapq.heappush(heap, (self._ranks[key], key))
+
+    def victim(self, batch: Use, busy: set[int]) -> int | None:
+        best, found = (math.inf, 0), None
+        for layer, heap in self._heaps.items():
+            lowest = self._lowest(heap, busy)
+            if lowest is not None:
+                worth = lowest[0][0] + (1.0 / HALF_LIFE if layer > batch.layer else 0.0)
+                rank = (round(worth - math.log2(self._held[layer]), 9), -layer)
+                if rank < best:
+                    best, found = rank, lowest[1]
+        if found is not None:
+            self._held[-best[1]] -= self.resident[found]
+        return found
+
+    def _lowest(
+        self, heap: list[tuple[tuple[float, int], int]], busy: set[int]
+    ) -> tuple[tuple[float, int], int] | None:
+        held = []
+        found = None
+        while heap and found is None:
+            rank, key = heap[0]
+            if key not in self.resident or self._ranks[key] != rank:
+                heapq.heappop(heap)
+            elif key in busy:
+                held.append(heapq.heappop(heap))
+            else:
+                found = heap[0]
+        for item in held:
+            heapq.heappush(heap, item)
+        return found
 
 
 class ScoreCache(HeapCache):

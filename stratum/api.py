@@ -118,6 +118,7 @@ def load(
     progress: Progress | None = None,
     warn: Warn | None = None,
     memory: int | str | None = None,
+    expert_policy: str | None = None,
     routing: RoutingListener | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
@@ -127,6 +128,7 @@ def load(
 
     `memory` (bytes, or a text like "2GiB") bounds what the process may use: weights that do not fit are read as they
     are needed, `max_context` defaults to what takes an eighth of it, and a build runs in a process of its own.
+    `expert_policy` says which experts such a budget gives up first: `least_stale`, `lru`, `lfu` or `score`.
     `routing` is told which experts every token chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
     too small.
     """
@@ -136,7 +138,7 @@ def load(
     options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
     options |= {"progress": progress, "warn": warn}
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
-    opened |= {"memory": memory_bytes(memory)}
+    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy}
     if memory is not None and not is_artifact(path):
         from stratum.build_apart import built_apart
 

@@ -9,7 +9,7 @@ comes off first: the interpreter and its libraries as measured, activations, the
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ir.diagnostics import DiagnosticError
@@ -50,9 +50,18 @@ def resident_bytes() -> int:
 
 
 def plan_memory(
-    manifest: Manifest, budget: int, *, baseline: int, context: int | None = None, num_slots: int = 1, where: str = ""
+    manifest: Manifest,
+    budget: int,
+    *,
+    baseline: int,
+    context: int | None = None,
+    num_slots: int = 1,
+    policy: str | None = None,
+    where: str = "",
 ) -> MemoryPlan:
     """What to keep of `manifest`'s weights in `budget` bytes, of which the process has `baseline` already.
+
+    `policy` of the cache of experts: one of `runtime.eviction.POLICIES`; by default what no routing makes useless.
 
     Raises DoesNotFit with the least budget, and the context that would fit where a smaller one would do.
     """
@@ -62,7 +71,7 @@ def plan_memory(
     while tokens >= 1:
         plan = rule.plan(chosen, tokens)
         if plan is not None:
-            return MemoryPlan(plan, chosen)
+            return MemoryPlan(replace(plan, policy=policy or plan.policy), chosen)
         tokens //= 2
     minimum = rule.minimum(chosen)
     message = f"{_mib(budget)} are too small for this model with a context of {chosen}"
@@ -73,7 +82,7 @@ def plan_memory(
     raise DoesNotFit(message, minimum, where=where, hint="; ".join(parts))
 
 
-def plan_for(artifact: Path, budget: int, context: int | None) -> MemoryPlan:
+def plan_for(artifact: Path, budget: int, context: int | None, policy: str | None = None) -> MemoryPlan:
     """`plan_memory` for this process, with what running takes loaded already."""
     from runtime.artifact import open_artifact
     from runtime.native import load_libraries
@@ -81,7 +90,8 @@ def plan_for(artifact: Path, budget: int, context: int | None) -> MemoryPlan:
     manifest = open_artifact(artifact).manifest
     load_libraries()
     code = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
-    return plan_memory(manifest, budget, baseline=resident_bytes() + code, context=context, where=str(artifact))
+    baseline = resident_bytes() + code
+    return plan_memory(manifest, budget, baseline=baseline, context=context, policy=policy, where=str(artifact))
 
 
 class _Rule:

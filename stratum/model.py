@@ -118,19 +118,20 @@ class Model:
         max_context: int | None = None,
         verify: bool = False,
         memory: int | None = None,
+        expert_policy: str | None = None,
         routing: RoutingListener | None = None,
     ) -> None:
         self.path = Path(path)
         stream = None
         if memory is not None:
-            planned = self._plan(memory, max_context)
+            planned = self._plan(memory, max_context, expert_policy)
             stream, max_context = planned.stream, planned.context
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing
         )
         self.manifest = self.session.manifest
 
-    def _plan(self, memory: int, max_context: int | None) -> MemoryPlan:
+    def _plan(self, memory: int, max_context: int | None, policy: str | None) -> MemoryPlan:
         """What fits into `memory` bytes beside this process, all that it will load being loaded."""
         from runtime.artifact import open_artifact
         from stratum.memory_plan import plan_for
@@ -138,7 +139,7 @@ class Model:
         self.manifest = open_artifact(self.path).manifest
         with contextlib.suppress(DiagnosticError):
             _ = self.tokenizer  # without one, whoever asks for it is told
-        return plan_for(self.path, memory, max_context)
+        return plan_for(self.path, memory, max_context, policy)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.diagnostics import DiagnosticError
+from runtime.eviction import POLICIES
 from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import DTYPES, output_options, recipe_option
 
@@ -49,6 +50,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
+@click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory: which experts are given up first.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
 @click.option("--profile", is_flag=True, help="Show where the time went, by part of the model.")
@@ -69,6 +71,7 @@ def run(
     pipeline: str | None,
     budget: BitRequest,
     memory: str | None,
+    expert_policy: str | None,
     record_routing: Path | None,
     trace: Path | None,
     profile: bool,
@@ -104,6 +107,7 @@ def run(
             progress=reporter,
             warn=lambda message: click.echo(f"warning: {message}", err=True),
             memory=memory,
+            expert_policy=expert_policy,
             routing=recorder,
             **options,
         )

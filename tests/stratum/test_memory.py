@@ -129,11 +129,19 @@ def test_run_under_a_budget(artifacts: dict[str, Path], name: str, tmp_path: Pat
     """The same text, and the events say what was done; the routing can be read back."""
     arguments = ["run", str(artifacts[name]), "some text", "-n", "6", "--json", "-t", "1", "-c", "64"]
     recorded = tmp_path / "routing.csv"
-    more = ["--memory", "1GiB", *(["--record-routing", str(recorded)] if name == "experts" else [])]
+    more = [
+        "--memory",
+        "1GiB",
+        "--expert-policy",
+        "lfu",
+        *(["--record-routing", str(recorded)] if name == "experts" else []),
+    ]
     plain, bounded = run_cli(*arguments), run_cli(*arguments, *more)
     assert plain.returncode == bounded.returncode == 0, bounded.stderr
     events = [[json.loads(line) for line in r.stdout.splitlines()] for r in (plain, bounded)]
     done = [next(e for e in found if e["event"] == "done") for found in events]
+    chosen = next(e for e in events[1] if e["event"] == "chosen")
+    assert chosen["streaming"]["policy"] == "lfu" and chosen["streaming"]["budget_bytes"] == 1 << 30
     assert done[0]["token_ids"] == done[1]["token_ids"]
     report = next(e for e in events[1] if e["event"] == "streaming")
     assert report["read_bytes"] > 0 and report["budget_bytes"] == 1 << 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,7 +110,11 @@ def test_parts_make_the_same_array(data: st.DataObject, format: ScaledFormat) ->
 @given(st.data(), low_bit_formats.filter(lambda f: f.channel is None and f != MXFP4))
 def test_searched_scales_lose_no_more(data: st.DataObject, format: ScaledFormat) -> None:
     values = data.draw(arrays_for(format))
-    assert squared_error(format, values, "mse") <= squared_error(format, values, "nearest") * 1.001 + 1e-60
+    loss = squared_error(format, values, "nearest") * 1.001 + 1e-60
+    if values.shape[-1] == format.groups(values.shape[-1]):
+        # One value alone can lie on any level: what is lost is the rounding of its scale, which is smaller for some.
+        loss += float((values.astype(np.float64) ** 2).sum() * float(ml_dtypes.finfo(format.scale.dtype).eps) ** 2 / 4)
+    assert squared_error(format, values, "mse") <= loss
 
 
 # -- stacks and rows

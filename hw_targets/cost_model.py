@@ -3,8 +3,9 @@
     work = Work(flops=2e9, element="bf16", traffic=(("hbm", 1e9),), launches=2)
     price(work, target.unit("gpu"), target)      # Price(seconds=..., bound="hbm read", parts=(...))
 
-Everything that a piece of work uses runs at the same time, so the slowest resource decides; only the start of kernels
-(and the meeting of cores after each) comes on top. A rate that nobody stated is never guessed: asking for it is a
+Everything that a piece of work uses runs at the same time, so the slowest resource decides, except where a unit states
+that its reads and its arithmetic only overlap in part; the start of kernels (and the meeting of cores after each) comes
+on top. A rate that nobody stated is never guessed: asking for it is a
 diagnostic that names the figure and how to give it. Rates are those to plan with: stated times stated efficiency.
 """
 
@@ -27,13 +28,17 @@ _STAND_INS: dict[str, tuple[str, ...]] = {
 }
 
 
+FEW_ROWS = 16  # below, a product is one of few rows
+
+
 @dataclass(frozen=True)
 class Work:
     """What a kernel, a layer or a whole phase asks of one unit.
 
     `traffic` is ((tier, bytes read or written), ...); bytes of the unit's own tier and of caches are read by its cores,
     others come over a link. `transfers` is ((from tier or storage, to tier, bytes), ...). `launches` counts kernels.
-    `threads` are the cores that take part, None for all.
+    `threads` are the cores that take part, None for all. `rows` are the tokens that each matrix of the work meets,
+    None: many.
     """
 
     flops: float = 0.0
@@ -42,6 +47,7 @@ class Work:
     transfers: tuple[tuple[str, str, float], ...] = ()
     launches: int = 0
     threads: int | None = None
+    rows: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,19 @@ def price(work: Work, unit: ComputeUnit, target: Target) -> Price:
     parts: dict[str, float] = {}
     if work.flops:
         rate, element = compute_rate(unit, work.element, target, work.threads)
+        few = dict(unit.few_rows_efficiency).get(element)
+        if work.rows is not None and work.rows < FEW_ROWS and few is not None:
+            rate *= few / unit.efficiency_of(element)
         parts[f"{unit.name} {element}"] = work.flops / rate
     for name, nbytes in work.traffic:
         _add(parts, f"{name} read", nbytes / tier_rate(target, name, unit, work.threads))
+    own = [*parts.values()]
+    apart = (1.0 - unit.overlap) * (sum(own) - max(own, default=0.0)) + max(own, default=0.0)
     for source, goal, nbytes in work.transfers:
         resource, seconds = transfer_time(target, source, goal, nbytes)
         _add(parts, resource, seconds)
     dispatch = work.launches * dispatch_seconds(unit)
-    slowest = max(parts.values(), default=0.0)
+    slowest = max(apart, *parts.values(), 0.0)
     if dispatch:
         parts["dispatch"] = dispatch
     bound = max(parts, key=lambda name: parts[name], default="nothing")

@@ -71,6 +71,8 @@ def _unit(unit: ComputeUnit) -> str:
         parts.append("of that " + ", ".join(f"{element} {share:.0%}" for element, share in unit.efficiency))
     if unit.bandwidth_efficiency is not None:
         parts.append(f"{unit.bandwidth_efficiency:.0%} of {unit.tier}'s bandwidth")
+    if unit.few_rows_efficiency:
+        parts.append("for few rows " + ", ".join(f"{e} {share:.0%}" for e, share in unit.few_rows_efficiency))
     if unit.launch_seconds is not None:
         parts.append(f"launch {_time(unit.launch_seconds)}")
     if unit.barrier_seconds is not None:

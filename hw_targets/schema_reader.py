@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Fields that are figures: those given need a source. Sizes, counts and names need none.
 _UNIT_FIGURES = (
-    *("clock", "peak", "efficiency", "bandwidth_efficiency"),
+    *("clock", "peak", "efficiency", "bandwidth_efficiency", "few_rows_efficiency", "overlap"),
     *("launch", "barrier", "power", "idle"),
 )
 _TIER_FIGURES = ("read", "write", "latency", "read_by_threads", "page_fault", "power", "idle", "energy")
@@ -78,7 +78,8 @@ class Reader:
         shares = t.efficiency if isinstance(t.efficiency, dict) else dict.fromkeys(sorted(t.peak), t.efficiency)
         if isinstance(t.efficiency, float | int) and not t.peak:
             self._fail(f"{path}.efficiency", "a share of no peak", "a peak, or { f16 = 0.7 }")
-        for field, names in (("peak", t.peak), ("efficiency", shares)):
+        few = t.few_rows_efficiency
+        for field, names in (("peak", t.peak), ("efficiency", shares), ("few_rows_efficiency", few)):
             for element in names:
                 if element not in ELEMENTS:
                     self._fail(f"{path}.{field}", f"{element!r} is not an element", ", ".join(ELEMENTS))
@@ -96,6 +97,10 @@ class Reader:
             source=self._source(t, path, _UNIT_FIGURES),
             efficiency=tuple((e, self._share(v, f"{path}.efficiency.{e}")) for e, v in given.items()),
             bandwidth_efficiency=self._optional_share(t.bandwidth_efficiency, f"{path}.bandwidth_efficiency"),
+            few_rows_efficiency=tuple(
+                (e, self._share(v, f"{path}.few_rows_efficiency.{e}")) for e, v in sorted(t.few_rows_efficiency.items())
+            ),
+            overlap=1.0 if t.overlap is None else self._share(t.overlap, f"{path}.overlap"),
             launch_seconds=self._optional(t.launch, "time", f"{path}.launch"),
             barrier_seconds=self._optional(t.barrier, "time", f"{path}.barrier"),
             power_watts=self._optional(t.power, "power", f"{path}.power"),

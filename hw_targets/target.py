@@ -37,8 +37,10 @@ class ComputeUnit:
     `peak` maps an element (`f32`, `bf16`, `f16`, `i8`, ...) to FLOP/s of **one** core with that element's fastest dense
     instructions; a GPU or a near-memory engine counts as one core unless its file says otherwise. `efficiency` maps
     an element to the share of that peak that large products reach, `bandwidth_efficiency` is the share of its tier's
-    read bandwidth that kernels reach. `launch_seconds` is paid for each kernel that the host starts on the unit,
-    `barrier_seconds` for each time that its cores wait for each other.
+    read bandwidth that kernels reach. `few_rows_efficiency` maps an element to the share of the peak in products of a
+    few rows, such as a decode step of several sequences (absent: as large ones). `overlap` is the share of the shorter
+    one of reading and computing that hides behind the longer one. `launch_seconds` is paid for each kernel that the
+    host starts on the unit, `barrier_seconds` for each time that its cores wait for each other.
     """
 
     name: str
@@ -50,6 +52,8 @@ class ComputeUnit:
     source: str = ""
     efficiency: tuple[tuple[str, float], ...] = ()
     bandwidth_efficiency: float | None = None
+    few_rows_efficiency: tuple[tuple[str, float], ...] = ()
+    overlap: float = 1.0
     launch_seconds: float | None = None
     barrier_seconds: float | None = None
     power_watts: float | None = None  # of one copy, at work

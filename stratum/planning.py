@@ -9,6 +9,7 @@ Takes text as the command line has it; reads configurations and headers only. Ra
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,10 @@ from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated
 from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
+
+# Of a budget for this machine: the interpreter with its libraries as measured (75 MiB), 24 MiB for what comes later and
+# 8 MiB for rows of embeddings. Page tables take a 256th more.
+PROCESS_BYTES = 107 << 20
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,12 @@ class Planned:
     warnings: tuple[str, ...] = field(default=())
 
 
-def make_plan(request: PlanRequest) -> Planned:
-    """The plan that a request leads to. Raises NoFit, and DiagnosticError for what is wrong with the request."""
-    shape, target = load_shape(request.model), load_target(request.target)
+def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -> Planned:
+    """The plan that a request leads to. Raises NoFit, and DiagnosticError for what is wrong with the request.
+
+    This machine is measured first where that was never done; `tell` is told so.
+    """
+    shape, target = load_shape(request.model), _measured(request.target, tell)
     formats = formats_of(request.recipe, request.dtype)
     given = _read_plan(request.plan) if request.plan is not None else None
     session = _session(request, shape)
@@ -143,6 +151,21 @@ def _placed(
     return Planned(shape, target, placement, solution, found, judged, tuple(warnings))
 
 
+def _measured(name: str, tell: Callable[[str], None] | None) -> Target:
+    """The target; of this machine with rates, which are measured once and kept."""
+    target = load_target(name)
+    cores, tier = target.unit(), target.tier()
+    known = bool(cores is not None and cores.peak) and bool(tier is not None and tier.read_bandwidth)
+    if known or name.partition("{")[0] != "host":
+        return target
+    from hw_targets.calibrate import calibrate
+
+    if tell is not None:
+        tell("measuring this machine once, about 3 s: memory bandwidth and peaks ('compile-model targets calibrate')")
+    calibrate()
+    return load_target(name)
+
+
 def parse_slo(text: str | None) -> Slo:
     """`ttft=2s,tpot=50ms` -> bounds in seconds."""
     bounds: dict[str, float] = {}
@@ -173,13 +196,16 @@ def _session(request: PlanRequest, shape: ModelShape) -> Session:
 def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in request.budgets:
+        own = 0
         if name == "memory":
             name = main_tier(target)
+            if target.name == "host":  # `run --memory` bounds the whole process
+                own = PROCESS_BYTES + int(parse_quantity(size, "bytes", where=f"budget of {name}")) // 256
         elif name == "disk":
             if not target.storage:
                 raise DiagnosticError(f"target {target.name} has no storage", where="--disk")
             name = target.storage[0].name
-        found[name] = int(parse_quantity(size, "bytes", where=f"budget of {name}"))
+        found[name] = max(0, int(parse_quantity(size, "bytes", where=f"budget of {name}")) - own)
     return found
 
 

@@ -251,7 +251,8 @@ def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: Compute
 def _compute(
     problem: Problem, cost: PhaseCost, unit: ComputeUnit, part: Part, nbytes: float, rows: float, passes: int
 ) -> None:
-    work = Work(part.flops_per_token * rows, part.element, ((unit.tier, nbytes),), launches=part.launches)
+    each = rows * part.top_k / part.experts if part.experts else rows
+    work = Work(part.flops_per_token * rows, part.element, ((unit.tier, nbytes),), launches=part.launches, rows=each)
     paid = price(work, unit, problem.machine.target)
     parts = dict(paid.parts)
     dispatch = parts.pop("dispatch", 0.0)

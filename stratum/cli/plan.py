@@ -82,7 +82,7 @@ def plan(
         tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file, not quick,
     )  # fmt: skip
     try:
-        planned = make_plan(request)
+        planned = make_plan(request, tell=lambda text: click.echo(text, err=True))
     except NoFit as fault:
         return _refused(fault, as_json)
     if compare_run:

@@ -1,0 +1,33 @@
+"""Plans for this machine: measured once where it was not, and a budget that holds the process too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hw_targets import calibrate
+from hw_targets.calibrate import Calibration
+from stratum.planning import PROCESS_BYTES, PlanRequest, make_plan
+
+FOUND = Calibration(2, 3e10, 1e11, bf16_peak=2e11, i8_peak=4e11, read_by_threads=((1, 2e10), (2, 3e10)))
+
+
+def test_this_machine_is_measured_once(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Calibration] = []
+    told: list[str] = []
+    monkeypatch.setattr(calibrate, "cached", lambda threads: kept[-1] if kept else None)
+    monkeypatch.setattr(calibrate, "calibrate", lambda: kept.append(FOUND))
+    request = PlanRequest(str(llama_directory), context=64, generate=2, what_if=False)
+    first = make_plan(request, tell=told.append)
+    assert make_plan(request, tell=told.append).placement == first.placement
+    assert len(kept) == 1 and len(told) == 1 and "3 s" in told[0]
+    tier = first.target.tier()
+    assert tier is not None and tier.read_bandwidth == FOUND.read_bandwidth
+
+
+def test_the_process_is_part_of_the_budget(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "cached", lambda threads: FOUND)
+    request = PlanRequest(str(llama_directory), context=64, generate=2, budgets=(("memory", "256MiB"),), what_if=False)
+    dram = next(t for t in make_plan(request).placement.tiers if t.name == "dram")
+    assert dram.capacity == (256 << 20) - PROCESS_BYTES - (1 << 20)

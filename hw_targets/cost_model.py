@@ -72,7 +72,9 @@ def price(work: Work, unit: ComputeUnit, target: Target) -> Price:
     for name, nbytes in work.traffic:
         _add(parts, f"{name} read", nbytes / tier_rate(target, name, unit, work.threads))
     own = [*parts.values()]
-    apart = (1.0 - unit.overlap) * (sum(own) - max(own, default=0.0)) + max(own, default=0.0)
+    apart = max(own, default=0.0)
+    if work.rows is None or work.rows > 1:
+        apart += (1.0 - dict(unit.overlap).get(work.element, 1.0)) * (sum(own) - apart)
     for source, goal, nbytes in work.transfers:
         resource, seconds = transfer_time(target, source, goal, nbytes)
         _add(parts, resource, seconds)

@@ -18,10 +18,10 @@ from hw_targets.target import Cache, ComputeUnit, MemoryTier, Target
 
 _CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 # What generated kernels reach of calibrated figures; docs/prediction.md tells how they were found.
-EFFICIENCY = {"bf16": 0.90, "f32": 0.90, "i8": 0.72}
-FEW_ROWS_EFFICIENCY = {"i8": 0.48}
-BANDWIDTH_EFFICIENCY = 0.96
-OVERLAP = 0.0  # weights are read and unpacked into registers before they are multiplied, so that times add up
+EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.65}
+FEW_ROWS_EFFICIENCY = {"bf16": 0.35, "i8": 0.55}
+BANDWIDTH_EFFICIENCY = 0.86
+OVERLAP = {"i8": 0.0}  # low-bit weights are unpacked before they meet several rows: times add up
 EFFICIENCY_SOURCE = "shares that kernels reach: bench.prediction, AMD EPYC Zen 4, 2 cores"
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -58,7 +58,7 @@ def detect() -> Target:
         efficiency=tuple((e, EFFICIENCY[e]) for e, _ in found.peaks_of_one_thread()) if found else (),
         bandwidth_efficiency=BANDWIDTH_EFFICIENCY if found else None,
         few_rows_efficiency=tuple(FEW_ROWS_EFFICIENCY.items()) if found else (),
-        overlap=OVERLAP if found else 1.0,
+        overlap=tuple(OVERLAP.items()) if found else (),
     )
     tier = MemoryTier(
         name="dram",

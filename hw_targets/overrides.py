@@ -31,7 +31,6 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "count": ("count", "count"),
         "clock": ("clock_hz", "frequency"),
         "bandwidth_efficiency": ("bandwidth_efficiency", "share"),
-        "overlap": ("overlap", "share"),
         "launch": ("launch_seconds", "time"),
         "barrier": ("barrier_seconds", "time"),
         "power": ("power_watts", "power"),

@@ -79,7 +79,8 @@ class Reader:
         if isinstance(t.efficiency, float | int) and not t.peak:
             self._fail(f"{path}.efficiency", "a share of no peak", "a peak, or { f16 = 0.7 }")
         few = t.few_rows_efficiency
-        for field, names in (("peak", t.peak), ("efficiency", shares), ("few_rows_efficiency", few)):
+        figures = (("peak", t.peak), ("efficiency", shares), ("few_rows_efficiency", few), ("overlap", t.overlap))
+        for field, names in figures:
             for element in names:
                 if element not in ELEMENTS:
                     self._fail(f"{path}.{field}", f"{element!r} is not an element", ", ".join(ELEMENTS))
@@ -100,7 +101,7 @@ class Reader:
             few_rows_efficiency=tuple(
                 (e, self._share(v, f"{path}.few_rows_efficiency.{e}")) for e, v in sorted(t.few_rows_efficiency.items())
             ),
-            overlap=1.0 if t.overlap is None else self._share(t.overlap, f"{path}.overlap"),
+            overlap=tuple((e, self._share(v, f"{path}.overlap.{e}")) for e, v in sorted(t.overlap.items())),
             launch_seconds=self._optional(t.launch, "time", f"{path}.launch"),
             barrier_seconds=self._optional(t.barrier, "time", f"{path}.barrier"),
             power_watts=self._optional(t.power, "power", f"{path}.power"),

@@ -111,9 +111,11 @@ def row_of(work: Path, run: Run, case: Case, found: dict[str, float], target: st
         )
     )  # fmt: skip
     phase = planned.placement.decode if case.phase == "decode" else planned.placement.prefill
+    simulated = planned.placement.simulated_step if case.phase == "decode" else None
     cache = planned.placement.expert_cache
+    hits = cache.hit_rate if cache is not None else None
     return Row(
-        run, case, phase.seconds, found["seconds"], phase.bound, cache.hit_rate if cache is not None else None,
+        run, case, simulated or phase.seconds, found["seconds"], phase.bound, hits,
         found.get("hit_rate"), found.get("read_bytes"),
     )  # fmt: skip
 

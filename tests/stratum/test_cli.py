@@ -56,7 +56,7 @@ def test_public_names_are_loaded_on_use() -> None:
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = ["bench", "build", "eval", "inspect", "opt", "plan", "quantize", "recipes", "run", "targets"]
+    verbs = ["bench", "build", "eval", "inspect", "opt", "plan", "quantize", "recipes", "routing", "run", "targets"]
     assert sorted(cli.commands) == verbs
     for verb in cli.commands:
         assert main([verb, "--help"]) == 0

@@ -95,7 +95,7 @@ class Demands:
     def compute(self, op: stream.ComputeOp) -> Demand:
         """What a computation takes of its unit and of the tiers it touches."""
         a = op.attributes
-        key = (a["unit"], a["work"], a["element"], a["tiers"], a["moved"], a["launches"])
+        key = (a["unit"], a["work"], a["element"], a["tiers"], a["moved"], a["launches"], a["rows"])
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._compute(op)
@@ -119,7 +119,7 @@ class Demands:
                 link = self.target.link_between(tier, unit.tier)
                 if link is not None:
                     uses += self._link_uses(link, copy, tier, unit.tier, moved)
-        work = Work(float(op.work), op.element, tuple(traffic), tuple(transfers), op.launches)
+        work = Work(float(op.work), op.element, tuple(traffic), tuple(transfers), op.launches, rows=op.rows or None)
         key = (name, work)
         found = self._prices.get(key)
         if found is None:

@@ -239,10 +239,11 @@ class ComputeOp(StreamOp):
     tiers = attr(tuple, "memories touched", default=())
     moved = attr(tuple, "bytes touched in each", default=())
     launches = attr(int, "kernels that are started", default=1)
+    rows = attr(int, "tokens that each matrix meets; 0: many", default=0)
     writes = attr(tuple, "numbers of the operands that are written", default=())
     data = operand("slots and segments, read unless they are only written", variadic=True)
     token = result("the work under way")
-    least: ClassVar[dict[str, int]] = {"work": 0, "launches": 0}
+    least: ClassVar[dict[str, int]] = {"work": 0, "launches": 0, "rows": 0}
 
     @staticmethod
     def infer_types(

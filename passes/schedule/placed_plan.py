@@ -415,4 +415,4 @@ class _Emitter:
 def _part(work: Work, count: int, first: bool) -> Work:
     """One of `count` equal parts of some work: the kernels are started once, with the first."""
     traffic = tuple((tier, nbytes / count) for tier, nbytes in work.traffic)
-    return Work(work.flops / count, work.element, traffic, launches=work.launches if first else 0)
+    return Work(work.flops / count, work.element, traffic, launches=work.launches if first else 0, rows=work.rows)

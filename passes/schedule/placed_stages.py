@@ -187,7 +187,8 @@ class _Reader:
 
     def work(self, part: Part, unit: str, nbytes: int, rows: float, launches: int) -> Work:
         tier = self.problem.machine.unit(unit).tier
-        return Work(part.flops_per_token * rows, part.element, ((tier, float(nbytes)),), launches=launches)
+        each = rows * part.top_k / part.experts if part.experts else rows
+        return Work(part.flops_per_token * rows, part.element, ((tier, float(nbytes)),), launches=launches, rows=each)
 
     def needed(self, part: Part, rows: float) -> float:
         """Experts that a micro-batch touches."""

@@ -79,6 +79,7 @@ class StreamWriter:
             tiers=tuple(tier for tier, _ in work.traffic),
             moved=tuple(round(nbytes) for _, nbytes in work.traffic),
             launches=work.launches,
+            rows=0 if work.rows is None else max(1, round(work.rows)),
             writes=tuple(range(len(reads), len(reads) + len(writes))),
         )
         return self.build(op, f"{name}.done")

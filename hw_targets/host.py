@@ -18,7 +18,7 @@ from hw_targets.target import Cache, ComputeUnit, MemoryTier, Target
 
 _CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 # What generated kernels reach of calibrated figures; docs/prediction.md tells how they were found.
-EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.65}
+EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.68}
 FEW_ROWS_EFFICIENCY = {"bf16": 0.35, "i8": 0.55}
 BANDWIDTH_EFFICIENCY = 0.86
 OVERLAP = {"i8": 0.0}  # low-bit weights are unpacked before they meet several rows: times add up

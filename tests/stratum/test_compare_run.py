@@ -36,6 +36,15 @@ def test_both_figures_of_every_part(moe_directory: Path) -> None:
     assert inner > 0.0
 
 
+def test_a_budget_is_compared_too(moe_directory: Path) -> None:
+    asked = PlanRequest(
+        str(moe_directory), context=64, prompt=16, generate=4, what_if=False, budgets=(("memory", "3GiB"),)
+    )
+    rows = {row.what: row for row in compare(asked, make_plan(asked))}
+    assert rows["read, a step"].measured >= 0 and rows["peak memory"].predicted > 100
+    assert rows["peak memory"].unit == "MB" and " MB" in compared_text(list(rows.values()))
+
+
 def test_command(moe_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", str(moe_directory), "--ctx", "64", "--prompt-tokens", "16", "--generate", "2", "--quick"]
     assert main([*arguments, "--compare-run"]) == 0

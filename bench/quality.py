@@ -82,7 +82,7 @@ FORMATS = {
 }
 UNIFORM = ("q8", "q6", "q5", "q4", "q4-g64", "q4-g128", "nf4", "k4", "q3")  # with the head, beside the solver
 NAMES = (
-    *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "nf4", "k4", "mxfp4"),
+    *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "nf4", "nl4", "k4", "mxfp4"),
     *("w3", "w2a8", "w1a8", "ternary", "pq2", "fp8"),
 )
 KV_FORMATS = {

@@ -30,8 +30,8 @@ ALLOWED_LIBRARIES: dict[str, frozenset[str]] = {
     "ir": frozenset({"numpy", "ml_dtypes", "lark"}),
     "hw_targets": frozenset({"numpy", "ml_dtypes", "llvmlite", "psutil", "msgspec"}),
     "frontends": frozenset({"numpy", "ml_dtypes", "safetensors", "tokenizers", "jinja2", "msgspec"}),
-    # numba: loops over weights, when models are built. highspy: the mixed-integer program that spends a budget of bits, and
-    # the one that places a model. msgspec: plans as JSON.
+    # numba: loops over weights, when models are built. highspy: the mixed-integer programs that spend a budget of bits
+    # and place a model. msgspec: plans as JSON.
     "passes": frozenset({"numpy", "ml_dtypes", "numba", "highspy", "msgspec"}),
     "codegen": frozenset({"numpy", "ml_dtypes", "llvmlite", "numba", "psutil", "msgspec"}),
     # tokenizers and jinja2 turn text into token ids and back; everything else runs on numpy and LLVM's loader.

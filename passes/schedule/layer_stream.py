@@ -24,7 +24,7 @@ from hw_targets.timeline import Timeline
 from ir.core import Value
 from ir.diagnostics import Diagnostic
 from ir.ops.builtin import FuncOp
-from passes.schedule.stream_problem import StreamProblem
+from passes.schedule.stream_problem import Piece, StreamProblem
 from passes.schedule.stream_writer import StreamWriter
 
 MOST_DEPTH = 16
@@ -75,7 +75,9 @@ def emit_layers(problem: StreamProblem, depth: int, room: int | None = None, nam
     return writer.finish()
 
 
-def _start(writer: StreamWriter, problem: StreamProblem, name: str, pieces: Sequence) -> list[tuple[Value, Value]]:
+def _start(
+    writer: StreamWriter, problem: StreamProblem, name: str, pieces: Sequence[Piece]
+) -> list[tuple[Value, Value]]:
     started = []
     for piece in pieces:
         slot = writer.slot(problem.unit, problem.tier, piece.nbytes, name)

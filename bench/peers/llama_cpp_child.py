@@ -61,6 +61,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        model_params.use_extra_bufts = not options.mapped
         self.model = llama_cpp.llama_model_load_from_file(options.model.encode(), model_params)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {options.model}")
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--kv", choices=["f16", "q8_0"], default="f16")
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--mapped", action="store_true", help="weights stay as the file has them: nothing is repacked")
     engine = LlamaCpp(parser.parse_args())
     serve({name: getattr(engine, name) for name in ("about", "prefill", "decode", "experts")})
 

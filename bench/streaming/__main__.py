@@ -2,9 +2,10 @@
 
     python -m bench.streaming --work DIR --cap 2048 --cap 1024 [--peers VENV/bin/python] [--device vda]
 
-Every row is a process of its own in a control group of its own (needs root). llama.cpp maps the file; it is
-measured at the system's read-ahead and, with `--device vda`, at 128 KiB, which suits it best. What the disk gives is
-measured in the same run, so that a row can say which part of it was used. Models are those of `bench.peers`.
+Every row is a process of its own in a control group of its own (needs root). llama.cpp maps the file and does not
+repack its weights, which would have to fit; it is measured at the system's read-ahead and, with `--device vda`, at
+128 KiB, which suits it best. What the disk gives is measured in the same run, so that a row can say which part of it
+was used. Models are those of `bench.peers`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.peers.child import Engine
+from bench.peers.child import Engine, EngineError
 from bench.peers.models import Models
 from bench.streaming.memory_group import MemoryGroup
 
@@ -134,11 +135,15 @@ def main() -> None:
         if options.peers is None:
             continue
         gguf = models.gguf(options.preset, options.gguf)
-        words = ["bench.peers.llama_cpp_child", str(gguf), "--context", context]
+        words = ["bench.peers.llama_cpp_child", str(gguf), "--context", context, "--mapped"]
         for kib in (BEST_READ_AHEAD_KIB, None) if options.device else (None,):
-            with read_ahead(options.device or "", kib):
-                answer = measured("llama.cpp", [str(options.peers), "-m", *words], gguf, cap << 20, request)
             label = f"{cap} MiB, llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}"
+            try:
+                with read_ahead(options.device or "", kib):
+                    answer = measured("llama.cpp", [str(options.peers), "-m", *words], gguf, cap << 20, request)
+            except EngineError as fault:
+                print(f"| {label} | {fault} | | | | | |", flush=True)
+                continue
             print(row(label, count, answer, disk), flush=True)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -170,10 +169,8 @@ def test_time_is_bounded():
     worker = compile_worker._pool().idle.get_nowait()
     os.kill(worker.process.pid, signal.SIGSTOP)
     compile_worker._pool().idle.put(worker)
-    start = time.monotonic()
     with pytest.raises(DiagnosticError, match="did not finish in the time allowed"):
         compile_many([request(GOOD)], timeout_seconds=0.3)
-    assert time.monotonic() - start < 10
     assert worker.process.poll() is not None
 
 

@@ -151,9 +151,9 @@ NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [0, -1, 1 << 40, 10**400, 2.0, "2", True, [2], {}, float("inf"), float("nan")])
 def test_hostile_numbers_are_refused(name: str, value: Any) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     text = _refused("llama", **{name: value})
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert text.startswith(f"config.json: error: field '{name}' is ")
     assert "expected: a whole number in " in text
 
@@ -234,9 +234,9 @@ def test_unknown_fields_are_said() -> None:
 
 
 def test_many_unknown_fields_take_little_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     lines = _warnings("llama", **{f"{'x' * 200}{i}": i for i in range(5000)})
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(lines) == 21
     assert lines[-1] == "config.json: 4980 more fields are not known and were ignored"
 

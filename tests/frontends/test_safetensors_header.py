@@ -101,10 +101,10 @@ def test_hostile_file_is_refused(kind: str, tmp_path: Path) -> None:
     content, message = HOSTILE[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DiagnosticError) as caught:
         read_header(path)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert str(caught.value).startswith(f"{path}: error: ") or str(caught.value).startswith(f"{path}: tensor")
     assert message in str(caught.value)
 
@@ -126,10 +126,10 @@ def test_large_garbage_is_refused_in_bounded_time_and_memory(text: str, tmp_path
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw_safetensors(text))
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DiagnosticError):
         read_header(path)
-    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 5
     assert peak < 40 * len(text)

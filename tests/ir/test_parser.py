@@ -106,9 +106,9 @@ def test_lists_nest_only_so_deep() -> None:
     ],
 )
 def test_hostile_text_is_refused_quickly(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     error_of(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @given(st.text(alphabet='%@#<>(){}[]^=:,.*-"\\ \nx1fabn_', max_size=60))

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -288,8 +287,6 @@ def test_a_worker_that_never_arrives(tmp_path: Path) -> None:
             run_sequence(session, [DEAD_WORKER_ID])
         with pytest.raises(RuntimeDiagnostic, match="stopped after a failed step"):
             run_sequence(session, [1])
-        start = time.monotonic()
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.slow

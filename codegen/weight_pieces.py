@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from codegen.weights import PAGE_BYTES, StoredTensor, matrix_extent
-from ir.core import Value
+from ir.core import Op, Value
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp
 from ir.ops.moe import DispatchOp, GroupedGemmOp
@@ -74,11 +74,18 @@ def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBu
 
 
 def row_tables(weights: Iterable[Value]) -> tuple[Value, ...]:
-    """Weights of which every reader takes single rows."""
-    return tuple(value for value in weights if value.uses and all(_takes_rows(value, *use) for use in value.uses))
+    """Weights of which every reader takes single rows. What makes another weight of it when the file is written (the
+    head of a tied model has its own layout) is no reader."""
+    stored = dict.fromkeys(weights)
+    found = []
+    for value in stored:
+        uses = [(op, at) for op, at in value.uses if not any(result in stored for result in op.results)]
+        if uses and all(_takes_rows(value, op, at) for op, at in uses):
+            found.append(value)
+    return tuple(found)
 
 
-def _takes_rows(value: Value, op: object, index: int) -> bool:
+def _takes_rows(value: Value, op: Op, index: int) -> bool:
     if not isinstance(value.type, TensorType) or value.type.layout is not None:
         return False
     if isinstance(op, EmbedOp):

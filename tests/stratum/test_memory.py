@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import stratum
 from hw_targets.routing import read_trace
 from ir.diagnostics import DiagnosticError
+from runtime.artifact import open_artifact
 from runtime.manifest import AwaitInfo, KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.memory_plan import DoesNotFit, plan_memory, resident_bytes
@@ -117,11 +118,17 @@ def test_a_smaller_context_is_offered() -> None:
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("memory")
-    families = {"dense": LLAMA, "experts": QWEN3_MOE}
+    families = {"dense": {**LLAMA, "tie_word_embeddings": True}, "experts": QWEN3_MOE}
     return {
         name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
         for name, family in families.items()
     }
+
+
+def test_the_table_of_a_tied_model_is_read_by_rows(artifacts: dict[str, Path]) -> None:
+    """Its head is stored beside it in a layout of its own, so that nothing else reads the table."""
+    pieces = open_artifact(artifacts["dense"]).manifest.weights.pieces
+    assert (pieces[0].kind, pieces[0].origin, pieces[0].unit) == ("rows", "embed_tokens", 2 * LLAMA["hidden_size"])
 
 
 @pytest.mark.parametrize("name", ["dense", "experts"])

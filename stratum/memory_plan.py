@@ -31,7 +31,7 @@ class DoesNotFit(DiagnosticError):
     exit_code = EXIT_DOES_NOT_FIT
 
     def __init__(self, message: str, minimum: int, *, where: str, hint: str) -> None:
-        super().__init__(message, where=where, expected=f"at least {_mib(minimum)}", hint=hint)
+        super().__init__(message, where=where, expected=f"at least {mib(minimum)}", hint=hint)
         self.minimum = minimum
 
 
@@ -65,7 +65,7 @@ def plan_memory(
 
     Raises DoesNotFit with the least budget, and the context that would fit where a smaller one would do.
     """
-    rule = _Rule(manifest, budget, baseline, num_slots)
+    rule = Accounts(manifest, budget, baseline, num_slots)
     chosen = context if context is not None else rule.default_context()
     tokens = max(program.max_tokens for program in manifest.programs)
     while tokens >= 1:
@@ -74,9 +74,9 @@ def plan_memory(
             return MemoryPlan(replace(plan, policy=policy or plan.policy), chosen)
         tokens //= 2
     minimum = rule.minimum(chosen)
-    message = f"{_mib(budget)} are too small for this model with a context of {chosen}"
+    message = f"{mib(budget)} are too small for this model with a context of {chosen}"
     fits = rule.largest_context(chosen)
-    parts = [f"{_mib(baseline + SLACK_BYTES)} are the process itself, {_mib(rule.kv_bytes(chosen))} the KV cache"]
+    parts = [f"{mib(baseline + SLACK_BYTES)} are the process itself, {mib(rule.kv_bytes(chosen))} the KV cache"]
     if fits:
         parts.append(f"a context of {fits} would fit: --context {fits}")
     raise DoesNotFit(message, minimum, where=where, hint="; ".join(parts))
@@ -94,8 +94,8 @@ def plan_for(artifact: Path, budget: int, context: int | None, policy: str | Non
     return plan_memory(manifest, budget, baseline=baseline, context=context, policy=policy, where=str(artifact))
 
 
-class _Rule:
-    """One model and budget."""
+class Accounts:
+    """One model and budget: what each part of the process takes, and the plan that the rule makes of the rest."""
 
     def __init__(self, manifest: Manifest, budget: int, baseline: int, num_slots: int) -> None:
         self.manifest, self.budget, self.num_slots = manifest, budget, num_slots
@@ -193,11 +193,11 @@ class _Rule:
     def minimum(self, context: int) -> int:
         """The least budget that has a plan, found by halving."""
         low, high = self.budget, self.budget + 1
-        while _Rule(self.manifest, high, self._baseline(), self.num_slots).plan(context, 1) is None:
+        while Accounts(self.manifest, high, self._baseline(), self.num_slots).plan(context, 1) is None:
             low, high = high, high * 2
         while high - low > 1 << 20:
             middle = (low + high) // 2
-            if _Rule(self.manifest, middle, self._baseline(), self.num_slots).plan(context, 1) is None:
+            if Accounts(self.manifest, middle, self._baseline(), self.num_slots).plan(context, 1) is None:
                 low = middle
             else:
                 high = middle
@@ -218,5 +218,6 @@ class _Rule:
         return low * CONTEXT_STEP
 
 
-def _mib(nbytes: int) -> str:
+def mib(nbytes: int) -> str:
+    """A size in whole MiB, rounded up."""
     return f"{-(-nbytes // (1 << 20))} MiB"

@@ -2,6 +2,7 @@
 
     python examples/make_model.py llama-1.1b OUT --dtype bf16
     python examples/make_model.py tiny-qwen3_moe OUT --set num_experts=16 --set tie_word_embeddings=true
+    python examples/make_model.py olmoe-1b-7b OUT --dtype bf16 --embedding-scale 400 --router session
     python examples/make_model.py --list
 
 Every weight is drawn independently from a normal distribution, by 32 random bits that pick a point on a table of its
@@ -15,7 +16,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -27,6 +28,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples import filler_tokenizer
 from examples.model_presets import PRESETS, ModelRequestError, TensorShape, config_fields, spelled, tensor_shapes
+from examples.session_router import SessionRouter
 
 DTYPES = {
     "f32": ("F32", "float32", np.dtype("<f4")),
@@ -35,7 +37,11 @@ DTYPES = {
 }  # safetensors name, config.json name, numpy dtype
 BLOCK = 1 << 17  # elements drawn at a time: their working arrays stay inside a second-level cache
 NORM_SPREAD, BIAS_SPREAD = 0.1, 0.1
+ROUTERS = ("random", "session")
 _FAMILIES_WITH_BOS = ("llama", "mistral", "mixtral")
+
+
+Values = Callable[[TensorShape], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def write_model(
     shard_size: int | None = None,
     init_std: float | None = None,
     embedding_scale: float = 1.0,
+    router: str = "random",
     overrides: dict[str, object] | None = None,
     force: bool = False,
 ) -> Path:
@@ -69,6 +76,7 @@ def write_model(
             activations and logits near 1, so that a mistake anywhere shows; the usual 0.02 gives flat logits.
         embedding_scale: factor on the embedding. Larger values (50) let the token decide over what the layers add
             up, so that a random router spreads tokens evenly; tied logits are scaled with it.
+        router: "random", or "session": experts are as popular as in a recorded session (`examples.session_router`).
         overrides: config.json fields, in either spelling.
         force: overwrite a checkpoint that is already in `out`.
     Returns:
@@ -80,6 +88,8 @@ def write_model(
         raise ModelRequestError(
             f"dtype must be one of {', '.join(DTYPES)} and config_style v4 or v5, not {dtype!r} and {config_style!r}"
         )
+    if router not in ROUTERS:
+        raise ModelRequestError(f"router must be one of {', '.join(ROUTERS)}, not {router!r}")
     if shard_size is not None and shard_size < 1:
         raise ModelRequestError(f"shard_size must be at least 1 byte, not {shard_size}")
     if seed < 0:
@@ -91,6 +101,10 @@ def write_model(
     except ValueError as error:
         raise ModelRequestError(f"vocab_size: {error}") from error
     tensors = tensor_shapes(fields)
+    values: Values = functools.partial(tensor_values, seed=seed, init_std=init_std, embedding_scale=embedding_scale)
+    if router == "session":
+        deviation = embedding_scale * (fields["hidden_size"] ** -0.5 if init_std is None else init_std)
+        values = SessionRouter(fields, values, deviation, seed).values
     _take_directory(out, sum(_bytes(tensor, dtype) for tensor in tensors), force)
     for name, content in {
         "config.json": spelled(fields, config_style, DTYPES[dtype][1]),
@@ -107,7 +121,7 @@ def write_model(
         (out / name).write_text(text + "\n", encoding="utf-8")
     shards = _shards(tensors, dtype, shard_size)
     for shard in shards:
-        _write_shard(out / shard.name, shard.tensors, dtype, seed, init_std, embedding_scale)
+        _write_shard(out / shard.name, shard.tensors, dtype, values)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(_bytes(tensor, dtype) for tensor in tensors)},
@@ -174,9 +188,7 @@ def _shards(tensors: list[TensorShape], dtype: str, shard_size: int | None) -> l
     ]
 
 
-def _write_shard(
-    path: Path, tensors: tuple[TensorShape, ...], dtype: str, seed: int, init_std: float | None, embedding_scale: float
-) -> None:
+def _write_shard(path: Path, tensors: tuple[TensorShape, ...], dtype: str, values: Values) -> None:
     """Header first, then the tensors block by block: nothing of a tensor is kept."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -189,7 +201,7 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            for block in tensor_values(tensor, seed, init_std, embedding_scale):
+            for block in values(tensor):
                 file.write(block.astype(DTYPES[dtype][2], copy=False).view(np.uint8).data)
 
 
@@ -241,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=_parse_size, help="largest file, such as 2GiB; default: one file")
     parser.add_argument("--init-std", type=float, help="of every matrix; default: 1/sqrt(fan-in)")
     parser.add_argument("--embedding-scale", type=float, default=1.0, help="factor on the token embedding")
+    parser.add_argument("--router", choices=ROUTERS, default="random", help="session: experts as popular as in one")
     parser.add_argument(
         "--set",
         action="append",
@@ -266,6 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
             shard_size=options.shard_size,
             init_std=options.init_std,
             embedding_scale=options.embedding_scale,
+            router=options.router,
             overrides=dict(options.set),
             force=options.force,
         )

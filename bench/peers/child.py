@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 Answer = dict[str, Any]
+TOPIC_TOKENS = 16
 
 
 class EngineError(Exception):
@@ -108,10 +109,14 @@ def serve(handlers: dict[str, Callable[[dict[str, Any]], Answer]]) -> None:
     os._exit(0)  # native libraries may hang in their clean-up
 
 
-def token_ids(count: int, vocab_size: int) -> list[int]:
-    """The same arbitrary tokens for every engine, spread over the vocabulary so that experts are used evenly."""
+def token_ids(count: int, vocab_size: int, topics: int = 1) -> list[int]:
+    """The same arbitrary tokens for every engine, spread over the vocabulary so that experts are used evenly.
+
+    Where ids of a model belong to one of so many topics, id % topics (`examples.session_router`), `TOPIC_TOKENS` tokens
+    are of the first one, as many then of the next, and so on: a conversation that drifts."""
     state, ids = 0x9E3779B97F4A7C15, []
-    for _ in range(count):
+    for number in range(count):
         state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-        ids.append((state >> 33) % vocab_size)
+        topic = number // TOPIC_TOKENS % topics
+        ids.append((state >> 33) % (vocab_size // topics) * topics + topic)
     return ids

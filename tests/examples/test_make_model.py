@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from bench.peers.child import TOPIC_TOKENS, token_ids
 from examples.filler_tokenizer import SMALLEST_VOCABULARY, tokenizer_json
 from examples.make_model import main, tensor_values, write_model
 from examples.model_presets import (
@@ -21,6 +22,10 @@ from examples.model_presets import (
     spelled,
     tensor_shapes,
 )
+from examples.session_router import TOPICS
+from hw_targets.expert_cache import replay
+from hw_targets.routing import Router, locality, synthetic_trace
+from tests.hw_targets.routing_samples import small_trace
 
 
 def read_shard(path: Path) -> dict[str, np.ndarray]:
@@ -251,3 +256,57 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "did you mean 'tiny-mistral'" in capsys.readouterr().err
     assert main(["--list"]) == 0
     assert "olmoe-1b-7b" in capsys.readouterr().out
+
+
+def test_a_session_router_routes_as_a_session(tmp_path: Path) -> None:
+    """Routing of the written embedding through each layer's norm and router: popularities, hits, topics."""
+    sizes: dict[str, object] = {
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 4,
+        "intermediate_size": 8,
+    }
+    write_model("tiny-olmoe", tmp_path, embedding_scale=64.0, router="session", overrides=sizes)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in read_all(tmp_path).items()}
+    table, count = tensors["model.embed_tokens.weight"], 192
+    ids = np.array(token_ids(count, len(table), topics=TOPICS))
+    assert np.unique(ids[:TOPIC_TOKENS] % TOPICS).tolist() == [0]
+    rows = table[ids] / np.sqrt((table[ids] ** 2).mean(axis=1, keepdims=True))
+    layers = [f"model.layers.{layer}" for layer in range(4)]
+    logits = [
+        (rows * tensors[f"{layer}.post_attention_layernorm.weight"]) @ tensors[f"{layer}.mlp.gate.weight"].T
+        for layer in layers
+    ]
+    trace = small_trace(np.stack([np.argsort(-found, axis=1)[:, :8] for found in logits], axis=1), experts=64)
+    drawn = synthetic_trace(Router(1.4, drift=0.12), experts=64, top_k=8, layers=4, tokens=count)
+    for slots in (4 * 8, 4 * 16, 4 * 25):
+        for policy in ("lru", "lrfu"):
+            rates = [replay(t, slots=slots, policy=policy).decode_hit_rate for t in (trace, drawn)]
+            assert rates[0] == pytest.approx(rates[1], abs=0.03)
+    overlap = locality(trace, lags=(1, 64), lengths=(4,)).overlap
+    assert 0.40 < overlap[1] < 0.50 and overlap[64] < overlap[1] - 0.03  # the session drifts
+
+
+def test_only_the_embedding_and_the_routers_of_a_session_model_differ(tmp_path: Path) -> None:
+    write_model("tiny-qwen3_moe", tmp_path / "random", embedding_scale=64.0)
+    write_model("tiny-qwen3_moe", tmp_path / "session", embedding_scale=64.0, router="session")
+    random, session = read_all(tmp_path / "random"), read_all(tmp_path / "session")
+    differing = [name for name in random if not np.array_equal(random[name], session[name])]
+    assert differing == [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.1.mlp.gate.weight",
+    ]
+    tables = [found["model.embed_tokens.weight"][:, TOPICS:] for found in (random, session)]
+    np.testing.assert_array_equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("preset", "scale", "message"),
+    [("tiny-llama", 64.0, "no router"), ("tiny-olmoe", 1.0, "an embedding scale of 32 or more")],
+)
+def test_session_routers_that_cannot_be_made(preset: str, scale: float, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelRequestError, match=message):
+        write_model(preset, tmp_path, embedding_scale=scale, router="session")
+    with pytest.raises(ModelRequestError, match="router must be one of random, session"):
+        write_model(preset, tmp_path, router="other")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from hw_targets.expert_cache.analytic import (
     zipf_popularity,
 )
 from hw_targets.routing import MIXED, Router, synthetic_trace
-from hw_targets.routing.router_weights import session_router_weights
+from hw_targets.routing.router_weights import session_router_weights, topic_orders
 from tests.hw_targets.routing_samples import MIB, qwen_trace, small_trace
 
 # (experts, Zipf exponent, slots, most popular ones pinned, LRU by Che, LRU simulated), published
@@ -132,28 +134,45 @@ def test_batches_hold_tokens_of_different_sessions() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 1.4])
 def test_weights_of_a_router_that_routes_as_in_a_session(exponent: float) -> None:
-    """Inputs drawn at random, but for one element, are routed with the hit rates of the synthetic router."""
+    """Inputs drawn at random, marked with a topic, are routed with the hit rates of the synthetic router."""
     random = np.random.Generator(np.random.PCG64(3))
-    inputs = 0.5 * random.standard_normal((150, 4, 256))
-    inputs[:, :, 7] = 8.0
+    deviations = random.uniform(0.5, 1.5, 254)
+    inputs = np.concatenate([np.zeros((150, 4, 2)), deviations * random.standard_normal((150, 4, 254))], axis=2)
+    inputs[:, :, 1] = 8.0
     choices = np.empty((150, 4, 6), int)
     for layer in range(4):
-        weights = session_router_weights(
-            64, 256, exponent=exponent, constant_element=7, constant_value=8.0, rest_deviation=0.5, seed=layer
-        )
+        weights = session_router_weights(64, 6, [3.0, 8.0], deviations, exponent=exponent, seed=layer)
+        assert weights.shape == (64, 256) and weights.dtype == np.float32
         choices[:, layer] = np.argsort(-(inputs[:, layer] @ weights.T), axis=1)[:, :6]
     installed = small_trace(choices, experts=64)
     drawn = synthetic_trace(Router(exponent), experts=64, top_k=6, layers=4, tokens=150)
     for slots in (4 * 12, 4 * 24):
-        rates = [replay(trace, slots=slots, scope="layer").decode_hit_rate for trace in (installed, drawn)]
-        assert rates[0] == pytest.approx(rates[1], abs=0.07)
+        for policy in ("lru", "lfu"):
+            rates = [replay(t, slots=slots, policy=policy).decode_hit_rate for t in (installed, drawn)]
+            assert rates[0] == pytest.approx(rates[1], abs=0.025)
 
 
-@pytest.mark.parametrize("wrong", [{"constant_element": 9}, {"constant_value": 0.0}, {"rest_deviation": 0.0}])
-def test_routers_that_cannot_be_made(wrong: dict[str, float]) -> None:
-    good = {"exponent": 1.0, "constant_element": 0, "constant_value": 1.0, "rest_deviation": 1.0}
-    with pytest.raises(ValueError, match="a session router needs"):
-        session_router_weights(4, 8, **(good | wrong))  # pyright: ignore[reportArgumentType]
+def test_neighbouring_topics_have_nearly_the_same_order() -> None:
+    orders = topic_orders(64, 8, np.random.Generator(np.random.PCG64(0)))
+    moved = [int((a != b).sum()) for a, b in pairwise(orders)]
+    assert all(sorted(order.tolist()) == list(range(64)) for order in orders)
+    assert all(1 <= count <= 4 for count in moved)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_k": 4}, "more experts"),
+        ({"marks": [1.0, 0.0]}, "marks other than 0"),
+        ({"marks": []}, "marks other than 0"),
+        ({"deviations": []}, "and elements"),
+        ({"deviations": [1.0, 0.0]}, "inputs that vary"),
+    ],
+)
+def test_routers_that_cannot_be_made(wrong: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"top_k": 2, "marks": [1.0], "deviations": [1.0, 1.0]}
+    with pytest.raises(ValueError, match=message):
+        session_router_weights(4, **(good | wrong), exponent=1.0)
 
 
 def test_the_router_that_meets_the_recorded_trace() -> None:

@@ -76,6 +76,16 @@ class Reservation:
             raise OSError(ctypes.get_errno(), "madvise failed on our own mapping")
         return last - first
 
+    def move(self, source: int, target: int, nbytes: int) -> bool:
+        """Puts the pages of [source, source + nbytes) under [target, ...), whose own pages are given back.
+
+        All in whole pages, the two apart. The source reads as zero afterwards. False, and nothing moved, where the
+        system cannot: not Linux 5.7 or later, too many mappings, pages of several mappings before Linux 6.17.
+        """
+        flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
+        target += self.address
+        return _mremap is not None and _mremap(self.address + source, nbytes, nbytes, flags, target) == target
+
     def close(self) -> None:
         """Unmaps. Native code must not run on it any more."""
         self._bytes = np.empty(0, dtype=np.uint8)
@@ -124,13 +134,20 @@ def _close(mapping: mmap.mmap) -> None:
         pass
 
 
-def _bind(name: str, last: Any) -> Callable[[int, int, int], int]:
-    """A system call on (address, length, something)."""
+def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    """A function of the C library."""
     function = ctypes.CDLL(None, use_errno=True)[name]
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, last]
-    function.restype = ctypes.c_int
+    function.argtypes = arguments
+    function.restype = result
     return function
 
 
-_mincore = _bind("mincore", ctypes.c_void_p)
-_madvise = _bind("madvise", ctypes.c_int)
+_SIZE = ctypes.c_size_t
+_mincore = _bind("mincore", ctypes.c_int, ctypes.c_void_p, _SIZE, ctypes.c_void_p)
+_madvise = _bind("madvise", ctypes.c_int, ctypes.c_void_p, _SIZE, ctypes.c_int)
+_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4  # of Linux
+_mremap = (
+    _bind("mremap", ctypes.c_void_p, ctypes.c_void_p, _SIZE, _SIZE, ctypes.c_int, ctypes.c_void_p)
+    if os.uname().sysname == "Linux"
+    else None
+)

@@ -7,13 +7,13 @@ that must end before it may go on. It submits those and others ahead of them, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.expert_cache import Entry
 from runtime.manifest import PAGE_BYTES, PieceInfo
 from runtime.memory import Reservation
+from runtime.page_pool import PagePool
 from runtime.weight_reader import ReadJob, WeightReader
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class StreamBooks:
     """What is in memory, and what is on its way. Used by one thread at a time."""
 
-    def __init__(self, owner: WeightStreamer, reader: WeightReader, memory: Reservation) -> None:
-        self._reader, self._memory = reader, memory
+    def __init__(self, owner: WeightStreamer, reader: WeightReader, memory: Reservation, pool: PagePool) -> None:
+        self._reader, self._memory, self._pool = reader, memory, pool
         self._pieces, self._plan, self.cache = owner.pieces, owner.plan, owner.cache
         self._resident = owner.resident
         self._expert_pieces = owner.expert_pieces
@@ -35,7 +35,6 @@ class StreamBooks:
         self.most_held_bytes = 0
         self._live: dict[int, None] = {}  # waited for in this call, not done with
         self._experts: dict[Entry, ReadJob] = {}
-        self._freed_by: dict[Entry, ReadJob] = {}  # the read that gives an entry's memory back
         self._tables = [p for n, p in enumerate(self._pieces) if p.kind == "rows" and n not in owner.resident]
         self._pages: dict[int, ReadJob] = {}  # first byte of a page of a table
 
@@ -64,7 +63,7 @@ class StreamBooks:
     def _drop(self, piece: int) -> None:
         info, job = self._pieces[piece], self._held.pop(piece)
         _settle(job)
-        self._memory.discard(info.offset, info.bytes)
+        self._pool.give(info.offset, info.bytes)
         self._held_bytes -= info.bytes
 
     def _fill(self, needed: int = -1) -> None:
@@ -77,6 +76,7 @@ class StreamBooks:
             room = self._held_bytes + info.bytes <= self._plan.window_bytes
             if not room and (needed in self._held or needed < 0):
                 return
+            self._pool.take_back(info.offset, info.bytes)
             self._held[piece] = self._reader.submit([(info.offset, info.bytes)], info.origin)
             self._held_bytes += info.bytes
             self.most_held_bytes = max(self.most_held_bytes, self._held_bytes)
@@ -97,15 +97,14 @@ class StreamBooks:
         if self._order:
             self._fill()
         hits, misses = self.cache.lookup(layer, ids)
-        gone = self.cache.admit(layer, misses)
+        self._give_up(self.cache.admit(layer, misses))
         waiting = []
         for expert in (*hits, *misses):
             job = self._experts.get((layer, expert))
             if job is None or job.fault is not None:
-                job = self._submit(layer, expert, gone, urgent=True)
+                job = self._submit(layer, expert, urgent=True)
             if not job.done:
                 waiting.append(job)
-        self._give_up(gone)
         return waiting
 
     def ahead(self, layer: int) -> None:
@@ -118,53 +117,40 @@ class StreamBooks:
         count = info.bytes // info.unit
         have = [e for e in range(count) if self.cache.is_resident(layer, e)]
         missing = [e for e in range(count) if not self.cache.is_resident(layer, e)][: max(0, room - len(have))]
-        gone = self.cache.admit(layer, missing)
+        self._give_up(self.cache.admit(layer, missing))
         for expert in missing:
             if self.cache.is_resident(layer, expert):
-                self._submit(layer, expert, gone, urgent=False)
-        self._give_up(gone)
+                self._submit(layer, expert, urgent=False)
 
-    def _submit(self, layer: int, expert: int, gone: list[Entry], *, urgent: bool) -> ReadJob:
-        """Reads an expert; the memory of one of `gone` is given back just before, by the thread that reads."""
-        freed_by = self._freed_by.pop((layer, expert), None)
-        if freed_by is not None:
-            _settle(freed_by)
-        info = self._pieces[self._expert_pieces[layer]]
-        place = (info.offset + expert * info.unit, info.unit)
-        victim = gone.pop() if gone else None
-        before = None
-        if victim is not None:
-            self._settle_expert(victim)
-            before = partial(self._discard, victim)
-        job = self._reader.submit([place], f"{info.origin}.{expert}", urgent=urgent, before=before)
-        if victim is not None:
-            self._freed_by[victim] = job
-        self._experts[layer, expert] = job
+    def _place(self, entry: Entry) -> tuple[int, int]:
+        """(offset, bytes) of an expert."""
+        info = self._pieces[self._expert_pieces[entry[0]]]
+        return info.offset + entry[1] * info.unit, info.unit
+
+    def _submit(self, layer: int, expert: int, *, urgent: bool) -> ReadJob:
+        """Reads an expert."""
+        place = self._place((layer, expert))
+        self._pool.take_back(*place)
+        origin = self._pieces[self._expert_pieces[layer]].origin
+        job = self._experts[layer, expert] = self._reader.submit([place], f"{origin}.{expert}", urgent=urgent)
         return job
 
     def _give_up(self, entries: Sequence[Entry]) -> None:
+        """Their pages go to what is read next."""
         for entry in entries:
-            self._settle_expert(entry)
-            self._discard(entry)
-
-    def _settle_expert(self, entry: Entry) -> None:
-        """Nothing writes to the entry's memory any more, and nobody takes it to be there."""
-        job = self._experts.pop(entry, None)
-        if job is not None:
-            _settle(job)
-
-    def _discard(self, entry: Entry) -> None:
-        layer, expert = entry
-        info = self._pieces[self._expert_pieces[layer]]
-        self._memory.discard(info.offset + expert * info.unit, info.unit)
+            job = self._experts.pop(entry, None)
+            if job is not None:
+                _settle(job)
+            self._pool.give(*self._place(entry))
 
     def forget(self) -> None:
         """Begins anew: gives back all that does not stay."""
         self._reader.drain()
+        self._pool.clear()
         for number, piece in enumerate(self._pieces):
             if number not in self._resident:
                 self._memory.discard(piece.offset, piece.bytes)
-        for book in (self._held, self._live, self._experts, self._freed_by, self._pages):
+        for book in (self._held, self._live, self._experts, self._pages):
             book.clear()
         self._held_bytes = self._cursor = 0
 

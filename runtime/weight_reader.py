@@ -1,4 +1,4 @@
-"""Reads ranges of the weights file straight from the disk into their place in memory, on a few threads.
+"""Reads ranges of a file (weights, spilled KV) straight from the disk into their place in memory, on a few threads.
 
 Takes an open file and a reservation as large as the file: byte b of the file goes to byte b of the reservation, so a
 read needs no copy and an offset means the same everywhere. Reads are O_DIRECT (no page cache, which would count against
@@ -36,11 +36,10 @@ Pread = Callable[[int, Sequence[memoryview], int], int]
 class ReadJob:
     """Ranges that were asked for together. `wait` returns when all are there, or raises what went wrong."""
 
-    __slots__ = ("_latch", "_left", "before", "done", "ended_s", "fault", "label", "nbytes", "started_s")
+    __slots__ = ("_latch", "_left", "done", "ended_s", "fault", "label", "nbytes", "started_s")
 
     def __init__(self, label: str, nbytes: int, requests: int) -> None:
         self.label, self.nbytes = label, nbytes
-        self.before: Callable[[], None] | None = None
         self.fault: RuntimeDiagnostic | None = None
         self.started_s = self.ended_s = 0.0
         self.done = not requests
@@ -87,7 +86,8 @@ class WeightReader:
     """Threads that read one file. `descriptor` is taken over: `close` closes it.
 
     `memory` is the reservation's bytes. `preadv` may be replaced (tests plant faults there). `direct` is False where
-    reads are buffered.
+    reads are buffered. `prepare` is called with (offset, bytes) of each request before it is read, by the thread that
+    reads: it finds pages for it. `what` the file holds and `hint`, what to do when it is cut short, go to diagnostics.
     """
 
     def __init__(
@@ -100,15 +100,19 @@ class WeightReader:
         threads: int = 3,
         request_bytes: int = 1 << 20,
         preadv: Pread = os.preadv,
+        prepare: Callable[[int, int], None] | None = None,
         on_done: Callable[[ReadJob], None] | None = None,
+        what: str = "the weights",
+        hint: str = REBUILD_HINT,
     ) -> None:
         self.path, self.nbytes = path, nbytes
+        self._what, self._hint = what, hint
         self.preadv = preadv
         self.counters = ReadCounters()
         self._descriptor, self.direct = _direct(descriptor)
         self._memory: memoryview = memory.data
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
-        self._on_done = on_done
+        self._prepare, self._on_done = prepare, on_done
         self._requests: deque[tuple[int, int, ReadJob]] = deque()
         # Callers take the lock itself: an interrupt inside of a condition's own methods could leave it locked.
         self._lock = threading.Lock()
@@ -127,22 +131,17 @@ class WeightReader:
         label: str,
         *,
         urgent: bool = False,
-        before: Callable[[], None] | None = None,
     ) -> ReadJob:
-        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting.
-
-        `before` is called by the thread that makes the first of the reads: it gives back memory that they take.
-        """
+        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting."""
         parts = [
             (at, min(self._request_bytes, offset + nbytes - at))
             for offset, nbytes in ranges
             for at in range(offset, offset + nbytes, self._request_bytes)
         ]
         job = ReadJob(label, sum(nbytes for _, nbytes in ranges), len(parts))
-        job.before = before
         with self._lock:
             if self._closed:
-                raise RuntimeDiagnostic("the weights are closed", where=self.path)
+                raise RuntimeDiagnostic(f"the file of {self._what} is closed", where=self.path)
             if urgent:
                 self._requests.extendleft((at, size, job) for at, size in reversed(parts))
             else:
@@ -154,7 +153,6 @@ class WeightReader:
         """Returns when nothing is waiting or in flight any more."""
         with self._lock:
             for at, size, job in self._requests:
-                job.before = None
                 job.finish_one(RuntimeDiagnostic(f"the read of {size} bytes at {at} was given up"), 0.0)
             self._requests.clear()
         while self._in_flight:  # not by the condition: an interrupt inside of its methods could spoil it
@@ -164,9 +162,8 @@ class WeightReader:
         """Drops what is waiting, ends the reads in flight, closes the file."""
         with self._lock:
             self._closed = True
-            closed = RuntimeDiagnostic("the weights were closed while they were read", where=self.path)
+            closed = RuntimeDiagnostic(f"the file of {self._what} was closed while it was read", where=self.path)
             for _, _, job in self._requests:
-                job.before = None
                 job.finish_one(closed, time.perf_counter())
             self._requests.clear()
             self._changed.notify_all()
@@ -186,21 +183,20 @@ class WeightReader:
                 if not self._requests:
                     return
                 at, size, job = self._requests.popleft()
-                before, job.before = job.before, None
                 started_s = time.perf_counter()
                 if self._in_flight == 0:
                     self._busy_since = started_s
                 self._in_flight += 1
             fault: RuntimeDiagnostic | None = None
-            if before is not None:
-                before()
             if job.fault is None:
                 try:
+                    if self._prepare is not None:
+                        self._prepare(at, size)
                     self._read(at, size)
                 except RuntimeDiagnostic as error:
                     fault = error
                 except Exception as error:  # noqa: BLE001 - a thread that died would leave its waiter for ever
-                    fault = RuntimeDiagnostic(f"reading weights failed: {error}", where=self.path)
+                    fault = RuntimeDiagnostic(f"reading {self._what} failed: {error}", where=self.path)
             with self._changed:
                 self._in_flight -= 1
                 now_s = time.perf_counter()
@@ -232,10 +228,10 @@ class WeightReader:
                 continue
             if got <= 0:
                 raise RuntimeDiagnostic(
-                    f"the weights end at byte {at} instead of {self.nbytes}",
+                    f"{self._what} end at byte {at} instead of {self.nbytes}",
                     where=self.path,
                     expected="the file as it was when it was opened",
-                    hint=REBUILD_HINT,
+                    hint=self._hint,
                 )
             if not self.direct:
                 os.posix_fadvise(self._descriptor, at, got, os.POSIX_FADV_DONTNEED)
@@ -257,9 +253,9 @@ class WeightReader:
 
     def _refusal(self, fault: OSError, at: int) -> RuntimeDiagnostic:
         return RuntimeDiagnostic(
-            f"the weights cannot be read at byte {at}: {fault.strerror or fault} (tried {TRIES} times)",
+            f"{self._what} cannot be read at byte {at}: {fault.strerror or fault} (tried {TRIES} times)",
             where=self.path,
-            hint="check the disk (dmesg), or copy the artifact to another one",
+            hint="check the disk (dmesg), or use another one",
         )
 
 

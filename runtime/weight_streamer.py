@@ -21,8 +21,9 @@ from contextlib import contextmanager
 
 from runtime.artifact import Artifact
 from runtime.expert_cache import ExpertCache
-from runtime.manifest import ProgramInfo
+from runtime.manifest import PAGE_BYTES, ProgramInfo
 from runtime.memory import Reservation
+from runtime.page_pool import PagePool
 from runtime.stream_books import StreamBooks
 from runtime.stream_plan import StreamPlan
 from runtime.stream_report import StreamReport
@@ -48,6 +49,7 @@ class WeightStreamer:
         self.jobs: list[ReadJob] | None = None  # finished reads, while a profile is made
         self.stalls: list[tuple[str, float, float]] = []
         self._memory = Reservation(manifest.weights.bytes, what="the weights")
+        self._pool = PagePool(self._memory, plan.request_bytes // PAGE_BYTES * PAGE_BYTES or PAGE_BYTES)
         try:
             self._reader = WeightReader(
                 str(artifact.path / manifest.weights.file),
@@ -57,13 +59,14 @@ class WeightStreamer:
                 threads=plan.threads,
                 request_bytes=plan.request_bytes,
                 preadv=preadv,
+                prepare=self._pool.put_under,
                 on_done=self._finished,
             )
         except BaseException:
             self._memory.close()
             raise
         self._torn = False
-        self._books = StreamBooks(self, self._reader, self._memory)
+        self._books = StreamBooks(self, self._reader, self._memory, self._pool)
 
     @property
     def address(self) -> int:

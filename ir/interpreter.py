@@ -68,6 +68,8 @@ class Environment:
         if name in _OF_A_TEAM and self._running is not None:
             message = f"'{self._running.name}' runs on a team of threads: use ir.tile_interpreter"
             raise _error_at(self._running, message)
+        if name == "grid" and self._running is not None:
+            raise _error_at(self._running, f"'{self._running.name}' runs on a GPU: use ir.grid_interpreter")
         if name == "stream" and self._running is not None:
             message = f"'{self._running.name}' moves data between memories: use ir.stream_interpreter"
             raise _error_at(self._running, message)

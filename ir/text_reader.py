@@ -34,7 +34,7 @@ from ir.types import (
 
 MAX_NESTING = 32  # of lists in lists
 _LIMIT = 2**63
-_BUFFER_SPACES = ("global", "private")
+_BUFFER_SPACES = ("global", "shared", "private")
 
 
 class TextFault(Exception):
@@ -185,7 +185,7 @@ class TextReader:
         token = node.items[1].token if len(node.items) == 2 else None
         space = "global" if len(node.items) < 2 else str(token)
         if space not in _BUFFER_SPACES:
-            raise _fault(token or node.token, f"expected global or private memory, got {space}")
+            raise _fault(token or node.token, f"expected global, shared or private memory, got {space}")
         return BufferType(element, space)
 
     def strips(self, node: ValueSyntax) -> Layout:

@@ -16,6 +16,8 @@ import numpy as np
 from ir.builder import Builder
 from ir.core import Block, Region
 from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, NumberFormat, PackedArray, PlainFormat
+from ir.grid_interpreter import Grid, GridEnvironment
+from ir.grid_memory_model import GridBuffer, GridMemory
 from ir.interpreter import Environment
 from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
@@ -25,6 +27,7 @@ from ir.stream_interpreter import StreamEnvironment
 from ir.stream_memory import StreamMemory
 from ir.tile_interpreter import ProgramEnvironment, Team
 from ir.tile_memory_model import BufferView, Memory
+from ir.traits import WritesMemory, has_trait
 from ir.types import (
     INDEX,
     BufferType,
@@ -48,9 +51,10 @@ def no_regions() -> Sequence[Region]:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a buffer holds at first. Every run gets a copy."""
+    """What a buffer holds at first, and whose it is. Every run gets a copy."""
 
     array: np.ndarray
+    space: str = "global"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.array, dtype)
@@ -121,6 +125,8 @@ def _build(
 def run_sample(sample: Sample) -> tuple[Any, ...]:
     """The results of a sample by its op's meaning."""
     _, op = sample.build()
+    if sample.op.startswith("grid."):
+        return run_on_a_warp(op, sample.inputs)
     if sample.op.split(".")[0] not in ("tile", "plan"):
         return Environment(sample.weights, dict(sample.states)).run_op(op, sample.inputs)
     if any(isinstance(v.type, HandleType) for v in (*op.operands, *op.results)):
@@ -152,6 +158,24 @@ def low_level_environment() -> ProgramEnvironment:
     team = Team(1, list(memories.values()))
     sizes = {"tokens": 4, "rows": 2, "ctx": 16, "slots": 2}
     return ProgramEnvironment(team, 0, {"nothing": kernel}, memories, sizes)
+
+
+def run_on_a_warp(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What the first thread of a warp has when all of its threads run the op on these inputs; alone where it writes."""
+    grid = Grid(1, 32)
+    grid.active[1:] = not has_trait(op, WritesMemory)  # they would race
+    results = GridEnvironment(grid).run_op(op, [grid_value(x, grid) for x in inputs])
+    return tuple(r if isinstance(r, GridBuffer) else r[0] for r in results)
+
+
+def grid_value(value: Any, grid: Grid) -> Any:
+    """A sample's input as the interpreter of grids holds it: one for all threads."""
+    if isinstance(value, Stored):
+        nbytes, element = value.array.nbytes, format_of(value.array.dtype)
+        memory = GridMemory(grid, value.space, "sample", size=nbytes)
+        memory.bytes[:nbytes] = np.ascontiguousarray(value.array).view(np.uint8)
+        return GridBuffer(memory, element)
+    return np.asarray(np.int64(value) if type(value) is int else value)[None]
 
 
 def low_level_value(value: Any) -> Any:
@@ -220,7 +244,9 @@ def low_level_type(value: Any) -> Type:
     if type(value) is int:
         return INDEX
     if isinstance(value, Stored):
-        return BufferType(format_of(value.array.dtype))
+        return BufferType(format_of(value.array.dtype), value.space)
+    if isinstance(value, GridBuffer):
+        return BufferType(value.element, value.memory.space)
     if isinstance(value, BufferView):
         return BufferType(value.element, "global" if value.memory.shared else "private")
     element = format_of(value.dtype)

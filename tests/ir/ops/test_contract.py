@@ -16,6 +16,7 @@ import pytest
 import ir.ops  # noqa: F401  # registers every op
 from ir import parse, print_module, structural_equal, verify
 from ir.diagnostics import DiagnosticSink
+from ir.grid_memory_model import GridBuffer
 from ir.kv_state import KVState
 from ir.op_def import OPS, InferenceError, Op
 from ir.tile_memory_model import BufferView
@@ -37,6 +38,7 @@ def has_values(name: str) -> bool:
 # any type, any values; or no operand and no attribute
 NEVER_REFUSES = {"tensor.constant", "tensor.yield", "tile.yield"}
 NEVER_REFUSES |= {"tile.thread_id", "tile.ticket", "tile.num_threads", "tile.barrier", "plan.barrier"}
+NEVER_REFUSES |= {"grid.block_id", "grid.num_blocks", "grid.async_commit"}
 
 
 def example_of(cls: type[Op]) -> str:
@@ -204,6 +206,8 @@ def split_types(text: str) -> list[str]:
 def arrays(value: Any) -> tuple[np.ndarray, ...]:
     if isinstance(value, BufferView):
         return value.memory.bytes, np.array([value.start, *value.bounds])
+    if isinstance(value, GridBuffer):
+        return value.memory.bytes, value.start
     return parts_of(value)
 
 

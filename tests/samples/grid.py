@@ -1,0 +1,70 @@
+"""grid.*: what all threads of one warp do together on the same operands."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ir.formats import BF16, F16, F32, F64, I1, I32, PlainFormat
+from ir.types import INDEX, BufferType, ScalarType, VectorType
+from tests.samples.base import Fault, Sample, Stored, fault, low_sample
+
+F, D, INT, FLAG = (ScalarType(e) for e in (F32, F64, I32, I1))
+GLOBAL, SHARED = BufferType(BF16), BufferType(BF16, "shared")
+
+
+def v(*numbers: float, element: PlainFormat = BF16) -> np.ndarray:
+    return np.array(numbers, np.float64).astype(element.dtype)
+
+
+ROWS = Stored(np.arange(64).astype(BF16.dtype), "shared")
+SOURCE = Stored(np.arange(64).astype(BF16.dtype))
+SAMPLES: tuple[Sample, ...] = (
+    low_sample("grid.block_id", "first"),
+    low_sample("grid.num_blocks", "one"),
+    low_sample("grid.shared", "f32", size=4, element=F32),
+    low_sample("grid.shuffle", "f32", np.float32(1.5), mask=16),
+    low_sample("grid.shuffle", "i32", np.int32(-7), mask=1),
+    low_sample("grid.exp2", "scalar", np.float32(-1.5)),
+    low_sample("grid.exp2", "no_subnormals", v(-126, -127, -200, 3, element=F32)),
+    low_sample("grid.join", "two", v(1, 2), v(3, 4, 5)),
+    low_sample("grid.join", "scalars", np.float32(1), np.float32(2)),
+    low_sample("grid.part", "middle", v(1, 2, 3, 4), first=1, lanes=2),
+    low_sample("grid.part", "one", v(1, 2), first=1, lanes=1),
+    low_sample("grid.async_commit", "nothing_started"),
+    low_sample("grid.async_wait", "all", pending=0),
+    low_sample("grid.async_wait", "but_one", pending=1),
+    low_sample("grid.async_copy", "copies", ROWS, 8, SOURCE, 16, np.bool_(True)),
+    low_sample("grid.async_copy", "zeros", ROWS, 56, SOURCE, 800, np.bool_(False)),
+    low_sample("grid.mma", "bf16", v(1, 2, 3, 4, element=F32), v(*range(8)), v(1, -1, 0.5, 2)),
+    low_sample("grid.mma", "f16", v(*[0] * 4, element=F32), v(*range(8), element=F16), v(*range(4), element=F16)),
+    low_sample("grid.load_matrix", "one_row", ROWS, 8),
+    low_sample("grid.load_matrix", "transposed", ROWS, 0, transposed=True),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    fault("grid.shared", "expected a size above 0, got 0", size=0, element=F32),
+    fault("grid.shared", "machine numbers, got buffer<i1, shared>", size=4, element=I1),
+    fault("grid.shuffle", "expected f32 or i32, got f64", D, mask=1),
+    fault("grid.shuffle", "expected a mask of 1 .. 31, got 32", F, mask=32),
+    fault("grid.exp2", "expected f32, got i32", INT),
+    fault("grid.join", "expected one vector or more, got none"),
+    fault("grid.join", "expected vectors of one element, got vector<2 x f32>, i32", VectorType(2, F32), INT),
+    fault("grid.part", "expected a vector, got f32", F, first=0, lanes=1),
+    fault("grid.part", "expected lanes of vector<4 x f32>, got 2 from 3 on", VectorType(4, F32), first=3, lanes=2),
+    fault("grid.async_copy", "expected a shared buffer, got buffer<bf16>", GLOBAL, INDEX, GLOBAL, INDEX, FLAG),
+    fault("grid.async_copy", "expected a global buffer, got buffer<bf16, sh", SHARED, INDEX, SHARED, INDEX, FLAG),
+    fault("grid.async_copy", "expected two buffers of one element", SHARED, INDEX, BufferType(F32), INDEX, FLAG),
+    fault("grid.async_copy", "expected an index, got i32 and index", SHARED, INT, GLOBAL, INDEX, FLAG),
+    fault("grid.async_copy", "expected an i1 condition, got f32", SHARED, INDEX, GLOBAL, INDEX, F),
+    fault("grid.async_wait", "expected 0 or more groups, got -1", pending=-1),
+    fault("grid.mma", "expected vector<4 x f32> to add to, got f32", F, VectorType(8, BF16), VectorType(4, BF16)),
+    fault("grid.mma", "expected bf16 or f16 factors", VectorType(4, F32), VectorType(8, F32), VectorType(4, F32)),
+    fault(
+        "grid.mma",
+        "expected vectors of 8 and 4 bf16, got vector<8 x bf16> and vector<4 x f16>",
+        *(VectorType(4, F32), VectorType(8, BF16), VectorType(4, F16)),
+    ),
+    fault("grid.load_matrix", "expected a shared buffer, got buffer<bf16>", GLOBAL, INDEX),
+    fault("grid.load_matrix", "expected a buffer of bf16 or f16", BufferType(F32, "shared"), INDEX),
+    fault("grid.load_matrix", "expected an index, got i32", SHARED, INT),
+)

@@ -2,14 +2,16 @@
 
 Layout (the generated code's): layer-major, then slot, then key/value head; within a head, blocks of 16 positions, each
 the keys of the block followed by its values, and behind the blocks of a low-bit cache a ring of the newest positions in
-16 bits. The runtime needs of it only that the bytes of one slot in one layer are contiguous. Fresh memory is zero and
-nothing ever needs clearing: positions are written before they are read.
+16 bits. What a block holds the runtime does not know: positions are copied out and in again as they are (`blocks`,
+`ring`). Fresh memory is zero and nothing ever needs clearing: positions are written before they are read.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import KVInfo
+from runtime.manifest import REBUILD_HINT, KVInfo
 from runtime.memory import Reservation
 
 CONTEXT_MULTIPLE = 64
@@ -32,6 +34,19 @@ class KVCache:
             )
         self._layers = info.layers
         self._slot_bytes = per_slot // max(1, info.layers)  # one slot in one layer
+        self._shape = (info.layers, num_slots, info.num_kv_heads)
+        heads = max(1, info.layers * info.num_kv_heads)
+        self._position_bytes, odd = divmod(info.bytes_per_position, heads)  # of one head
+        self._ring_block_bytes, uneven = divmod(info.bytes_per_slot, heads * max(1, info.ring // info.block))
+        if odd or uneven or info.ring % info.block:
+            raise RuntimeDiagnostic(
+                f"a position of the KV cache has {info.bytes_per_position} bytes, its ring {info.bytes_per_slot}",
+                expected=f"the same for each of {heads} heads and each block of {info.block} positions",
+                hint=REBUILD_HINT,
+            )
+        self.ring_positions = info.ring
+        self._block = info.block
+        self.bytes_per_position = info.bytes_per_position
         self._memory = Reservation(self.reserved_bytes, what="the KV cache")
 
     @property
@@ -42,6 +57,33 @@ class KVCache:
     def committed_bytes(self) -> int:
         """Resident bytes now."""
         return self._memory.committed_bytes()
+
+    def blocks(self, slot: int, first: int, last: int) -> np.ndarray:
+        """The bytes of positions first..last of a slot, whole groups of 64: a view u8 [layers, heads, bytes]."""
+        start, end = first * self._position_bytes, last * self._position_bytes
+        return self._heads(slot)[:, :, start:end]
+
+    def ring(self, slot: int, newest: int) -> np.ndarray:
+        """What a slot's ring holds once position `newest` is written: a view u8 [layers, heads, bytes]."""
+        start = self.capacity * self._position_bytes
+        return self._heads(slot)[:, :, start : start + self._ring_blocks(newest) * self._ring_block_bytes]
+
+    def ring_bytes(self, newest: int) -> int:
+        """Bytes of `ring`, all layers and heads."""
+        layers, _, heads = self._shape
+        return self._ring_blocks(newest) * self._ring_block_bytes * layers * heads
+
+    def _ring_blocks(self, newest: int) -> int:
+        return min(self.ring_positions // self._block, newest // self._block + 1)
+
+    def used_bytes(self, filled: int, newest: int) -> int:
+        """What a sequence of so many positions takes, all layers; its last pages are not counted."""
+        rounded = -(-filled // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+        return rounded * self.bytes_per_position + self.ring_bytes(newest) if filled else 0
+
+    def _heads(self, slot: int) -> np.ndarray:
+        """All of a slot: u8 [layers, heads, bytes]."""
+        return self._memory.view()[: self.reserved_bytes].reshape(*self._shape, -1)[:, slot]
 
     def release(self, slot: int) -> int:
         """Gives back the memory of one slot; returns the bytes of its whole pages, resident or not."""

@@ -27,6 +27,8 @@ from runtime import host
 from runtime.artifact import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import KVCache
+from runtime.kv_chunks import kv_key
+from runtime.kv_spill import KVSpill, SpillOptions
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
@@ -69,8 +71,8 @@ class MemoryReport:
 class Session:
     """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
 
-    With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. `routing` is told which
-    experts every token chose.
+    With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill` sequences
+    that a step does not use may lie on disk. `routing` is told which experts every token chose.
 
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
     """
@@ -86,6 +88,7 @@ class Session:
         stream: StreamPlan | None = None,
         routing: RoutingListener | None = None,
         preadv: Pread = os.preadv,
+        kv_spill: SpillOptions | None = None,
     ) -> None:
         self.artifact = open_artifact(path, verify=verify)
         self.manifest: Manifest = self.artifact.manifest
@@ -98,15 +101,15 @@ class Session:
         self._resources = resources = _Resources()
         self._finalizer = weakref.finalize(self, _release, resources)
         self._stream, self._preadv = stream, preadv
-        self._routing = routing
+        self._routing, self._kv_spill = routing, kv_spill
+        self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
+        self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
         try:
             self._acquire()
         except BaseException:
             self.close()
             raise
         self._broken = False
-        self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
-        self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
         self._profile: Profile | None = None
 
     def _acquire(self) -> None:
@@ -122,6 +125,10 @@ class Session:
             weights_address = weights.address
         resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
+        self.kv_spill: KVSpill | None = None
+        if self._kv_spill is not None:
+            key = kv_key(self.manifest)
+            self.kv_spill = resources.add(KVSpill(self._kv, key, self._kv_spill, self._filled, self._newest))
         arena_bytes = max(program.arena_bytes for program in programs)
         available = host.total_memory_bytes()
         if available and arena_bytes > available:
@@ -178,6 +185,8 @@ class Session:
             self._check_usable()
             inputs.check_continues(self._filled)
             self._check_ring(inputs)
+            if self.kv_spill is not None:
+                self.kv_spill.make_room(inputs.slots, inputs.positions)
             start = 0
             while start < len(inputs.ids):
                 program = self._program_for(len(inputs.ids) - start)
@@ -272,7 +281,23 @@ class Session:
         with self._lock:
             self._check_usable()
             self._filled[slot], self._newest[slot] = 0, -1
+            if self.kv_spill is not None:
+                self.kv_spill.drop(slot)
             return self._kv.release(slot)
+
+    def spill(self, slot: int) -> int:
+        """Writes the sequence in `slot` to disk and gives its memory back; returns the bytes written.
+
+        The next step that uses it brings it back, bit for bit. Needs a session with `kv_spill`.
+        """
+        slot = self._checked_slot(slot)
+        with self._lock:
+            self._check_usable()
+            if self.kv_spill is None:
+                raise RuntimeDiagnostic(
+                    "this session keeps all sequences in memory", expected="a session opened with kv_spill"
+                )
+            return self.kv_spill.spill(slot)
 
     def _checked_slot(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:

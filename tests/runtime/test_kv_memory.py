@@ -11,6 +11,7 @@ import pytest
 import stratum
 from runtime import Session
 from runtime.errors import RuntimeDiagnostic
+from runtime.kv_spill import SpillOptions
 from tests.stratum.tiny_model import LLAMA, VOCAB, write_model
 
 pytestmark = pytest.mark.slow
@@ -90,3 +91,23 @@ def test_going_back_and_on_again_gives_the_same_bits(session: Session) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB, 700)
     session.step(ids[400:], range(400, 700), [0] * 300, [])
     np.testing.assert_array_equal(session.step([7], [700], [0], [0]), straight)
+
+
+def test_a_sequence_that_was_on_disk_goes_on_with_the_same_bits(built: tuple[str, Path]) -> None:
+    """Codes, scales and ring come back as they were, and going back still works."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, 600)
+
+    def steps(spilled: bool) -> list[np.ndarray]:
+        made = []
+        with Session(built[1], threads=1, num_slots=2, kv_spill=SpillOptions(chunk=128)) as session:
+            for first, last in ((0, 300), (300, 301), (301, 590), (590, 600), (400, 402)):
+                part = ids[first:last]
+                made.append(session.step(part, range(first, last), [1] * len(part), [len(part) - 1]))
+                if spilled:
+                    before = session.memory().kv_committed
+                    assert session.spill(1) > 0
+                    assert session.memory().kv_committed < before / 8
+        return made
+
+    for got, wanted in zip(steps(True), steps(False), strict=True):
+        np.testing.assert_array_equal(got, wanted)

@@ -30,7 +30,9 @@ class StreamBooks:
         self._expert_pieces = owner.expert_pieces
         self._order = [n for n, p in enumerate(self._pieces) if p.kind == "dense" and n not in owner.resident]
         self._cursor = 0  # in `_order`: what is read next
-        self._held: dict[int, ReadJob] = {}
+        self._begun = 0  # bytes of it that are read, or on their way
+        self._request_bytes = max(PAGE_BYTES, self._plan.request_bytes // PAGE_BYTES * PAGE_BYTES)
+        self._held: dict[int, list[ReadJob]] = {}
         self._held_bytes = 0
         self.most_held_bytes = 0
         self._live: dict[int, None] = {}  # waited for in this call, not done with
@@ -43,16 +45,14 @@ class StreamBooks:
     def dense(self, piece: int, done: Sequence[int]) -> list[ReadJob]:
         """`piece` is needed, `done` are not any more."""
         self._done(done)
-        job = self._held.get(piece)
-        if job is None or job.fault is not None:
+        if piece not in self._held or any(job.fault for job in self._held[piece]):
             # The call before ended early, or a read failed: begin again from here.
             for other in [n for n in self._held if n not in self._live or n == piece]:
                 self._drop(other)
-            self._cursor = self._order.index(piece)
+            self._cursor, self._begun = self._order.index(piece), 0
         self._live[piece] = None
         self._fill(needed=piece)
-        job = self._held[piece]
-        return [] if job.done and job.fault is None else [job]
+        return [job for job in self._held[piece] if not job.done or job.fault is not None]
 
     def _done(self, pieces: Sequence[int]) -> None:
         for piece in pieces:
@@ -61,31 +61,41 @@ class StreamBooks:
                 self._drop(piece)
 
     def _drop(self, piece: int) -> None:
-        info, job = self._pieces[piece], self._held.pop(piece)
-        _settle(job)
-        self._pool.give(info.offset, info.bytes)
-        self._held_bytes -= info.bytes
+        for job in self._held.pop(piece):
+            _settle(job)
+        nbytes = self._pieces[piece].bytes
+        if piece == self._order[self._cursor] and self._begun:
+            nbytes, self._begun = self._begun, 0
+        self._pool.give(self._pieces[piece].offset, nbytes)
+        self._held_bytes -= nbytes
 
     def _fill(self, needed: int = -1) -> None:
-        """Reads ahead as far as the window takes; `needed` in any case."""
-        for _ in range(len(self._order)):
+        """Reads ahead as far as the window takes, parts of a piece also; all of `needed` in any case."""
+        while True:
             piece = self._order[self._cursor]
+            if piece in self._held and not self._begun:
+                return  # all that is streamed fits into the window
             info = self._pieces[piece]
-            if piece in self._held:
-                return
-            room = self._held_bytes + info.bytes <= self._plan.window_bytes
-            if not room and (needed in self._held or needed < 0):
-                return
-            self._pool.take_back(info.offset, info.bytes)
-            self._held[piece] = self._reader.submit([(info.offset, info.bytes)], info.origin)
-            self._held_bytes += info.bytes
+            nbytes = info.bytes - self._begun
+            if piece != needed:
+                room = self._plan.window_bytes - self._held_bytes
+                if nbytes > room:
+                    nbytes = room // self._request_bytes * self._request_bytes
+                if nbytes <= 0:
+                    return
+            place = (info.offset + self._begun, nbytes)
+            self._pool.take_back(*place)
+            self._held.setdefault(piece, []).append(self._reader.submit([place], info.origin))
+            self._held_bytes += nbytes
             self.most_held_bytes = max(self.most_held_bytes, self._held_bytes)
-            self._cursor = (self._cursor + 1) % len(self._order)
+            self._begun += nbytes
+            if self._begun == info.bytes:
+                self._cursor, self._begun = (self._cursor + 1) % len(self._order), 0
 
     def end(self) -> None:
         """The call is over."""
         self._done(list(self._live))
-        if self._order and not any(job.fault for job in self._held.values()):
+        if self._order and not any(job.fault for jobs in self._held.values() for job in jobs):
             self._fill()
 
     # -- experts
@@ -152,7 +162,7 @@ class StreamBooks:
                 self._memory.discard(piece.offset, piece.bytes)
         for book in (self._held, self._live, self._experts, self._pages):
             book.clear()
-        self._held_bytes = self._cursor = 0
+        self._held_bytes = self._cursor = self._begun = 0
 
     # -- tables
 

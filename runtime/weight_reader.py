@@ -200,8 +200,8 @@ class WeightReader:
             with self._changed:
                 self._in_flight -= 1
                 now_s = time.perf_counter()
-                if self._in_flight == 0:
-                    self.counters.busy_s += now_s - self._busy_since
+                self.counters.busy_s += now_s - self._busy_since
+                self._busy_since = now_s
                 self.counters.requests += 1
                 self.counters.bytes += 0 if fault else size
                 last = job.finish_one(fault, started_s)

@@ -2,8 +2,9 @@
 
 The rule, in the order of what a byte is worth: dense weights stay, because every token reads them; then experts, as
 many as fit; then the table of embeddings. Dense weights that do not fit are streamed, large ones kept first, since the
-window must hold two of the largest that are streamed, and the rest spread evenly over the program. What is no weight
-comes off first: the interpreter and its libraries as measured, activations, the KV cache for the context asked for.
+window must hold the largest that are streamed and what is read meanwhile, the rest spread evenly over the program. What
+is no weight comes off first: the interpreter and its libraries as measured, activations, the KV cache for the context
+asked for.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 
 SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
 ROWS_BYTES = 8 << 20
+# Of a budget, before the process is there: the interpreter with its libraries as measured (75 MiB), 24 MiB for what
+# comes later and 8 MiB for rows of embeddings. Page tables take a 256th more.
+PROCESS_BYTES = (75 << 20) + SLACK_BYTES + ROWS_BYTES
 DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
 CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
 CONTEXT_STEP = 64
+AHEAD_BYTES = 8 << 20  # read while a piece is used: some milliseconds of a fast disk
+DISK_SHARE = 20  # times that memory is read faster than the disk
 EXIT_DOES_NOT_FIT = 3
 
 
@@ -85,13 +91,18 @@ def plan_memory(
 def plan_for(artifact: Path, budget: int, context: int | None, policy: str | None = None) -> MemoryPlan:
     """`plan_memory` for this process, with what running takes loaded already."""
     from runtime.artifact import open_artifact
-    from runtime.native import load_libraries
 
     manifest = open_artifact(artifact).manifest
-    load_libraries()
-    code = sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
-    baseline = resident_bytes() + code
+    baseline = baseline_bytes(manifest)
     return plan_memory(manifest, budget, baseline=baseline, context=context, policy=policy, where=str(artifact))
+
+
+def baseline_bytes(manifest: Manifest) -> int:
+    """What this process takes without a model: all that running one loads is loaded first."""
+    from runtime.native import load_libraries
+
+    load_libraries()
+    return resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
 
 
 class Accounts:
@@ -158,25 +169,30 @@ class Accounts:
         return StreamPlan(self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other)
 
     def spread(self, room: int) -> tuple[tuple[int, ...], int] | None:
-        """(dense pieces that stay, window): as few streamed bytes as fit, in equal parts along the program."""
+        """(dense pieces that stay, window): as few streamed bytes as fit, in equal parts along the program.
+
+        Where the window has no room to read ahead, the disk waits while the processor computes, as if so much more were
+        to be read.
+        """
         by_size = sorted(self.dense, key=lambda n: -self.sizes[n])
-        best: tuple[int, tuple[int, ...], int] | None = None
-        total = sum(self.sizes[n] for n in self.dense)
-        for count in range(len(by_size)):
+        best: tuple[float, int, tuple[int, ...]] | None = None
+        total, left = sum(self.sizes[n] for n in self.dense), room
+        for count, largest in enumerate(by_size):
             kept = by_size[:count]
-            live = max(live_bytes(self.manifest, program, frozenset(kept)) for program in self.manifest.programs)
-            left = room - sum(self.sizes[n] for n in kept)
-            if left < live:
-                if best is None and count < len(by_size) - 1:
-                    continue
+            # Of pieces of one size all are kept, or a part that is spread like the rest.
+            begins = not count or self.sizes[largest] < self.sizes[kept[-1]]
+            live = max(live_bytes(self.manifest, p, frozenset(kept)) for p in self.manifest.programs) if begins else 0
+            if begins and left >= live:
+                ahead = min(left - live, AHEAD_BYTES)
+                more = self._evenly(by_size[count:], left - live - ahead)
+                resident = tuple(sorted((*kept, *more)))
+                streamed = total - sum(self.sizes[n] for n in resident)
+                found = streamed + (1 - ahead / AHEAD_BYTES) * total / DISK_SHARE, streamed, resident
+                best = min(best or found, found)
+            left -= self.sizes[largest]
+            if left < 0:
                 break
-            window = max(live, min(left, 2 * self.sizes[by_size[count]]))
-            more = self._evenly(by_size[count:], left - window)
-            resident = tuple(sorted((*kept, *more)))
-            streamed = total - sum(self.sizes[n] for n in resident)
-            if best is None or streamed < best[0]:
-                best = streamed, resident, room - (total - streamed)
-        return (best[1], best[2]) if best else None
+        return (best[2], room - (total - best[1])) if best else None
 
     def _evenly(self, pieces: list[int], room: int) -> list[int]:
         """Pieces of at most `room` bytes in all, taken evenly along the file."""
@@ -186,6 +202,10 @@ class Accounts:
         for piece in sorted(pieces):
             seen += self.sizes[piece]
             if used + self.sizes[piece] <= min(room, room * seen / total + self.sizes[piece] / 2):
+                taken.append(piece)
+                used += self.sizes[piece]
+        for piece in sorted(set(pieces) - set(taken), key=lambda n: (-self.sizes[n], n)):
+            if used + self.sizes[piece] <= room:
                 taken.append(piece)
                 used += self.sizes[piece]
         return taken

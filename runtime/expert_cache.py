@@ -79,6 +79,7 @@ class ExpertCache:
         self._partitions = [_Partition(capacity // count, make_policy(policy, self._bytes)) for _ in range(count)]
         self._pinned = dict.fromkeys(pinned)
         self._busy: dict[Entry, None] = {}  # entries of the batch in progress
+        self._ahead: dict[Entry, None] = {}  # read ahead: no policy knows of them, so they stay until they are used
         self._layer, self._step = -1, -1
         self.counters = CacheCounters(layer_lookups=[0] * layers, layer_hits=[0] * layers)
         for entry in self._pinned:
@@ -113,31 +114,41 @@ class ExpertCache:
     ) -> tuple[list[int], list[int]]:
         """(hits, misses) of one layer's batch: distinct ids in the order of their first appearance.
 
+        What was read ahead for this batch is among the hits, but counted as missing: it had to be read for it.
         `experts`: ids of all tokens, tokens in order; repeats only count as use. `weights`: routing weights beside
         them, which only the policy `score` looks at; without them each token's experts count alike. Ends the batch
         before, and begins a new pass when `layer` is not above the layer before.
         """
-        if layer <= self._layer or self._step < 0:
+        begins = layer <= self._layer or self._step < 0
+        if begins:
             self._step += 1
         self._layer = layer
         partition = self._partition(layer)
         policy = partition.policy
         policy.begin_batch(self._step, layer)
         self._busy = {(layer, expert): None for expert in experts}
+        early = [entry for entry in self._ahead if entry[0] == layer or begins]
         hits: list[int] = []
         misses: list[int] = []
         for entry in self._busy:
             known = entry in partition.resident or entry in self._pinned
             (hits if known else misses).append(entry[1])
         self.counters.lookups += len(self._busy)
-        self.counters.hits += len(hits)
+        found = len(hits) - sum(entry in self._busy for entry in early)
+        self.counters.hits += found
         self.counters.layer_lookups[layer] += len(self._busy)
-        self.counters.layer_hits[layer] += len(hits)
+        self.counters.layer_hits[layer] += found
         strength = _weight_shares(experts, weights) if policy.uses_weights else {}
+        for entry in early:
+            del self._ahead[entry]
+            if entry not in self._busy:  # read in vain
+                self._partition(entry[0]).policy.touch(entry, 0.0)
         # What the newest token chose counts as used last.
         for expert in list(dict.fromkeys(reversed(experts)))[::-1]:
             if (layer, expert) not in self._pinned:
                 policy.touch((layer, expert), strength.get(expert, 0.0))
+        for entry in early:
+            self._partition(entry[0]).policy.add(entry)
         return hits, misses
 
     def admit(self, layer: int, experts: Iterable[int]) -> list[Entry]:
@@ -145,17 +156,19 @@ class ExpertCache:
 
         The caller frees those before it reads the admitted ones, so that memory never exceeds the budget, but for a
         batch that is larger than the budget by itself. Experts that are resident already are left as they are; experts
-        of no batch in progress (read ahead of their use) count as used now.
+        of no batch in progress are read ahead of their use, and stay until the next batch of their layer or the next
+        pass.
         """
         partition = self._partition(layer)
         for expert in experts:
             entry = (layer, expert)
             if entry in partition.resident or entry in self._pinned:
                 continue
-            if entry not in self._busy:
-                partition.policy.touch(entry, 0.0)
             partition.resident[entry] = None
-            partition.policy.add(entry)
+            if entry in self._busy:
+                partition.policy.add(entry)
+            else:
+                self._ahead[entry] = None
             partition.used += self._bytes[layer]
             self.counters.admitted += 1
             self.counters.admitted_bytes += self._bytes[layer]
@@ -191,7 +204,10 @@ class ExpertCache:
 
     def _remove(self, partition: _Partition, entry: Entry) -> None:
         del partition.resident[entry]
-        partition.policy.remove(entry)
+        if entry in self._ahead:
+            del self._ahead[entry]
+        else:
+            partition.policy.remove(entry)
         partition.used -= self._bytes[entry[0]]
 
 

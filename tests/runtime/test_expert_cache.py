@@ -135,6 +135,20 @@ def test_reading_ahead_admits_an_expert_before_its_lookup() -> None:
         _use(cache, 0, [0])
         assert cache.admit(1, [3]) == []
         assert cache.lookup(1, [3, 4]) == ([3], [4])
+        assert (cache.counters.lookups, cache.counters.hits) == (3, 0)  # it was read, if early
+
+
+def test_what_was_read_ahead_stays_until_it_is_used_or_its_pass_is_over() -> None:
+    for policy in POLICIES:
+        cache = ExpertCache([1, 1, 1], 4, policy=policy)
+        _use(cache, 2, [0, 1])
+        _use(cache, 0, [5])
+        assert len(cache.admit(1, [3, 4])) == 1
+        assert cache.is_resident(1, 3) and cache.is_resident(1, 4)
+        assert _use(cache, 1, [4, 6])[0] == 1  # 3 was read in vain
+        cache.admit(2, [7])
+        _use(cache, 0, [1, 2, 3, 4])  # the pass ended without layer 2
+        assert cache.used_bytes == 4 and not cache.is_resident(2, 7)
 
 
 @st.composite

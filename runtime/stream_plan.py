@@ -18,6 +18,7 @@ from runtime.manifest import Manifest, ProgramInfo
 
 SCHEMA = "stratum.stream/1"
 SCOPES = ("global", "layer")
+DEFAULT_POLICY = "least_stale"  # what no routing makes useless
 _LARGEST = 1 << 50
 
 
@@ -35,7 +36,7 @@ class StreamPlan:
     expert_bytes: int = 0
     rows_bytes: int = 16 << 20
     scope: str = "global"
-    policy: str = "least_stale"
+    policy: str = DEFAULT_POLICY
     step_tokens: int = 1 << 20
     threads: int = 3
     request_bytes: int = 1 << 20

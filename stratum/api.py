@@ -119,6 +119,7 @@ def load(
     warn: Warn | None = None,
     memory: int | str | None = None,
     expert_policy: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
     routing: RoutingListener | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
@@ -129,6 +130,8 @@ def load(
     `memory` (bytes, or a text like "2GiB") bounds what the process may use: weights that do not fit are read as they
     are needed, `max_context` defaults to what takes an eighth of it, and a build runs in a process of its own.
     `expert_policy` says which experts such a budget gives up first: `least_stale`, `lru`, `lfu` or `score`.
+    `plan`, a file that `compile-model plan -o` wrote (maybe edited since), says instead what stays and what is read; a
+    directory is then built in the plan's formats.
     `routing` is told which experts every token chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
     too small.
     """
@@ -138,8 +141,13 @@ def load(
     options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
     options |= {"progress": progress, "warn": warn}
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
-    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy}
-    if memory is not None and not is_artifact(path):
+    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan}
+    if plan is not None and not is_artifact(path):
+        from stratum.stream_placement import read_placement
+
+        given = read_placement(Path(plan))
+        options |= {"dtype": given.dtype, "recipe": recipe or given.recipe or None}
+    if (memory is not None or plan is not None) and not is_artifact(path):
         from stratum.build_apart import built_apart
 
         settings = {name: options[name] for name in ("target", "dtype", "pipeline", "recipe")}

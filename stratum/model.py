@@ -107,7 +107,8 @@ class Generation:
 class Model:
     """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time.
 
-    `memory`: bytes that the process may use; weights that do not fit are read as they are needed.
+    `memory`: bytes that the process may use; weights that do not fit are read as they are needed. `plan`: a file of
+    `compile-model plan` that says what stays and what is read, by default as much as fits its own budget.
     """
 
     def __init__(
@@ -119,26 +120,34 @@ class Model:
         verify: bool = False,
         memory: int | None = None,
         expert_policy: str | None = None,
+        plan: str | os.PathLike[str] | None = None,
         routing: RoutingListener | None = None,
     ) -> None:
         self.path = Path(path)
         stream = None
-        if memory is not None:
-            planned = self._plan(memory, max_context, expert_policy)
+        if memory is not None or plan is not None:
+            planned = self._plan(memory, max_context, expert_policy, plan)
             stream, max_context = planned.stream, planned.context
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing
         )
         self.manifest = self.session.manifest
 
-    def _plan(self, memory: int, max_context: int | None, policy: str | None) -> MemoryPlan:
-        """What fits into `memory` bytes beside this process, all that it will load being loaded."""
+    def _plan(
+        self, memory: int | None, max_context: int | None, policy: str | None, plan: str | os.PathLike[str] | None
+    ) -> MemoryPlan:
+        """What fits into `memory` bytes beside this process with all that it loads; or what `plan` says."""
         from runtime.artifact import open_artifact
         from stratum.memory_plan import plan_for
 
         self.manifest = open_artifact(self.path).manifest
         with contextlib.suppress(DiagnosticError):
             _ = self.tokenizer  # without one, whoever asks for it is told
+        if plan is not None:
+            from stratum.stream_placement import stream_for
+
+            return stream_for(self.path, Path(plan), memory, max_context, policy)
+        assert memory is not None
         return plan_for(self.path, memory, max_context, policy)
 
     @cached_property

@@ -3,7 +3,9 @@
     planned = make_plan(PlanRequest("Qwen3-30B-A3B", target="rtx-4090", recipe="w4a8-g32", context=8192))
     planned.placement, planned.gains, planned.judged, planned.warnings
 
-Takes text as the command line has it; reads configurations and headers only. Raises NoFit when nothing fits.
+Takes text as the command line has it; reads configurations and headers only. A model that is built already says itself
+in what formats. Plans for this machine (`host`) are what `run` can carry out: keys and values in memory, one cache of
+experts for all layers with the policy of `run`; pins may ask for more. Raises NoFit when nothing fits.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
 from hw_targets import load as load_target
-from hw_targets.quantities import parse_quantity
+from hw_targets.quantities import format_bytes, parse_quantity
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import spread_placement
@@ -28,12 +30,13 @@ from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated
-from passes.place.solve import NoFit, Solution, replay, solve
+from passes.place.solve import NoFit, Solution, largest, least_budget, replay, solve
 from passes.place.what_if import Gain, gains
-
-# Of a budget for this machine: the interpreter with its libraries as measured (75 MiB), 24 MiB for what comes later and
-# 8 MiB for rows of embeddings. Page tables take a 256th more.
-PROCESS_BYTES = 107 << 20
+from passes.quantize.recipe import load_recipe
+from runtime.artifact import is_artifact, open_artifact
+from runtime.stream_plan import DEFAULT_POLICY
+from stratum.memory_plan import PROCESS_BYTES
+from stratum.stream_placement import read_placement, recipe_of
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,13 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
 
     This machine is measured first where that was never done; `tell` is told so.
     """
-    shape, target = load_shape(request.model), _measured(request.target, tell)
-    formats = formats_of(request.recipe, request.dtype)
-    given = _read_plan(request.plan) if request.plan is not None else None
+    target = _measured(request.target, tell)
+    shape, formats = _model(request)
+    given = read_placement(request.plan) if request.plan is not None else None
     session = _session(request, shape)
     if given is not None:
         _same_model(given, shape, request)
-        formats = formats_of(given.recipe, given.dtype)
+        formats = formats if is_artifact(request.model) else formats_of(given.recipe, given.dtype)
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)
     spread = None
@@ -109,8 +112,12 @@ def _placed(
 ) -> Planned:
     """A plan over the tiers of one machine."""
     machine = machine_of(target, budgets=_budgets(request, target))
+    here = target.name == "host"
+    pins = tuple(parse_pin(p, shape, machine) for p in request.pins)
+    if here and not any(pin.group == "kv" for pin in pins):
+        pins = (*pins, parse_pin(f"kv={main_tier(target)}", shape, machine))
     problem = Problem(
-        shape, machine, formats, session, tuple(parse_pin(p, shape, machine) for p in request.pins), slo,
+        shape, machine, formats, session, pins, slo,
         together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
     )  # fmt: skip
     trace = None
@@ -118,13 +125,17 @@ def _placed(
         from hw_targets.routing.trace_file import read_trace
 
         trace = check_trace(read_trace(request.trace), shape)
-        problem = dataclasses.replace(problem, cached=TraceRates(trace))
+        rates = TraceRates(trace, DEFAULT_POLICY, "global") if here else TraceRates(trace)
+        problem = dataclasses.replace(problem, cached=rates)
     if given is not None:
         solution = replay(problem, given)
-    elif request.batch == 0:
-        solution = _most_tokens(problem)
     else:
-        solution = solve(problem)
+        try:
+            solution = _most_tokens(problem) if request.batch == 0 else solve(problem)
+        except NoFit as fault:
+            if len(pins) == len(request.pins) or not fault.pins:
+                raise
+            raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
     step, bound = None, solution  # what would help is judged by bounds: that of the plan with the lowest one
     if request.simulate and given is not None:
         step = simulated(solution)
@@ -135,16 +146,20 @@ def _placed(
     placement = dataclasses.replace(placement, simulated_step=step)
     cached = [g for g in placement.groups if g.mode == "cached"]
     if placement.expert_cache is not None and cached:
+        scope = "global" if here else "layer"
         slots = min(g.slots for g in cached)
         if trace is None:
             layer = next(x for x in shape.layers if x.mlp.is_moe)
-            judged = judge(session_trace(layer.mlp.experts, layer.mlp.top_k), slots, "a drawn session, Zipf 1.4")
+            drawn = session_trace(layer.mlp.experts, layer.mlp.top_k)
+            judged = judge(drawn, slots, "a drawn session, Zipf 1.4", scope)
         else:
-            judged = judge(trace, slots, str(request.trace))
+            judged = judge(trace, slots, str(request.trace), scope)
         warnings += judged.warnings
-        rate = placement.expert_cache.hit_rate
+        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here else judged.policy
+        if given is not None and given.expert_cache is not None:
+            scope, policy = given.expert_cache.scope, given.expert_cache.policy
         cache = dataclasses.replace(
-            placement.expert_cache, policy=judged.policy, belady=max(rate, judged.belady), source=judged.source
+            placement.expert_cache, scope=scope, policy=policy, belady=max(rate, judged.belady), source=judged.source
         )
         placement = dataclasses.replace(placement, expert_cache=cache)
     found = gains(bound) if request.what_if and given is None else ()
@@ -209,6 +224,19 @@ def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
     return found
 
 
+def _no_room(problem: Problem) -> NoFit:
+    """Why nothing fits this machine with keys and values in memory."""
+    tier = main_tier(problem.machine.target)
+    least = least_budget(problem, tier)
+    size, session = format_bytes(problem.machine.room_of(tier)), problem.session
+    return NoFit(
+        f"{problem.shape.name} does not fit {size} of {tier}, context {session.context}, batch {session.batch}",
+        least=((tier, least),) if least is not None else (),
+        context=largest(problem, "context", session.context - 1),
+        batch=largest(problem, "batch", session.batch - 1) if session.batch > 1 else None,
+    )
+
+
 def _most_tokens(problem: Problem) -> Solution:
     """The batch (a power of two) with which most tokens a second come out."""
     best: Solution | None = None
@@ -226,12 +254,20 @@ def _most_tokens(problem: Problem) -> Solution:
     return best
 
 
-def _read_plan(path: Path) -> Placement:
-    try:
-        data = path.read_bytes()
-    except OSError as fault:
-        raise DiagnosticError(f"the plan cannot be read: {fault.strerror}", where=str(path)) from None
-    return Placement.from_json(data, str(path))
+def _model(request: PlanRequest) -> tuple[ModelShape, Formats]:
+    """The shape of what is asked for, and its formats: of a built model those that it was built with."""
+    shape = load_shape(request.model)
+    if not is_artifact(request.model):
+        return shape, formats_of(request.recipe, request.dtype)
+    manifest = open_artifact(request.model).manifest
+    recipe, name = recipe_of(manifest), manifest.model.get("name")
+    if request.recipe is not None:
+        raise DiagnosticError(
+            "--recipe cannot change a model that is built already", where=request.model, expected="its directory"
+        )
+    written = Path(request.model) / "recipe.toml"
+    formats = Formats(recipe, load_recipe(str(written)), manifest.dtype) if recipe else formats_of("", manifest.dtype)
+    return dataclasses.replace(shape, name=name if isinstance(name, str) else shape.name), formats
 
 
 def _same_model(given: Placement, shape: ModelShape, request: PlanRequest) -> None:

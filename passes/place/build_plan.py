@@ -31,6 +31,7 @@ from passes.place.placement import (
     Resource,
     SessionPlan,
     TierPlan,
+    layer_numbers,
 )
 from passes.place.problem import Problem, Session
 
@@ -107,13 +108,13 @@ def _even(counts: list[int]) -> Iterable[int]:
 def from_placement(problem: Problem, placement: Placement) -> Choice:
     """The choice that the entries of a plan describe; DiagnosticError for what this machine or model cannot do."""
     found: list[tuple[Option, int]] = []
-    places = {layer: entry for entry in placement.kv for layer in _layers(entry.layers)}
+    places = {layer: entry for entry in placement.kv for layer in layer_numbers(entry.layers)}
     for part in parts_of(problem.shape, problem.formats):
         missing = dict.fromkeys(part.layers or (-1,))
         for entry in placement.groups:
             if entry.group != part.group:
                 continue
-            mine = [i for i in (_layers(entry.layers) if part.layers else [-1]) if i in missing]
+            mine = [i for i in (layer_numbers(entry.layers) if part.layers else [-1]) if i in missing]
             runs: dict[tuple[str, str], list[int]] = {}
             for i in mine:
                 del missing[i]
@@ -145,17 +146,6 @@ def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) ->
         f"target {problem.machine.target.name} has no such way",
         expected="one of: " + "; ".join(dict.fromkeys(o.label for o in options_of(problem, part)[:12])),
     )
-
-
-def _layers(text: str) -> list[int]:
-    """Numbers of `0-3,8`."""
-    found: list[int] = []
-    for run in text.split(",") if text else []:
-        first, _, last = run.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or len(run) > 13:
-            raise DiagnosticError(f"{text!r} are no layers", expected="such as 0-3,8")
-        found.extend(range(int(first), min(int(last or first), 1 << 12) + 1))
-    return found
 
 
 def spread_placement(

@@ -32,18 +32,19 @@ class Judged:
 
 
 class TraceRates:
-    """Hit rates of per-layer caches, replayed once for each number of slots."""
+    """Hit rates of a cache with so many slots a layer, replayed once for each number of them."""
 
-    def __init__(self, trace: RoutingTrace) -> None:
-        self.trace = trace
+    def __init__(self, trace: RoutingTrace, policy: str = "lru", scope: str = "layer") -> None:
+        self.trace, self.policy, self.scope = trace, policy, scope
         self._found: dict[int, float] = {}
 
     def __call__(self, experts: int, top_k: int, slots: int, batch: int) -> float:
         if slots >= experts:
             return 1.0
         if slots not in self._found:
-            slots_of_all = slots * self.trace.layer_count
-            self._found[slots] = replay(self.trace, slots=slots_of_all, scope="layer").decode_hit_rate
+            of_all = slots * self.trace.layer_count
+            found = replay(self.trace, slots=of_all, policy=self.policy, scope=self.scope)
+            self._found[slots] = found.decode_hit_rate
         return self._found[slots]
 
 
@@ -67,12 +68,12 @@ def session_trace(experts: int, top_k: int) -> RoutingTrace:
     return synthetic_trace(SESSION, experts=experts, top_k=top_k, layers=_LAYERS, tokens=SESSION_TOKENS)
 
 
-def judge(trace: RoutingTrace, slots: int, source: str) -> Judged:
+def judge(trace: RoutingTrace, slots: int, source: str, scope: str = "layer") -> Judged:
     """What every on-line policy reaches with `slots` a layer, and the best that hindsight would."""
     of_all = slots * trace.layer_count
-    rates = {p: replay(trace, slots=of_all, policy=p, scope="layer").decode_hit_rate for p in ON_LINE}
+    rates = {p: replay(trace, slots=of_all, policy=p, scope=scope).decode_hit_rate for p in ON_LINE}
     order = tuple(sorted(rates.items(), key=lambda item: (-round(item[1], 4), item[0] != "lru", item[0])))
-    belady = replay(trace, slots=of_all, policy="belady", scope="layer").decode_hit_rate
+    belady = replay(trace, slots=of_all, policy="belady", scope=scope).decode_hit_rate
     warnings = []
     if slots < trace.top_k:
         warnings.append(

@@ -182,6 +182,17 @@ class Placement:
             raise DiagnosticError(f"the plan is not valid: {fault}", where=where, hint="see docs/plan.md") from None
 
 
+def layer_numbers(text: str) -> list[int]:
+    """The layers that `0-3,8` names. DiagnosticError for other texts."""
+    found: list[int] = []
+    for run in text.split(",") if text else []:
+        first, _, last = run.partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or len(run) > 13:
+            raise DiagnosticError(f"{text!r} are no layers", expected="such as 0-3,8")
+        found.extend(range(int(first), min(int(last or first), 1 << 12) + 1))
+    return found
+
+
 _PARTS: dict[str, type] = {
     "session": SessionPlan,
     "degrees": Degrees,

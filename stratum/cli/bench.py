@@ -28,6 +28,7 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 )
 @click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
@@ -44,6 +45,7 @@ def bench(
     repetitions: int,
     threads: tuple[int, ...] | None,
     memory: str | None,
+    plan_file: Path | None,
     output: str,
     jsonl: Path | None,
     no_calibration: bool,
@@ -91,7 +93,7 @@ def bench(
     results: list[Result] = []
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
-        measured = _measure(path, tests, count, context, repetitions, quiet, api.memory_bytes(memory))
+        measured = _measure(path, tests, count, context, repetitions, quiet, api.memory_bytes(memory), plan_file)
         results += measured
         used = measured[0].threads
         calibrations[used] = None if no_calibration else _calibration(used)
@@ -124,13 +126,18 @@ def _measure(
     repetitions: int,
     quiet: bool,
     memory: int | None = None,
+    plan_file: Path | None = None,
 ) -> list[Result]:
     from runtime.session import Session
     from stratum import benchmark
     from stratum.memory_plan import plan_for
+    from stratum.stream_placement import stream_for
 
-    results = []
-    plan = plan_for(path, memory, context).stream if memory is not None else None
+    results, plan = [], None
+    if plan_file is not None:
+        plan = stream_for(path, plan_file, memory, context).stream
+    elif memory is not None:
+        plan = plan_for(path, memory, context).stream
     with Session(path, threads=count, max_context=context, stream=plan) as session:
         for test in tests:
             if not quiet:

@@ -50,7 +50,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
-@click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory: which experts are given up first.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
+@click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory or --plan: which experts go first.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
 @click.option("--profile", is_flag=True, help="Show where the time went, by part of the model.")
@@ -71,6 +72,7 @@ def run(
     pipeline: str | None,
     budget: BitRequest,
     memory: str | None,
+    plan_file: Path | None,
     expert_policy: str | None,
     record_routing: Path | None,
     trace: Path | None,
@@ -108,6 +110,7 @@ def run(
             warn=lambda message: click.echo(f"warning: {message}", err=True),
             memory=memory,
             expert_policy=expert_policy,
+            plan=plan_file,
             routing=recorder,
             **options,
         )

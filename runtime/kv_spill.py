@@ -5,35 +5,30 @@ how long they will be: sequences that do not fit beside them go to disk, the one
 that the step uses come back, bit for bit. Chunks lie at fixed places of a file without a name (`runtime.kv_file`), each
 a checked record (`runtime.kv_chunks`).
 
-What goes wrong never costs a sequence: a slot is given up in memory when all of it is written, and its place in the
-file when all of it is back. An interrupt at any moment leaves it in one of the two.
+While a sequence comes back its first positions may be computed again beside the reads, when that is sooner
+(`runtime.load_or_compute`). What goes wrong never costs a sequence: a slot is given up in memory when all of it is
+written, and its place in the file when all of it is back; an interrupt at any moment leaves it in one of the two. What
+cannot be read is computed again, and the report says so.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import CONTEXT_MULTIPLE, KVCache
-from runtime.kv_chunks import (
-    BLOCKS,
-    RING,
-    RecordName,
-    chunk_positions,
-    read_record,
-    record_bytes,
-    record_fault,
-    write_record,
-)
+from runtime.kv_chunks import BLOCKS, RING, RecordName, chunk_positions, record_bytes, write_record
 from runtime.kv_file import BackingFile, Pwrite, default_directory
-from runtime.weight_reader import Pread, ReadJob
+from runtime.kv_loader import LoadFault, RecordLoader, StoredRecord, whole_groups
+from runtime.load_or_compute import Prices, choose_split
+from runtime.weight_reader import Pread
 
-READS_AHEAD = 3  # records in memory while a sequence comes back
+ASSUMED_BYTES_PER_S = 1e9  # of a disk that was not used yet
 
 
 @dataclass(frozen=True)
@@ -63,36 +58,36 @@ class SpillReport:
     wait_s: float
     on_disk_bytes: int
     retries: int
+    recomputed: int
+    faults: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"{self.spills} sequences went to disk ({self.bytes_written / 1e6:.1f} MB), "
-            f"{self.returns} came back ({self.bytes_read / 1e6:.1f} MB in {self.wait_s:.2f} s)"
+        text = (
+            f"{self.spills} sequences went to disk ({self.bytes_written / 1e6:.1f} MB), {self.returns} came back in "
+            f"{self.wait_s:.2f} s ({self.bytes_read / 1e6:.1f} MB read, {self.recomputed} positions computed again)"
         )
+        return f"{text}, {len(self.faults)} of them after a fault: {self.faults[0]}" if self.faults else text
 
 
-@dataclass(frozen=True)
-class _Record:
-    """Where a record lies in the file, and what it is."""
+@dataclass
+class Sequences:
+    """What a spill asks its session. `filled` and `newest` i64 [slots] are the session's: positions written, and the
+    last ever written (-1 for none). `recompute(slot, first, last)` computes those positions again. `prices` is given
+    the rate of the disk and says what computing costs, None where that is not known yet.
+    """
 
-    name: RecordName
-    offset: int
-    payload: int
-
-    @property
-    def nbytes(self) -> int:
-        return record_bytes(self.payload)
+    filled: np.ndarray
+    newest: np.ndarray
+    recompute: Callable[[int, int, int], None]
+    prices: Callable[[float], Prices | None]
 
 
 class KVSpill:
-    """The sequences of one cache that may be on disk. Used by one thread at a time.
+    """The sequences of one cache that may be on disk. Used by one thread at a time."""
 
-    `filled` and `newest` i64 [slots] are the session's: positions written, and the last ever written (-1 for none).
-    """
-
-    def __init__(self, kv: KVCache, key: bytes, options: SpillOptions, filled: np.ndarray, newest: np.ndarray) -> None:
-        self.options, self._kv, self._key = options, kv, key
-        self._filled, self._newest = filled, newest
+    def __init__(self, kv: KVCache, key: bytes, options: SpillOptions, sequences: Sequences) -> None:
+        self.options, self._kv, self._key, self._sequences = options, kv, key, sequences
+        self._filled, self._newest = sequences.filled, sequences.newest
         self.chunk = options.chunk or chunk_positions(kv.bytes_per_position)
         if self.chunk % CONTEXT_MULTIPLE or self.chunk < 0:
             raise RuntimeDiagnostic(
@@ -105,11 +100,13 @@ class KVSpill:
         self._file = BackingFile(
             directory, self._slot_bytes * kv.num_slots, preadv=options.preadv, pwritev=options.pwritev
         )
-        self._away: dict[int, list[_Record]] = {}
+        self._loader = RecordLoader(kv, self._file.reader, self._file.reservation)
+        self._away: dict[int, list[StoredRecord]] = {}
         self._last_used = [0] * kv.num_slots
         self._now = self._serial = self._spills = self._returns = 0
         self._wait_s = 0.0
-        self._reading = False
+        self._recomputed = 0
+        self._faults: list[str] = []
 
     def is_away(self, slot: int) -> bool:
         """Whether the slot's sequence is on disk."""
@@ -170,10 +167,10 @@ class KVSpill:
             return 0
         self._serial += 1
         records = list(self._records(slot, int(self._filled[slot]), int(self._newest[slot])))
-        self._settle()
+        self._loader.settle()
         for record in records:
             memory = self._file.memory[record.offset : record.offset + record.nbytes]
-            write_record(memory, record.name, self._place(slot, record))
+            write_record(memory, record.name, self._loader.place(slot, record.name))
             try:
                 self._file.write(record.offset, record.nbytes)
             finally:
@@ -184,21 +181,50 @@ class KVSpill:
         return sum(record.nbytes for record in records)
 
     def restore(self, slot: int) -> None:
-        """Brings the slot's sequence back into memory, if it is on disk. Raises RuntimeDiagnostic; it stays there."""
+        """Brings the slot's sequence back into memory, if it is on disk: a part is read, the rest computed again."""
         records = self._away.get(slot)
         if records is None:
             return
-        self._settle()
-        self._reading = True
-        jobs: list[ReadJob] = []
-        for number, record in enumerate(records):
-            while len(jobs) < min(len(records), number + READS_AHEAD):
-                ahead = records[len(jobs)]
-                jobs.append(self._file.read(ahead.offset, ahead.nbytes, f"sequence {slot}"))
-            self._take(slot, record, jobs[number])
-        self._reading = False
+        filled = int(self._filled[slot])
+        blocks = [record for record in records if record.name.kind == BLOCKS]
+        split = self._split(blocks)
+        started_s = time.perf_counter()
+        try:
+            fault = self._load(slot, [record for record in blocks if record.name.first >= split], split)
+            if fault is None:
+                fault = self._load(slot, [record for record in records if record.name.kind == RING], 0)
+            if fault is not None:
+                # What cannot be read is computed again. A ring was not read then, so with one all is.
+                first = 0 if self._kv.ring_positions else fault.record.name.first
+                self._faults.append(str(fault.why))
+                self._loader.settle()
+                self._recompute(slot, first, filled)
+        finally:
+            self._filled[slot] = filled
+            self._wait_s += time.perf_counter() - started_s
         self.drop(slot)
         self._returns += 1
+
+    def _load(self, slot: int, records: Sequence[StoredRecord], computed: int) -> LoadFault | None:
+        """Reads records while the first positions are computed."""
+        self._loader.start(slot, records)
+        try:
+            self._recompute(slot, 0, computed)
+        finally:
+            fault = self._loader.finish()
+        return fault
+
+    def _recompute(self, slot: int, first: int, last: int) -> None:
+        if last > first:
+            self._sequences.recompute(slot, first, last)
+            self._recomputed += last - first
+
+    def _split(self, blocks: Sequence[StoredRecord]) -> int:
+        """Up to where computing is worth it: nowhere, while nothing is known of what it costs."""
+        reads = self._file.reader.counters.bytes
+        seconds, nbytes = (self._loader.seconds, reads) if reads else (self._file.write_s, self._file.bytes_written)
+        prices = self._sequences.prices(nbytes / seconds if seconds > 0 else ASSUMED_BYTES_PER_S)
+        return choose_split([record.chunk for record in blocks], prices).split if prices is not None else 0
 
     def drop(self, slot: int) -> None:
         """Forgets what is on disk of the slot."""
@@ -218,57 +244,23 @@ class KVSpill:
             self._wait_s,
             on_disk,
             reads.retries + self._file.retries,
+            self._recomputed,
+            tuple(self._faults),
         )
 
     def close(self) -> None:
         """Ends the reads and the file."""
+        self._loader.settle()
         self._file.close()
 
-    def _take(self, slot: int, record: _Record, job: ReadJob) -> None:
-        """Waits for a record and copies it to its place."""
-        started_s = time.perf_counter()
-        try:
-            job.wait()
-        finally:
-            self._wait_s += time.perf_counter() - started_s
-        memory = self._file.memory[record.offset : record.offset + record.nbytes]
-        fault = record_fault(memory, record.name, record.payload)
-        if fault:
-            raise RuntimeDiagnostic(
-                f"what was spilled of the sequence in slot {slot} {fault}",
-                where=self._file.where,
-                expected=f"positions {record.name.first}..{record.name.last} as they were written",
-                hint="the disk returned other bytes than it was given: release the slot and start it again",
-            )
-        read_record(memory, self._place(slot, record))
-        self._file.let_go(record.offset, record.nbytes)
-
-    def _settle(self) -> None:
-        """Nothing that a failed or interrupted return began is in flight any more."""
-        if self._reading:
-            self._file.reader.drain()
-            self._file.let_go(0, self._file.reservation.nbytes)
-            self._reading = False
-
-    def _records(self, slot: int, filled: int, newest: int) -> Iterator[_Record]:
+    def _records(self, slot: int, filled: int, newest: int) -> Iterator[StoredRecord]:
         start = slot * self._slot_bytes
         for number, first in enumerate(range(0, filled, self.chunk)):
             last = min(first + self.chunk, filled)
             name = RecordName(self._key, self._serial, BLOCKS, first, last)
-            yield _Record(
-                name, start + number * self._chunk_bytes, _rounded(last - first) * self._kv.bytes_per_position
+            yield StoredRecord(
+                name, start + number * self._chunk_bytes, whole_groups(last - first) * self._kv.bytes_per_position
             )
         if self._kv.ring_positions:
             name = RecordName(self._key, self._serial, RING, 0, newest + 1)
-            yield _Record(name, start + self._chunks * self._chunk_bytes, self._kv.ring_bytes(newest))
-
-    def _place(self, slot: int, record: _Record) -> np.ndarray:
-        """The bytes of a record in the cache: a view u8 [layers, heads, bytes]."""
-        name = record.name
-        if name.kind == RING:
-            return self._kv.ring(slot, name.last - 1)
-        return self._kv.blocks(slot, name.first, name.first + _rounded(name.last - name.first))
-
-
-def _rounded(positions: int) -> int:
-    return -(-positions // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+            yield StoredRecord(name, start + self._chunks * self._chunk_bytes, self._kv.ring_bytes(newest))

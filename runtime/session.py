@@ -28,7 +28,8 @@ from runtime.artifact import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import KVCache
 from runtime.kv_chunks import kv_key
-from runtime.kv_spill import KVSpill, SpillOptions
+from runtime.kv_spill import KVSpill, Sequences, SpillOptions
+from runtime.load_or_compute import Prices
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
@@ -43,6 +44,7 @@ from runtime.weight_streamer import WeightStreamer
 STEP_ARGUMENT_WORDS = 32
 ENDED_EARLY = 2  # a step's status: its weights did not come
 MAX_SLOTS = 1 << 16
+MEASURED_TOKENS = 64  # of a step that tells what computing a position costs: shorter ones read weights for few tokens
 
 
 class _Closable(Protocol):
@@ -104,6 +106,7 @@ class Session:
         self._routing, self._kv_spill = routing, kv_spill
         self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
         self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
+        self._computed_s, self._computed_tokens = 0.0, 0  # of longer steps
         try:
             self._acquire()
         except BaseException:
@@ -127,8 +130,9 @@ class Session:
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
         self.kv_spill: KVSpill | None = None
         if self._kv_spill is not None:
-            key = kv_key(self.manifest)
-            self.kv_spill = resources.add(KVSpill(self._kv, key, self._kv_spill, self._filled, self._newest))
+            self._ids = np.zeros((self.num_slots, self.max_context), dtype=np.int32)
+            books = Sequences(self._filled, self._newest, self._recompute, self.prices)
+            self.kv_spill = resources.add(KVSpill(self._kv, kv_key(self.manifest), self._kv_spill, books))
         arena_bytes = max(program.arena_bytes for program in programs)
         available = host.total_memory_bytes()
         if available and arena_bytes > available:
@@ -187,20 +191,46 @@ class Session:
             self._check_ring(inputs)
             if self.kv_spill is not None:
                 self.kv_spill.make_room(inputs.slots, inputs.positions)
-            start = 0
-            while start < len(inputs.ids):
-                program = self._program_for(len(inputs.ids) - start)
-                end = min(start + program.max_tokens, len(inputs.ids))
-                # Parts of what the program takes at once are run by the same program: another one may add in
-                # another order.
-                while start < end:
-                    stop = min(start + self._most_tokens, end)
-                    first, last = np.searchsorted(sorted_rows, (start, stop))
-                    self._run(program, inputs, start, stop, sorted_rows[first:last] - start, target[first:last])
-                    start = stop
+            self._run_all(inputs, sorted_rows, target)
         if not in_order:
             logits[order] = target
         return logits
+
+    def _run_all(self, inputs: StepInputs, rows: np.ndarray, logits: np.ndarray) -> None:
+        """All tokens, in as few native calls as they take; `rows` ascend."""
+        start = 0
+        while start < len(inputs.ids):
+            program = self._program_for(len(inputs.ids) - start)
+            end = min(start + program.max_tokens, len(inputs.ids))
+            # Parts of what the program takes at once are run by the same program: another one may add in
+            # another order.
+            while start < end:
+                stop = min(start + self._most_tokens, end)
+                first, last = np.searchsorted(rows, (start, stop))
+                self._run(program, inputs, start, stop, rows[first:last] - start, logits[first:last])
+                start = stop
+
+    def _recompute(self, slot: int, first: int, last: int) -> None:
+        """Computes positions first..last of a slot again, from the ids that they were computed from."""
+        positions = np.arange(first, last, dtype=np.int32)
+        none = np.empty(0, dtype=np.int32)
+        inputs = StepInputs(self._ids[slot, first:last], positions, np.full_like(positions, slot), none)
+        self._run_all(inputs, none, np.empty((0, self.vocab_size), dtype=np.float32))
+
+    def prices(self, disk_bytes_per_s: float) -> Prices | None:
+        """What computing positions costs, as measured in this session; None before the first longer step."""
+        if not self._computed_tokens:
+            return None
+        streamed = 0
+        if self.streamer is not None:
+            streamed = self.manifest.weights.bytes - self.streamer.report().resident_bytes
+        program = self.manifest.programs[-1]
+        return Prices(
+            self._computed_s / self._computed_tokens,
+            disk_bytes_per_s,
+            step_tokens=min(program.max_tokens, self._most_tokens),
+            step_bytes=streamed,
+        )
 
     def _check_ring(self, inputs: StepInputs) -> None:
         """A low-bit cache keeps the newest positions in 16 bits: a sequence cannot go back to where they are gone."""
@@ -256,6 +286,11 @@ class Session:
             )
         self._filled[inputs.slots[start:stop]] = inputs.positions[start:stop] + 1  # ascending by slot: the last wins
         np.maximum.at(self._newest, inputs.slots[start:stop], inputs.positions[start:stop])
+        if stop - start >= MEASURED_TOKENS:
+            self._computed_s += ended_s - started_s
+            self._computed_tokens += stop - start
+        if self.kv_spill is not None:
+            self._ids[inputs.slots[start:stop], inputs.positions[start:stop]] = inputs.ids[start:stop]
         if profile is not None and stamps is not None:
             profile.add(StepRecord(program, stop - start, len(rows), stamps, started_s, ended_s))
 

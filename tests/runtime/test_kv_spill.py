@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from runtime import RuntimeDiagnostic, Session
 from runtime.kv_chunks import BLOCKS, HEADER_BYTES, RecordName, record_bytes, record_fault, write_record
 from runtime.kv_spill import KVSpill, SpillOptions
+from runtime.load_or_compute import Prices
 from tests.runtime.fake_artifact import BYTES_PER_POSITION, DEAD_WORKER_ID, MAX_CONTEXT, sequence_logits, write_artifact
 
 Call = Callable[[int, Sequence[memoryview], int], int]
@@ -121,21 +122,26 @@ def test_a_sequence_that_begins_anew_is_not_read(artifact_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ENXIO])
-def test_what_cannot_be_read_stays_on_disk(artifact_path: Path, fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_computed_again(
+    artifact_path: Path, fault: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.weight_reader._PAUSES_S", (0.0, 0.0, 0.0))
     disk = IllDisk([])
-    session, spill = opened(artifact_path, preadv=disk.of(os.preadv))
+    session, spill = opened(artifact_path, preadv=disk.of(os.preadv), chunk=64)
     text = sequences(1)[0]
     with session:
         extend(session, 0, text, 150)
         session.spill(0)
         disk.faults = [fault] * 100
-        with pytest.raises(RuntimeDiagnostic, match="the spilled KV cache cannot be read") as told:
-            extend(session, 0, text, 1)
-        assert told.value.where == "/var/tmp" or Path(told.value.where).is_dir()
-        assert spill.is_away(0) and session.filled(0) == 150
+        extend(session, 0, text, 1)
+        report = spill.report()
+        assert report.recomputed == 150 and report.retries >= 3 and "after a fault" in str(report)
+        assert "the spilled KV cache cannot be read" in report.faults[0]
+        assert session.filled(0) == 151
         disk.faults = []
+        session.spill(0)
         extend(session, 0, text, 20)
+        assert spill.report().recomputed == 150
 
 
 @pytest.mark.parametrize(("fault", "message"), [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output error")])
@@ -196,11 +202,29 @@ def test_damage_on_disk_is_found(artifact_path: Path) -> None:
         session.spill(0)
         for at in (0, 9, 24, 32, 41, 49, 57, 65, HEADER_BYTES, HEADER_BYTES + 64 * BYTES_PER_POSITION - 1):
             flip[0] = at
-            with pytest.raises(RuntimeDiagnostic, match="what was spilled of the sequence in slot 0"):
-                extend(session, 0, text, 1)
-        flip[0] = -1
+            extend(session, 0, text, 1)
+            flip[0] = -1
+            session.spill(0)
+        faults = spill.report().faults
+        assert len(faults) == 10 and all("a stored part of the KV cache" in fault for fault in faults)
         extend(session, 0, text, 1)
-        assert spill.report().returns == 1
+        assert len(spill.report().faults) == 10
+
+
+def test_the_front_is_computed_while_the_rest_is_read(artifact_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, spill = opened(artifact_path, chunk=64)
+    text = sequences(1)[0]
+    record = record_bytes(64 * BYTES_PER_POSITION)
+    with session:
+        extend(session, 0, text, 190)
+        for split, prices in ((0, None), (192, Prices(0.0, 1.0)), (128, Prices(1 / 128, record * 1.01))):
+            monkeypatch.setattr(spill._sequences, "prices", lambda rate, prices=prices: prices)
+            session.spill(0)
+            before = spill.report()
+            extend(session, 0, text, 1)
+            after = spill.report()
+            assert after.recomputed - before.recomputed == min(split, session.filled(0) - 1)
+            assert after.bytes_read - before.bytes_read == (192 - split) // 64 * record
 
 
 @given(st.binary(max_size=3000), st.integers(0, 4000))

@@ -19,7 +19,7 @@ _SHOWN_GAINS = 6
 def plan_text(planned: Planned) -> str:
     """The report of a plan."""
     plan = planned.placement
-    lines = [*_head(planned), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
+    lines = [*_head(planned), *_quality(plan), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
     if plan.prefill_threshold is not None:
         lines.append(
             f"prompts of {plan.prefill_threshold} tokens or more move weights to the faster unit to pass there"
@@ -58,6 +58,21 @@ def _head(planned: Planned) -> list[str]:
     elif session.micro_batches > 1:
         lines.append(f"{session.micro_batches} micro-batches take turns")
     return lines
+
+
+def _quality(plan: Placement) -> list[str]:
+    """What formats were chosen among, and what that costs."""
+    found = plan.quality
+    if found is None:
+        return []
+    bound = [f"at most {found.most_loss:.4g}"] if found.most_loss is not None else []
+    bound += [f"at least {found.least_bits:g} bits"] if found.least_bits is not None else []
+    names = ", ".join(name or plan.dtype for name in found.formats)
+    return [
+        f"formats chosen among {names}: loss {found.loss:.4g} ({found.source}; {found.formats[0] or plan.dtype} "
+        f"throughout {found.asked:.4g}), {found.bits:.3g} bits a weight of products"
+        + (f"; {' and '.join(bound)}" if bound else "")
+    ]
 
 
 def _phases(plan: Placement) -> list[str]:

@@ -23,6 +23,8 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import spread_placement
 from passes.place.cache_choice import Judged, TraceRates, check_trace, judge, session_trace
+from passes.place.format_loss import ESTIMATED, MeasuredLosses
+from passes.place.format_menu import Menu, menu_of
 from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of, main_tier
 from passes.place.parallel import device_unit, search, together
@@ -56,6 +58,10 @@ class PlanRequest:
     slo: str | None = None
     trace: Path | None = None
     plan: Path | None = None
+    formats: tuple[str, ...] = ()  # recipes that a plan chooses among, part by part
+    max_loss: float | None = None
+    bits_per_weight: float | None = None  # that are kept at least, on average
+    sensitivity: Path | None = None
     what_if: bool = True
     simulate: bool = True
 
@@ -87,18 +93,23 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         formats = formats if is_artifact(request.model) else formats_of(given.recipe, given.dtype)
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)
+    menu = _menu(request, shape, formats, given)
     spread = None
     if device_unit(target) is not None and not (request.pins or request.budgets):
         if given is None or given.degrees.devices > 1:
             fixed = given.degrees if given is not None else None
-            spread = search(shape, target, formats, session, slo, fixed=fixed, any_batch=request.batch == 0)
+            any_batch = request.batch == 0
+            for uniform in [formats] if menu is None else menu.uniform(shape):
+                found = search(shape, target, uniform, session, slo, fixed=fixed, any_batch=any_batch)
+                if found is not None and (spread is None or found.better(spread, any_batch)):
+                    spread, formats = found, uniform
     unit = device_unit(target)
     if spread is not None and unit is not None:
         machine = machine_of(target)
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
         return Planned(shape, target, placement, warnings=shape.warnings)
-    return _placed(request, shape, target, formats, session, slo, given)
+    return _placed(request, shape, target, formats, session, slo, given, menu)
 
 
 def _placed(
@@ -109,16 +120,19 @@ def _placed(
     session: Session,
     slo: Slo,
     given: Placement | None,
+    menu: Menu | None,
 ) -> Planned:
     """A plan over the tiers of one machine."""
     machine = machine_of(target, budgets=_budgets(request, target))
     here = target.name == "host"
-    pins = tuple(parse_pin(p, shape, machine) for p in request.pins)
+    names = menu.names if menu is not None else ()
+    pins = tuple(parse_pin(p, shape, machine, names) for p in request.pins)
     if here and not any(pin.group == "kv" for pin in pins):
         pins = (*pins, parse_pin(f"kv={main_tier(target)}", shape, machine))
     problem = Problem(
         shape, machine, formats, session, pins, slo,
         together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
+        menu=menu,
     )  # fmt: skip
     trace = None
     if request.trace is not None:
@@ -164,6 +178,24 @@ def _placed(
         placement = dataclasses.replace(placement, expert_cache=cache)
     found = gains(bound) if request.what_if and given is None else ()
     return Planned(shape, target, placement, solution, found, judged, tuple(warnings))
+
+
+def _menu(request: PlanRequest, shape: ModelShape, formats: Formats, given: Placement | None) -> Menu | None:
+    """The formats to choose among: those of the request, or those of a plan that is given."""
+    losses = MeasuredLosses.read(request.sensitivity) if request.sensitivity is not None else ESTIMATED
+    if given is not None:
+        if given.quality is None:
+            return None
+        return menu_of(given.quality.formats[1:], formats, shape, losses).unbounded()
+    if not request.formats:
+        if request.max_loss is not None or request.bits_per_weight is not None or request.sensitivity is not None:
+            raise DiagnosticError(
+                "a bound of quality without formats to choose among", expected="--formats w4a8-g32,w3,w8a8 as well"
+            )
+        return None
+    return menu_of(
+        request.formats, formats, shape, losses, most_loss=request.max_loss, least_bits=request.bits_per_weight
+    )
 
 
 def _measured(name: str, tell: Callable[[str], None] | None) -> Target:
@@ -258,12 +290,14 @@ def _model(request: PlanRequest) -> tuple[ModelShape, Formats]:
     """The shape of what is asked for, and its formats: of a built model those that it was built with."""
     shape = load_shape(request.model)
     if not is_artifact(request.model):
-        return shape, formats_of(request.recipe, request.dtype)
+        asked = request.recipe if request.recipe is not None else next(iter(request.formats), None)
+        return shape, formats_of(asked, request.dtype)
     manifest = open_artifact(request.model).manifest
     recipe, name = recipe_of(manifest), manifest.model.get("name")
-    if request.recipe is not None:
+    if request.recipe is not None or request.formats:
+        option = "--recipe" if request.recipe is not None else "--formats"
         raise DiagnosticError(
-            "--recipe cannot change a model that is built already", where=request.model, expected="its directory"
+            f"{option} cannot change a model that is built already", where=request.model, expected="its directory"
         )
     written = Path(request.model) / "recipe.toml"
     formats = Formats(recipe, load_recipe(str(written)), manifest.dtype) if recipe else formats_of("", manifest.dtype)

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.machine import Machine
 from passes.place.options import CACHED, RESIDENT, SPLIT, Option, option_with, options_of
-from passes.place.outcome import Choice, Outcome, PhaseOutcome
+from passes.place.outcome import Choice, Outcome, PhaseOutcome, by_part
 from passes.place.parallel import Spread
 from passes.place.parts import Part, parts_of, span
 from passes.place.placement import (
@@ -28,6 +29,7 @@ from passes.place.placement import (
     Placed,
     PlacedKV,
     Placement,
+    QualityPlan,
     Resource,
     SessionPlan,
     TierPlan,
@@ -38,26 +40,13 @@ from passes.place.problem import Problem, Session
 
 def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees: Degrees | None = None) -> Placement:
     """The plan of a choice."""
-    groups: list[Placed] = []
+    groups = groups_of(problem, choice)
     kv: list[PlacedKV] = []
-    by_part: dict[Part, list[tuple[Option, int]]] = {}
-    for option, count in choice:
-        by_part.setdefault(option.part, []).append((option, count))
-    order = {unit.name: i for i, unit in enumerate(problem.machine.units)}
-    for part, found in by_part.items():
-        for option, layers in numbered(part, found, order):
-            weights = [n for _, category, n in option.holds if category == "weights"]
-            count = len(layers) or 1
-            groups.append(
-                Placed(
-                    part.group, span(layers), option.home, _mode(option), option.unit, part.format,
-                    sum(weights) * count, option.slots, option.helper,
-                    option.prefill_unit if option.prefill_unit != option.unit else "",
-                )
-            )  # fmt: skip
-            held = sum(n for _, category, n in option.holds if category == "kv")
+    for found in by_part(choice).values():
+        for option, layers in numbered(problem, found):
+            held = sum(n for _, category, n in option.holds if category == "kv") * len(layers)
             if option.kv_home:
-                kv.append(PlacedKV(span(layers), option.kv_home, option.kv_unit, problem.formats.kv_name, held * count))
+                kv.append(PlacedKV(span(layers), option.kv_home, option.kv_unit, problem.formats.kv_name, held))
     return Placement(
         model=problem.shape.name,
         target=problem.machine.target.name,
@@ -65,7 +54,7 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         dtype=problem.formats.float_format,
         session=session_plan(problem.session),
         degrees=degrees or Degrees(),
-        groups=tuple(groups),
+        groups=groups,
         kv=tuple(kv),
         decode=phase_plan(outcome.decode),
         prefill=phase_plan(outcome.prefill),
@@ -73,15 +62,51 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         expert_cache=_expert_cache(choice),
         prefill_threshold=prefill_threshold(problem, choice),
         joules_per_token=joules(problem.machine.target, outcome.decode, problem.session.batch),
+        quality=quality_plan(problem, groups),
     )
 
 
-def numbered(
-    part: Part, found: list[tuple[Option, int]], order: dict[str, int]
-) -> list[tuple[Option, tuple[int, ...]]]:
-    """Which layers of a part take which option."""
+def groups_of(problem: Problem, choice: Choice) -> tuple[Placed, ...]:
+    """The entries of a choice, with numbered layers."""
+    groups: list[Placed] = []
+    for found in by_part(choice).values():
+        for option, layers in numbered(problem, found):
+            part, count = option.part, len(layers) or 1
+            nbytes = sum(n for _, category, n in option.holds if category == "weights") * count
+            at_prefill = option.prefill_unit if option.prefill_unit != option.unit else ""
+            groups.append(
+                Placed(
+                    part.group, span(layers), option.home, _mode(option), option.unit, part.format, nbytes,
+                    option.slots, option.helper, at_prefill, part.recipe,
+                )
+            )  # fmt: skip
+    return tuple(groups)
+
+
+def quality_plan(problem: Problem, groups: tuple[Placed, ...]) -> QualityPlan | None:
+    """What the formats of a plan lose, and what bounds that; None where nothing was chosen."""
+    menu = problem.menu
+    if menu is None:
+        return None
+    taken = []
+    for ways in problem.variants():
+        for entry in groups:
+            layers = tuple(i for i in layer_numbers(entry.layers) if i in ways[0].layers)
+            if entry.group == ways[0].group and (layers or not ways[0].layers):
+                taken.append((_stored_as(ways, entry), layers))
+    found = quality_of(taken)
+    asked = uniform_quality(menu, problem.shape, menu.names[0])
+    return QualityPlan(
+        menu.names, found.loss, found.bits, asked.loss, menu.losses.source, menu.most_loss, menu.least_bits
+    )
+
+
+def numbered(problem: Problem, found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:
+    """Which layers of a part take which of its options."""
+    part = found[0][0].part
     if not part.layers:
         return [(option, ()) for option, _ in found]
+    order = {unit.name: i for i, unit in enumerate(problem.machine.units)}
     by_unit: dict[str, list[tuple[Option, int]]] = {}
     for option, count in sorted(found, key=lambda item: order.get(item[0].unit, 0)):
         by_unit.setdefault(option.unit, []).append((option, count))
@@ -90,7 +115,30 @@ def numbered(
     for options in by_unit.values():
         for at in _even([count for _, count in options]):
             taken.setdefault(id(options[at][0]), []).append(next(layers))
-    return [(option, tuple(taken[id(option)])) for options in by_unit.values() for option, _ in options]
+    spread = [(option, tuple(taken[id(option)])) for options in by_unit.values() for option, _ in options]
+    return sensitive_first(spread)
+
+
+def sensitive_first(spread: list[tuple[Option, tuple[int, ...]]]) -> list[tuple[Option, tuple[int, ...]]]:
+    """Layers exchanged between options that differ in format alone: the widest for those that lose most."""
+    alike: dict[str, list[int]] = {}
+    for at, (option, _) in enumerate(spread):
+        alike.setdefault(option.label, []).append(at)
+    found = list(spread)
+    for group in alike.values():
+        if len(group) < 2 or not spread[group[0]][0].part.losses:
+            continue
+        wide_first = sorted(group, key=lambda at: -spread[at][0].part.nbytes)
+        narrow = spread[wide_first[-1]][0].part
+        loses = dict(zip(narrow.layers, narrow.losses, strict=True))
+        left = sorted((i for at in group for i in spread[at][1]), key=lambda i: (-loses[i], i))
+        if len({loses[i] for i in left}) == 1:
+            continue  # alike in that, too: they stay spread evenly
+        for at in wide_first:
+            count = len(spread[at][1])
+            found[at] = (spread[at][0], tuple(sorted(left[:count])))
+            left = left[count:]
+    return found
 
 
 def _even(counts: list[int]) -> Iterable[int]:
@@ -109,7 +157,8 @@ def from_placement(problem: Problem, placement: Placement) -> Choice:
     """The choice that the entries of a plan describe; DiagnosticError for what this machine or model cannot do."""
     found: list[tuple[Option, int]] = []
     places = {layer: entry for entry in placement.kv for layer in layer_numbers(entry.layers)}
-    for part in parts_of(problem.shape, problem.formats):
+    for ways in problem.variants():
+        part = ways[0]
         missing = dict.fromkeys(part.layers or (-1,))
         for entry in placement.groups:
             if entry.group != part.group:
@@ -121,10 +170,24 @@ def from_placement(problem: Problem, placement: Placement) -> Choice:
                 kv = places.get(i) if part.group == "attention" else None
                 runs.setdefault((kv.tier, kv.unit) if kv else ("", ""), []).append(i)
             for where, layers in runs.items():
-                found.append((_option(problem, part, entry, where), len(layers)))
+                found.append((_option(problem, _stored_as(ways, entry), entry, where), len(layers)))
         if missing and (part.nbytes or part.group != "embedding"):
             raise DiagnosticError(f"the plan says nothing of {part.group} {span(tuple(missing))}".replace(" -1", ""))
     return tuple(found)
+
+
+def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
+    """The way to store a part that an entry names; the first where it names none."""
+    if not entry.recipe:
+        return ways[0]
+    for part in ways:
+        if entry.recipe in part.recipes:
+            return part
+    raise DiagnosticError(
+        f"the plan stores {entry.group} {entry.layers} as {entry.recipe!r}".replace("  ", " "),
+        expected=" or ".join(repr(name) for part in ways for name in part.recipes) or "no recipe: the plan lists none",
+        hint="`quality.formats` of the plan lists what may be chosen",
+    )
 
 
 def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) -> Option:

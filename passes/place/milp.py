@@ -102,6 +102,7 @@ def _program(
     for decode, length in ((True, t_decode), (False, t_prefill)):
         _lengths(rows, problem, columns, crossings, length, decode, scale)
     _capacities(rows, problem, columns, least_bytes, shrink)
+    _quality(rows, problem, columns)
     return rows, columns
 
 
@@ -190,6 +191,18 @@ def _capacities(
                 rows.cost[at] += value
         else:
             rows.row(-math.inf, (room * shrink - work.get(tier, 0)) / unit, entries)
+
+
+def _quality(rows: _Rows, problem: Problem, columns: list[tuple[Option, int]]) -> None:
+    """What formats may lose together, and the bits that weights keep on average."""
+    menu = problem.menu
+    if menu is not None and menu.most_loss is not None:
+        scale = menu.most_loss or 1.0
+        rows.row(-math.inf, menu.most_loss / scale, [(at, o.part.loss / scale) for o, at in columns])
+    if menu is not None and menu.least_bits is not None:
+        scale = 8.0 * max(o.part.weight_bytes for o, _ in columns) or 1.0
+        spare = [(at, (8 * o.part.weight_bytes - menu.least_bits * o.part.weights) / scale) for o, at in columns]
+        rows.row(0.0, math.inf, spare)
 
 
 def _run(rows: _Rows) -> tuple[list[float] | None, float]:

@@ -111,7 +111,7 @@ def option_with(problem: Problem, part: Part, mode: str, unit: str, home: str, s
 def _allowed(group: str, where: str, option: Option) -> bool:
     if group == "kv":
         return where in (option.kv_home, option.kv_unit)
-    return where in (option.home, option.unit, option.mode)
+    return where in (option.home, option.unit, option.mode) or where in option.part.recipes
 
 
 # -- the kinds of parts ------------------------------------------------------------------------------------------------

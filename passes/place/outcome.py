@@ -62,6 +62,14 @@ def objective(problem: Problem, decode: float, prefill: float) -> float:
     return problem.session.batch * prefill + problem.session.generate * decode
 
 
+def by_part(choice: Choice) -> dict[tuple[str, int], list[tuple[Option, int]]]:
+    """The options of each part, however it is stored, in the order of the choice."""
+    found: dict[tuple[str, int], list[tuple[Option, int]]] = {}
+    for option, count in choice:
+        found.setdefault(option.part.key, []).append((option, count))
+    return found
+
+
 def evaluate(problem: Problem, choice: Choice) -> Outcome:
     """The outcome of a choice."""
     decode, prefill = PhaseCost(), PhaseCost()

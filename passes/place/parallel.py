@@ -48,6 +48,12 @@ class Spread:
     def tokens_per_second(self) -> float:
         return self.batch / self.decode.seconds
 
+    def better(self, other: Spread, any_batch: bool) -> bool:
+        """Whether it has more tokens a second, or the shorter session where the batch is given."""
+        if any_batch:
+            return self.tokens_per_second > other.tokens_per_second
+        return self.objective < other.objective
+
 
 def device_unit(target: Target) -> ComputeUnit | None:
     """The unit of which there are several: what plans for many devices are about."""
@@ -72,8 +78,7 @@ def search(
         late = late or (slo.ttft is not None and spread.prefill.seconds > slo.ttft)
         if late or spread.total > spread.room:
             continue
-        value = -spread.tokens_per_second if any_batch else spread.objective
-        if best is None or value < (-best.tokens_per_second if any_batch else best.objective):
+        if best is None or spread.better(best, any_batch):
             best = spread
     return best
 

@@ -23,7 +23,9 @@ class Part:
     """One group of `count` equal layers (`layers` are their numbers; empty for embedding and head).
 
     Bytes and FLOP are of one layer. Of `experts`, `nbytes` is of all experts of the layer and `flops_per_token` of
-    those that one token uses.
+    those that one token uses. Of the bytes `weight_bytes` are those of the `weights` of products. Where a plan chooses
+    among formats (`passes.place.format_menu`), a part is one way to store it: that of `recipes`, of which each of the
+    layers loses `losses`.
     """
 
     group: str
@@ -35,6 +37,26 @@ class Part:
     format: str
     layer: LayerShape | None = None
     kv_bytes_per_token: int = 0
+    weights: int = 0
+    weight_bytes: int = 0
+    tied: bool = False  # a head whose bytes are those of the embedding table
+    recipes: tuple[str, ...] = ()
+    losses: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What all ways to store a part have in common."""
+        return self.group, self.kind
+
+    @property
+    def recipe(self) -> str:
+        """The first of `recipes`; "" where nothing is chosen."""
+        return self.recipes[0] if self.recipes else ""
+
+    @property
+    def loss(self) -> float:
+        """Of one layer, on average."""
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
 
     @property
     def count(self) -> int:
@@ -72,6 +94,12 @@ def parts_of(shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], .
                 found.append(_inner(formats, group, kind, layer, layers, tensors))
     found.append(_outer(shape, formats, "head"))
     return tuple(found)
+
+
+def tensors_of(shape: ModelShape, part: Part) -> tuple[TensorShape, ...]:
+    """The tensors of one layer of a part of layers."""
+    assert part.layer is not None
+    return tuple(t for t in shape.tensors(part.layer) if _group(t, part.layer) == part.group)
 
 
 def span(layers: tuple[int, ...]) -> str:
@@ -123,6 +151,8 @@ def _inner(
         str(formats.weight(largest)),
         layer,
         formats.kv_bytes(layer) if group == "attention" else 0,
+        sum(t.elements for t in products),
+        sum(formats.nbytes(t) for t in products),
     )
 
 
@@ -134,10 +164,15 @@ def _outer(shape: ModelShape, formats: Formats, group: str) -> Part:
         extra = sum(formats.nbytes(t) for t in own)
         flops = 2 * head.elements + sum(2 * t.elements for t in own if t.is_product)
         return Part(
-            "head", -1, (), formats.nbytes(head) + extra, flops, formats.element(head), str(formats.weight(head))
-        )
+            "head", -1, (), formats.nbytes(head) + extra, flops, formats.element(head), str(formats.weight(head)),
+            weights=head.elements, weight_bytes=formats.nbytes(head), tied=_tied(shape, formats),
+        )  # fmt: skip
     tables = [t for t in shape.outer_tensors() if t.role == "embedding"]
-    # A tied table that the head keeps in low bits is looked up in floats all the same.
-    tied = shape.tied_head and formats.weight(head) == formats.weight(tables[0])
-    nbytes = sum(formats.nbytes(t) for t in tables[1 if tied else 0 :])
+    nbytes = sum(formats.nbytes(t) for t in tables[1 if _tied(shape, formats) else 0 :])
     return Part("embedding", -1, (), nbytes, 0, formats.float_format, str(formats.weight(tables[0])))
+
+
+def _tied(shape: ModelShape, formats: Formats) -> bool:
+    """Whether one table serves both: one that the head keeps in low bits is looked up in floats all the same."""
+    table = next(t for t in shape.outer_tensors() if t.role == "embedding")
+    return shape.tied_head and formats.weight(shape.head()) == formats.weight(table)

@@ -3,14 +3,15 @@
     pin = parse_pin("layers.0-9.experts=hbm", shape, machine)
 
 Left of `=`: `weights` (every group), a group (`embedding`, `attention`, `mlp`, `experts`, `head`) or `kv`, perhaps with
-`layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it) or a mode (`resident`,
-`streamed`, `cached`, `split`). `disk` is the first storage, `gpu` and `cpu` the first unit of that kind. All else is
-refused with what would work.
+`layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it), a mode (`resident`,
+`streamed`, `cached`, `split`), or a recipe where a plan chooses among `formats`. `disk` is the first storage, `gpu` and
+`cpu` the first unit of that kind. All else is refused with what would work.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from frontends.model_shape import ModelShape
 from ir.diagnostics import DiagnosticError
@@ -21,10 +22,10 @@ from passes.place.parts import GROUPS
 from passes.place.problem import Pin
 
 MODES = (RESIDENT, STREAMED, CACHED, SPLIT)
-_PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._-]+)")
+_PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._,-]+)")
 
 
-def parse_pin(text: str, shape: ModelShape, machine: Machine) -> Pin:
+def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[str] = ()) -> Pin:
     """The pin that a text means on this machine."""
     match = _PIN.fullmatch(text.strip())
     if match is None:
@@ -46,7 +47,7 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine) -> Pin:
             )
         if group in ("embedding", "head"):
             raise DiagnosticError(f"pin {text!r}: {group} belongs to no layer")
-    known = places(machine)
+    known = places(machine) | {name: name for name in formats if name}
     if where not in known:
         raise DiagnosticError(
             f"pin {text!r}: target {machine.target.name} has nothing named {where!r}{did_you_mean(where, known)}",

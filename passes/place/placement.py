@@ -27,7 +27,8 @@ class Placed:
     """One group of layers that is kept and computed alike. `nbytes` is of all its layers, at `tier`.
 
     `group`: embedding, attention, mlp, experts or head; `layers`: `0-3,8`, "" for embedding and head. `slots` is the
-    cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others).
+    cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others). `recipe` is
+    the one of `quality.formats` that `format` comes from, "" for that of the plan.
     """
 
     group: str
@@ -40,6 +41,7 @@ class Placed:
     slots: int = 0
     rest_unit: str = ""
     prefill_unit: str = ""
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,20 @@ class TierPlan:
 
 
 @dataclass(frozen=True)
+class QualityPlan:
+    """The recipes that formats were chosen among, what the choice loses (beside the first recipe throughout: `asked`)
+    and the average bits of a weight; `source` says how losses are known, the last two bounded the choice."""
+
+    formats: tuple[str, ...]
+    loss: float
+    bits: float
+    asked: float
+    source: str
+    most_loss: float | None = None
+    least_bits: float | None = None
+
+
+@dataclass(frozen=True)
 class Placement:
     """A whole plan."""
 
@@ -150,6 +166,7 @@ class Placement:
     gap: float = 0.0
     joules_per_token: float | None = None
     simulated_step: float | None = None  # seconds of a decode step, event by event; `decode` is its closed-form bound
+    quality: QualityPlan | None = None
     schema: str = SCHEMA
 
     @property
@@ -202,6 +219,7 @@ _PARTS: dict[str, type] = {
     "prefill": PhasePlan,
     "tiers": TierPlan,
     "expert_cache": ExpertCache,
+    "quality": QualityPlan,
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from frontends.model_shape import LayerShape, ModelShape
+from passes.place.format_menu import Menu
 from passes.place.formats import Formats
 from passes.place.machine import Machine
 from passes.place.parts import Part, parts_of
@@ -88,11 +89,20 @@ class Problem:
     together_prefill: tuple[tuple[str, float], ...] = ()
     cached: HitRate = field(default=hit_rate, compare=False)
     popular: HitRate = field(default=fixed_share, compare=False)
+    menu: Menu | None = None  # formats to choose among; None: `formats` throughout
 
     def parts(self) -> tuple[Part, ...]:
         """The parts to place; pins of single layers cut runs of equal ones."""
-        cuts = tuple(dict.fromkeys(pin.layers for pin in self.pins if pin.layers is not None))
-        return parts_of(self.shape, self.formats, cuts)
+        return parts_of(self.shape, self.formats, self._cuts())
+
+    def variants(self) -> tuple[tuple[Part, ...], ...]:
+        """Of each part the ways to store it: one, or one for each format that may be chosen."""
+        if self.menu is None:
+            return tuple((part,) for part in self.parts())
+        return self.menu.variants(self.shape, self._cuts())
+
+    def _cuts(self) -> tuple[tuple[int, int], ...]:
+        return tuple(dict.fromkeys(pin.layers for pin in self.pins if pin.layers is not None))
 
     def workspace_bytes(self) -> int:
         """Activations of the larger phase: rows of the stream, the widest layer, and the logits."""

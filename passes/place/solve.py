@@ -12,12 +12,13 @@ would do, and the largest context and batch that fit the memory there is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hw_targets.quantities import format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
-from passes.place.build_plan import from_placement, to_placement
+from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
 from passes.place.greedy import greedy
 from passes.place.machine import UNLIMITED
 from passes.place.milp import Found, solve_counts
@@ -28,6 +29,7 @@ from passes.place.problem import Problem, Slo
 
 _CHUNKS = (512, 128, 32, 8)
 _MICRO_BATCHES = (1, 2, 4, 8)
+_TRIES = 5  # of bounds on what formats may lose
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,18 @@ def replay(problem: Problem, placement: Placement) -> Solution:
                 least=((tier.name, tier.total),),
             )
     made = dataclasses.replace(
-        to_placement(problem, choice, outcome), groups=placement.groups, kv=placement.kv, degrees=placement.degrees
-    )
+        to_placement(problem, choice, outcome), groups=placement.groups, kv=placement.kv, degrees=placement.degrees,
+        quality=quality_plan(problem, placement.groups),
+    )  # fmt: skip
     return Solution(problem, choice, outcome, made, 0.0, None)
 
 
 def choices_of(problem: Problem) -> list[list[Option]]:
     """The options of every part; a pin that leaves a part none is named."""
     found = []
-    for part in problem.parts():
-        options = options_of(problem, part)
+    for ways in problem.variants():
+        options = [option for part in ways for option in options_of(problem, part)]
+        part = ways[0]
         if not options:
             pins = [pin.text for pin in problem.pins if pin.concerns(part)]
             raise DiagnosticError(
@@ -133,22 +137,55 @@ def _with(problem: Problem, **changes: int) -> Problem:
 
 def _solve_one(problem: Problem) -> Solution | None:
     options = choices_of(problem)
-    found = solve_counts(problem, options)
-    base = greedy(problem, options)
-    base_outcome = evaluate(problem, base) if base is not None else None
-    if base_outcome is not None and not _in_time(problem, base_outcome):
-        base_outcome = None
-    if found is None and base_outcome is not None and base is not None:
-        found = Found(base, 1.0)
+    found = _solve_counts(problem, options)
+    base = _baseline(problem, options)
+    if found is None and base is not None:
+        found = Found(base[0], 1.0)
     if found is None:
         return None
     choice, outcome = found.choice, evaluate(problem, found.choice)
-    if base is not None and base_outcome is not None and base_outcome.objective < outcome.objective:
-        choice, outcome = base, base_outcome
+    if base is not None and base[1].objective < outcome.objective:
+        choice, outcome = base
     placement = dataclasses.replace(to_placement(problem, choice, outcome), gap=found.gap)
-    return Solution(
-        problem, choice, outcome, placement, found.gap, base_outcome.objective if base_outcome is not None else None
-    )
+    return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
+
+
+def _solve_counts(problem: Problem, options: list[list[Option]]) -> Found | None:
+    """The best counts. Where losses differ by layer the program only knows their mean, and layers that lose most get
+    the widest formats afterwards: it is asked again with another bound until what is lost is just what may be."""
+    limit = problem.menu.most_loss if problem.menu is not None else None
+    differ = any(len(set(o.part.losses)) > 1 for found in options for o in found[:1])
+    if problem.menu is None or limit is None or not differ:
+        return solve_counts(problem, options)
+    best: Found | None = None
+    lowest, bound = math.inf, limit
+    for _ in range(_TRIES):
+        asked = dataclasses.replace(problem, menu=dataclasses.replace(problem.menu, most_loss=bound))
+        found = solve_counts(asked, options)
+        made = quality_plan(problem, groups_of(problem, found.choice)) if found is not None else None
+        if found is None or made is None:
+            break
+        value = evaluate(problem, found.choice).objective
+        if made.loss <= limit * (1 + 1e-6) and value < lowest:
+            best, lowest = found, value
+        if 0.99 * limit <= made.loss <= limit * (1 + 1e-6):
+            break
+        bound *= 0.999 * limit / made.loss
+    return best
+
+
+def _baseline(problem: Problem, options: list[list[Option]]) -> tuple[Choice, Outcome] | None:
+    """The best greedy choice that keeps the bounds, with one format throughout."""
+    best: tuple[Choice, Outcome] | None = None
+    for name in (None,) if problem.menu is None else problem.menu.allowed(problem.shape):
+        mine = [[o for o in found if name is None or name in o.part.recipes] for found in options]
+        choice = greedy(problem, mine) if all(mine) else None
+        outcome = evaluate(problem, choice) if choice is not None else None
+        if choice is None or outcome is None or not _in_time(problem, outcome):
+            continue
+        if best is None or outcome.objective < best[1].objective:
+            best = (choice, outcome)
+    return best
 
 
 def _in_time(problem: Problem, outcome: Outcome) -> bool:

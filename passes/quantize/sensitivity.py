@@ -2,7 +2,7 @@
 
     table = SensitivityTable(path)                            # kept on disk line by line: a killed run goes on
     measure(products, read, tokens, candidates, table)        # with tokens: Kullback-Leibler divergence of the logits
-    estimate(products, read, candidates, table)               # without: error of the weights, see `PRIOR`
+    estimate(products, read, candidates, table)               # without: error of the weights, see `loss_prior`
 
 The loss of a pair (group, candidate) is the mean divergence KL(model || model with this one group in that format), in
 nats per token, over the given tokens. Where so many runs of the model would take too long, it is measured with one
@@ -31,21 +31,11 @@ from ir.formats import BF16, F32, PlainFormat
 from ir.ops.builtin import FuncOp
 from ir.ops.norm import RmsNormOp
 from passes.quantize.forward import Factors, Forward, ProductOp, constant_value
+from passes.quantize.loss_prior import PRIOR
 from passes.quantize.quantize import SMALLER_GROUPS
 from passes.quantize.rounding import quantize_rows
 from passes.quantize.weight_groups import WeightGroup
 
-# Divergence in nats per relative squared error of a product's output, by the part of the model: averages over the
-# layers of examples/tiny-moe at 3 and 4 bits (docs/passes/bits_per_weight.md). Only their ratios matter.
-PRIOR = {
-    "attention.q": 0.45,
-    "attention.o": 0.3,
-    "mlp.gate": 0.13,
-    "mlp.down": 0.1,
-    "experts.gate": 0.13,
-    "experts.down": 0.1,
-    "head": 3.5,
-}
 MAX_DIRECT_FLOPS = 2e13  # above, one candidate of each group is run through the model, not all
 MAX_FLOPS = 6e13  # of these runs; what takes more gets fewer sequences
 Products = Sequence[tuple[ProductOp, WeightGroup]]

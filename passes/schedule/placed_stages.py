@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass
 
 from hw_targets.cost_model import Work
-from passes.place.build_plan import numbered
+from passes.place.build_plan import numbered, sensitive_first
 from passes.place.options import CACHED, SPLIT, STREAMED, Option
-from passes.place.outcome import Choice
+from passes.place.outcome import Choice, by_part
 from passes.place.parts import Part
 from passes.place.problem import Problem
 from passes.place.routing_model import distinct_experts
@@ -78,18 +78,14 @@ class _Reader:
         self.hidden_bytes = math.ceil(self.rows) * problem.shape.hidden * 2
 
     def stages(self) -> tuple[Stage, ...]:
-        order = {unit.name: i for i, unit in enumerate(self.problem.machine.units)}
-        by_part: dict[Part, list[tuple[Option, int]]] = {}
-        for option, count in self.choice:
-            by_part.setdefault(option.part, []).append((option, count))
         layers: dict[int, dict[str, tuple[Part, Option]]] = {}
         outer: dict[str, tuple[Part, Option]] = {}
-        for part, found in by_part.items():
-            for option, numbers in _spread(part, found) if self.even else numbered(part, found, order):
+        for found in by_part(self.choice).values():
+            for option, numbers in _spread(found) if self.even else numbered(self.problem, found):
                 for number in numbers:
-                    layers.setdefault(number, {})[part.group] = (part, option)
+                    layers.setdefault(number, {})[option.part.group] = (option.part, option)
                 if not numbers:
-                    outer[part.group] = (part, option)
+                    outer[option.part.group] = (option.part, option)
         first = layers[min(layers)]["attention"][1].unit if layers else self.problem.machine.units[0].name
         made = [self.embedding(*outer["embedding"], first)]
         for number in sorted(layers):
@@ -198,12 +194,13 @@ class _Reader:
         return math.ceil(part.expert_bytes * self.needed(part, self.rows)) if part.experts else part.nbytes
 
 
-def _spread(part: Part, found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:
+def _spread(found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:
     """The layers of a part dealt to its options so that each option's are as far apart as they can be."""
+    part = found[0][0].part
     if not part.layers:
         return [(option, ()) for option, _ in found]
     turns = [((2 * turn + 1) / (2 * count), at) for at, (_, count) in enumerate(found) for turn in range(count)]
     taken: list[list[int]] = [[] for _ in found]
     for layer, (_, at) in zip(part.layers, sorted(turns), strict=True):
         taken[at].append(layer)
-    return [(option, tuple(numbers)) for (option, _), numbers in zip(found, taken, strict=True)]
+    return sensitive_first([(option, tuple(numbers)) for (option, _), numbers in zip(found, taken, strict=True)])

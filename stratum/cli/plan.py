@@ -37,6 +37,16 @@ EXIT_NO_FIT = 3
 @click.option("--pin", "pins", multiple=True, metavar="GROUP=WHERE", help="A decision taken: experts=disk, kv=dram.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="A recorded routing of experts.")
 @click.option("--recipe", "--format", "recipe", metavar="NAME[,NAME...]|FILE", help="Number formats, as for build.")
+@click.option("--formats", metavar="NAME[,NAME...]", help="Recipes to choose among, for each part of each layer.")
+@click.option("--max-loss", type=click.FloatRange(min=0.0), help="What chosen formats may lose. Default: as --recipe.")
+@click.option("--bits-per-weight", type=click.FloatRange(min=0.1), help="Bits that weights keep on average, at least.")
+@click.option(
+    "--sensitivity",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Losses that build --bits-per-weight measured.",
+)
+@click.option("--save-recipe", type=click.Path(path_type=Path), metavar="FILE", help="Write the formats for build.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="What is no low-bit number."
 )
@@ -61,6 +71,11 @@ def plan(
     pins: tuple[str, ...],
     trace: Path | None,
     recipe: str | None,
+    formats: str | None,
+    max_loss: float | None,
+    bits_per_weight: float | None,
+    sensitivity: Path | None,
+    save_recipe: Path | None,
     dtype: str,
     plan_file: Path | None,
     output: Path | None,
@@ -79,7 +94,8 @@ def plan(
     sizes = [("memory", memory), ("disk", disk), *(_named(text) for text in budget)]
     request = PlanRequest(
         model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
-        tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file, not quick,
+        tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file,
+        tuple(formats.split(",")) if formats else (), max_loss, bits_per_weight, sensitivity, not quick,
     )  # fmt: skip
     try:
         planned = make_plan(request, tell=lambda text: click.echo(text, err=True))
@@ -92,6 +108,10 @@ def plan(
     text = planned.placement.to_json()
     if output is not None:
         _write(output, text)
+    if save_recipe is not None:
+        from passes.place.plan_recipe import recipe_of_plan
+
+        _write(save_recipe, recipe_of_plan(planned.placement).to_toml())
     if as_json:
         click.echo(text, nl=False)
     else:

@@ -11,6 +11,7 @@ import pytest
 
 from frontends.shape_library import load_shape
 from passes.place.placement import SCHEMA, Placement
+from passes.quantize.recipe import load_recipe
 from stratum.cli import main
 from stratum.plan_report import seconds_text, shortened
 from stratum.planning import PlanRequest, make_plan, parse_slo
@@ -60,6 +61,29 @@ def test_a_budget_makes_a_cache_of_experts(capsys: pytest.CaptureFixture[str]) -
     dram = next(t for t in plan.tiers if t.name == "dram")
     assert dram.peak <= 2 << 30 == dram.capacity and plan.expert_cache is not None
     assert plan.expert_cache.belady is not None and plan.expert_cache.hit_rate <= plan.expert_cache.belady
+
+
+def test_formats_are_chosen_and_can_be_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, recipe = tmp_path / "plan.json", tmp_path / "chosen.toml"
+    short = [*OLMOE[:3], "--ctx", "2048", "--memory", "2GiB", "--quick", "--formats", "w4a8-g32,w3,w8a8"]
+    code, text, _ = run(capsys, *short, "-o", str(plan), "--save-recipe", str(recipe))
+    assert code == 0 and "formats chosen among w4a8-g32, w3, w8a8: loss" in text and "estimated from bits" in text
+    made = Placement.from_json(plan.read_text())
+    assert made.quality is not None and made.quality.loss <= made.quality.asked
+    assert {g.recipe for g in made.groups if g.group == "experts"} == {"w3"}
+    assert str(load_recipe(str(recipe)).choice("model.layers.0.mlp.experts.0.up_proj.weight", "experts.up").format) == (
+        "q3_sym<group=32, scale=f16>"
+    )
+    code, again, _ = run(capsys, *short[:-2], "--plan", str(plan), "--json")
+    assert code == 0 and Placement.from_json(again).decode == made.decode
+    for wrong, words in (
+        (["--max-loss", "1"], "--formats w4a8-g32,w3,w8a8 as well"),
+        (["--formats", "w3", "--bits-per-weight", "9"], "has 9 bits a weight"),
+        (["--formats", "w3", "--sensitivity", str(plan)], "has no measured losses"),
+        (["--save-recipe", str(recipe)], "no recipe to write"),
+    ):
+        code, _, err = run(capsys, *short[:7], "--quick", *wrong)
+        assert code == 2 and words in err, err
 
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""The formats of a plan as a recipe that `build --recipe` takes.
+
+    recipe = recipe_of_plan(placement)
+    Path("plan.toml").write_text(recipe.to_toml())
+
+For each recipe that the plan uses and each group of layers that uses it, its rules for that group become rules for the
+tensors of these layers by name. What the recipe asked for says of embeddings, routers and the KV cache is kept. Layers
+are told apart by the number behind `layers.`, `h.` or `blocks.` in the names of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ir.diagnostics import DiagnosticError
+from passes.place.placement import Placement, layer_numbers
+from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe
+
+_GROUPS = ("attention", "mlp", "experts", "head")
+
+
+def recipe_of_plan(placement: Placement) -> Recipe:
+    """The recipe that stores every tensor as the plan has it; that of the plan itself where nothing was chosen."""
+    if placement.quality is None:
+        if not placement.recipe:
+            raise DiagnosticError(
+                f"the plan keeps all weights in {placement.dtype}: there is no recipe to write",
+                expected="a plan made with --recipe or --formats",
+            )
+        return load_recipe(placement.recipe)
+    base = load_recipe(placement.recipe) if placement.recipe else Recipe("")
+    rules = [rule for rule in base.rules if rule.role in HELD_BACK]
+    for group in _GROUPS:
+        by_recipe: dict[str, list[int]] = {}
+        for entry in placement.groups:
+            if entry.group == group:
+                by_recipe.setdefault(entry.recipe or placement.recipe, []).extend(layer_numbers(entry.layers))
+        for name, layers in by_recipe.items():
+            where = _pattern(layers) if len(by_recipe) > 1 else ""
+            rules += _rules(load_recipe(name), group, where) if name else []
+    bits = f"{placement.quality.bits:.4g}"
+    used = ", ".join(dict.fromkeys(e.recipe for e in placement.groups if e.recipe))
+    return Recipe(
+        f"plan-{bits}-bits", f"{used} as chosen for {placement.target}, {bits} bits a weight", rules=tuple(rules),
+        kv=base.kv,
+    )  # fmt: skip
+
+
+def _rules(recipe: Recipe, group: str, where: str) -> Iterator[Rule]:
+    """What a recipe says of a group, for the tensors that `where` fits."""
+    if recipe.weights != Choice():
+        yield Rule(recipe.weights, group, where)
+    for rule in recipe.rules:
+        if rule.role == group or rule.role.startswith(f"{group}."):
+            yield Rule(rule.choice, rule.role, where)
+
+
+def _pattern(layers: list[int]) -> str:
+    numbers = "|".join(map(str, sorted(layers)))
+    return rf"(.*\.)?(layers|h|blocks)\.({numbers})\..*"

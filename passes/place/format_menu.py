@@ -108,6 +108,7 @@ def menu_of(
     least_bits: float | None = None,
 ) -> Menu:
     """The menu of listed recipes. Without a bound a plan loses no more than the format asked for throughout."""
+    _check(asked)
     found = [asked]
     for name in dict.fromkeys(n.strip() for n in names):
         if name != asked.name:

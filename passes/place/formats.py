@@ -10,17 +10,24 @@ the float of the build. Refuses what `passes.quantize.recipe` refuses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from frontends.model_shape import LayerShape, TensorShape
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
-from passes.quantize.recipe import FLOAT, STORED, Recipe, cache_type, load_recipe
+from passes.quantize.recipe import FLOAT, HELD_BACK, STORED, Choice, Recipe, Rule, cache_type, load_recipe
 
 FLOATS: dict[str, PlainFormat] = {"bf16": BF16, "f16": F16, "f32": F32}
 # From the most exact to the smallest: what "the next format down" means. "" is the float of the build.
 LADDER = ("", "w8a8", "w6a8", "w5a8", "w4a8-g32", "w3", "w2a8")
+
+
+_TENSORS = {
+    **{f"attention.{x}": f"self_attn.{x}_proj" for x in "qkvo"},
+    **{f"mlp.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    **{f"experts.{x}": f"mlp.experts.0.{x}_proj" for x in ("gate", "up", "down")},
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,19 @@ class Formats:
     name: str
     recipe: Recipe = field(default_factory=lambda: Recipe(""))
     float_format: str = "bf16"
+
+    def at(self, layer: int) -> Formats:
+        """The formats of one layer: rules that choose by the names of tensors take those of Hugging Face's Llama."""
+        if not any(rule.match for rule in self.recipe.rules):
+            return self
+        names = _TENSORS | {"head": "lm_head.weight"}
+        kept = tuple(rule for rule in self.recipe.rules if rule.role in HELD_BACK)
+        rules = []
+        for role, tail in names.items():
+            name = tail if role == "head" else f"model.layers.{layer}.{tail}.weight"
+            choice = self.recipe.choice(name, role)
+            rules += [Rule(choice, role)] if choice != Choice() else []
+        return replace(self, recipe=Recipe(self.recipe.name, rules=(*kept, *rules), kv=self.recipe.kv))
 
     def weight(self, tensor: TensorShape) -> NumberFormat:
         """The number format of a tensor."""

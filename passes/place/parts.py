@@ -86,13 +86,15 @@ class Part:
 
 def parts_of(shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], ...] = ()) -> tuple[Part, ...]:
     """The parts of a model. `cuts` are ranges of layers (first, last) that must not share a part with others."""
-    found: list[Part] = [_outer(shape, formats, "embedding")]
-    for kind, (layer, layers) in enumerate(_kinds(shape, cuts)):
+    outer = formats.at(0)
+    found: list[Part] = [_outer(shape, outer, "embedding")]
+    for kind, (layer, layers) in enumerate(_kinds(shape, formats, cuts)):
+        here = formats.at(layers[0])
         for group in ("attention", "mlp", "experts"):
             tensors = tuple(t for t in shape.tensors(layer) if _group(t, layer) == group)
             if tensors:
-                found.append(_inner(formats, group, kind, layer, layers, tensors))
-    found.append(_outer(shape, formats, "head"))
+                found.append(_inner(here, group, kind, layer, layers, tensors))
+    found.append(_outer(shape, outer, "head"))
     return tuple(found)
 
 
@@ -113,12 +115,15 @@ def span(layers: tuple[int, ...]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _kinds(shape: ModelShape, cuts: tuple[tuple[int, int], ...]) -> list[tuple[LayerShape, tuple[int, ...]]]:
-    found: dict[tuple[LayerShape, tuple[bool, ...]], list[int]] = {}
+def _kinds(
+    shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], ...]
+) -> list[tuple[LayerShape, tuple[int, ...]]]:
+    """Layers that are equal, stored alike, and not told apart by a pin."""
+    found: dict[tuple[LayerShape, tuple[bool, ...], Formats], list[int]] = {}
     for i, layer in enumerate(shape.layers):
         inside = tuple(first <= i <= last for first, last in cuts)
-        found.setdefault((layer, inside), []).append(i)
-    return [(layer, tuple(numbers)) for (layer, _), numbers in found.items()]
+        found.setdefault((layer, inside, formats.at(i)), []).append(i)
+    return [(layer, tuple(numbers)) for (layer, _, _), numbers in found.items()]
 
 
 def _group(tensor: TensorShape, layer: LayerShape) -> str:

@@ -18,7 +18,7 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.format_loss import ESTIMATED, Losses, MeasuredLosses
 from passes.place.format_menu import menu_of, uniform_quality
-from passes.place.formats import formats_of
+from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of
 from passes.place.milp import solve_counts
 from passes.place.outcome import evaluate
@@ -174,6 +174,12 @@ def test_the_recipe_of_a_plan_stores_what_it_says(shape: ModelShape) -> None:
             assert str(choice.format) == entry.format
             assert choice == load_recipe(entry.recipe).choice("", role)
     assert recipe.choice("model.layers.0.mlp.gate.weight", "router").format is None
+    # Planned anew with that recipe, the model has the same bytes in the same formats.
+    parts = parts_of(shape, Formats("chosen", recipe))
+    again = {(p.group, i): (p.nbytes, p.format) for p in parts for i in p.layers or (-1,)}
+    chosen = {(g.group, i): g.format for g in found.placement.groups for i in layer_numbers(g.layers) or [-1]}
+    assert {key: format for key, (_, format) in again.items()} == chosen
+    assert sum(nbytes for nbytes, _ in again.values()) == sum(g.nbytes for g in found.placement.groups)
     one = solve(dataclasses.replace(found.problem, menu=None)).placement
     assert recipe_of_plan(one) == load_recipe(NAMES[0])
     with pytest.raises(DiagnosticError, match="no recipe to write"):

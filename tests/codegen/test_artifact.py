@@ -66,6 +66,26 @@ def test_hash_of_large_and_small_writes(tmp_path):
     assert record.sha256 == hashlib.sha256(whole).hexdigest()
 
 
+def test_the_system_gets_whole_huge_pages(tmp_path, monkeypatch):
+    """Or the page cache holds small pages, and weights are read more slowly."""
+    page, written, write = 2 << 20, [], os.write
+
+    def record(descriptor, data):
+        written.append(len(data))
+        return write(descriptor, data)
+
+    whole = os.urandom(3 * page + 1000)
+    with ArtifactWriter(tmp_path / "out") as writer:
+        monkeypatch.setattr(artifact.os, "write", record)
+        with writer.open("w") as file:
+            at = 0
+            for size in (100_000, page, 17, len(whole)):
+                at += file.write(whole[at : at + size])
+        assert (writer.directory / "w").read_bytes() == whole
+        assert writer.files["w"].nbytes == len(whole)
+    assert written == [page, page, page, 1000]
+
+
 def test_same_content_same_bytes(tmp_path):
     assert tree(build(tmp_path / "a")) == tree(build(tmp_path / "b"))
 

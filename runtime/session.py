@@ -33,6 +33,7 @@ from runtime.load_or_compute import Prices
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
+from runtime.process_memory import give_back_read_ahead
 from runtime.step_inputs import StepInputs, check_step
 from runtime.step_reader import RoutingListener, StepReader
 from runtime.stream_plan import StreamPlan
@@ -161,6 +162,7 @@ class Session:
                 resources.team.keep_off(self._own_cpu)
         if self.streamer is not None and self._stream is not None:
             self._most_tokens = self._stream.tokens_at_once(self.manifest)
+            give_back_read_ahead()  # of what linking took
             self.streamer.load()
 
     def step(

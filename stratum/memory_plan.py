@@ -9,13 +9,13 @@ asked for.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ir.diagnostics import DiagnosticError
 from runtime.manifest import Manifest
 from runtime.memory import PAGE_BYTES
+from runtime.process_memory import give_back_read_ahead, resident_bytes
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 
 SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
@@ -47,12 +47,6 @@ class MemoryPlan:
 
     stream: StreamPlan
     context: int
-
-
-def resident_bytes() -> int:
-    """What this process has in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan_memory(
@@ -102,6 +96,7 @@ def baseline_bytes(manifest: Manifest) -> int:
     from runtime.native import load_libraries
 
     load_libraries()
+    give_back_read_ahead()
     return resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
 
 
@@ -110,7 +105,9 @@ class Accounts:
 
     def __init__(self, manifest: Manifest, budget: int, baseline: int, num_slots: int) -> None:
         self.manifest, self.budget, self.num_slots = manifest, budget, num_slots
-        self.fixed = baseline + SLACK_BYTES + budget // 256  # page tables
+        # A page of page table for every 512 of what is in memory, or was: those of experts that went stay.
+        self.tables_bytes = max(budget // 256, manifest.weights.bytes // 512)
+        self.fixed = baseline + SLACK_BYTES + self.tables_bytes
         pieces = manifest.weights.pieces
         self.dense = [n for n, piece in enumerate(pieces) if piece.kind == "dense"]
         self.tables = [n for n, piece in enumerate(pieces) if piece.kind == "rows"]
@@ -224,7 +221,7 @@ class Accounts:
         return -(-high // (1 << 20)) * (1 << 20)
 
     def _baseline(self) -> int:
-        return self.fixed - SLACK_BYTES - self.budget // 256
+        return self.fixed - SLACK_BYTES - self.tables_bytes
 
     def largest_context(self, below: int) -> int:
         """The largest context less than `below` that fits, 0 for none."""

@@ -19,9 +19,8 @@ import numpy as np
 
 from bench.peers.child import token_ids
 from runtime.artifact import open_artifact
-from runtime.native import load_libraries
 from runtime.session import Session
-from stratum.memory_plan import plan_memory, resident_bytes
+from stratum.memory_plan import baseline_bytes, plan_memory
 
 REPETITIONS = 3
 
@@ -33,11 +32,10 @@ class Measured:
         manifest = open_artifact(request["artifact"]).manifest
         stream = None
         if request["memory"]:
-            load_libraries()
             stream = plan_memory(
                 manifest,
                 request["memory"],
-                baseline=resident_bytes(),
+                baseline=baseline_bytes(manifest),
                 context=request["context"],
                 num_slots=request["batch"],
             ).stream

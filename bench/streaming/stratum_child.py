@@ -12,9 +12,8 @@ from typing import Any
 
 from bench.peers.child import Answer, serve, token_ids
 from runtime.artifact import open_artifact
-from runtime.native import load_libraries
 from runtime.session import Session
-from stratum.memory_plan import plan_memory, resident_bytes
+from stratum.memory_plan import baseline_bytes, plan_memory
 
 
 class Streamed:
@@ -24,8 +23,8 @@ class Streamed:
         manifest = open_artifact(options.artifact).manifest
         plan = None
         if options.memory:
-            load_libraries()
-            made = plan_memory(manifest, options.memory, baseline=resident_bytes(), context=options.context)
+            baseline = baseline_bytes(manifest)
+            made = plan_memory(manifest, options.memory, baseline=baseline, context=options.context)
             plan = made.stream
         self.session = Session(options.artifact, threads=options.threads, max_context=options.context, stream=plan)
 

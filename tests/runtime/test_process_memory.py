@@ -1,0 +1,61 @@
+"""What the process takes, as control groups count: limits of both versions, files in the page cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from runtime import process_memory
+from runtime.process_memory import PAGE_BYTES, cached_bytes, give_back_read_ahead, memory_limit, resident_bytes
+
+MIB = 1 << 20
+
+
+def group(root: Path, files: dict[str, str], own: str) -> tuple[Path, Path]:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "own").write_text(own)
+    return root / "own", root
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "limit"),
+    [
+        ({"a/memory.max": "max", "memory.max": "1048576"}, "0::/a/b\n", MIB),
+        ({"a/memory.max": "2097152", "a/b/memory.max": "1048576"}, "0::/a/b\n", MIB),
+        ({"memory/a/memory.limit_in_bytes": "4194304"}, "3:cpu,memory:/a\n0::/\n", 4 * MIB),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, "3:memory:/\n", None),
+        ({"cpu/memory.limit_in_bytes": "1"}, "3:cpu:/\n", None),
+        ({}, "0::/gone\n", None),
+    ],
+)
+def test_limits(tmp_path: Path, files: dict[str, str], own: str, limit: int | None) -> None:
+    assert memory_limit(*group(tmp_path, files, own)) == limit
+
+
+def test_no_limit_can_be_read(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path / "none", tmp_path) is None
+
+
+def test_a_group_with_a_limit_counts_cached_files() -> None:
+    """Never less than the resident set; what is dropped was mapped by nobody, so this process goes on."""
+    statm = Path("/proc/self/statm").read_text().split()
+    with patch.object(process_memory, "memory_limit", lambda: None):
+        plain = resident_bytes()
+    with patch.object(process_memory, "memory_limit", lambda: 1 << 40):
+        give_back_read_ahead()
+        counted = resident_bytes()
+    assert counted >= plain - 16 * MIB and plain >= int(statm[1]) * PAGE_BYTES - 16 * MIB
+
+
+def test_pages_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (10 * PAGE_BYTES + 1))
+    descriptor = os.open(path, os.O_RDONLY)
+    assert cached_bytes(descriptor, 10 * PAGE_BYTES + 1) == 11 * PAGE_BYTES
+    assert cached_bytes(descriptor, 0) == 0
+    os.close(descriptor)

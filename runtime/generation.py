@@ -86,6 +86,7 @@ class GenerationRequest:
     prompt_ids: Sequence[int]
     params: GenerationParams = field(default_factory=GenerationParams)
     stop_ids: Collection[int] = ()
+    reuse: int = 0
 
 
 def generate(
@@ -97,9 +98,15 @@ def generate(
     decode: Decode | None = None,
     on_token: Callable[[TokenEvent], None] | None = None,
     slot: int = 0,
+    reuse: int = 0,
 ) -> Iterator[TokenEvent]:
-    """Generates after `prompt_ids` in `slot`, whose earlier content is overwritten. The prompt is checked at once."""
-    request = GenerationRequest(prompt_ids, params or GenerationParams(), stop_ids)
+    """Generates after `prompt_ids` in `slot`, whose earlier content is overwritten. The prompt is checked at once.
+
+    `reuse` positions of the slot hold the first tokens of the prompt already, fewer than the prompt has.
+    """
+    if not 0 <= reuse <= max(0, len(prompt_ids) - 1):
+        raise RuntimeDiagnostic(f"{reuse} positions of a prompt of {len(prompt_ids)} cannot be there already")
+    request = GenerationRequest(prompt_ids, params or GenerationParams(), stop_ids, reuse)
     return _run([request], session, decode, on_token, [slot])
 
 
@@ -185,7 +192,7 @@ class _Sequence:
         self.index = index
         self.slot = -1
         self.unwritten = [int(token) for token in request.prompt_ids]  # next into the cache
-        self.written = 0  # positions in the cache
+        self.written = request.reuse  # positions in the cache
         self._prompt_tokens = len(self.unwritten)
         self._params = request.params
         self._stop_ids = frozenset(request.stop_ids)
@@ -197,6 +204,7 @@ class _Sequence:
             raise RuntimeDiagnostic("stop strings were given without a decoder", expected="decode=, ids to text")
         self._sampler = Sampler(request.params.sampling, self.unwritten)
         self._characters = StreamDecoder(decode, self.unwritten) if decode is not None else None
+        self.unwritten = self.unwritten[request.reuse :]
         self._stops = StopStrings(request.params.stop_strings)
 
     def admit(self, slot: int) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import CONTEXT_MULTIPLE, KVCache
-from runtime.kv_chunks import RING, RecordName, read_record, record_bytes, record_fault
+from runtime.kv_chunks import BLOCKS, RING, RecordName, read_record, record_bytes, record_fault
 from runtime.load_or_compute import StoredChunk
 from runtime.memory import Reservation
 from runtime.weight_reader import ReadJob, WeightReader
@@ -90,12 +90,6 @@ class RecordLoader:
             self._memory.discard(0, self._memory.nbytes)
             self._torn = False
 
-    def place(self, slot: int, name: RecordName) -> np.ndarray:
-        """The bytes of a record in the cache: a view u8 [layers, heads, bytes]."""
-        if name.kind == RING:
-            return self._kv.ring(slot, name.last - 1)
-        return self._kv.blocks(slot, name.first, name.first + whole_groups(name.last - name.first))
-
     def _load(self, slot: int, records: list[StoredRecord]) -> None:
         """The thread."""
         started_s = time.perf_counter()
@@ -125,8 +119,61 @@ class RecordLoader:
                 expected=f"positions {record.name.first}..{record.name.last} as they were written",
                 hint="the file was changed, or the disk returned other bytes than it was given",
             )
-        read_record(memory, self.place(slot, record.name))
+        read_record(memory, place(self._kv, slot, record.name))
         self._memory.discard(record.offset, record.nbytes)
+
+
+def bring_back(
+    loader: RecordLoader,
+    slot: int,
+    records: Sequence[StoredRecord],
+    split: int,
+    positions: int,
+    compute: Callable[[int, int], None],
+) -> tuple[int, LoadFault | None]:
+    """Fills `slot` with `positions` positions: computes [0, split) while the records from there on are read.
+
+    `compute(first, last)` computes positions. What cannot be read is computed too. Gives how many were computed, and
+    the fault.
+    """
+    rings = [record for record in records if record.name.kind == RING]
+    blocks = [record for record in records if record.name.kind != RING and record.name.first >= split]
+    loader.start(slot, blocks)
+    try:
+        if split:
+            compute(0, split)
+    finally:
+        fault = loader.finish()
+    if fault is None and rings:  # now that nothing is computed that writes to it
+        loader.start(slot, rings)
+        fault = loader.finish()
+    if fault is None:
+        return split, None
+    loader.settle()
+    # What is computed after a ring that was not read would read it.
+    first = 0 if rings else fault.record.name.first
+    compute(first, positions)
+    return split + positions - first, fault
+
+
+def place(kv: KVCache, slot: int, name: RecordName) -> np.ndarray:
+    """The bytes of a record in the cache: a view u8 [layers, heads, bytes]."""
+    if name.kind == RING:
+        return kv.ring(slot, name.last - 1)
+    return kv.blocks(slot, name.first, name.first + whole_groups(name.last - name.first))
+
+
+def records_of(kv: KVCache, key: bytes, serial: int, chunk: int, filled: int, newest: int) -> Iterator[StoredRecord]:
+    """The records of a sequence, one behind the other from byte 0: its chunks, then its ring where there is one."""
+    at = 0
+    for first in range(0, filled, chunk):
+        last = min(first + chunk, filled)
+        name = RecordName(key, serial, BLOCKS, first, last)
+        record = StoredRecord(name, at, whole_groups(last - first) * kv.bytes_per_position)
+        yield record
+        at += record.nbytes
+    if kv.ring_positions:
+        yield StoredRecord(RecordName(key, serial, RING, 0, newest + 1), at, kv.ring_bytes(newest))
 
 
 def whole_groups(positions: int) -> int:

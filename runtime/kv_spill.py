@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import CONTEXT_MULTIPLE, KVCache
-from runtime.kv_chunks import BLOCKS, RING, RecordName, chunk_positions, record_bytes, write_record
+from runtime.kv_chunks import BLOCKS, chunk_positions, record_bytes, write_record
 from runtime.kv_file import BackingFile, Pwrite, default_directory
-from runtime.kv_loader import LoadFault, RecordLoader, StoredRecord, whole_groups
+from runtime.kv_loader import RecordLoader, StoredRecord, bring_back, place, records_of
 from runtime.load_or_compute import Prices, choose_split
 from runtime.weight_reader import Pread
 
@@ -93,9 +94,9 @@ class KVSpill:
             raise RuntimeDiagnostic(
                 f"chunks of {self.chunk} positions", expected=f"a multiple of {CONTEXT_MULTIPLE} positions"
             )
-        self._chunk_bytes = record_bytes(self.chunk * kv.bytes_per_position)
-        self._chunks = -(-kv.capacity // self.chunk)
-        self._slot_bytes = self._chunks * self._chunk_bytes + record_bytes(kv.ring_bytes(kv.capacity))
+        chunks = -(-kv.capacity // self.chunk)
+        self._slot_bytes = chunks * record_bytes(self.chunk * kv.bytes_per_position)
+        self._slot_bytes += record_bytes(kv.ring_bytes(kv.capacity))
         directory = options.directory or default_directory()
         self._file = BackingFile(
             directory, self._slot_bytes * kv.num_slots, preadv=options.preadv, pwritev=options.pwritev
@@ -166,11 +167,16 @@ class KVSpill:
         if not self._filled[slot] or slot in self._away:
             return 0
         self._serial += 1
-        records = list(self._records(slot, int(self._filled[slot]), int(self._newest[slot])))
+        length = int(self._filled[slot]), int(self._newest[slot])
+        start = slot * self._slot_bytes
+        records = [
+            replace(record, offset=start + record.offset)
+            for record in records_of(self._kv, self._key, self._serial, self.chunk, *length)
+        ]
         self._loader.settle()
         for record in records:
             memory = self._file.memory[record.offset : record.offset + record.nbytes]
-            write_record(memory, record.name, self._loader.place(slot, record.name))
+            write_record(memory, record.name, place(self._kv, slot, record.name))
             try:
                 self._file.write(record.offset, record.nbytes)
             finally:
@@ -186,38 +192,19 @@ class KVSpill:
         if records is None:
             return
         filled = int(self._filled[slot])
-        blocks = [record for record in records if record.name.kind == BLOCKS]
-        split = self._split(blocks)
+        split = self._split([record for record in records if record.name.kind == BLOCKS])
         started_s = time.perf_counter()
+        compute = partial(self._sequences.recompute, slot)
         try:
-            fault = self._load(slot, [record for record in blocks if record.name.first >= split], split)
-            if fault is None:
-                fault = self._load(slot, [record for record in records if record.name.kind == RING], 0)
-            if fault is not None:
-                # What cannot be read is computed again. A ring was not read then, so with one all is.
-                first = 0 if self._kv.ring_positions else fault.record.name.first
-                self._faults.append(str(fault.why))
-                self._loader.settle()
-                self._recompute(slot, first, filled)
+            computed, fault = bring_back(self._loader, slot, records, split, filled, compute)
         finally:
             self._filled[slot] = filled
             self._wait_s += time.perf_counter() - started_s
+        self._recomputed += computed
+        if fault is not None:
+            self._faults.append(str(fault.why))
         self.drop(slot)
         self._returns += 1
-
-    def _load(self, slot: int, records: Sequence[StoredRecord], computed: int) -> LoadFault | None:
-        """Reads records while the first positions are computed."""
-        self._loader.start(slot, records)
-        try:
-            self._recompute(slot, 0, computed)
-        finally:
-            fault = self._loader.finish()
-        return fault
-
-    def _recompute(self, slot: int, first: int, last: int) -> None:
-        if last > first:
-            self._sequences.recompute(slot, first, last)
-            self._recomputed += last - first
 
     def _split(self, blocks: Sequence[StoredRecord]) -> int:
         """Up to where computing is worth it: nowhere, while nothing is known of what it costs."""
@@ -252,15 +239,3 @@ class KVSpill:
         """Ends the reads and the file."""
         self._loader.settle()
         self._file.close()
-
-    def _records(self, slot: int, filled: int, newest: int) -> Iterator[StoredRecord]:
-        start = slot * self._slot_bytes
-        for number, first in enumerate(range(0, filled, self.chunk)):
-            last = min(first + self.chunk, filled)
-            name = RecordName(self._key, self._serial, BLOCKS, first, last)
-            yield StoredRecord(
-                name, start + number * self._chunk_bytes, whole_groups(last - first) * self._kv.bytes_per_position
-            )
-        if self._kv.ring_positions:
-            name = RecordName(self._key, self._serial, RING, 0, newest + 1)
-            yield StoredRecord(name, start + self._chunks * self._chunk_bytes, self._kv.ring_bytes(newest))

@@ -11,15 +11,12 @@ it: after `os.fork` the child has no worker threads and is told so.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -28,12 +25,14 @@ from runtime.artifact import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_cache import KVCache
 from runtime.kv_chunks import kv_key
+from runtime.kv_loader import LoadFault, RecordLoader, StoredRecord, bring_back
 from runtime.kv_spill import KVSpill, Sequences, SpillOptions
 from runtime.load_or_compute import Prices
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
 from runtime.process_memory import give_back_read_ahead
+from runtime.session_parts import MemoryReport, Resources, checked_context, checked_count, release_all
 from runtime.step_inputs import StepInputs, check_step
 from runtime.step_reader import RoutingListener, StepReader
 from runtime.stream_plan import StreamPlan
@@ -46,29 +45,6 @@ STEP_ARGUMENT_WORDS = 32
 ENDED_EARLY = 2  # a step's status: its weights did not come
 MAX_SLOTS = 1 << 16
 MEASURED_TOKENS = 64  # of a step that tells what computing a position costs: shorter ones read weights for few tokens
-
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-_C = TypeVar("_C", bound=_Closable)
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes by part. Weights are shared with the page cache, the KV cache is reserved and fills on demand."""
-
-    weights: int
-    kv_reserved: int
-    kv_committed: int
-    arena: int
-
-    def __str__(self) -> str:
-        return (
-            f"weights {_mebibytes(self.weights)} (mapped), KV cache {_mebibytes(self.kv_committed)} of "
-            f"{_mebibytes(self.kv_reserved)} (on demand), activations {_mebibytes(self.arena)}"
-        )
 
 
 class Session:
@@ -95,14 +71,14 @@ class Session:
     ) -> None:
         self.artifact = open_artifact(path, verify=verify)
         self.manifest: Manifest = self.artifact.manifest
-        self.max_context = _checked_context(max_context, self.manifest, str(path))
-        self.num_slots = _checked_count(num_slots, "sequence slots", MAX_SLOTS)
+        self.max_context = checked_context(max_context, self.manifest, str(path))
+        self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)
         self.threads = host.available_cores().default_threads if threads is None else threads
         self.vocab_size = self.manifest.vocab_size
         self._where = str(path)
         self._lock = threading.Lock()
-        self._resources = resources = _Resources()
-        self._finalizer = weakref.finalize(self, _release, resources)
+        self._resources = resources = Resources()
+        self._finalizer = weakref.finalize(self, release_all, resources)
         self._stream, self._preadv = stream, preadv
         self._routing, self._kv_spill = routing, kv_spill
         self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
@@ -214,21 +190,68 @@ class Session:
 
     def _recompute(self, slot: int, first: int, last: int) -> None:
         """Computes positions first..last of a slot again, from the ids that they were computed from."""
-        positions = np.arange(first, last, dtype=np.int32)
+        self._compute(slot, first, self._ids[slot, first:last])
+
+    def _compute(self, slot: int, first: int, ids: np.ndarray) -> None:
+        positions = np.arange(first, first + len(ids), dtype=np.int32)
         none = np.empty(0, dtype=np.int32)
-        inputs = StepInputs(self._ids[slot, first:last], positions, np.full_like(positions, slot), none)
+        inputs = StepInputs(ids, positions, np.full_like(positions, slot), none)
         self._run_all(inputs, none, np.empty((0, self.vocab_size), dtype=np.float32))
 
-    def prices(self, disk_bytes_per_s: float) -> Prices | None:
-        """What computing positions costs, as measured in this session; None before the first longer step."""
-        if not self._computed_tokens:
+    def bring_prefix(
+        self, slot: int, ids: Sequence[int], loader: RecordLoader, records: Sequence[StoredRecord], split: int
+    ) -> tuple[int, LoadFault | None]:
+        """Begins the sequence in `slot` anew with the positions of `ids`: the first `split` computed, the rest read.
+
+        The records hold at least those positions. Gives how many were computed, and what could not be read (and was
+        computed instead).
+        """
+        slot = self._checked_slot(slot)
+        last = len(ids) - 1
+        inputs = check_step(ids, range(len(ids)), [slot] * len(ids), [], self.vocab_size, self.max_context,
+                            self.num_slots)  # fmt: skip
+        with self._lock:
+            self._check_usable()
+            self._forget(slot)
+            if self.kv_spill is not None:
+                self.kv_spill.make_room(inputs.slots[-1:], inputs.positions[-1:])
+                self._ids[slot, : len(ids)] = inputs.ids
+            done = bring_back(
+                loader, slot, records, split, len(ids),
+                lambda first, end: self._compute(slot, first, inputs.ids[first:end]),
+            )  # fmt: skip
+            newest = max((r.name.last for r in records), default=0) - 1 if done[1] is None else last
+            self._filled[slot], self._newest[slot] = len(ids), max(newest, last)
+        return done
+
+    @property
+    def kv(self) -> KVCache:
+        """The cache, for its sizes; its bytes only inside of `in_memory`."""
+        return self._kv
+
+    @contextmanager
+    def in_memory(self, slot: int) -> Iterator[KVCache]:
+        """The cache, with the sequence of `slot` in memory; no step runs meanwhile."""
+        slot = self._checked_slot(slot)
+        with self._lock:
+            self._check_usable()
+            if self.kv_spill is not None:
+                self.kv_spill.restore(slot)
+            yield self._kv
+
+    def prices(self, disk_bytes_per_s: float, compute_s: float = 0.0) -> Prices | None:
+        """What computing positions costs, as measured in this session; before its first longer step `compute_s` seconds
+        each, or None where that is 0."""
+        if self._computed_tokens:
+            compute_s = self._computed_s / self._computed_tokens
+        if not compute_s:
             return None
         streamed = 0
         if self.streamer is not None:
             streamed = self.manifest.weights.bytes - self.streamer.report().resident_bytes
         program = self.manifest.programs[-1]
         return Prices(
-            self._computed_s / self._computed_tokens,
+            compute_s,
             disk_bytes_per_s,
             step_tokens=min(program.max_tokens, self._most_tokens),
             step_bytes=streamed,
@@ -317,10 +340,13 @@ class Session:
         slot = self._checked_slot(slot)
         with self._lock:
             self._check_usable()
-            self._filled[slot], self._newest[slot] = 0, -1
-            if self.kv_spill is not None:
-                self.kv_spill.drop(slot)
-            return self._kv.release(slot)
+            return self._forget(slot)
+
+    def _forget(self, slot: int) -> int:
+        self._filled[slot], self._newest[slot] = 0, -1
+        if self.kv_spill is not None:
+            self.kv_spill.drop(slot)
+        return self._kv.release(slot)
 
     def spill(self, slot: int) -> int:
         """Writes the sequence in `slot` to disk and gives its memory back; returns the bytes written.
@@ -373,53 +399,3 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class _Resources:
-    """What a session holds, apart from the session, so that dropping the session can release it."""
-
-    def __init__(self) -> None:
-        self.owner_pid = os.getpid()
-        self.native: NativeCode | None = None
-        self.team: WorkerTeam | None = None
-        self.memories: list[_Closable] = []
-
-    def add(self, memory: _C) -> _C:
-        """Keeps `memory` until the end and gives it back."""
-        self.memories.append(memory)
-        return memory
-
-
-def _release(resources: _Resources) -> None:
-    """Threads first, then what they touch. What a hung thread may still touch is kept for the life of the process."""
-    if resources.owner_pid != os.getpid():
-        return  # a forked child: the threads are the parent's, and the kernel drops the child's copies with it
-    if resources.team is not None and not resources.team.close():
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(resources))  # also through the clean-up at interpreter exit
-        return
-    for memory in resources.memories:
-        memory.close()
-    if resources.native is not None:
-        resources.native.close()
-
-
-def _checked_context(asked: int | None, manifest: Manifest, where: str) -> int:
-    if asked is None:
-        return manifest.max_context
-    if not 1 <= asked <= manifest.max_context:
-        raise RuntimeDiagnostic(
-            f"a context of {asked} positions was asked for",
-            where=where,
-            expected=f"1 to {manifest.max_context}, the context the model was made for",
-        )
-    return asked
-
-
-def _checked_count(count: int, what: str, most: int) -> int:
-    if not 1 <= count <= most:
-        raise RuntimeDiagnostic(f"cannot make {count} {what}", expected=f"1 to {most}")
-    return count
-
-
-def _mebibytes(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):.1f} MiB" if nbytes < 1 << 30 else f"{nbytes / (1 << 30):.2f} GiB"

@@ -27,6 +27,7 @@ from runtime.session import Session
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
     from frontends.tokenizer import Tokenizer
+    from runtime.prompt_cache import CachedGeneration
     from runtime.step_reader import RoutingListener
     from runtime.trace import Profile
     from stratum.memory_plan import MemoryPlan
@@ -48,11 +49,14 @@ class Generation:
     """One text in the making: iterating gives its pieces as they come.
 
     `text`, `token_ids`, `finish_reason` and `statistics` are those of the whole text: asking for one generates what is
-    missing.
+    missing. `cached` says what came from a prompt cache.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], events: Iterator[TokenEvent]) -> None:
+    def __init__(
+        self, prompt_ids: Sequence[int], events: Iterator[TokenEvent], cached: CachedGeneration | None = None
+    ) -> None:
         self.prompt_ids = tuple(prompt_ids)
+        self.cached = cached
         self._token_ids: list[int] = []
         self._pieces: list[str] = []
         self._last: TokenEvent | None = None
@@ -232,8 +236,12 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         chat: bool = False,
+        prompt_cache: str | os.PathLike[str] | None = None,
     ) -> Generation:
         """Starts a text after `prompt`; see `encode` for what that can be and `sampling` for the defaults.
+
+        `prompt_cache` is a file that keeps the keys and values of a prompt: what this prompt has in common with it is
+        taken from there, and the file then holds this one.
 
         Ends at one of the model's end tokens, at a stop string (not shown), after `max_tokens`, or when the context
         is full. Raises DiagnosticError or RuntimeDiagnostic for prompts that cannot be used.
@@ -248,10 +256,13 @@ class Model:
             seed=seed,
         )
         params = GenerationParams(max_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop))
-        events = generate_tokens(
-            self.session, ids, params, stop_ids=self.defaults.eos_ids, decode=self.tokenizer.decode
-        )
-        return Generation(ids, events)
+        ends: dict[str, Any] = {"stop_ids": self.defaults.eos_ids, "decode": self.tokenizer.decode}
+        if prompt_cache is None:
+            return Generation(ids, generate_tokens(self.session, ids, params, **ends))
+        from runtime.prompt_cache import CachedGeneration, PromptCache
+
+        cached = CachedGeneration(PromptCache(prompt_cache, self.session), ids, params, **ends)
+        return Generation(ids, cached.events(), cached)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """Records every step inside a `with` block; see `runtime.trace.Profile`."""

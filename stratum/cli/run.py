@@ -52,6 +52,7 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
 @click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory or --plan: which experts go first.")
+@click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="FILE", help="Keep the prompt's KV there.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
 @click.option("--profile", is_flag=True, help="Show where the time went, by part of the model.")
@@ -74,6 +75,7 @@ def run(
     memory: str | None,
     plan_file: Path | None,
     expert_policy: str | None,
+    prompt_cache: Path | None,
     record_routing: Path | None,
     trace: Path | None,
     profile: bool,
@@ -115,7 +117,9 @@ def run(
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
-        generation = loaded.generate(text, max_tokens=max_tokens, stop=stop, chat=chat, **sampling)
+        generation = loaded.generate(
+            text, max_tokens=max_tokens, stop=stop, chat=chat, prompt_cache=prompt_cache, **sampling
+        )
         if not quiet:
             _tell_choices(reporter, loaded, loaded.sampling(**sampling), as_json)
         record = stack.enter_context(loaded.profile()) if trace or profile else None
@@ -124,6 +128,7 @@ def run(
         if token_ids and not as_json:
             click.echo(f"prompt ids: {list(generation.prompt_ids)}\ntext ids: {generation.token_ids}", err=True)
         _tell_end(generation, reporter, quiet, as_json)
+        _tell_prompt_cache(generation, reporter, quiet, as_json)
         _tell_streaming(loaded.session, reporter, quiet, as_json)
         if recorder is not None and record_routing is not None:
             _write_routing(recorder, loaded.manifest, record_routing)
@@ -225,6 +230,19 @@ def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: 
         reporter.event("streaming", **vars(report), **rates)
     elif not quiet:
         click.echo(f"{report}; at most {peak / (1 << 20):.0f} MiB in memory", err=True)
+
+
+def _tell_prompt_cache(generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:
+    """What came from the file, and why it could not be written."""
+    cached = generation.cached
+    if cached is None or cached.reused is None:
+        return
+    if as_json:
+        reporter.event("prompt_cache", **vars(cached.reused))
+    elif not quiet:
+        click.echo(str(cached.reused), err=True)
+    if cached.fault is not None:
+        click.echo(f"warning: {cached.fault.message} ({cached.fault.where})", err=True)
 
 
 def _write_routing(recorder: RoutingRecorder, manifest: Manifest, path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What a session is made of besides its steps: the resources it holds, its memory in numbers, checks of its sizes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import Manifest
+from runtime.native import NativeCode
+from runtime.team import WorkerTeam
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=Closable)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes by part. Weights are shared with the page cache, the KV cache is reserved and fills on demand."""
+
+    weights: int
+    kv_reserved: int
+    kv_committed: int
+    arena: int
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_mebibytes(self.weights)} (mapped), KV cache {_mebibytes(self.kv_committed)} of "
+            f"{_mebibytes(self.kv_reserved)} (on demand), activations {_mebibytes(self.arena)}"
+        )
+
+
+class Resources:
+    """What a session holds, apart from the session, so that dropping the session can release it."""
+
+    def __init__(self) -> None:
+        self.owner_pid = os.getpid()
+        self.native: NativeCode | None = None
+        self.team: WorkerTeam | None = None
+        self.memories: list[Closable] = []
+
+    def add(self, memory: _C) -> _C:
+        """Keeps `memory` until the end and gives it back."""
+        self.memories.append(memory)
+        return memory
+
+
+def release_all(resources: Resources) -> None:
+    """Threads first, then what they touch. What a hung thread may still touch is kept for the life of the process."""
+    if resources.owner_pid != os.getpid():
+        return  # a forked child: the threads are the parent's, and the kernel drops the child's copies with it
+    if resources.team is not None and not resources.team.close():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(resources))  # also through the clean-up at interpreter exit
+        return
+    for memory in reversed(resources.memories):  # what reads into a memory ends before it
+        memory.close()
+    if resources.native is not None:
+        resources.native.close()
+
+
+def checked_context(asked: int | None, manifest: Manifest, where: str) -> int:
+    """Positions a sequence may have: the model's where nothing was asked for. Raises RuntimeDiagnostic for more."""
+    if asked is None:
+        return manifest.max_context
+    if not 1 <= asked <= manifest.max_context:
+        raise RuntimeDiagnostic(
+            f"a context of {asked} positions was asked for",
+            where=where,
+            expected=f"1 to {manifest.max_context}, the context the model was made for",
+        )
+    return asked
+
+
+def checked_count(count: int, what: str, most: int) -> int:
+    """`count`, when it is 1 to `most`. Raises RuntimeDiagnostic."""
+    if not 1 <= count <= most:
+        raise RuntimeDiagnostic(f"cannot make {count} {what}", expected=f"1 to {most}")
+    return count
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):.1f} MiB" if nbytes < 1 << 30 else f"{nbytes / (1 << 30):.2f} GiB"

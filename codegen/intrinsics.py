@@ -33,6 +33,12 @@ _GENERIC_NAMES = """
 """
 _GENERIC = frozenset(_GENERIC_NAMES.split())
 
+# The few that the backend for PTX has instructions for; it ends the process on those that would be calls.
+_PTX_NAMES = """
+    abs assume ctlz ctpop cttz fabs fma fshl fshr masked.load masked.store rint roundeven smax smin sqrt umax umin
+"""
+_PTX = frozenset(_PTX_NAMES.split())
+
 # Longest prefix wins. A prefix covers itself and names that go on with a dot after it.
 _TARGET: dict[str, tuple[str, ...]] = {
     "x86.rdtsc": (),
@@ -97,6 +103,7 @@ _TARGET: dict[str, tuple[str, ...]] = {
     "x86.avx512bf16.cvtne2ps2bf16.128": ("avx512bf16", "avx512vl"),
     "x86.avx512bf16.cvtne2ps2bf16.256": ("avx512bf16", "avx512vl"),
     "x86.avx512bf16.cvtne2ps2bf16.512": ("avx512bf16",),
+    "nvvm": ("ptx78",),
     "aarch64.hint": (),
     "aarch64.isb": (),
     "aarch64.neon": ("neon",),
@@ -148,15 +155,16 @@ def functions(ir_text: str) -> Iterator[FunctionText]:
         yield FunctionText(match[1].strip('"'), header, body, ir_text.count("\n", 0, match.start()) + 1)
 
 
-def required_features(intrinsic: str) -> tuple[str, ...] | None:
-    """Features that `intrinsic` (with or without `llvm.`) needs; None when it is in neither table."""
+def required_features(intrinsic: str, triple: str = "") -> tuple[str, ...] | None:
+    """Features that `intrinsic` (with or without `llvm.`) needs; None when it is in neither table of that triple."""
+    generic = _PTX if triple.startswith("nvptx") else _GENERIC
     name = intrinsic.removeprefix("llvm.")
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
         if prefix in _TARGET:
             return _TARGET[prefix]
-        if prefix in _GENERIC:
+        if prefix in generic:
             return ()
     return None
 
@@ -172,7 +180,7 @@ def check_intrinsics(ir_text: str, features: Iterable[str], *, triple: str = "x8
             continue
         own = available | _function_features(function.header, groups, triple)
         for intrinsic in used:
-            _check_one(intrinsic, own, function)
+            _check_one(intrinsic, own, function, triple)
 
 
 def _function_features(header: str, groups: dict[str, str], triple: str) -> frozenset[str]:
@@ -185,8 +193,8 @@ def _function_features(header: str, groups: dict[str, str], triple: str) -> froz
     return found
 
 
-def _check_one(intrinsic: str, features: frozenset[str], function: FunctionText) -> None:
-    needed = required_features(intrinsic)
+def _check_one(intrinsic: str, features: frozenset[str], function: FunctionText, triple: str) -> None:
+    needed = required_features(intrinsic, triple)
     where = f"@{function.name}, line {function.line} of the LLVM IR"
     if needed is None:
         raise DiagnosticError(

@@ -61,7 +61,7 @@ def _lane_by_lane(op: Any, values: Sequence[Any], environment: Any) -> tuple[Any
 for _class in (
     *(tile.AddOp, tile.SubOp, tile.MulOp, tile.DivOp, tile.RemOp, tile.MinOp, tile.MaxOp, tile.AndOp, tile.OrOp),
     *(tile.ShlOp, tile.ShrOp, tile.SqrtOp, tile.RoundOp, tile_products.FmaOp, tile_lanes.CompareOp),
-    *(tile_convert.CastOp, grid.Exp2Op),
+    *(tile_convert.CastOp, grid.Exp2Op, grid.FmaPairsOp),
 ):
     MEANINGS[_class] = _lane_by_lane
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ir.diagnostics import DiagnosticSink
-from ir.formats import F32, I1, I32, PlainFormat
+from ir.formats import BF16, F32, I1, I32, PlainFormat
 from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
 from ir.ops.builtin import FuncOp
 from ir.ops.tile_types import element_of, lanes_of
@@ -138,6 +138,32 @@ class Exp2Op(Op):
     def reference(x: Any) -> Any:
         y = np.exp2(np.asarray(x, np.float64)).astype(np.float32)
         return np.where(y < np.float32(2.0**-126), np.float32(0), y)[()]
+
+
+@register_op
+class FmaPairsOp(Op):
+    """a * b + c on bf16, two lanes in one instruction, rounded once. Subnormal numbers are kept.
+
+    %y = grid.fma_pairs %a, %b, %c : (vector<2 x bf16>, vector<2 x bf16>, vector<2 x bf16>) -> vector<2 x bf16>
+    """
+
+    name = "grid.fma_pairs"
+    traits = (Pure,)
+    a = operand("factor")
+    b = operand("factor")
+    c = operand("addend")
+    out = result("type of the operands")
+
+    @staticmethod
+    def infer_types(a: Type, b: Type, c: Type) -> Type:
+        expect(a == b == c, f"expected three operands of one type, got {a}, {b} and {c}")
+        expect(element_of(a) == BF16 and lanes_of(a) % 2 == 0, f"expected pairs of bf16, got {a}")
+        return a
+
+    @staticmethod
+    def reference(a: Any, b: Any, c: Any) -> Any:
+        wide = [np.asarray(x, np.float64) for x in (a, b, c)]
+        return (wide[0] * wide[1] + wide[2]).astype(BF16.dtype)
 
 
 @register_op

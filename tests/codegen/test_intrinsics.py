@@ -40,7 +40,7 @@ def test_target_specific_needs_its_feature(name, needed):
 
 @pytest.mark.parametrize(
     "name",
-    ["llvm.x86.tdpbf16ps", "llvm.x86.avx512.new.thing.512", "llvm.nonsense", "llvm.nvvm.barrier0", "llvm.fmax2.f32"],
+    ["llvm.x86.tdpbf16ps", "llvm.x86.avx512.new.thing.512", "llvm.nonsense", "llvm.amdgcn.s.barrier", "llvm.fmax2.f32"],
 )
 def test_unknown_is_refused(name):
     with pytest.raises(DiagnosticError, match="is not one that generated code may use"):
@@ -81,6 +81,18 @@ def test_functions_are_found_with_quoted_names_and_linkage():
     first = 'define internal fastcc void @"a b"(ptr noalias %p) #0 {\n  ret void\n}\n'
     text = first + "\ndefine dso_local i32 @c.1() {\n  ret i32 0\n}\n"
     assert [(f.name, f.line) for f in functions(text)] == [("a b", 1), ("c.1", 5)]
+
+
+def test_ptx_has_few_generic_intrinsics_and_its_own():
+    """LLVM ends the process on llvm.exp for a GPU; for a CPU it is a call."""
+    gpu = "nvptx64-nvidia-cuda"
+    assert required_features("llvm.exp.f32") == () and required_features("llvm.exp.f32", gpu) is None
+    assert required_features("llvm.fma.f32", gpu) == ()
+    check_intrinsics(body("llvm.nvvm.barrier.cta.sync.aligned.all"), {"ptx78"}, triple=gpu)
+    with pytest.raises(DiagnosticError, match=r"llvm\.exp\.f32 is not one that generated code may use"):
+        check_intrinsics(body("llvm.exp.f32"), {"ptx78"}, triple=gpu)
+    with pytest.raises(DiagnosticError, match="needs the CPU feature ptx78"):
+        check_intrinsics(body("llvm.nvvm.barrier.cta.sync.aligned.all"), {"avx2"})
 
 
 def test_tables_are_disjoint_and_levels_enable_their_own():

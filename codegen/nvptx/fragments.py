@@ -1,0 +1,132 @@
+"""Where the weights of a GPU's decode products lie: in the order in which the lanes of a warp want them.
+
+A matrix [n, k] is cut into tiles of 16 rows and chunks of 64 columns; k is a multiple of 64, n is filled up with rows
+of zeros. A chunk is two segments of 32 columns, a segment two products of `grid.mma`. Lane l = 4g + q of a warp holds,
+of every segment, columns 8q .. 8q + 7 of rows g and g + 8: those of product m are 8q + 4m .. 8q + 4m + 3, so that the
+activations of a segment are 8 neighbours too. Which columns a product takes is free as long as both factors agree.
+
+    bits   a lane's loads of 16 bytes for a chunk       bytes of a load
+    16     one for each product                         its 8 numbers
+    8      one for each segment                         codes of product 0, then of product 1
+    4      one                                          a word a product: code i in bits 4 * (i / 2) + 16 * (i % 2)
+
+Scales lie beside them: for every tile and unit of columns (a chunk, or a group where that is wider), 8 times the scales
+of row g by group, then of row g + 8 by group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F16, GroupedIntFormat, PackedArray
+
+TILE, CHUNK, SEGMENT = 16, 64, 32
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """The layout of a matrix [n, k] of `bits` 16 (bf16), 8 or 4; `group` columns share a scale, 0 without scales."""
+
+    n: int
+    k: int
+    bits: int
+    group: int = 0
+
+    @classmethod
+    def of(cls, n: int, k: int, format: object) -> Fragments:
+        """Raises DiagnosticError for matrices and formats that have no product on GPUs."""
+        message = ""
+        if k % CHUNK or k == 0:
+            message = f"a matrix of {k} columns has no product on GPUs; expected a multiple of {CHUNK}"
+        elif isinstance(format, GroupedIntFormat):
+            plain = not format.zero_point and format.channel is None and format.scale == F16
+            group = format.group or k
+            fits = group == SEGMENT or (group % CHUNK == 0 and k % group == 0)
+            if format.bits not in (4, 8) or not plain or not fits:
+                message = (
+                    f"{format} has no product on GPUs; expected q4_sym or q8_sym with scale=f16 and groups of"
+                    f" {SEGMENT}, a multiple of {CHUNK} columns that divides {k}, or whole rows"
+                )
+            else:
+                return cls(n, k, format.bits, group)
+        elif format != BF16:
+            message = f"weights in {format} have no product on GPUs; expected bf16, q4_sym or q8_sym"
+        if message:
+            raise DiagnosticError(message)
+        return cls(n, k, 16)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // TILE)
+
+    @property
+    def chunks(self) -> int:
+        return self.k // CHUNK
+
+    @property
+    def loads(self) -> int:
+        """Loads of 16 bytes that a lane makes for a chunk."""
+        return self.bits // 4
+
+    @property
+    def groups_of_unit(self) -> int:
+        """Scales of a row that lie together."""
+        return 2 if self.group == SEGMENT else 1
+
+    @property
+    def chunks_of_unit(self) -> int:
+        return max(1, self.group // CHUNK)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes and scales."""
+        scales = self.tiles * TILE * self.k // self.group * 2 if self.group else 0
+        return self.tiles * TILE * self.k * self.bits // 8 + scales
+
+    # -- packing
+
+    def codes(self, w: np.ndarray | PackedArray) -> np.ndarray:
+        """int32 words [tiles, chunks, loads, 32 lanes, 4], flat."""
+        plain = isinstance(w, PackedArray)
+        numbers = w.code_array() if plain else w.view(np.uint16)
+        zero = 1 << (self.bits - 1) if plain else 0  # the code that means 0
+        padded = np.full((self.tiles * TILE, self.k), zero, numbers.dtype)
+        padded[: self.n] = numbers
+        tiles = padded.reshape(self.tiles, TILE, self.chunks, CHUNK).swapaxes(1, 2)
+        rows, columns = _places()
+        lanes = tiles[:, :, rows, columns]  # [tile, chunk, segment, product, lane, i]
+        return self._words(lanes.astype(np.uint32)).reshape(-1).view(np.int32)
+
+    def _words(self, lanes: np.ndarray) -> np.ndarray:
+        """The words of [tile, chunk, segment, product, lane, 8], as [tile, chunk, load, lane, word]."""
+        tiles, chunks = lanes.shape[:2]
+        if self.bits == 4:
+            word = sum(lanes[..., i] << np.uint32(4 * (i // 2) + 16 * (i % 2)) for i in range(8))
+            assert isinstance(word, np.ndarray)  # [tile, chunk, segment, product, lane]
+            return np.moveaxis(word.reshape(tiles, chunks, 1, 4, 32), 3, 4)
+        each = 32 // self.bits
+        parts = lanes.reshape(*lanes.shape[:-1], 8 // each, each)
+        words = sum(parts[..., i] << np.uint32(self.bits * i) for i in range(each))
+        assert isinstance(words, np.ndarray)  # [tile, chunk, segment, product, lane, words]
+        if self.bits == 16:
+            return words.reshape(tiles, chunks, 4, 32, 4)
+        return np.moveaxis(words, 3, 4).reshape(tiles, chunks, 2, 32, 4)
+
+    def scales(self, w: PackedArray) -> np.ndarray:
+        """f16 [tiles, units, 8, 2 rows, groups of a unit], flat."""
+        padded = np.zeros((self.tiles * TILE, self.k // self.group), np.float16)
+        padded[: self.n] = w.scales
+        shape = (self.tiles, 2, 8, -1, self.groups_of_unit)
+        return np.ascontiguousarray(padded.reshape(shape).transpose(0, 3, 2, 1, 4)).reshape(-1)
+
+
+def _places() -> tuple[np.ndarray, np.ndarray]:
+    """Row in the tile and column in the chunk of [segment, product, lane, i]."""
+    s, m, lane, i = np.indices((2, 2, 32, 8))
+    pair = i // 2
+    rows = lane // 4 + 8 * (pair % 2)
+    columns = SEGMENT * s + 8 * (lane % 4) + 4 * m + 2 * (pair // 2) + i % 2
+    return rows, columns

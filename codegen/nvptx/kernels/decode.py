@@ -1,0 +1,165 @@
+"""Products of a few rows of activations with a weight matrix, for decoding: y[m, n] = x[m, k] w[n, k], m <= 16.
+
+What counts is that every byte of w is read once, in loads of 16 bytes of which several are under way. A block makes 16
+columns of y; its warps take chunks of 64 columns of w in turn and add up what they have at the end. Codes become bf16
+in registers (exactly) and go through the matrix unit, whose 8 columns are the rows of x; the scales of a group multiply
+the sum over that group. Weights lie in the order of `codegen.nvptx.fragments`.
+"""
+
+from __future__ import annotations
+
+from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
+from codegen.tile_builder import Buffer, Expr
+from ir.formats import BF16, F16, F32, I32
+from ir.types import VectorType
+
+ROWS = 8  # of x that one product of the matrix unit takes
+WARPS = 8
+MAX_ROWS = 16
+_MAGIC_4 = 0x43004300  # 128.0 twice, as bf16: a code of 4 bits in its lowest bits makes 128 + code
+_MAGIC_8 = 0x4B000000  # 2**23 as f32: a code of 8 bits in its lowest bits makes 2**23 + code
+
+
+def decode_kernel(layout: Fragments, name: str, *, rows: int = ROWS, warps: int = WARPS, ahead: int = 0) -> GridKernel:
+    """A kernel (codes i32, [scales f16,] x bf16 [m, k], y f32 [m, n], m) for up to `rows` rows, 8 or 16.
+
+    It is launched with `layout.tiles` blocks. `ahead` chunks of a warp are loaded at once (0: 64 bytes a lane or more).
+    """
+    assert rows in (ROWS, MAX_ROWS)
+    k = GridBuilder(name, warps * WARP)
+    codes = k.buffer("codes", I32)
+    scales = k.buffer("scales", F16) if layout.group else None
+    x, y, count = k.buffer("x", BF16), k.buffer("y", F32), k.size("rows")
+    return _DecodeKernel(k, layout, codes, scales, x, count, rows // ROWS).build(y, ahead or max(2, 4 // layout.loads))
+
+
+class _DecodeKernel:
+    """One thread's view: lane 4g + q of a warp."""
+
+    def __init__(
+        self,
+        k: GridBuilder,
+        layout: Fragments,
+        codes: Buffer,
+        scales: Buffer | None,
+        x: Buffer,
+        count: Expr,
+        parts: int,
+    ) -> None:
+        self.k, self.layout, self.codes, self.scales, self.x = k, layout, codes, scales, x
+        self.count, self.parts = count, parts
+        self.lane, self.warp = k.lane_and_warp()
+        self.g, self.q = self.lane // 4, self.lane % 4
+        self.tile = k.block_id()
+
+    def build(self, y: Buffer, ahead: int) -> GridKernel:
+        k, warps = self.k, self.k.threads // WARP
+        chunks = self.layout.chunks
+        sums = [k.f32(0.0, 4) for _ in range(self.parts)]
+        together = warps * ahead
+        # Warp w takes chunks w, w + warps, ...: as often as all of `ahead` chunks are there, then one by one.
+        rest = (chunks - warps * (ahead - 1) - self.warp).max(0)
+        rounds = (rest + (together - 1)) // together
+        with k.loop(0, rounds, 1, sums) as loop:
+            first = loop.i * together + self.warp
+            loop.carry(*self._add([first + i * warps for i in range(ahead)], loop.carried))
+        with k.loop(rounds * together + self.warp, chunks, warps, loop.results) as last:
+            last.carry(*self._add([last.i], last.carried))
+        self._write(last.results, y)
+        return k.grid_kernel(blocks_at_once=3 if self.parts == 1 else 2)
+
+    def _add(self, chunks: list[Expr], sums: list[Expr]) -> list[Expr]:
+        """The sums with these chunks. All loads come first."""
+        words = [self._words(chunk) for chunk in chunks]
+        scales = [self._scales(chunk) for chunk in chunks]
+        xs = [[self._activations(chunk, part) for part in range(self.parts)] for chunk in chunks]
+        for w, scale, x in zip(words, scales, xs, strict=True):
+            sums = self._add_chunk(w, scale, x, sums)
+        return sums
+
+    def _words(self, chunk: Expr) -> list[Expr]:
+        """A lane's part of a chunk, 4 words for each load."""
+        at = ((self.tile * self.layout.chunks + chunk) * self.layout.loads * WARP + self.lane) * 4
+        return [self.codes.load(at + load * WARP * 4, 4) for load in range(self.layout.loads)]
+
+    def _scales(self, chunk: Expr) -> Expr | None:
+        """Of rows g and g + 8 by group, f32."""
+        if self.scales is None:
+            return None
+        layout = self.layout
+        units = layout.k // (CHUNK * layout.chunks_of_unit)
+        lanes = 2 * layout.groups_of_unit
+        at = ((self.tile * units + chunk // layout.chunks_of_unit) * 8 + self.g) * lanes
+        return self.scales.load(at, lanes).cast(F32)
+
+    def _activations(self, chunk: Expr, part: int) -> list[Expr]:
+        """Of each segment 8 neighbours of this lane's row. Rows that are not there repeat the last one."""
+        row = (self.g + part * ROWS).min(self.count - 1)
+        at = row * self.layout.k + chunk * CHUNK + self.q * 8
+        return [self.x.load(at + s * SEGMENT, 8) for s in range(2)]
+
+    def _add_chunk(self, words: list[Expr], scale: Expr | None, xs: list[list[Expr]], sums: list[Expr]) -> list[Expr]:
+        k, layout = self.k, self.layout
+        shared = scale is not None and layout.groups_of_unit == 1
+        partial = [k.f32(0.0, 4)] * self.parts if shared else sums
+        for s in range(2):
+            if scale is not None and not shared:
+                partial = [k.f32(0.0, 4)] * self.parts
+            for m in range(2):
+                a = self._factor(words, s, m)
+                partial = [k.mma(p, a, k.part(x[s], 4 * m, 4)) for p, x in zip(partial, xs, strict=True)]
+            if scale is not None and (s == 1 or not shared):
+                sums = [
+                    self._scaled(total, p, scale, 0 if shared else s) for total, p in zip(sums, partial, strict=True)
+                ]
+        return sums if scale is not None else partial
+
+    def _scaled(self, total: Expr, partial: Expr, scale: Expr, group: int) -> Expr:
+        """total + partial under the scales of rows g (elements 0, 1) and g + 8 (elements 2, 3)."""
+        low, high = scale.extract(group), scale.extract(self.layout.groups_of_unit + group)
+        return self.k.fma(partial, self.k.join(low, low, high, high), total)
+
+    def _factor(self, words: list[Expr], s: int, m: int) -> Expr:
+        """The 8 numbers of this lane for product m of segment s."""
+        if self.layout.bits == 16:
+            return words[2 * s + m].bitcast(VectorType(8, BF16))
+        if self.layout.bits == 8:
+            return self.k.join(*(self._from_bytes(words[s].extract(2 * m + half)) for half in range(2)))
+        word = words[0].extract(2 * s + m)
+        return self.k.join(*(self._from_nibbles(word, pair) for pair in range(4)))
+
+    def _from_nibbles(self, word: Expr, pair: int) -> Expr:
+        """Codes 2 * pair and 2 * pair + 1 of a word, less 8, as bf16."""
+        k = self.k
+        bits = (word.shifted_right(4 * pair) if pair else word) & 0x000F000F
+        pairs = VectorType(2, BF16)
+        one, offset = (k.constant(bits.type, number).bitcast(pairs) for number in (0x3F803F80, -0x3CF73CF8))
+        return k.fma_pairs((bits | _MAGIC_4).bitcast(pairs), one, offset)
+
+    def _from_bytes(self, word: Expr) -> Expr:
+        """The four codes of a word, less 128, as bf16."""
+        k = self.k
+        numbers = []
+        for i in range(4):
+            bits = (word.shifted_right(8 * i) if i else word) & 0xFF
+            numbers.append((bits | _MAGIC_8).bitcast(k.f32(0.0).type) - (2.0**23 + 128))
+        return k.join(*numbers).cast(BF16)
+
+    def _write(self, sums: list[Expr], y: Buffer) -> None:
+        """Adds up the warps through shared memory, in their order, and stores what lies inside of y."""
+        k, layout, warps = self.k, self.layout, self.k.threads // WARP
+        width = self.parts * TILE * ROWS
+        work = k.shared(warps * width, F32)
+        for part, total in enumerate(sums):
+            work.store((self.warp * self.parts + part) * (TILE * ROWS) + self.lane * 4, total)
+        k.barrier()
+        with k.loop(k.thread_id(), width, k.threads) as loop:
+            total = work.load(loop.i)
+            for warp in range(1, warps):
+                total = total + work.load(loop.i + warp * width)
+            element, lane = loop.i % 4, loop.i // 4 % WARP
+            row = loop.i // (TILE * ROWS) * ROWS + lane % 4 * 2 + element % 2
+            column = self.tile * TILE + lane // 4 + element // 2 * 8
+            with k.when(row.compare("lt", self.count)), k.when(column.compare("lt", layout.n)):
+                y.store(row * layout.n + column, total)

@@ -1,0 +1,137 @@
+"""Tile IR with grid ops -> LLVM IR for PTX: arithmetic as for CPUs, memory and threads as GPUs have them.
+
+A kernel becomes `define ptx_kernel void @name(ptr addrspace(1)..., i64...)`. Buffers are generic pointers inside; LLVM
+finds out which memory each points to. Buffers that are never written are loaded through the read-only cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from codegen.llvm.instructions import InstructionSet
+from codegen.llvm.lowering import LOWERINGS, FunctionEmitter, llvm_type
+from codegen.nvptx.builder import GridKernel
+from ir.core import Op, Value
+from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.ops import grid, tile_control, tile_memory
+from ir.ops.builtin import ReturnOp
+from ir.types import BufferType
+
+STATIC_SHARED_BYTES = 48 << 10  # more than this is asked for at the launch
+MAX_SHARED_BYTES = 99 << 10  # of a block on sm_89, the least of the three (CUDA C Programming Guide, 16.2)
+
+GridLowering = Callable[["GridEmitter", Any], None]
+GRID_LOWERINGS: dict[type[Op], GridLowering] = {}
+_NOT_ON_GPUS = (tile_control.TicketOp,)
+
+
+def grid_lowering(op_class: type[Op]) -> Callable[[GridLowering], GridLowering]:
+    """Decorator: the function emits ops of this class for PTX, in place of the way it is written for CPUs."""
+
+    def register(function: GridLowering) -> GridLowering:
+        if op_class in GRID_LOWERINGS:
+            raise ValueError(f"{op_class.name} is lowered by {GRID_LOWERINGS[op_class].__module__} already")
+        GRID_LOWERINGS[op_class] = function
+        return function
+
+    return register
+
+
+class GridEmitter(FunctionEmitter):
+    """Writes one kernel for a GPU. `shared` says at which byte of the block's memory each shared buffer begins."""
+
+    def __init__(self, kernel: GridKernel, declarations: dict[str, str]) -> None:
+        super().__init__(InstructionSet(frozenset({"fma"})), declarations)
+        self.memory = f"@{kernel.name}_shared"
+        self.shared = shared_places(kernel)
+
+    def in_space(self, name: str, result: str, types: tuple[str, ...], *arguments: str) -> str:
+        """A call of an intrinsic on pointers into one memory, declared once; `arguments` come without their types."""
+        self.declarations[name] = f"declare {result} @{name}({', '.join(types)})"
+        given = ", ".join(f"{kind} {argument}" for kind, argument in zip(types, arguments, strict=True))
+        return f"call {result} @{name}({given})"
+
+    def op(self, op: Op) -> None:
+        emit = GRID_LOWERINGS.get(type(op)) or LOWERINGS.get(type(op))
+        if emit is None or isinstance(op, _NOT_ON_GPUS):
+            raise DiagnosticError.of(Diagnostic("error", f"no lowering of {op.name} to PTX", op.location))
+        emit(self, op)
+
+
+def shared_places(kernel: GridKernel) -> dict[Value, int]:
+    """First byte of every shared buffer; each begins on a multiple of 16."""
+    places: dict[Value, int] = {}
+    end = 0
+    for op in kernel.func.walk():
+        if isinstance(op, grid.SharedOp):
+            places[op.out] = end
+            end += _aligned(op)
+    return places
+
+
+def _aligned(op: grid.SharedOp) -> int:
+    return -(-op.size * op.element.dtype.itemsize // 16) * 16
+
+
+def shared_bytes(kernel: GridKernel) -> int:
+    """Shared memory of a block."""
+    return sum(_aligned(op) for op in kernel.func.walk() if isinstance(op, grid.SharedOp))
+
+
+def dynamic_bytes(kernel: GridKernel) -> int:
+    """Shared memory that the launch must ask for; 0 where the kernel brings its own."""
+    total = shared_bytes(kernel)
+    return total if total > STATIC_SHARED_BYTES else 0
+
+
+def written_buffers(kernel: GridKernel) -> set[Value]:
+    """The arguments that are stored to, also through offsets and views."""
+    found: set[Value] = set()
+    for op in kernel.func.walk():
+        if isinstance(op, tile_memory.StoreOp | tile_memory.StoreMaskedOp):
+            found.add(_root(op.buffer))
+    return found
+
+
+def _root(buffer: Value) -> Value:
+    op = buffer.defining_op()
+    while isinstance(op, tile_memory.OffsetOp | tile_memory.ViewOp):
+        buffer = op.buffer
+        op = buffer.defining_op()
+    return buffer
+
+
+def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
+    """The text of one kernel and of its shared memory. Raises DiagnosticError for what GPUs cannot do."""
+    import codegen.llvm.packed_lowerings
+    import codegen.llvm.tile_lowerings
+    import codegen.nvptx.grid_lowerings  # noqa: F401 - all register lowerings
+
+    total = shared_bytes(kernel)
+    if total > MAX_SHARED_BYTES:
+        message = f"@{kernel.name} wants {total} bytes of shared memory; a block has {MAX_SHARED_BYTES}"
+        raise DiagnosticError(message, hint="take smaller tiles or fewer stages")
+    emitter = GridEmitter(kernel, declarations)
+    written = written_buffers(kernel)
+    block = kernel.func.region.block
+    parameters = []
+    for i, argument in enumerate(block.arguments):
+        if isinstance(argument.type, BufferType):
+            only_read = "" if argument in written else " readonly"
+            parameters.append(f"ptr addrspace(1) noalias noundef{only_read} align 16 %a{i}")
+            emitter.names[argument] = emitter.assign(f"addrspacecast ptr addrspace(1) %a{i} to ptr")
+        else:
+            parameters.append(f"{llvm_type(argument.type)} %a{i}")
+            emitter.names[argument] = f"%a{i}"
+    end = emitter.block(block)
+    assert isinstance(end, ReturnOp)
+    emitter.emit("ret void")
+    lines = []
+    if dynamic_bytes(kernel):
+        lines.append(f"{emitter.memory} = external addrspace(3) global [0 x i8], align 16")
+    elif total:
+        lines.append(f"{emitter.memory} = internal addrspace(3) global [{total} x i8] undef, align 16")
+    bounds = f'"nvvm.maxntid"="{kernel.threads}" "nvvm.minctasm"="{kernel.blocks_at_once}"'
+    lines += [f"define ptx_kernel void @{kernel.name}({', '.join(parameters)}) {bounds} {{", "entry:"]
+    return "\n".join([*lines, *emitter.lines, "}", ""])

@@ -1,0 +1,173 @@
+"""PTX of every op and of the kernels: what is in it, that ptxas takes it for each architecture, without spills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import codegen.nvptx.grid_lowerings  # noqa: F401 - registers the lowerings
+from codegen.nvptx.builder import GridBuilder, GridKernel
+from codegen.nvptx.compile import ARCHITECTURES, compile_ptx, compile_ptx_for, llvm_module
+from codegen.nvptx.lowering import GRID_LOWERINGS, dynamic_bytes, shared_bytes
+from codegen.nvptx.ptxas import Resources, assemble, find_ptxas, read_resources
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F16, F32, I32
+from ir.op_def import OPS
+from ir.types import VectorType
+from tests.codegen.nvptx.kernel_list import kernels
+
+needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
+
+
+def one_of_each() -> GridKernel:
+    """Every grid op, and every tile op that a GPU does otherwise."""
+    k = GridBuilder("one_of_each", threads=64)
+    x, y, n = k.buffer("x", BF16), k.buffer("y", F32), k.size("n")
+    s = k.shared(1024, BF16)
+    lane, warp = k.lane_and_warp()
+    at = (k.block_id() * k.num_threads() + k.thread_id()) * 8
+    k.async_copy(s, k.thread_id() * 8, x, at, at.compare("lt", n))
+    k.async_commit()
+    k.async_wait(0)
+    k.barrier()
+    a = k.load_matrix(s, lane * 8 + warp * 256)
+    b = k.load_matrix(s, lane * 8 + warp * 256, transposed=True)
+    a = k.fma_pairs(a, a, b)
+    c = k.mma(k.f32(0.0, 4), a, k.part(b, 4, 4))
+    half = VectorType(8, F16), VectorType(4, F16)
+    c = k.mma(c, a.bitcast(half[0]), k.part(b, 0, 4).bitcast(half[1]))
+    total = k.warp_reduce(k.exp2(c).reduce("add"), lambda p, q: p + q)
+    same = k.shuffle(lane.from_index(), 1).cast(F32)
+    x.prefetch(at)
+    total = total + x.load(at).cast(F32)
+    pair = k.join(k.exp2(total), same).cast(BF16).cast(F32)
+    y.store((k.block_id() + k.num_blocks()) * 128 + k.thread_id() * 2, pair)
+    return k.grid_kernel()
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """Architecture -> PTX of all kernels."""
+    return compile_ptx_for([one_of_each(), *kernels()])
+
+
+def entry(text: str, name: str) -> str:
+    """The body of a kernel."""
+    return text.split(f".entry {name}(")[1].split("\n}\n")[0]
+
+
+def test_one_of_each_has_every_op() -> None:
+    met = {type(op) for op in one_of_each().func.walk()}
+    wanted = {cls for name, cls in OPS.items() if name.startswith("grid.")} | set(GRID_LOWERINGS)
+    assert [cls.name for cls in wanted if cls not in met] == []
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group", "bar.sync",
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "ex2.approx.ftz.f32", "shfl.sync.bfly.b32", "%ctaid.x", "%nctaid.x", "%ntid.x", "cvt.rn.bf16x2.f32",
+        "st.global.v2", "fma.rn.bf16x2",
+    ],
+)  # fmt: skip
+def test_instructions_of_the_ops(ptx: dict[str, str], instruction: str) -> None:
+    assert instruction in entry(ptx["sm_80"], "one_of_each")
+
+
+def test_weights_are_loaded_sixteen_bytes_at_a_time(ptx: dict[str, str]) -> None:
+    for name in ("decode_w16", "decode_w8", "decode_w4"):
+        body = entry(ptx["sm_90"], name)
+        assert body.count("ld.global.nc.v4.b32") >= 8, name
+        assert "call" not in body and ".local" not in body
+
+
+def test_the_header_says_what_it_is_for(ptx: dict[str, str]) -> None:
+    for architecture, text in ptx.items():
+        assert ".version 7.8" in text and f".target {architecture}" in text
+
+
+@needs_ptxas
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_assemble_without_spills(ptx: dict[str, str], architecture: str) -> None:
+    made = assemble(ptx[architecture], architecture)
+    assert made.cubin[:4] == b"\x7fELF"
+    assert set(made.resources) == {"one_of_each", *(k.name for k in kernels())}
+    assert {name: r for name, r in made.resources.items() if r.spill_bytes or r.stack_bytes} == {}
+    for kernel in kernels():
+        registers = made.resources[kernel.name].registers
+        assert registers * kernel.threads * kernel.blocks_at_once <= 65536
+
+
+@needs_ptxas
+def test_what_ptxas_refuses() -> None:
+    with pytest.raises(DiagnosticError, match="ptxas refused the PTX for sm_80") as caught:
+        assemble(".version 7.8\n.target sm_80\n.address_size 64\nnonsense\n", "sm_80")
+    assert "nonsense" in str(caught.value) or "yntax" in str(caught.value)
+
+
+def test_without_ptxas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("codegen.nvptx.ptxas.find_ptxas", lambda: None)
+    with pytest.raises(DiagnosticError, match="there is no ptxas") as caught:
+        assemble("", "sm_90")
+    assert "cuda-tools" in str(caught.value)
+
+
+def test_the_report_of_ptxas() -> None:
+    report = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'a' for 'sm_90'
+ptxas info    : Function properties for a
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 18 registers, used 1 barriers, 16 bytes cumulative stack size, 4096 bytes smem, 8 bytes cmem[2]
+ptxas info    : Compiling entry function 'b' for 'sm_90'
+ptxas info    : Function properties for b
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 376 bytes cmem[0]
+"""
+    assert read_resources(report) == {"a": Resources(18, 20, 16, 4096), "b": Resources(255, 0, 0, 0)}
+
+
+def test_an_unknown_architecture() -> None:
+    with pytest.raises(DiagnosticError, match="no kernels for the GPU architecture 'sm_52'") as caught:
+        compile_ptx([one_of_each()], "sm_52")
+    assert "sm_80, sm_89, sm_90" in str(caught.value)
+
+
+def ticket(k: GridBuilder) -> None:
+    k.ticket()
+
+
+def much(k: GridBuilder) -> None:
+    k.shared(100 << 8, F32)
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [(ticket, "no lowering of tile.ticket to PTX"), (much, "wants 102400 bytes of shared memory; a block has 101376")],
+)
+def test_what_gpus_cannot_do(add: Callable[[GridBuilder], None], message: str) -> None:
+    k = GridBuilder("refused", threads=32)
+    add(k)
+    with pytest.raises(DiagnosticError, match=message):
+        llvm_module([k.grid_kernel()])
+
+
+def test_much_shared_memory_is_asked_for_at_the_launch() -> None:
+    for size, at_launch in ((12 << 10, 0), (13 << 10, 13 << 12)):
+        k = GridBuilder("memory", threads=32)
+        s, y = k.shared(size, I32), k.buffer("y", I32)
+        y.store(k.thread_id(), s.load(k.thread_id()))
+        kernel = k.grid_kernel()
+        assert (shared_bytes(kernel), dynamic_bytes(kernel)) == (4 * size, at_launch)
+        assert ("external addrspace(3)" in llvm_module([kernel])) == bool(at_launch)
+
+
+def test_buffers_that_are_written_are_not_read_only() -> None:
+    k = GridBuilder("both", threads=32)
+    x, y = k.buffer("x", F32), k.buffer("y", F32)
+    y.at(4).view(I32).store(k.thread_id(), x.view(I32).load(k.thread_id()))
+    text = llvm_module([k.grid_kernel()])
+    assert "readonly align 16 %a0" in text and "noundef align 16 %a1" in text

@@ -1,4 +1,4 @@
 """Published figures of other systems against the cost model: exact ones, rooflines, orders.
 
-`python -m bench.published` writes docs/published_points.md; `bench.published.points.POINTS` is what it shows.
+`python -m bench.published` writes docs/published_points.md; `bench.published.report.points` is what it shows.
 """

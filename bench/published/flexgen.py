@@ -1,38 +1,26 @@
-"""FlexGen's own cost model in closed form, written anew from the formulas of its experimental/cost_model.py.
+"""FlexGen's own cost model (experimental/cost_model.py), its pieces priced by our cost model on the T4 as it sees it.
 
-    found = predict(OPT_30B, Policy(wg=0.2, wc=0.8, cc=1.0, hc=1.0), gpu_batch=48, batches=3, prompt=512, generate=32)
+    found = predict("opt-30b", Policy(wg=0.2, wc=0.8, cc=1.0, hc=1.0), gpu_batch=48, batches=3, prompt=512, generate=32)
     found.tokens_per_second      # 7.1357
 
 A layer's weights, cache and hidden states lie on GPU, CPU and disk in given fractions. In prefill a layer lasts as long
 as the slowest of loading, storing and computing; in decode loading to the GPU comes before the slowest of the rest. The
-constants were fitted by its authors (FMInference/FlexLLMGen) to a T4 in a cloud. Numbers have 16 bits, a GB is 2^30 B.
+constants were fitted by its authors (FMInference/FlexLLMGen) to a T4 in a cloud: `t4()` is a target with them, in which
+what has a rate of its own is a unit, a tier or a drive of its own. Numbers have 16 bits, a GB is 2^30 B.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+
+from frontends.shape_library import load_shape
+from hw_targets.cost_model import Work, price, transfer_time
+from hw_targets.memory import Link, MemoryTier, Storage, StoragePoint
+from hw_targets.target import ComputeUnit, Target
 
 GIB = float(1 << 30)
-TERA = 1e12
-
-
-@dataclass(frozen=True)
-class Model:
-    """`layers` of width `hidden` with `heads` heads and an MLP four times as wide."""
-
-    layers: int
-    hidden: int
-    heads: int
-
-    @property
-    def layer_bytes(self) -> float:
-        return 24.0 * self.hidden**2
-
-
-OPT_6_7B = Model(32, 4096, 32)
-OPT_30B = Model(48, 7168, 56)
-OPT_175B = Model(96, 12288, 96)
 
 
 @dataclass(frozen=True)
@@ -60,22 +48,50 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Constants:
-    """Bytes/s between GPU, CPU and disk, FLOP/s of matrix products in prefill and decode; defaults: the T4 machine."""
+class Model:
+    """What FlexGen knows of a model: layers, width, heads and the bytes of a layer's products."""
 
-    cpu_to_gpu: float = 12.89 * GIB
-    cache_to_cpu: float = 0.97 * GIB
-    hidden_to_cpu: float = 4.82 * GIB
-    disk_to_cpu: float = 0.473 * GIB
-    cache_to_disk: float = 0.746 * GIB
-    hidden_to_disk: float = 2.015 * GIB
-    to_disk_decode: float = 2.015 * GIB
-    products_prefill: float = 21.24 * TERA
-    products_decode: float = 4.3 * TERA
-    attention_prefill: float = 9.97 * TERA
-    attention_decode: float = 0.079 * TERA
-    cpu: float = 0.0123 * TERA
-    correction: tuple[float, float, float] = (0.0168, 0.0328, 0.0621)
+    layers: int
+    hidden: int
+    heads: int
+    layer_bytes: float
+
+
+@lru_cache(maxsize=8)
+def model(name: str) -> Model:
+    """A model of the built-in list; biases and norms are nothing to FlexGen."""
+    shape = load_shape(name)
+    layer = shape.layers[0]
+    products = sum(t.elements for t in shape.tensors(layer) if t.is_product)
+    return Model(len(shape.layers), shape.hidden, layer.attention.heads, 2.0 * products)
+
+
+@lru_cache(maxsize=1)
+def t4() -> Target:
+    """The machine with the constants of its fit. The GPU has a rate for each kind of product and phase; hidden states
+    come back to memory faster than the cache, and are written to disk faster."""
+    flops = {
+        "prompt products": 21.24e12,
+        "prompt attention": 9.97e12,
+        "step products": 4.3e12,
+        "step attention": 0.079e12,
+    }
+    units = [ComputeUnit(name, "gpu", "vram", peak=(("f16", rate),)) for name, rate in flops.items()]
+    units.append(ComputeUnit("cores", "cpu", "dram", cores=1, peak=(("f16", 0.0123e12),)))
+    tiers = tuple(MemoryTier(name, capacity_bytes=1 << 40) for name in ("vram", "dram", "dram hidden"))
+    links = tuple(
+        Link(name, tier, "vram", bandwidth=12.89 * GIB, back_bandwidth=back * GIB)
+        for name, tier, back in (("cache link", "dram", 0.97), ("hidden link", "dram hidden", 4.82))
+    )
+    drives = tuple(
+        Storage(name, tier="dram", points=(StoragePoint(1 << 20, 1, read * GIB, write * GIB),))
+        for name, read, write in (
+            ("disk", 0.473, 0.746),
+            ("disk hidden", 0.473, 2.015),
+            ("disk again", 0.95 * 0.473, 2.015),
+        )
+    )
+    return Target("flexgen-t4", "", "", "", frozenset(), units=tuple(units), tiers=tiers, links=links, storage=drives)
 
 
 @dataclass(frozen=True)
@@ -92,14 +108,11 @@ class Prediction:
     disk: float
 
 
-def predict(
-    m: Model, p: Policy, *, gpu_batch: int, batches: int, prompt: int, generate: int, c: Constants | None = None
-) -> Prediction:
-    """What FlexGen's model says of a policy."""
-    c = c or Constants()
-    block = gpu_batch * batches
-    prefill = _prefill_layer(m, p, c, block, prompt) * m.layers
-    decode = _decode_layer(m, p, c, block, gpu_batch, prompt, generate) * (generate - 1) * m.layers
+def predict(name: str, p: Policy, *, gpu_batch: int, batches: int, prompt: int, generate: int = 32) -> Prediction:
+    """What FlexGen's model says of a policy for a built-in model."""
+    m, block = model(name), gpu_batch * batches
+    prefill = _prefill_layer(m, p, block, prompt) * m.layers
+    decode = _decode_layer(m, p, block, gpu_batch, prompt, generate) * (generate - 1) * m.layers
     gpu_prefill, gpu_decode = _gpu_peaks(m, p, block, gpu_batch, prompt, generate)
     cpu_prefill, cpu_decode = _cpu_peaks(m, p, block, gpu_batch, prompt, generate)
     length, h = prompt + generate, m.hidden
@@ -108,28 +121,48 @@ def predict(
     return Prediction(rate, prefill, decode, gpu_prefill, gpu_decode, cpu_prefill, cpu_decode, disk)
 
 
-def _prefill_layer(m: Model, p: Policy, c: Constants, block: int, s: int) -> float:
+def _moves(*pieces: tuple[str, str, float]) -> float:
+    """Seconds of (from, to, bytes) one after the other."""
+    return sum(transfer_time(t4(), source, goal, nbytes)[1] for source, goal, nbytes in pieces if nbytes)
+
+
+def _computes(*pieces: tuple[str, float]) -> float:
+    """Seconds of (unit, FLOP) one after the other."""
+    found = 0.0
+    for name, flops in pieces:
+        unit = t4().unit(name)
+        assert unit is not None
+        found += price(Work(flops, "f16"), unit, t4()).seconds if flops else 0.0
+    return found
+
+
+def _prefill_layer(m: Model, p: Policy, block: int, s: int) -> float:
     h, hidden = m.hidden, 2 * s * m.hidden * block
     cache = 4 * (s + 1) * h * block
-    load = (m.layer_bytes * (p.wc + p.wn) + hidden * (p.hc + p.hn)) / c.cpu_to_gpu
-    store = cache * (p.cc + p.cn) / c.cache_to_cpu + hidden * (p.hc + p.hn) / c.hidden_to_cpu
-    read = (m.layer_bytes * p.wn + hidden * p.hn) / c.disk_to_cpu
-    write = cache * p.cn / c.cache_to_disk + hidden * p.hn / c.hidden_to_disk
-    compute = block * 24 * s * h**2 / c.products_prefill + 4 * block * s**2 * h / c.attention_prefill
+    load = _moves(("dram", "vram", m.layer_bytes * (p.wc + p.wn)), ("dram hidden", "vram", hidden * (p.hc + p.hn)))
+    store = _moves(("vram", "dram", cache * (p.cc + p.cn)), ("vram", "dram hidden", hidden * (p.hc + p.hn)))
+    read = _moves(("disk", "dram", m.layer_bytes * p.wn), ("disk hidden", "dram", hidden * p.hn))
+    write = _moves(("dram", "disk", cache * p.cn), ("dram", "disk hidden", hidden * p.hn))
+    compute = _computes(("prompt products", block * 24 * s * h**2), ("prompt attention", 4 * block * s**2 * h))
     return max(load + read, store + write, compute)
 
 
-def _decode_layer(m: Model, p: Policy, c: Constants, block: int, gpu_batch: int, s: int, n: int) -> float:
+def _decode_layer(m: Model, p: Policy, block: int, gpu_batch: int, s: int, n: int) -> float:
     h, hidden = m.hidden, 2 * m.hidden * block
     seen = 4 * block * (s + n / 2) * h
-    load = (m.layer_bytes * (p.wc + p.wn) + hidden * (p.hc + p.hn)) / c.cpu_to_gpu
-    store = hidden * (p.hc + p.hn) / c.hidden_to_cpu
-    read = (seen * p.cn + hidden * p.hn) / c.disk_to_cpu + m.layer_bytes * p.wn / (0.95 * c.disk_to_cpu)
-    write = (4 * block * h * p.cn + hidden * p.hn) / c.to_disk_decode
+    load = _moves(("dram", "vram", m.layer_bytes * (p.wc + p.wn)), ("dram hidden", "vram", hidden * (p.hc + p.hn)))
+    store = _moves(("vram", "dram hidden", hidden * (p.hc + p.hn)))
+    read = _moves(
+        ("disk", "dram", seen * p.cn),
+        ("disk hidden", "dram", hidden * p.hn),
+        ("disk again", "dram", m.layer_bytes * p.wn),
+    )
+    write = _moves(("dram", "disk again", 4 * block * h * p.cn), ("dram", "disk hidden", hidden * p.hn))
     small, narrow = max(0.0, math.log2(64 / gpu_batch)), max(0.0, math.log2(4096 / h))
-    a, b, d = c.correction
-    cpu = c.cpu * max(0.1, 1 + a * small * narrow - b * small - d * narrow)
-    compute = block * 24 * h**2 / c.products_decode + seen * p.cg / c.attention_decode + seen * (p.cc + p.cn) / cpu
+    share = max(0.1, 1 + 0.0168 * small * narrow - 0.0328 * small - 0.0621 * narrow)  # of the cores, in small batches
+    compute = _computes(
+        ("step products", block * 24 * h**2), ("step attention", seen * p.cg), ("cores", seen * (p.cc + p.cn) / share)
+    )
     return load + max(store, read, write, compute)
 
 

@@ -1,20 +1,27 @@
 """What our own cost model says where others published a figure: phases of a model that lies in given places.
 
-Rooflines are taken without efficiencies and dispatch (`ideal`), so that ideal over published is the efficiency reached.
+    Case("Llama-2-7b-hf", "a100-80gb", prompt=2048, generate=1).first_token(peak=True)
+
+Rooflines are taken without efficiencies and dispatch (`ideal`), so that ideal over published is the efficiency reached;
+else with what the target file states.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import hw_targets
+from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
-from hw_targets.cost_model import Work, price
 from hw_targets.target import Target
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
 from passes.place.milp import solve_counts
 from passes.place.outcome import Outcome, evaluate
+from passes.place.parallel import together
 from passes.place.pins import parse_pin
 from passes.place.problem import Problem, Session
 from passes.place.solve import choices_of
@@ -30,31 +37,92 @@ def ideal(target: Target) -> Target:
     return dataclasses.replace(target, units=units, links=links)
 
 
-def phases(
-    model: str,
-    target: str,
-    recipe: str = "",
-    *,
-    pins: tuple[str, ...] = (),
-    tensor: int = 1,
-    roofline: bool = False,
-    dtype: str = "f16",
-    **session: int,
-) -> Outcome:
-    """Both phases of a model whose places are pinned; the rest as the solver puts it."""
-    shape = load_shape(model)
-    found = hw_targets.load(target)
-    machine = machine_of(ideal(found) if roofline else found, tensor=tensor)
-    use = Session(**{"context": 4096, "prompt": 512, "generate": 32, **session})
-    problem = Problem(shape, machine, formats_of(recipe, dtype), use)
-    problem = dataclasses.replace(problem, pins=tuple(parse_pin(p, shape, machine) for p in pins))
+MODELS = Path(__file__).with_name("models")
+RESIDENT = ("weights=resident", "weights=gpu", "kv=gpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a target with some places given (`pins`; the solver chooses the rest) and a session.
+
+    `prompts` of the `batch` pass at once, in chunks of `chunk` tokens each (0: whole). `tensor` GPUs work together.
+    `top_k` experts of a token where that is not the model's own number. `model` is a built-in name or one of `models/`.
+    """
+
+    model: str
+    target: str
+    recipe: str = ""
+    pins: tuple[str, ...] = RESIDENT
+    tensor: int = 1
+    dtype: str = "f16"
+    batch: int = 1
+    prompt: int = 512
+    generate: int = 32
+    chunk: int = 0
+    prompts: int = 1
+    micro_batches: int = 1
+    context: int = 0
+    top_k: int = 0
+
+    def outcome(self, *, peak: bool = False) -> Outcome:
+        """Both phases; at the stated peaks with nothing lost when `peak`."""
+        return _outcome(self, peak)
+
+    def problem(self, *, peak: bool = False) -> Problem:
+        shape, found = shape_named(self.model, self.top_k), hw_targets.load(self.target)
+        machine = machine_of(ideal(found) if peak else found, tensor=self.tensor)
+        use = Session(
+            self.context or self.prompt + self.generate, self.batch, self.prompt, self.generate,
+            self.chunk or self.prompt, self.micro_batches, prompts=self.prompts,
+        )  # fmt: skip
+        problem = Problem(shape, machine, formats_of(self.recipe, self.dtype), use)
+        if not peak and self.tensor > 1:
+            telling = (
+                together(shape, found, n, p, self.tensor) for n, p in ((self.batch, 1), (use.prompt_rows, use.passes))
+            )
+            decode, prefill = telling
+            problem = dataclasses.replace(problem, together_decode=decode, together_prefill=prefill)
+        return dataclasses.replace(problem, pins=tuple(parse_pin(p, shape, machine) for p in self.pins))
+
+    def step(self, *, peak: bool = False) -> float:
+        """Seconds of a decode step of all sequences."""
+        return self.outcome(peak=peak).decode.seconds
+
+    def decode(self, *, peak: bool = False) -> float:
+        """Tokens a second while decoding."""
+        return self.batch / self.step(peak=peak)
+
+    def first_token(self, *, peak: bool = False) -> float:
+        """Milliseconds of the prompt."""
+        return 1e3 * self.outcome(peak=peak).prefill.seconds
+
+    def prefill(self, *, peak: bool = False) -> float:
+        """Tokens of prompts a second."""
+        return self.prompt * self.prompts / self.outcome(peak=peak).prefill.seconds
+
+    def generation(self, *, peak: bool = False) -> float:
+        """Tokens made a second, the time of the prompts included, by each of the GPUs that work together."""
+        found = self.outcome(peak=peak)
+        seconds = self.batch / self.prompts * found.prefill.seconds + self.generate * found.decode.seconds
+        return self.batch * self.generate / seconds / self.tensor
+
+
+@lru_cache(maxsize=32)
+def shape_named(model: str, top_k: int = 0) -> ModelShape:
+    """A built-in shape or one of `models/`, perhaps with another number of experts a token."""
+    own = MODELS / f"{model}.json"
+    shape = load_shape(own if own.is_file() else model)
+    if not top_k:
+        return shape
+    layers = (
+        dataclasses.replace(x, mlp=dataclasses.replace(x.mlp, top_k=top_k)) if x.mlp.is_moe else x for x in shape.layers
+    )
+    return dataclasses.replace(shape, layers=tuple(layers))
+
+
+@lru_cache(maxsize=512)
+def _outcome(case: Case, peak: bool) -> Outcome:
+    problem = case.problem(peak=peak)
     solved = solve_counts(problem, choices_of(problem))
-    assert solved is not None, f"{model} does not fit {target} with {pins}"
+    assert solved is not None, f"{case.model} does not fit {case.target} with {case.pins}"
     return evaluate(problem, solved.choice)
-
-
-def bytes_per_second(target: str, tier: str) -> float:
-    """What one second of reading a tier gives, at its stated bandwidth."""
-    found = ideal(hw_targets.load(target))
-    unit = next(u for u in found.units if u.tier == tier)
-    return 1.0 / price(Work(traffic=((tier, 1.0),)), unit, found).seconds

@@ -83,7 +83,7 @@ def _program(
     scale = _time_scale(options)
     wanted = best and not least_bytes
     t_decode = rows.column(session.generate * 1.0 if wanted else 0.0)
-    t_prefill = rows.column(session.batch * 1.0 if wanted else 0.0)
+    t_prefill = rows.column(session.batch / session.prompts if wanted else 0.0)
     if problem.slo.tpot is not None:
         rows.upper[t_decode] = problem.slo.tpot / scale
     if problem.slo.ttft is not None:

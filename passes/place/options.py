@@ -125,7 +125,9 @@ def _embedding(problem: Problem, part: Part, home: str) -> Option:
     if store is not None:
         page = 4096 * problem.session.batch
         option.decode.wait(option.unit, f"{home} read", page / (store.read_rate(4096) or 1e6))
-        option.prefill.wait(option.unit, f"{home} read", 4096 * problem.session.prompt / (store.read_rate(4096) or 1e6))
+        option.prefill.wait(
+            option.unit, f"{home} read", 4096 * problem.session.prompt_rows / (store.read_rate(4096) or 1e6)
+        )
     return option
 
 
@@ -234,9 +236,9 @@ def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: Compute
     """All of a part passes on `unit`: once for a decode step of `tokens`, once for every chunk when that is None."""
     session, part = problem.session, option.part
     if tokens is None and part.group == "head":
-        passes, rows, reads = 1, 1.0, 1  # of a prompt only the last token needs logits
+        passes, rows, reads = 1, float(session.prompts), 1  # of a prompt only the last token needs logits
     elif tokens is None:
-        passes, rows, reads = session.passes, session.prompt / session.passes, 1
+        passes, rows, reads = session.passes, session.prompt_rows / session.passes, 1
     else:
         passes, rows, reads = 1, float(tokens), min(session.micro_batches, tokens)
     touched = part.nbytes
@@ -280,8 +282,8 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv_unit: Comput
     at_home = option.kv_home == kv_unit.tier
     paid = price(Work(flops, element, ((kv_unit.tier, read),)), kv_unit, target)
     option.decode.wait(kv_unit.name, paid.bound, paid.seconds)
-    pairs = attended_pairs(layer.attention.window, session.prompt)
-    prompt_read = session.prompt * session.passes / 2 * option.part.kv_bytes_per_token
+    pairs = session.prompts * attended_pairs(layer.attention.window, session.prompt)
+    prompt_read = session.prompt_rows * session.passes / 2 * option.part.kv_bytes_per_token
     flops = pairs * layer.attention.flops_per_pair(absorbed=False)
     paid = price(Work(flops, element, ((kv_unit.tier, prompt_read),)), kv_unit, target)
     option.prefill.wait(kv_unit.name, paid.bound, paid.seconds)
@@ -295,13 +297,13 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv_unit: Comput
         row = (layer.attention.heads * (layer.attention.head_dim + layer.attention.value_dim)) * 2
         row += layer.attention.kv_elements * 2
         cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row)
-        cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt * row)
+        cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row)
 
 
 def _write_back(problem: Problem, option: Option, tier: str) -> None:
     """New keys and values go home."""
     session = problem.session
-    for cost, tokens in ((option.decode, session.batch), (option.prefill, session.prompt)):
+    for cost, tokens in ((option.decode, session.batch), (option.prefill, session.prompt_rows)):
         hops = problem.machine.way(option.kv_home, tier) or ()
         for goal, source in reversed(hops):
             try_bytes = tokens * option.part.kv_bytes_per_token
@@ -345,7 +347,7 @@ def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: i
     for resource, seconds in moves.streams.items():
         option.decode.beside(resource, seconds - waiting if resource == slowest else seconds)
     option.decode.wait(unit.name, slowest, waiting)
-    rows = session.prompt / session.passes
+    rows = session.prompt_rows / session.passes
     touched = min(distinct_experts(part.experts, part.top_k, rows), part.top_k * rows)
     _compute(problem, option.prefill, unit, part, touched * part.expert_bytes, rows, session.passes)
     lacking = touched * max(0.0, 1.0 - slots / part.experts) * part.expert_bytes
@@ -362,7 +364,7 @@ def _split(problem: Problem, part: Part, unit: ComputeUnit, helper: ComputeUnit,
     option.hit = problem.popular(part.experts, part.top_k, slots, session.batch)
     for cost, rows, passes in (
         (option.decode, float(session.batch), 1),
-        (option.prefill, session.prompt / session.passes, session.passes),
+        (option.prefill, session.prompt_rows / session.passes, session.passes),
     ):
         needed = min(distinct_experts(part.experts, part.top_k, rows), part.top_k * rows)
         share = option.hit if cost is option.decode else slots / part.experts

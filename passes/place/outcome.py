@@ -58,8 +58,8 @@ class Outcome:
 
 
 def objective(problem: Problem, decode: float, prefill: float) -> float:
-    """What is made small: the time of all sequences of the session, prompts one after the other."""
-    return problem.session.batch * prefill + problem.session.generate * decode
+    """What is made small: the time of all sequences of the session, prompts one after the other (or `prompts`)."""
+    return problem.session.batch / problem.session.prompts * prefill + problem.session.generate * decode
 
 
 def by_part(choice: Choice) -> dict[tuple[str, int], list[tuple[Option, int]]]:
@@ -121,7 +121,7 @@ def mismatches(choice: Choice) -> dict[int, int]:
 
 def crossing(problem: Problem, *, decode: bool) -> tuple[str, float] | None:
     """(resource, seconds) of a layer's activations going to another unit and back, the slowest such way."""
-    rows = problem.session.batch if decode else problem.session.prompt
+    rows = problem.session.batch if decode else problem.session.prompt_rows
     nbytes = 2 * rows * problem.shape.hidden * 2
     worst: tuple[str, float] | None = None
     for first in problem.machine.units:

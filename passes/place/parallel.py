@@ -159,10 +159,10 @@ class _Pricing:
         turn = max(1, math.ceil(rows / d.pipeline))
         decode = self._phase(turn, decode=True)
         # With as many micro-batches as stages, a token takes as long as one micro-batch needs for all stages.
-        prefill = self._phase(min(session.chunk, session.prompt), decode=False)
+        prefill = self._phase(min(session.chunk, session.prompt) * session.prompts, decode=False)
         rounds = math.ceil(self.batch / d.data)
         overlap = min(d.pipeline, rounds)
-        value = rounds * prefill.seconds / overlap + session.generate * decode.seconds
+        value = rounds / session.prompts * prefill.seconds / overlap + session.generate * decode.seconds
         tier = self.one.tier(self.unit.tier)
         room = (tier.usable_bytes if tier else None) or 0
         return Spread(d, self.batch, tuple(self._holds(rows, turn).items()), room, decode, prefill, value)
@@ -182,7 +182,7 @@ class _Pricing:
                 split = 1 if part.layer.attention.kind == "mla" else min(d.tensor, part.layer.attention.kv_heads)
                 held = rows * part.layer.kv_tokens(self.session.context) * part.kv_bytes_per_token
                 kv += math.ceil(held / split) * layers
-        tokens = max(turn, min(self.session.chunk, self.session.prompt))
+        tokens = max(turn, min(self.session.chunk, self.session.prompt) * self.session.prompts)
         widest = max(
             2 * x.mlp.intermediate + 2 * x.mlp.top_k * x.mlp.expert_intermediate for x, _ in self.shape.kinds()
         )
@@ -207,6 +207,8 @@ class _Pricing:
                     ways, tokens = d.expert, float(rows * d.data)
                 each = min(distinct_experts(part.experts, part.top_k, tokens), part.top_k * tokens)
                 nbytes = each * part.expert_bytes
+                if d.expert > 1:  # whole experts: where any is asked for, the busiest device reads at least one
+                    nbytes = max(nbytes, min(1.0, each) * part.expert_bytes * ways)
                 seconds += self._exchange(rows, part)
             work = Work(
                 part.flops_per_token * tokens / ways, part.element, ((self.unit.tier, nbytes / ways),),
@@ -237,10 +239,9 @@ class _Pricing:
             flops = seen * layer.attention.flops_per_pair(absorbed=True)
             read = seen * part.kv_bytes_per_token
         else:
-            flops = attended_pairs(layer.attention.window, session.prompt) * layer.attention.flops_per_pair(
-                absorbed=False
-            )
-            read = session.prompt * session.passes / 2 * part.kv_bytes_per_token
+            pairs = session.prompts * attended_pairs(layer.attention.window, session.prompt)
+            flops = pairs * layer.attention.flops_per_pair(absorbed=False)
+            read = session.prompt_rows * session.passes / 2 * part.kv_bytes_per_token
         work = Work(flops / d.tensor, self.formats.float_format, ((self.unit.tier, read / split),))
         return self._paid(work)
 
@@ -293,12 +294,15 @@ def fabric_of(target: Target, unit: ComputeUnit, scope: str = "node") -> Fabric 
     return Fabric(link.name, unit.tier, bandwidth=rate / 2, latency_seconds=link.latency_seconds)
 
 
-def together(shape: ModelShape, target: Target, rows: int, passes: int = 1) -> tuple[tuple[str, float], ...]:
-    """((resource, seconds),) of what the GPUs of a node tell each other when they work on every layer together."""
+def together(
+    shape: ModelShape, target: Target, rows: int, passes: int = 1, ways: int = 0
+) -> tuple[tuple[str, float], ...]:
+    """((resource, seconds),) of what GPUs of a node (`ways` of them, 0: all) tell each other when they work on every
+    layer together."""
     unit = device_unit(target)
     if unit is None or unit.count == 1:
         return ()
-    each = all_reduce_seconds(fabric_of(target, unit), unit.count, rows / passes * shape.hidden * 2)
+    each = all_reduce_seconds(fabric_of(target, unit), ways or unit.count, rows / passes * shape.hidden * 2)
     return (("all-reduce", (2 * len(shape.layers) + 1) * passes * each),)
 
 

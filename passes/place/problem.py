@@ -1,7 +1,8 @@
 """What a plan is asked for: a model, a machine, formats and a session; and what is true of every answer.
 
 `Session` says how the model is used: sequences at once, context to reserve, the prompt and the tokens after it. Its
-prefill is that of one prompt, in chunks; its decode step gives every sequence one token in the middle of what it makes.
+prefill is that of one prompt (or of `prompts` at once), in chunks; its decode step gives every sequence one token in
+the middle of what it makes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Session:
     """`batch` sequences of at most `context` tokens; each has a prompt, then makes `generate` tokens.
 
     `chunk` tokens of a prompt pass at once, `micro_batches` groups of sequences take turns, so that units work at the
-    same time, and `depth` buffers of every stream are filled ahead.
+    same time, and `depth` buffers of every stream are filled ahead. `prompts` of equal length pass together, so that
+    what is moved for a pass is moved once for all of them (1: each by itself, the first token as early as can be).
     """
 
     context: int = 4096
@@ -35,6 +37,12 @@ class Session:
     chunk: int = 512
     micro_batches: int = 1
     depth: int = 2
+    prompts: int = 1
+
+    @property
+    def prompt_rows(self) -> int:
+        """Tokens of the prompts that pass together."""
+        return self.prompt * self.prompts
 
     @property
     def passes(self) -> int:
@@ -107,7 +115,9 @@ class Problem:
     def workspace_bytes(self) -> int:
         """Activations of the larger phase: rows of the stream, the widest layer, and the logits."""
         shape, session = self.shape, self.session
-        rows = max(min(session.chunk, session.prompt), math.ceil(session.batch / session.micro_batches))
+        rows = max(
+            min(session.chunk, session.prompt) * session.prompts, math.ceil(session.batch / session.micro_batches)
+        )
         widest = max(_width(layer) for layer, _ in shape.kinds())
         logits = session.batch * shape.vocab * 4
         return rows * (4 * shape.hidden + widest) * 4 + logits

@@ -1,19 +1,57 @@
-"""Published figures: every point agrees in the sense of its kind, and the page shows what is computed."""
+"""Published figures: every row is dealt with, every point agrees or says why not, the page shows what is computed."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
-from bench.published.__main__ import PAGE, page
-from bench.published.points import POINTS, Point, holds
+from bench.published.__main__ import PAGE
+from bench.published.points import KINDS, Point, figures, holds, share_reached, table
+from bench.published.report import agrees, page, points
+from bench.published.unknown import REASONS, reasons
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p.kind}: {p.what}")
-def test_point(point: Point) -> None:
-    found = point.ours()
+def _by_kind(*kinds: str) -> list[Point]:
+    return [p for p in points() if p.kind in kinds]
+
+
+def _ours(point: Point) -> tuple[float, ...]:
+    found = figures(point)
+    assert found is not None
+    return found
+
+
+def test_every_row_is_computed_or_has_a_reason() -> None:
+    covered = {i for p in points() for i in p.ids}
+    assert set(reasons()) == set(table()) - covered
+    assert Counter(i for ids in REASONS.values() for i in ids).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("point", _by_kind("exact"), ids=lambda p: f"{p.ids[0]}: {p.what}")
+def test_exact(point: Point) -> None:
+    found = _ours(point)
+    assert not point.why
     assert holds(point, found), f"{found} for {point.published}"
+
+
+@pytest.mark.parametrize("point", _by_kind("order", "theory", "estimate"), ids=lambda p: f"{p.ids[0]}: {p.what}")
+def test_agrees_or_says_why_not(point: Point) -> None:
+    assert agrees(point) == (not point.why), f"{_ours(point)} for {point.published}"
+
+
+@pytest.mark.parametrize("point", _by_kind("roofline"), ids=lambda p: f"{p.ids[0]}: {p.what}")
+def test_roofline(point: Point) -> None:
+    assert share_reached(point, _ours(point)[0]) <= 1.0, "published faster than the machine's peaks allow"
+    assert agrees(point) == (not point.why), f"{figures(point, planned=True)} for {point.published}"
+
+
+def test_published_figures_are_those_of_the_table() -> None:
+    for point in points():
+        known = {n for i in point.ids for n in table()[i].numbers}
+        extra = {1.0} if point.ids == ("P266",) else {5.0} if point.ids == ("P115",) else set()
+        assert set(point.published) <= known | extra, point.what
 
 
 def test_page_is_up_to_date() -> None:
@@ -21,8 +59,13 @@ def test_page_is_up_to_date() -> None:
 
 
 def test_disagreement_is_seen() -> None:
-    exact, roofline, order = (next(p for p in POINTS if p.kind == k) for k in ("exact", "roofline", "order"))
-    assert not holds(exact, tuple(1.001 * x for x in exact.published))
-    assert not holds(roofline, roofline.published)  # nothing reaches its peak
-    assert not holds(order, tuple(reversed(order.published)))
+    exact, theory, _, order, estimate = (next(p for p in points() if p.kind == k and agrees(p)) for k in KINDS)
+    roofline = next(p for p in points() if p.ids == ("P303",))
+    assert not holds(exact, tuple(1.01 * x for x in exact.published))
     assert holds(dataclasses.replace(exact, digits=2), tuple(1.0001 * x for x in exact.published))
+    assert not holds(theory, tuple(1.1 * x for x in theory.published))
+    slower = tuple(2.0 * x for x in roofline.published)  # a time: the published one would beat the peak
+    assert not roofline.rate and not holds(roofline, slower)
+    assert not holds(roofline, _ours(roofline), tuple(1.4 * x for x in roofline.published))
+    assert not holds(order, tuple(reversed(order.published)))
+    assert not holds(estimate, tuple(x + 6.0 for x in estimate.published))

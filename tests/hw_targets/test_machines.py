@@ -14,6 +14,7 @@ WIDTHS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "f8": 8, "i8": 8, "f4": 4
 # What the documents say, written down a second time: (machine, unit, element, FLOP/s of one copy).
 PEAKS = [
     ("t4-gcp", "gpu", "f16", 65e12),
+    ("v100-dgx2", "gpu", "f16", 125e12),
     ("a100-40gb", "gpu", "bf16", 312e12),
     ("8xa100-80gb", "gpu", "i8", 624e12),
     ("rtx-3090", "gpu", "f16", 71e12),
@@ -33,7 +34,8 @@ PEAKS = [
 # (machine, tier, bytes of one copy, bytes/s of one copy)
 TIERS = [
     ("t4-gcp", "vram", 16e9, 320e9),
-    ("t4-gcp", "dram", 208e9, 128e9),
+    ("t4-gcp", "dram", 208 * 2**30, 128e9),
+    ("v100-dgx2", "hbm", 32e9, 900e9),
     ("a100-40gb", "hbm", 40e9, 1555e9),
     ("a100-80gb", "hbm", 80e9, 2039e9),
     ("rtx-3090", "vram", 24e9, 936e9),
@@ -157,7 +159,7 @@ def test_constants_that_published_predictions_use():
     link, drive = t4.link_between("dram", "vram"), t4.store()
     assert link is not None and drive is not None
     assert link.rate("vram") == pytest.approx(12.89 * 2**30) and link.rate("dram") == pytest.approx(0.97 * 2**30)
-    assert drive.read_rate() == pytest.approx(0.473 * 2**30)
+    assert drive.read_rate() == pytest.approx(2.65e9)
     assert t4.units[0].achieved_of("f16") == pytest.approx(21.24e12, rel=1e-3)
     phone = machine("phone-ufs4").storage[0]
     assert phone.read_rate(4 << 20, 1) == pytest.approx(1810 * 2**20)

@@ -20,6 +20,7 @@ from passes.place.machine import machine_of
 from passes.place.milp import solve_counts
 from passes.place.options import Option
 from passes.place.outcome import Choice, evaluate
+from passes.place.parallel import spreads
 from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
@@ -246,6 +247,33 @@ def test_micro_batches_let_units_work_together() -> None:
     assert alone is not None
     assert found.outcome.objective <= evaluate(base, alone.choice).objective * GAP
     assert found.placement.session.micro_batches >= 1
+
+
+@pytest.mark.parametrize("shape", [dense(3), sparse(2, experts=4)], ids=["dense", "sparse"])
+def test_prompts_that_pass_together_move_weights_once(shape: ModelShape) -> None:
+    def prefill(prompts: int) -> float:
+        base = problem(shape, target(dram=64 * MIB), batch=8, prompt=8, chunk=8, prompts=prompts)
+        streamed = pinned(base, "weights=dram", "attention=gpu", "head=gpu", "kv=gpu")
+        found = solve_counts(streamed, choices_of(streamed))
+        assert found is not None
+        return evaluate(streamed, found.choice).prefill.seconds
+
+    alone, together = prefill(1), prefill(8)
+    assert alone <= together < 8 * alone
+
+
+def test_whole_experts_keep_one_device_busy_with_one() -> None:
+    """Of one sequence, a layer lasts as long as a whole expert's bytes; cut experts share them."""
+    shape = sparse(4, experts=4)
+    cut, whole = (
+        next(
+            w.decode.seconds
+            for w in spreads(shape, target(gpus=4, vram=256 * MIB), formats_of(""), Session(256, 1, 64, 64))
+            if w.degrees.tensor == 4 and w.degrees.expert == expert
+        )
+        for expert in (1, 4)
+    )
+    assert cut < whole
 
 
 def test_real_machine_quickly_bounded() -> None:

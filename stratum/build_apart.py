@@ -26,7 +26,7 @@ def built_apart(
     root = Path(__file__).resolve().parent.parent
     artifact: Path | None = None
     fault = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment(root)) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment(root)) as child:
         assert child.stdout is not None
         for line in child.stdout:
             kind, *values = json.loads(line)
@@ -43,7 +43,7 @@ def built_apart(
     return artifact
 
 
-def _environment(root: Path) -> dict[str, str]:
+def child_environment(root: Path) -> dict[str, str]:
     """The child finds the same packages, installed or not."""
     import os
 

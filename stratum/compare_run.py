@@ -1,47 +1,43 @@
-"""A plan beside what happens: the same model run on this machine under the same budget, phase by phase, part by part.
+"""A plan beside what happens: the same model run on this machine under the same plan, phase by phase, part by part.
 
-    rows = compare(request, planned)     # [Compared("decode step", predicted, measured), ...]
+    rows = compare(request, planned)     # (Compared("decode", "step", predicted, measured), ...)
 
-The model is built (or taken from the cache) with the plan's recipe and run as `compile-model bench` runs it: a prompt,
-then tokens behind it; medians of three. Parts come from a profile of the decode steps. Under a budget the bytes that a
-step reads, the share of experts found in memory and the peak of the process stand beside the plan's. Takes checkpoint
-directories on this machine; refuses plans for other machines, for several sequences at once and for models without
-weights.
+The model is built (or taken from the cache) with the plan's recipe, or was built already. A process of its own
+executes the plan: a prompt, then steps of `batch` sequences behind prompts. Predicted are both phases, as
+`stratum.run_prediction` plays the very plan that was executed: each part of the model beside what its kernels took, and
+the time that steps wait for reads; under a budget also the bytes read, the experts found in memory and the peak of the
+process. Refuses plans for other machines, models without weights, and what the runtime does not do.
 """
 
 from __future__ import annotations
 
-import resource
-import statistics
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ir.diagnostics import DiagnosticError
 from passes.place.machine import main_tier
-from runtime.stream_report import StreamReport
+from runtime.artifact import is_artifact, open_artifact
+from runtime.stream_plan import StreamPlan
+from stratum.measure_run import Measured, Phase, measure_apart
+from stratum.memory_plan import PROCESS_BYTES
 from stratum.plan_report import seconds_text, table
-from stratum.planning import PROCESS_BYTES, Planned, PlanRequest
+from stratum.planning import Planned, PlanRequest, expected_hits
+from stratum.run_prediction import PhaseTimes, predict, problem_for
 
-REPETITIONS = 3
-# What a kernel's place in the model is called -> the group of the plan; the first that fits.
-_GROUPS = (
-    ("lm_head", "head"),
-    ("embed", "embedding"),
-    ("expert", "experts"),
-    ("block_sparse_moe", "experts"),
-    ("mlp", "mlp"),
-    ("attn", "attention"),
-    ("input_layernorm", "attention"),
-    ("post_attention_layernorm", "mlp"),
-    ("norm", "head"),
-)
+SCHEMA = "stratum.compare/1"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Seconds of one phase, or of one part in a decode step; `unit` "MB" or "%": what else a budget is about."""
+    """One figure of a phase ("prefill": of a prompt, "decode": of a step), predicted and measured, in `unit`s: "s",
+    "MB", "MB/s" or "%". `what` is the phase itself, a part of the model, "waiting for reads", "read", "while reading",
+    "experts found" or "peak memory"."""
 
+    phase: str
     what: str
     predicted: float
     measured: float
@@ -55,51 +51,57 @@ class Compared:
 
 def compare(request: PlanRequest, planned: Planned) -> tuple[Compared, ...]:
     """Runs what was planned; raises DiagnosticError where that cannot be done."""
-    from stratum import api, benchmark
+    from stratum import api
+    from stratum.build_apart import built_apart
 
     check(request, planned)
-    session = planned.placement.session
-    memory = dict(request.budgets).get("memory")
-    with api.load(
-        request.model, dtype=request.dtype, recipe=request.recipe, max_context=session.context, memory=memory
-    ) as model:
-        runner = model.session
-        prompt = benchmark.measure(runner, benchmark.BenchTest(session.prompt, 0, 0), REPETITIONS)
-        step = benchmark.BenchTest(0, session.generate, session.prompt)
-        before = runner.streamer.report() if runner.streamer is not None else None
-        decode = benchmark.measure(runner, step, REPETITIONS)
-        counted: list[Compared] = []
-        if runner.streamer is not None and before is not None:
-            steps_run = (REPETITIONS + 1) * session.generate  # one repetition warms up
-            counted = _counted(planned, runner.streamer.report().since(before), steps_run)
-        with runner.profile() as profile:
-            benchmark.measure(runner, step, 1)
-    step_seconds = planned.placement.simulated_step or planned.placement.decode.seconds
+    placement, path = planned.placement, Path(request.model).expanduser()
+    if not is_artifact(path):
+        settings = {"target": "host", "dtype": placement.dtype, "pipeline": None, "recipe": placement.recipe or None}
+        path = built_apart(path, settings, None, None)
+    memory = api.memory_bytes(dict(request.budgets).get("memory"))
+    session = placement.session
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        file.write_text(placement.to_json(), encoding="utf-8")
+        measured = measure_apart(
+            path, plan=file if memory is not None or request.plan is not None else None, memory=memory,
+            context=session.context, batch=session.batch, prompt=session.prompt, generate=session.generate,
+        )  # fmt: skip
+    return rows_of(planned, path, measured)
+
+
+def rows_of(planned: Planned, artifact: Path, measured: Measured) -> tuple[Compared, ...]:
+    """The prediction of the plan that was executed, beside what was found."""
+    assert planned.solution is not None
+    manifest = open_artifact(artifact).manifest
+    stream = StreamPlan.from_json(measured.stream) if measured.stream else None
+    hits = expected_hits(planned, stream)
+    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits)
     rows = [
-        Compared("prefill", planned.placement.prefill.seconds, statistics.median(prompt.samples_ns) / 1e9),
-        Compared("decode step", step_seconds, statistics.median(decode.samples_ns) / 1e9 / session.generate),
+        *_phase("prefill", times.prefill, measured.prefill, stream),
+        *_phase("decode", times.decode, measured.decode, stream),
     ]
-    steps = [s for s in profile.steps if s.tokens == 1]
-    if steps and planned.solution is not None:
-        profile.steps[:] = steps
-        measured = parts_measured([(row.origin, row.seconds) for row in profile.rows()], len(steps))
-        rows += [Compared(f"  {g}", s, measured[g]) for g, s in parts_predicted(planned).items() if g in measured]
-    return tuple(rows + counted)
+    if measured.decode.lookups:
+        rows.append(Compared("decode", "experts found", 100 * hits, 100 * measured.decode.hit_rate, "%"))
+    used = next((t for t in planned.placement.tiers if t.name == main_tier(planned.target)), None)
+    if stream is not None and used is not None:
+        peak = Compared("all", "peak memory", (PROCESS_BYTES + used.peak) / 1e6, measured.peak_bytes / 1e6, "MB")
+        rows.append(peak)
+    return tuple(rows)
 
 
-def _counted(planned: Planned, done: StreamReport, steps: int) -> list[Compared]:
-    """What a budget is about, of `steps` decode steps."""
-    target, plan = planned.target, planned.placement
-    store = target.store()
-    reads = sum(r.seconds for r in plan.decode.resources if store is not None and r.name == f"{store.name} read")
-    rate = (store.read_rate() or 0.0) if store is not None else 0.0
-    rows = [Compared("read, a step", reads * rate / 1e6, done.read_bytes / steps / 1e6, "MB")]
-    if done.expert_lookups and plan.expert_cache is not None:
-        rows.append(Compared("experts found", 100 * plan.expert_cache.hit_rate, 100 * done.hit_rate, "%"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = next((t for t in plan.tiers if t.name == main_tier(target)), None)
-    if used is not None:
-        rows.append(Compared("peak memory", (PROCESS_BYTES + used.peak) / 1e6, peak / 1e6, "MB"))
+def _phase(name: str, times: PhaseTimes, found: Phase, stream: StreamPlan | None) -> list[Compared]:
+    parts, predicted = dict(found.parts), dict(times.parts)
+    if "mlp" not in predicted:  # what goes to experts and comes from them
+        parts["experts"] = parts.get("experts", 0.0) + parts.pop("mlp", 0.0)
+    rows = [Compared(name, name, times.seconds, found.seconds)]
+    rows += [Compared(name, group, s, parts[group]) for group, s in predicted.items() if parts.get(group)]
+    if stream is not None:
+        rows.append(Compared(name, "waiting for reads", times.waited, found.waited))
+        rows.append(Compared(name, "read", times.read_bytes / 1e6, found.read_bytes / 1e6, "MB"))
+        if found.read_rate:
+            rows.append(Compared(name, "while reading", times.read_rate / 1e6, found.read_rate / 1e6, "MB/s"))
     return rows
 
 
@@ -112,30 +114,10 @@ def check(request: PlanRequest, planned: Planned) -> None:
         )
     if not Path(request.model).expanduser().is_dir():
         raise DiagnosticError(
-            f"{request.model!r} has no weights to run", where=where, expected="a checkpoint directory"
+            f"{request.model!r} has no weights to run", where=where, expected="a checkpoint directory or an artifact"
         )
-    if planned.placement.session.batch != 1:
-        raise DiagnosticError("several sequences at once are not compared", where=where, expected="--batch 1")
-
-
-def parts_predicted(planned: Planned) -> dict[str, float]:
-    """Seconds that each group takes of the path of a decode step."""
-    found: dict[str, float] = {}
-    if planned.solution is not None:
-        for option, count in planned.solution.choice:
-            group = option.part.group
-            found[group] = found.get(group, 0.0) + option.decode.waited * count
-    return {group: seconds for group, seconds in found.items() if seconds}
-
-
-def parts_measured(rows: Sequence[tuple[str, float]], steps: int) -> dict[str, float]:
-    """Seconds of each group in one step, from ((place in the model, seconds of all steps), ...)."""
-    found: dict[str, float] = {}
-    for origin, seconds in rows:
-        group = next((group for word, group in _GROUPS if word in origin), "")
-        if group:
-            found[group] = found.get(group, 0.0) + seconds / steps
-    return found
+    if planned.solution is None:
+        raise DiagnosticError("the plan is for several devices", where=where, expected="one machine")
 
 
 def compared_text(rows: Sequence[Compared]) -> str:
@@ -143,8 +125,18 @@ def compared_text(rows: Sequence[Compared]) -> str:
     lines: list[Sequence[str]] = [("run on this machine", "predicted", "measured", "error")]
     for row in rows:
         both = [_shown(value, row.unit) for value in (row.predicted, row.measured)]
-        lines.append((row.what, *both, f"{row.error:+.0%}"))
+        name = {"prefill": "prefill", "decode": "decode step"}.get(row.what, f"  {row.what}")
+        lines.append((name, *both, f"{row.error:+.0%}" if row.measured else "-"))
     return "\n".join(table(lines))
+
+
+def compared_json(planned: Planned, rows: Sequence[Compared]) -> str:
+    """The same as one JSON object: `schema`, the plan, and rows with the fields of `Compared`, seconds as they are."""
+    found: list[dict[str, Any]] = [
+        {"phase": r.phase, "what": r.what, "unit": r.unit, "predicted": r.predicted, "measured": r.measured}
+        for r in rows
+    ]
+    return json.dumps({"schema": SCHEMA, "plan": json.loads(planned.placement.to_json()), "rows": found}, indent=1)
 
 
 def _shown(value: float, unit: str) -> str:

@@ -80,8 +80,9 @@ def _phases(plan: Placement) -> list[str]:
     rate = f"{plan.tokens_per_second:.4g} tok/s"
     energy = f", {plan.joules_per_token:.3g} J a token" if plan.joules_per_token is not None else ""
     lines = [
-        f"decode   {_step(plan)} a step = {rate}, bound by {plan.decode.bound}{energy}",
-        f"prefill  {seconds_text(plan.prefill.seconds)} for {session.prompt} tokens, bound by {plan.prefill.bound}",
+        f"decode   {_both(plan.decode, plan.simulated_step)} a step = {rate}, bound by {plan.decode.bound}{energy}",
+        f"prefill  {_both(plan.prefill, plan.simulated_prefill)} for {session.prompt} tokens, "
+        f"bound by {plan.prefill.bound}",
         "",
     ]
     rows: list[Sequence[str]] = [("time by resource", "decode", "prefill")]
@@ -97,12 +98,12 @@ def _phases(plan: Placement) -> list[str]:
     return lines + table(rows)
 
 
-def _step(plan: Placement) -> str:
-    """The simulated step, and the bound where the two differ."""
-    bound = seconds_text(plan.decode.seconds)
-    if plan.simulated_step is None or plan.simulated_step <= 1.005 * plan.decode.seconds:
+def _both(phase: PhasePlan, simulated: float | None) -> str:
+    """The simulated seconds, and the bound where the two differ."""
+    bound = seconds_text(phase.seconds)
+    if simulated is None or abs(simulated - phase.seconds) <= 0.005 * phase.seconds:
         return bound
-    return f"{seconds_text(plan.simulated_step)} (simulated; at least {bound})"
+    return f"{seconds_text(simulated)} (simulated; in closed form {bound})"
 
 
 def _by_name(phase: PhasePlan) -> dict[str, float]:

@@ -18,7 +18,9 @@ from pathlib import Path
 from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
 from hw_targets import load as load_target
+from hw_targets.expert_cache import replay as replay_trace
 from hw_targets.quantities import format_bytes, parse_quantity
+from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import spread_placement
@@ -36,9 +38,12 @@ from passes.place.solve import NoFit, Solution, largest, least_budget, replay, s
 from passes.place.what_if import Gain, gains
 from passes.quantize.recipe import load_recipe
 from runtime.artifact import is_artifact, open_artifact
-from runtime.stream_plan import DEFAULT_POLICY
-from stratum.memory_plan import PROCESS_BYTES
-from stratum.stream_placement import read_placement, recipe_of
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import Manifest
+from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
+from stratum.memory_plan import PROCESS_BYTES, ROWS_BYTES, SLACK_BYTES
+from stratum.run_prediction import predict, problem_for
+from stratum.stream_placement import budget_of, read_placement, recipe_of, stream_of_placement
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Planned:
     gains: tuple[Gain, ...] = ()
     judged: Judged | None = None
     warnings: tuple[str, ...] = field(default=())
+    trace: RoutingTrace | None = None
 
 
 def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -> Planned:
@@ -85,12 +91,12 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     This machine is measured first where that was never done; `tell` is told so.
     """
     target = _measured(request.target, tell)
-    shape, formats = _model(request)
+    shape, formats, manifest = _model(request)
     given = read_placement(request.plan) if request.plan is not None else None
     session = _session(request, shape)
     if given is not None:
         _same_model(given, shape, request)
-        formats = formats if is_artifact(request.model) else formats_of(given.recipe, given.dtype)
+        formats = formats if manifest is not None else formats_of(given.recipe, given.dtype)
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)
     menu = _menu(request, shape, formats, given)
@@ -109,7 +115,27 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
         return Planned(shape, target, placement, warnings=shape.warnings)
-    return _placed(request, shape, target, formats, session, slo, given, menu)
+    planned = _placed(request, shape, target, formats, session, slo, given, menu)
+    return planned if manifest is None or target.name != "host" else _as_run(request, planned, manifest)
+
+
+def _as_run(request: PlanRequest, planned: Planned, manifest: Manifest) -> Planned:
+    """With the times of a built model as the runtime will take them; as they are where it cannot execute the plan."""
+    assert planned.solution is not None
+    placement, stream = planned.placement, None
+    try:
+        if request.plan is not None or "memory" in dict(request.budgets):
+            baseline = PROCESS_BYTES - SLACK_BYTES - ROWS_BYTES
+            stream = stream_of_placement(
+                manifest, placement, budget_of(placement), baseline=baseline, num_slots=placement.session.batch
+            ).stream
+        problem = problem_for(planned.solution.problem, manifest, stream)
+        times = predict(problem, manifest, stream, expected_hits(planned, stream))
+    except (DiagnosticError, RuntimeDiagnostic) as fault:
+        warning = f"this machine cannot execute the plan: {str(fault).removeprefix('error: ')}"
+        return dataclasses.replace(planned, warnings=(*planned.warnings, warning))
+    seconds = {"simulated_step": times.decode.seconds, "simulated_prefill": times.prefill.seconds}
+    return dataclasses.replace(planned, placement=dataclasses.replace(placement, **seconds))
 
 
 def _placed(
@@ -177,7 +203,19 @@ def _placed(
         )
         placement = dataclasses.replace(placement, expert_cache=cache)
     found = gains(bound) if request.what_if and given is None else ()
-    return Planned(shape, target, placement, solution, found, judged, tuple(warnings))
+    return Planned(shape, target, placement, solution, found, judged, tuple(warnings), trace)
+
+
+def expected_hits(planned: Planned, stream: StreamPlan | None) -> float:
+    """The share of a decode step's experts that are in memory: the trace replayed in the cache that is executed, else
+    what the plan expects."""
+    if stream is None or not stream.expert_bytes:
+        return 1.0
+    if planned.trace is not None:
+        found = replay_trace(planned.trace, stream.expert_bytes, policy=stream.policy, scope=stream.scope)
+        return found.decode_hit_rate
+    cache = planned.placement.expert_cache
+    return cache.hit_rate if cache is not None else 1.0
 
 
 def _menu(request: PlanRequest, shape: ModelShape, formats: Formats, given: Placement | None) -> Menu | None:
@@ -286,12 +324,12 @@ def _most_tokens(problem: Problem) -> Solution:
     return best
 
 
-def _model(request: PlanRequest) -> tuple[ModelShape, Formats]:
+def _model(request: PlanRequest) -> tuple[ModelShape, Formats, Manifest | None]:
     """The shape of what is asked for, and its formats: of a built model those that it was built with."""
     shape = load_shape(request.model)
     if not is_artifact(request.model):
         asked = request.recipe if request.recipe is not None else next(iter(request.formats), None)
-        return shape, formats_of(asked, request.dtype)
+        return shape, formats_of(asked, request.dtype), None
     manifest = open_artifact(request.model).manifest
     recipe, name = recipe_of(manifest), manifest.model.get("name")
     if request.recipe is not None or request.formats:
@@ -301,7 +339,7 @@ def _model(request: PlanRequest) -> tuple[ModelShape, Formats]:
         )
     written = Path(request.model) / "recipe.toml"
     formats = Formats(recipe, load_recipe(str(written)), manifest.dtype) if recipe else formats_of("", manifest.dtype)
-    return dataclasses.replace(shape, name=name if isinstance(name, str) else shape.name), formats
+    return dataclasses.replace(shape, name=name if isinstance(name, str) else shape.name), formats, manifest
 
 
 def _same_model(given: Placement, shape: ModelShape, request: PlanRequest) -> None:

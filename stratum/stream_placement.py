@@ -56,7 +56,12 @@ def budget_of(placement: Placement) -> int:
 
 
 def stream_for(
-    artifact: Path, plan: Path, budget: int | None = None, context: int | None = None, policy: str | None = None
+    artifact: Path,
+    plan: Path,
+    budget: int | None = None,
+    context: int | None = None,
+    policy: str | None = None,
+    num_slots: int = 1,
 ) -> MemoryPlan:
     """The plan of a file, for this artifact and process. Given options win over what the file says."""
     from runtime.artifact import open_artifact
@@ -65,17 +70,22 @@ def stream_for(
     if context is not None:
         placement = replace(placement, session=replace(placement.session, context=context))
     budget = budget_of(placement) if budget is None else budget
-    made = stream_of_placement(manifest, placement, budget, baseline=baseline_bytes(manifest), where=str(plan))
+    made = stream_of_placement(
+        manifest, placement, budget, baseline=baseline_bytes(manifest), where=str(plan), num_slots=num_slots
+    )
     return made if policy is None else replace(made, stream=replace(made.stream, policy=policy))
 
 
 def stream_of_placement(
-    manifest: Manifest, placement: Placement, budget: int, *, baseline: int, where: str = "plan"
+    manifest: Manifest, placement: Placement, budget: int, *, baseline: int, where: str = "plan", num_slots: int = 1
 ) -> MemoryPlan:
-    """The executable part of `placement` for this artifact in a process that has `baseline` bytes already."""
+    """The executable part of `placement` for this artifact in a process that has `baseline` bytes already.
+
+    `num_slots`: sequences that the KV cache has room for.
+    """
     check_placement(manifest, placement, where)
     stays = stays_of(manifest, placement, where)
-    accounts, kept = Accounts(manifest, budget, baseline, 1), frozenset(stays.resident)
+    accounts, kept = Accounts(manifest, budget, baseline, num_slots), frozenset(stays.resident)
     context = placement.session.context
     if not 0 < context <= manifest.max_context:
         raise DiagnosticError(

@@ -166,6 +166,7 @@ class Placement:
     gap: float = 0.0
     joules_per_token: float | None = None
     simulated_step: float | None = None  # seconds of a decode step, event by event; `decode` is its closed-form bound
+    simulated_prefill: float | None = None  # of a built model's prompt on this machine, as the runtime takes it
     quality: QualityPlan | None = None
     schema: str = SCHEMA
 

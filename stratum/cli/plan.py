@@ -18,7 +18,7 @@ EXIT_NO_FIT = 3
 
 
 @click.command(epilog="Exit codes: 0 a plan, 2 a fault that you can mend, 3 nothing fits.")
-@click.argument("model", metavar="DIR|CONFIG|NAME")
+@click.argument("model", metavar="DIR|OUT|CONFIG|NAME")
 @click.option("--target", default="host", show_default=True, metavar="NAME", help="See 'compile-model targets'.")
 @click.option(
     "-c", "--ctx", "--context", "context", type=click.IntRange(min=1), help="Tokens to reserve. Default 4096."
@@ -56,7 +56,7 @@ EXIT_NO_FIT = 3
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as JSON.")
 @click.option("--compare-run", is_flag=True, help="Run it too, on this machine, and show both: phases and parts.")
 @click.option("--quick", is_flag=True, help="Do not try what would help.")
-@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="The plan (or the comparison) as one JSON object on stdout.")
 def plan(
     model: str,
     target: str,
@@ -112,16 +112,17 @@ def plan(
         from passes.place.plan_recipe import recipe_of_plan
 
         _write(save_recipe, recipe_of_plan(planned.placement).to_toml())
-    if as_json:
-        click.echo(text, nl=False)
-    else:
+    if not as_json:
         from stratum.plan_report import plan_text
 
         click.echo(plan_text(planned))
     if compare_run:
-        from stratum.compare_run import compare, compared_text
+        from stratum.compare_run import compare, compared_json, compared_text
 
-        click.echo("\n" + compared_text(compare(request, planned)), err=as_json)
+        rows = compare(request, planned)
+        click.echo(compared_json(planned, rows) if as_json else "\n" + compared_text(rows))
+    elif as_json:
+        click.echo(text, nl=False)
     return 0
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from hw_targets.target import ComputeUnit, MemoryTier, Storage, StoragePoint, Target
-from stratum import planning
+from ir.diagnostics import DiagnosticError
+from stratum import compare_run, measure_run, planning
 from stratum.cli import main
-from stratum.compare_run import Compared, compare, compared_text, parts_measured
+from stratum.compare_run import Compared, compare, compared_text
+from stratum.measure_run import Measured, Phase, parts_measured
 from stratum.planning import PlanRequest, make_plan
 
 HOST = Target(
@@ -27,37 +30,70 @@ def stated_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "load_target", lambda name: HOST if name == "host" else load(name))
 
 
-def test_both_figures_of_every_part(moe_directory: Path) -> None:
-    asked = PlanRequest(str(moe_directory), context=64, prompt=16, generate=4, what_if=False)
-    rows = {row.what.strip(): row for row in compare(asked, make_plan(asked))}
-    assert set(rows) >= {"prefill", "decode step", "attention", "experts", "head"}
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process of its own does, without starting one."""
+    monkeypatch.setattr(compare_run, "measure_apart", apart)
+
+
+def apart(artifact: Path, *, plan: Path | None, **request: object) -> Measured:
+    answer = measure_run._answer({"artifact": str(artifact), "plan": str(plan) if plan else "", **request})
+    prefill, decode = (Phase(**answer[name]) for name in ("prefill", "decode"))
+    return Measured(prefill, decode, answer["peak_bytes"], answer["stream"])
+
+
+def asked(model: Path, **changes: object) -> PlanRequest:
+    values: dict[str, object] = {"context": 64, "prompt": 16, "generate": 4, "what_if": False}
+    return PlanRequest(str(model), **values | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_both_figures_of_every_part(moe_artifact: Path, in_this_process: None, batch: int) -> None:
+    """Of a built model, also in batches."""
+    request = asked(moe_artifact, batch=batch)
+    rows = {(row.phase, row.what): row for row in compare(request, make_plan(request))}
+    parts = [(phase, what) for phase in ("prefill", "decode") for what in (phase, "attention", "experts", "head")]
+    assert set(rows) == set(parts)
     assert all(row.predicted > 0 and row.measured > 0 for row in rows.values())
-    inner = sum(row.measured for what, row in rows.items() if what not in ("prefill", "decode step"))
-    assert inner > 0.0
 
 
-def test_a_budget_is_compared_too(moe_directory: Path) -> None:
-    asked = PlanRequest(
-        str(moe_directory), context=64, prompt=16, generate=4, what_if=False, budgets=(("memory", "3GiB"),)
-    )
-    rows = {row.what: row for row in compare(asked, make_plan(asked))}
-    assert rows["read, a step"].measured >= 0 and rows["peak memory"].predicted > 100
-    assert rows["peak memory"].unit == "MB" and " MB" in compared_text(list(rows.values()))
+def test_a_budget_is_compared_too(moe_directory: Path, in_this_process: None) -> None:
+    """Of a directory, which is built first; what is executed is the plan."""
+    request = asked(moe_directory, budgets=(("memory", "3GiB"),))
+    rows = {(row.phase, row.what): row for row in compare(request, make_plan(request))}
+    assert rows["decode", "read"].measured == 0 == rows["decode", "read"].predicted
+    assert rows["decode", "experts found"].predicted == 100
+    peak = rows["all", "peak memory"]
+    assert peak.unit == "MB" and peak.predicted > 100 and " MB" in compared_text([peak])
 
 
-def test_command(moe_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", str(moe_directory), "--ctx", "64", "--prompt-tokens", "16", "--generate", "2", "--quick"]
+def test_command(moe_artifact: Path, capsys: pytest.CaptureFixture[str], in_this_process: None) -> None:
+    arguments = ["plan", str(moe_artifact), "--ctx", "64", "--prompt-tokens", "16", "--generate", "2", "--quick"]
     assert main([*arguments, "--compare-run"]) == 0
     out = capsys.readouterr().out
     assert "run on this machine" in out and "decode step" in out
+    assert main([*arguments, "--compare-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["schema", "plan", "rows"] and found["schema"] == "stratum.compare/1"
+    assert list(found["rows"][0]) == ["phase", "what", "unit", "predicted", "measured"]
+    assert found["plan"]["schema"] == "stratum.plan/1"
     assert main([*arguments, "--compare-run", "--target", "rtx-4090"]) == 2
     assert "not for this machine" in capsys.readouterr().err
     assert main(["plan", "TinyLlama-1.1B-Chat-v1.0", "--compare-run"]) == 2
     assert "has no weights to run" in capsys.readouterr().err
 
 
+def test_a_process_of_its_own(moe_artifact: Path, tmp_path: Path) -> None:
+    """It measures, or says why it cannot."""
+    request = {"memory": None, "context": 64, "batch": 1, "prompt": 8, "generate": 2}
+    found = measure_run.measure_apart(moe_artifact, plan=None, **request)  # type: ignore[arg-type]
+    assert found.stream == "" and found.decode.seconds > 0 and found.peak_bytes > 1 << 20
+    with pytest.raises(DiagnosticError, match="cannot be read"):
+        measure_run.measure_apart(moe_artifact, plan=tmp_path / "none", **request)  # type: ignore[arg-type]
+
+
 def test_places_become_groups() -> None:
     rows = [("model.layers.*.self_attn.q_proj", 2.0), ("model.layers.*.mlp.experts.*.up_proj", 4.0), ("lm_head", 6.0),
             ("model.layers.*.mlp.down_proj", 8.0), ("model.norm", 2.0), ("-", 1.0)]  # fmt: skip
     assert parts_measured(rows, 2) == {"attention": 1.0, "experts": 2.0, "head": 4.0, "mlp": 4.0}
-    assert "+25%" in compared_text([Compared("prefill", 1.25, 1.0)])
+    assert "+25%" in compared_text([Compared("prefill", "prefill", 1.25, 1.0)])

@@ -1,0 +1,284 @@
+"""What a built model will take on this machine under a stream plan: each phase played as the runtime plays it.
+
+    problem = problem_for(planned.solution.problem, manifest, stream)
+    found = predict(problem, manifest, stream, hit=0.5)       # stream None: everything is in memory
+    found.decode.seconds, found.decode.waited, found.decode.read_bytes, dict(found.decode.parts)["mlp"]
+
+Arithmetic takes what the cost model says of each part, layer by layer. Between its parts a program waits for pieces of
+the weights file, as its manifest says; the drive reads them in their order, as far ahead as the window takes, also into
+the next step. Missing experts of a step are waited for together; when a prompt is so long that all will be used, those
+of the next layer are read while this one computes, as far as the cache has room. What the cache holds is decided by
+the runtime's own cache. A step follows others like it, so what they left in the window and the cache is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from hw_targets.target import ComputeUnit, Storage
+from ir.diagnostics import DiagnosticError
+from passes.place.machine import main_tier
+from passes.place.options import RESIDENT, Option, options_of
+from passes.place.problem import Problem
+from passes.place.routing_model import distinct_experts
+from runtime.expert_cache import Entry, ExpertCache
+from runtime.manifest import Manifest, ProgramInfo
+from runtime.stream_plan import StreamPlan
+from runtime.weight_streamer import ALL_EXPERTS_USED
+from stratum.stream_placement import parts_of_pieces
+
+PAGE_BYTES = 4096
+_WARM_STEPS = 2  # until the window and the cache are as they stay
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Seconds of a decode step or of a prompt. `parts` is ((group, seconds of arithmetic), ...), `waited` the seconds
+    that the arithmetic stands still for reads of `read_bytes`, at `read_rate`; `bound` what takes most of it."""
+
+    seconds: float
+    parts: tuple[tuple[str, float], ...]
+    waited: float
+    read_bytes: float
+    bound: str
+    read_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Both phases."""
+
+    decode: PhaseTimes
+    prefill: PhaseTimes
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Arithmetic of `seconds`, for which the program waits at its wait number `wait` (-1: for nothing)."""
+
+    group: str
+    seconds: float
+    wait: int = -1
+
+
+@dataclass
+class _Disk:
+    """A drive that does one thing after another. `at`: until when it is busy; `behind`, `ahead`: bytes of the stream of
+    dense pieces that are done with, and that are read."""
+
+    rate: float
+    window: float
+    at: float = 0.0
+    done_with: float = 0.0
+    read: float = 0.0
+    bytes: float = 0.0
+
+    def run_ahead(self, now: float) -> None:
+        """The stream goes on until `now`, or until the window is full."""
+        if now > self.at:
+            more = min((now - self.at) * self.rate, max(0.0, self.done_with + self.window - self.read))
+            self.read += more
+            self.bytes += more
+            self.at = now
+
+    def stream_to(self, end: float, now: float) -> float:
+        """When byte `end` of the stream is there."""
+        self.run_ahead(now)
+        if self.read >= end:
+            return now
+        self.at = max(self.at, now) + (end - self.read) / self.rate
+        self.bytes += end - self.read
+        self.read = end
+        return self.at
+
+    def fetch(self, nbytes: float, now: float, rate: float = 0.0) -> float:
+        """When bytes that are asked for now are there; the stream waits meanwhile."""
+        self.run_ahead(now)
+        self.at = max(self.at, now) + nbytes / (rate or self.rate)
+        self.bytes += nbytes
+        return self.at
+
+
+def problem_for(problem: Problem, manifest: Manifest, stream: StreamPlan | None) -> Problem:
+    """The problem with calls as long as the runtime makes them."""
+    longest = max(program.max_tokens for program in manifest.programs)
+    chunk = min(longest, stream.tokens_at_once(manifest)) if stream is not None else longest
+    return dataclasses.replace(
+        problem, session=dataclasses.replace(problem.session, chunk=chunk, micro_batches=1), pins=()
+    )
+
+
+def predict(problem: Problem, manifest: Manifest, stream: StreamPlan | None, hit: float = 1.0) -> RunTimes:
+    """Times of both phases; `hit` is the share of a decode step's experts that are found in memory."""
+    return RunTimes(
+        _Player(problem, manifest, stream, hit, decode=True).times(),
+        _Player(problem, manifest, stream, hit, decode=False).times(),
+    )
+
+
+@dataclass
+class _Player:
+    """One phase of one model."""
+
+    problem: Problem
+    manifest: Manifest
+    stream: StreamPlan | None
+    hit: float
+    decode: bool
+    now: float = 0.0
+    waited: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.unit: ComputeUnit = self.problem.machine.units[0]
+        self.store: Storage | None = self.problem.machine.target.store()
+        session = self.problem.session
+        self.rows = float(session.batch) if self.decode else session.prompt / session.passes
+        self.program = self._program()
+        self.pieces = self.manifest.weights.pieces
+        self.resident = (
+            frozenset(self.stream.resident) if self.stream is not None else frozenset(range(len(self.pieces)))
+        )
+        self.experts = [n for n, piece in enumerate(self.pieces) if piece.kind == "experts"]
+        self.arrives: dict[Entry, float] = {}
+        self.cache: ExpertCache | None = None
+        rate = window = 0.0
+        if self.stream is not None:
+            if self.store is None or not self.store.read_rate():
+                raise DiagnosticError("nobody measured the drive", hint="'compile-model targets calibrate --disk' does")
+            rate, window = self.store.read_rate(self.stream.request_bytes) or 0.0, float(self.stream.window_bytes)
+            units = [self.pieces[n].unit for n in self.experts]
+            if units:
+                self.cache = ExpertCache(
+                    units, self.stream.expert_bytes, policy=self.stream.policy, scope=self.stream.scope
+                )
+        self.disk = _Disk(rate, window)
+        self.place = 0.0  # of the stream of dense pieces: where the program is
+        self.stages = self._stages()
+
+    def times(self) -> PhaseTimes:
+        """A phase that follows others like it."""
+        calls = 1 if self.decode else self.problem.session.passes
+        for _ in range(_WARM_STEPS if self.stream is not None else 0):
+            self._play(calls)
+        start, read = self.now, self.disk.bytes
+        self.waited, self.parts = 0.0, {}
+        self._play(calls)
+        seconds, nbytes = self.now - start, self.disk.bytes - read
+        slowest = max(self.parts, key=lambda group: self.parts[group], default="nothing")
+        bound = f"{self.store.name} read" if self.store is not None and self.waited > 0.1 * seconds else slowest
+        return PhaseTimes(seconds, tuple(self.parts.items()), self.waited, nbytes, bound, self.disk.rate)
+
+    def _play(self, calls: int) -> None:
+        for call in range(calls):
+            self._rows()
+            for stage in self.stages:
+                if stage.group == "head" and call < calls - 1:
+                    continue
+                if stage.wait >= 0 and self.stream is not None:
+                    self._wait(stage.wait)
+                self.now += stage.seconds
+                self.parts[stage.group] = self.parts.get(stage.group, 0.0) + stage.seconds
+            self.disk.run_ahead(self.now)
+            self.disk.done_with = self.place
+
+    def _until(self, then: float) -> None:
+        self.waited += max(0.0, then - self.now)
+        self.now = max(self.now, then)
+
+    def _rows(self) -> None:
+        """Rows of a table that does not stay: pages, one from each row, read by all threads."""
+        tables = [p for n, p in enumerate(self.pieces) if p.kind == "rows" and n not in self.resident]
+        if self.stream is None or self.store is None or not tables:
+            return
+        small = (self.store.read_rate(PAGE_BYTES) or self.disk.rate) * min(self.stream.threads, max(1.0, self.rows))
+        nbytes = sum(self.rows * math.ceil(table.unit / PAGE_BYTES) * PAGE_BYTES for table in tables)
+        self._until(self.disk.fetch(nbytes, self.now, min(small, self.disk.rate)))
+
+    def _wait(self, number: int) -> None:
+        wait = self.program.awaits[number]
+        piece = self.pieces[wait.piece]
+        if piece.kind == "experts":
+            self._experts(self.experts.index(wait.piece))
+        elif wait.piece not in self.resident:
+            self.disk.run_ahead(self.now)
+            self.disk.done_with = self.place
+            self.place += piece.bytes
+            self._until(self.disk.stream_to(self.place, self.now))
+
+    # -- experts
+
+    def _experts(self, layer: int) -> None:
+        piece = self.pieces[self.experts[layer]]
+        count, top_k = piece.bytes // piece.unit, self.manifest.experts_per_token
+        chosen = self.rows * top_k
+        if chosen < ALL_EXPERTS_USED * count:
+            needed = min(distinct_experts(count, top_k, self.rows), chosen)
+            self._until(self.disk.fetch(needed * (1.0 - self.hit) * piece.unit, self.now))
+            return
+        assert self.cache is not None
+        _, missing = self.cache.lookup(layer, list(range(count)))
+        self._forget(self.cache.admit(layer, missing))
+        for expert in missing:
+            self.arrives[layer, expert] = self.disk.fetch(piece.unit, self.now)
+        self._until(max((self.arrives.get((layer, expert), 0.0) for expert in range(count)), default=0.0))
+        if layer + 1 < len(self.experts):
+            self._ahead(layer + 1)
+
+    def _ahead(self, layer: int) -> None:
+        """As `runtime.stream_books` reads the next layer's experts."""
+        assert self.cache is not None and self.stream is not None
+        info, before = self.pieces[self.experts[layer]], self.pieces[self.experts[layer - 1]]
+        shared = self.stream.scope == "global"
+        capacity = self.cache.capacity_bytes // (1 if shared else len(self.experts))
+        room = max(0, capacity - (before.bytes if shared else 0)) // info.unit
+        missing = [e for e in range(info.bytes // info.unit) if not self.cache.is_resident(layer, e)]
+        missing = missing[: max(0, room - (info.bytes // info.unit - len(missing)))]
+        self._forget(self.cache.admit(layer, missing))
+        for expert in missing:
+            self.arrives[layer, expert] = self.disk.fetch(info.unit, self.now)
+
+    def _forget(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self.arrives.pop(entry, None)
+
+    # -- what is computed
+
+    def _program(self) -> ProgramInfo:
+        return next((p for p in self.manifest.programs if p.max_tokens >= self.rows), self.manifest.programs[-1])
+
+    def _stages(self) -> tuple[_Stage, ...]:
+        """The program's waits in their order, each with its share of its part's arithmetic; parts that wait for
+        nothing of their own go with the piece that holds them."""
+        kept = self._seconds()
+        owner = parts_of_pieces(self.manifest)
+        bytes_of: dict[tuple[str, int], int] = {}
+        for wait in self.program.awaits:
+            bytes_of[owner[wait.piece]] = bytes_of.get(owner[wait.piece], 0) + self.pieces[wait.piece].bytes
+        found = []
+        for number, wait in enumerate(self.program.awaits):
+            part = owner[wait.piece]
+            share = self.pieces[wait.piece].bytes / bytes_of[part]
+            found.append(_Stage(part[0], kept.get(part, 0.0) * share, number))
+        rest = [_Stage(group, seconds) for (group, layer), seconds in kept.items() if (group, layer) not in bytes_of]
+        return (*rest, *found)
+
+    def _seconds(self) -> dict[tuple[str, int], float]:
+        """Seconds of arithmetic of every part of every layer in one call, everything being in memory."""
+        home = main_tier(self.problem.machine.target)
+        found: dict[tuple[str, int], float] = {}
+        for part in self.problem.parts():
+            option = next((o for o in options_of(self.problem, part) if _in_memory(o, home)), None)
+            if option is None:
+                raise DiagnosticError(f"target {self.problem.machine.target.name} cannot keep {part.name} in {home}")
+            cost = option.decode.waited if self.decode else option.prefill.waited
+            calls = 1 if self.decode or part.group == "head" else self.problem.session.passes
+            for layer in part.layers or (-1,):
+                found[part.group, layer] = cost / calls
+        return {part: seconds for part, seconds in found.items() if seconds}
+
+
+def _in_memory(option: Option, home: str) -> bool:
+    return (option.mode, option.home, option.kv_home or home) == (RESIDENT, home, home)

@@ -18,7 +18,7 @@ from runtime.manifest import Manifest, ProgramInfo
 
 SCHEMA = "stratum.stream/1"
 SCOPES = ("global", "layer")
-DEFAULT_POLICY = "least_stale"  # what no routing makes useless
+DEFAULT_POLICY = "lrfu"  # best in sessions, and what no routing makes useless
 _LARGEST = 1 << 50
 
 

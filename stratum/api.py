@@ -129,7 +129,7 @@ def load(
 
     `memory` (bytes, or a text like "2GiB") bounds what the process may use: weights that do not fit are read as they
     are needed, `max_context` defaults to what takes an eighth of it, and a build runs in a process of its own.
-    `expert_policy` says which experts such a budget gives up first: `least_stale`, `lru`, `lfu` or `score`.
+    `expert_policy` says which experts such a budget gives up first: one of `runtime.eviction.POLICIES`.
     `plan`, a file that `compile-model plan -o` wrote (maybe edited since), says instead what stays and what is read; a
     directory is then built in the plan's formats.
     `routing` is told which experts every token chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is

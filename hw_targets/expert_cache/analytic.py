@@ -6,6 +6,7 @@ the chance that a token chooses each one, which sums to the number chosen. `slot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -80,9 +81,52 @@ def lru_hit_rate_of_tokens(
     return float((reuse @ chances).mean() / asked)
 
 
-def _solve(function: Callable[[float], float], value: float) -> float:
-    """The t at which a rising function of t has the value, to twelve digits."""
-    low, high = 0.0, 1.0
+def fading_hit_rate(
+    chances: Vector, slots: float, half_life: float, *, tokens: int | None = None, before: int = 0
+) -> float:
+    """Counts of uses that fade to a half in `half_life` tokens, the highest stay (the policy lrfu): one layer.
+
+    A count has the mean and the variance of a fading sum of independent uses and is taken to be normal; those above
+    the level that leaves `slots` of them stay. `tokens` and `before` as for `lru_hit_rate_of_tokens`.
+    """
+    if slots >= len(chances) and tokens is None:
+        return 1.0
+    asked = float(chances.sum())
+    if slots <= 0 or asked <= 0:
+        return 0.0
+    fade = 2.0 ** (-1.0 / half_life)
+    found, ages = 0.0, {10**6: 1} if tokens is None else _ages(before, before + max(tokens, 1))
+    for age, count in ages.items():
+        seen = -np.expm1(age * np.log1p(-np.minimum(chances, 1 - 1e-12)))
+        if float(seen.sum()) > slots:
+            mean = chances * (1.0 - fade**age) / (1.0 - fade)
+            spread = np.sqrt(chances * (1.0 - chances) * (1.0 - fade ** (2 * age)) / (1.0 - fade**2)) + 1e-4
+            level = _solve(lambda x, m=mean, d=spread: -_above(m, d, x).sum(), -float(slots), low=-50.0, high=100.0)
+            seen = np.minimum(seen, _above(mean, spread, level))
+        found += count * float((chances * seen).sum())
+    return min(1.0, found / asked / sum(ages.values()))
+
+
+def _ages(first: int, end: int) -> dict[int, int]:
+    """Ages and how many they stand for: each of the first, then one for an eighth of its own age."""
+    ages: dict[int, int] = {}
+    while first < end:
+        count = min(max(1, first // 8), end - first)
+        ages[first + count // 2] = count
+        first += count
+    return ages
+
+
+def _above(mean: Vector, spread: Vector, level: float) -> Vector:
+    """Chance that normal numbers exceed the level; the error function by Abramowitz and Stegun 7.1.26, to 2e-7."""
+    x = (mean - level) / (spread * math.sqrt(2.0))
+    t = 1.0 / (1.0 + 0.3275911 * np.abs(x))
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    return 0.5 * (1.0 + np.sign(x) * (1.0 - series * np.exp(-x * x)))
+
+
+def _solve(function: Callable[[float], float], value: float, *, low: float = 0.0, high: float = 1.0) -> float:
+    """The t at which a rising function of t has the value, to twelve digits; `high` is only where to begin."""
     while function(high) < value and high < 1e12:
         high *= 2
     for _ in range(100):

@@ -1,7 +1,7 @@
 """Expected hit rate of a cache of experts when no trace is given, and the synthetic router that meets a given trace.
 
-LRU is answered in closed form (microseconds); other policies by replaying a short synthetic trace of a few layers, with
-the slots in proportion (some tens of milliseconds, remembered).
+LRU and lrfu are answered in closed form (micro- to milliseconds); other policies by replaying a short synthetic trace
+of a few layers, with the slots in proportion (some tens of milliseconds, remembered).
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from hw_targets.expert_cache.analytic import inclusion_chances, lru_hit_rate_of_tokens, zipf_popularity
+from hw_targets.expert_cache.analytic import (
+    fading_hit_rate,
+    inclusion_chances,
+    lru_hit_rate_of_tokens,
+    zipf_popularity,
+)
+from hw_targets.expert_cache.policies import HALF_LIFE
 from hw_targets.expert_cache.replay import replay
 from hw_targets.routing.synthetic import SESSION, Router, synthetic_trace
 from hw_targets.routing.trace import RoutingTrace
@@ -47,6 +53,9 @@ def expected_hit_rate(
         chances = _chances(experts, router.exponent, top_k)
         share = float(slots // layers) if scope == "layer" else slots / layers
         return lru_hit_rate_of_tokens(chances, share, tokens=tokens, before=before, whole_passes=scope == "global")
+    if policy == "lrfu" and simple:
+        chances = _chances(experts, router.exponent, top_k)
+        return fading_hit_rate(chances, slots / layers, HALF_LIFE, tokens=tokens, before=before)
     return _simulated(experts, top_k, layers, slots, policy, scope, router, tokens, before, batch)
 
 

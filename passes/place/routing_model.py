@@ -5,13 +5,19 @@
 
 Within a session the i-th most popular expert of a layer is chosen with a probability falling like i^-s (s = 1.4 fits
 public traces best; other sessions have other favourites, so that many sessions together are near uniform). Hits of
-least-recently-used replacement by Che's approximation; the exact replay of a trace is `passes.place.cache_choice`.
+least-recently-used replacement by Che's approximation, of the policy of `run` by the chances of counts; the exact
+replay of a trace is `passes.place.cache_choice`.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
+
+import numpy as np
+
+from hw_targets.expert_cache.analytic import fading_hit_rate as fading
+from hw_targets.expert_cache.policies import HALF_LIFE
 
 SESSION_ZIPF = 1.4
 SESSION_TOKENS = 128
@@ -57,6 +63,14 @@ def hit_rate(experts: int, top_k: int, slots: int, batch: int = 1, skew: float =
         filled = sum(1.0 - (1.0 - p) ** middle for p in chances)
         low, high = (middle, high) if filled < slots else (low, middle)
     return min(1.0, sum(p * (1.0 - (1.0 - p) ** high) for p in chances) / top_k)
+
+
+@lru_cache(maxsize=4096)
+def fading_hit_rate(experts: int, top_k: int, slots: int, batch: int = 1) -> float:
+    """As `hit_rate`, of the policy lrfu: counts of uses that fade. It has no cliff."""
+    if slots >= experts or batch > 1:
+        return min(1.0, slots / experts)
+    return fading(np.array(inclusion(experts, top_k)), slots, HALF_LIFE)
 
 
 def fixed_share(experts: int, top_k: int, slots: int, batch: int = 1) -> float:

@@ -195,6 +195,17 @@ def test_the_closed_form_meets_the_replay(scope: str, exponent: float) -> None:
         assert rate == pytest.approx(replay(trace, slots=slots, scope=scope).decode_hit_rate, abs=0.025)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 1.4])
+@pytest.mark.parametrize("before", [0, 100])
+def test_the_closed_form_of_fading_counts_meets_the_replay(exponent: float, before: int) -> None:
+    model = {"experts": 64, "top_k": 6, "layers": 8}
+    trace = synthetic_trace(Router(exponent), tokens=before + 64, **model)
+    for slots in (8 * 8, 8 * 18, 8 * 40):
+        rate = expected_hit_rate(slots=slots, policy="lrfu", router=Router(exponent), tokens=64, before=before, **model)
+        replayed = replay(trace, slots=slots, policy="lrfu", first_step=before).decode_hit_rate
+        assert rate == pytest.approx(replayed, abs=0.03)
+
+
 def test_expected_hit_rates_of_every_policy() -> None:
     model = {"experts": 64, "top_k": 8, "layers": 16}
     for policy in ON_LINE:

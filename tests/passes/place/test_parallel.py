@@ -14,7 +14,7 @@ from passes.place.formats import LADDER, formats_of, next_down
 from passes.place.machine import machine_of, main_tier
 from passes.place.parallel import all_reduce_seconds, search, spreads, together
 from passes.place.problem import Session, Slo
-from passes.place.routing_model import distinct_experts, hit_rate
+from passes.place.routing_model import distinct_experts, fading_hit_rate, hit_rate
 from tests.passes.place.machines import MIB, dense, sparse, target
 
 USE = Session(context=512, batch=8, prompt=128, generate=64, chunk=128)
@@ -103,7 +103,10 @@ def test_formats_follow_recipes() -> None:
 def test_routing_model() -> None:
     rates = [hit_rate(128, 8, slots) for slots in range(129)]
     assert rates[7] == 0.0 and rates[128] == 1.0 and rates == sorted(rates)
-    assert hit_rate(128, 8, 32, batch=4) == 0.25
+    assert hit_rate(128, 8, 32, batch=4) == fading_hit_rate(128, 8, 32, batch=4) == 0.25
+    fading = [fading_hit_rate(128, 8, slots) for slots in range(129)]
+    assert fading[0] == 0.0 and fading[128] == 1.0 and fading == sorted(fading)
+    assert fading[4] > 0.2 and fading[32] > rates[32] + 0.05
     # Public trace of Qwen3-30B-A3B, 48 layers of 128 experts, 6 used: hits while decoding, global LRU, by MiB.
     for mib, rate in ((1000, 0.377), (2000, 0.565), (3000, 0.706), (4000, 0.803)):
         assert hit_rate(128, 6, round(mib / 48 / 2.7247)) == pytest.approx(rate, abs=0.08)

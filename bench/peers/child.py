@@ -50,6 +50,11 @@ class Engine:
             self.close()
             raise
 
+    @property
+    def process(self) -> int:
+        """Its id."""
+        return self._child.pid
+
     def ask(self, request: dict[str, Any]) -> Answer:
         """Sends a request and waits for the answer. Raises EngineError when there is none, or it names an error."""
         assert self._child.stdin is not None and self._child.stdout is not None

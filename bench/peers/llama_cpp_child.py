@@ -94,17 +94,18 @@ class LlamaCpp:
 
     def prefill(self, request: dict[str, Any]) -> Answer:
         """Seconds of one prompt of `tokens`, from an empty context."""
-        ids = token_ids(request["tokens"], self.vocab_size)
+        ids = token_ids(request["tokens"], self.vocab_size, request.get("topics", 1))
         self._forget(0)
         start = time.perf_counter()
         self._decode(ids)
         return {"seconds": time.perf_counter() - start}
 
     def decode(self, request: dict[str, Any]) -> Answer:
-        """Seconds of `tokens` steps of one token behind `depth` positions and `warm` steps."""
+        """Seconds of `tokens` steps of one token, or of as many as `seconds` allow, behind `depth` positions and `warm`
+        steps."""
         depth, warm = request["depth"], request["warm"]
         count = request["tokens"] + warm
-        ids = token_ids(depth + count, self.vocab_size)
+        ids = token_ids(depth + count, self.vocab_size, request.get("topics", 1))
         if self.filled < depth or depth == 0:
             self._forget(0)
             for first in range(0, depth, 512):
@@ -112,10 +113,13 @@ class LlamaCpp:
         self._forget(depth)
         for token in ids[depth : depth + warm]:
             self._decode([token])
-        start = time.perf_counter()
+        start, done = time.perf_counter(), 0
         for token in ids[depth + warm :]:
             self._decode([token])
-        return {"seconds": time.perf_counter() - start}
+            done += 1
+            if time.perf_counter() - start > request.get("seconds", 1e9):
+                break
+        return {"seconds": time.perf_counter() - start, "tokens": done}
 
     def experts(self, request: dict[str, Any]) -> Answer:
         """How many different experts the layers used over `tokens` decoded tokens: mean, least, most."""

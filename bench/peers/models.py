@@ -25,7 +25,9 @@ CONTEXT = 4096  # decoding at a depth of 2048 must fit
 OPTIONS: dict[str, list[str]] = {
     "llama-1.1b": ["--set", f"max_position_embeddings={CONTEXT}"],
     "olmoe-1b-7b": ["--embedding-scale", "400"],
+    "olmoe-1b-7b-session": ["--embedding-scale", "400", "--router", "session"],
 }
+VARIANTS = {"olmoe-1b-7b-session": "olmoe-1b-7b"}  # the same but for embedding and routers
 COMPILER = ("ir", "frontends", "hw_targets", "passes", "codegen", "runtime", "stratum")
 
 
@@ -44,16 +46,26 @@ class Models:
         if not path.exists():
             self._make(
                 path,
-                [sys.executable, "examples/make_model.py", preset, "{}", "--dtype", "bf16", *OPTIONS.get(preset, [])],
-            )
+                [
+                    sys.executable, "examples/make_model.py", VARIANTS.get(preset, preset), "{}", "--dtype", "bf16",
+                    *OPTIONS.get(preset, []),
+                ],
+            )  # fmt: skip
         return path
 
+    def drop_variant(self, preset: str) -> None:
+        """Removes the checkpoint of a variant, which is large and made again in minutes."""
+        if preset in VARIANTS:
+            shutil.rmtree(self.work / preset, ignore_errors=True)
+
     def gguf(self, preset: str, kind: str) -> Path:
-        """A GGUF file, quantized by llama.cpp."""
+        """A GGUF file, quantized by llama.cpp ("bf16": not at all)."""
         path = self.work / f"{preset}-{kind}.gguf"
         if not path.exists():
+            base = [str(self.gguf(VARIANTS[preset], kind))] if preset in VARIANTS else []
+            how = base or ([] if kind == "bf16" else [kind])
             directory = self.checkpoint(preset)
-            self._make(path, [str(self._python), "-m", "bench.peers.write_gguf", str(directory), "{}", kind])
+            self._make(path, [str(self._python), "-m", "bench.peers.write_gguf", str(directory), "{}", *how])
         return path
 
     def openvino(self, preset: str, group: int) -> Path:

@@ -1,14 +1,17 @@
 """A Hugging Face directory of random weights as GGUF, and llama.cpp's own quantization of it. Runs in the peers' venv.
 
-    python -m bench.peers.write_gguf DIR OUT.gguf [q4_0|q8_0]
+    python -m bench.peers.write_gguf DIR OUT.gguf [q4_0|q8_0|OTHER.gguf]
 
 Writes bf16 (norms f32) one tensor at a time, then lets `llama_model_quantize` make its default mix: for Q4_0 the head
-becomes Q6_K. Families: llama (rows of Q and K are put in llama.cpp's order of rotation) and olmoe (experts stacked).
+becomes Q6_K. With another GGUF file, of the same model but for its embedding and its routers, it copies that and puts
+those in, in the types that it has for them. Families: llama (rows of Q and K are put in llama.cpp's order of rotation)
+and olmoe (experts stacked).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,12 +188,36 @@ def quantize(source: Path, out: Path, kind: str, threads: int) -> None:
         raise SystemExit(f"llama_model_quantize refused {source}")
 
 
+def put_routers(directory: Path, other: Path, out: Path) -> None:
+    """`out`: the file `other` with the embedding and the routers of the checkpoint."""
+    config = json.loads((directory / "config.json").read_text())
+    wanted = {
+        tensor.name: tensor
+        for tensor in tensors(_Checkpoint(directory / "model.safetensors"), config)
+        if tensor.name == "token_embd.weight" or tensor.name.endswith("ffn_gate_inp.weight")
+    }
+    shutil.copyfile(other, out)
+    for place in gguf.GGUFReader(out, "r+").tensors:
+        tensor = wanted.pop(place.name, None)
+        if tensor is None:
+            continue
+        values = tensor.bits()
+        for start in range(0, len(values), 4096):
+            rows = (values[start : start + 4096].astype(np.uint32) << 16).view(np.float32)
+            place.data[start : start + 4096] = gguf.quants.quantize(rows, place.tensor_type)
+    if wanted:
+        raise SystemExit(f"{other} has no {next(iter(wanted))}")
+
+
 def main() -> None:
     if len(sys.argv) not in (3, 4):
         raise SystemExit(__doc__)
     directory, out = Path(sys.argv[1]), Path(sys.argv[2])
     if len(sys.argv) == 3:
         write(directory, out)
+        return
+    if sys.argv[3].endswith(".gguf"):
+        put_routers(directory, Path(sys.argv[3]), out)
         return
     full = out.with_name(f"{out.name}.bf16")
     try:

@@ -20,7 +20,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class MemoryGroup:
-    """A group of its own, removed at the end; `limit` in bytes. Raises OSError where no group can be made."""
+    """A group of its own, removed at the end; `limit` in bytes (0: none). Raises OSError where no group can be made."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -29,6 +29,8 @@ class MemoryGroup:
 
     def __enter__(self) -> Self:
         self.path.mkdir()
+        if not self.limit:
+            return self
         try:
             (self.path / ("memory.max" if self._second else "memory.limit_in_bytes")).write_text(str(self.limit))
         except OSError:

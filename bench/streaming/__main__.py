@@ -6,7 +6,7 @@
 Every row is a process of its own in a control group of its own (needs root). llama.cpp maps the file and does not
 repack its weights, which would have to fit; it is measured at the system's read-ahead and, with `--device vda`, at
 128 KiB, which suits it best. A row ends after its tokens or after `--seconds`. What the disk gives by itself is taken
-before and after each of our rows, and what it gave meanwhile is told by the runtime (by the system for llama.cpp).
+before and after each of our rows, and what it gave meanwhile, from which the time is foretold, by the runtime.
 Without a limit the model is in memory already. Forecasts are made at the end. The table takes about ten minutes.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
                 results.append(_llama(row, gguf, kib, options))
     calibrate()  # the target `host` then states what this machine reaches
     told = [
-        replace(r, forecast=forecast(r.row, files[r.row.name][0], r.answer, r.answer["plan"], r.disk_bytes_per_s))
+        replace(r, forecast=forecast(r.row, files[r.row.name][0], r.answer, r.answer["plan"], r.rate_meanwhile))
         if "plan" in r.answer
         else r
         for r in results

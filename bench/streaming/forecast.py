@@ -1,7 +1,7 @@
 """What is foretold of a row before it runs, and what the replay says of the routing that it had.
 
-The plan of memory that the row executes is given; its time is that of the simulated program with the disk as it was
-measured beside the row. Hits are foretold from the kind of routing alone (`Row.router`); `replayed` are those of the
+The plan of memory that the row executes is given; its time is that of the simulated program with a disk as fast as it
+was while the row read. Hits are foretold from the kind of routing alone (`Row.router`); `replayed` are those of the
 recorded routing in the simulated cache.
 """
 

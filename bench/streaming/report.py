@@ -11,8 +11,8 @@ from bench.streaming.rows import Row
 
 HEAD = (
     "| row | engine | tok/s | of the best llama.cpp | peak MiB | limit hits | read GB | GB/s while reading | "
-    "disk alone, before / after | of the disk bound | distinct experts | hits: measured / replayed / foretold | "
-    "foretold tok/s |"
+    "disk alone, before / after | of the disk bound, time reading | distinct experts | "
+    "hits: measured / replayed / foretold | foretold tok/s |"
 )
 
 
@@ -39,6 +39,12 @@ class Result:
         return sum(self.disk) / len(self.disk)
 
     @property
+    def rate_meanwhile(self) -> float:
+        """Bytes/s while reads were under way; for llama.cpp over the whole time. 0 where nothing was read."""
+        seconds = self.answer.get("disk_s", self.answer["seconds"])
+        return self.answer["read_bytes"] / seconds if seconds else 0.0
+
+    @property
     def share_of_bound(self) -> float | None:
         """Of the time that the disk would need for the bytes that were read."""
         if not self.row.cap or not self.disk_bytes_per_s:
@@ -61,7 +67,8 @@ def _line(result: Result, best: float) -> str:
     if not answer:
         return f"| {row.title} | {result.engine} | {result.fault} |" + " |" * 10
     read = answer["read_bytes"]
-    disk_s, share = answer.get("disk_s"), result.share_of_bound
+    share = f"{result.share_of_bound:.0%}" if result.share_of_bound is not None else ""
+    share += f", {answer['disk_s'] / answer['seconds']:.0%}" if "disk_s" in answer else ""
     speed = f"{result.rate:.2f}" if not row.prompt else f"first token {answer['seconds']:.2f} s"
     if row.prompt and result.forecast and result.disk_bytes_per_s:
         speed += f", {answer['seconds'] * result.disk_bytes_per_s / answer['bytes']:.2f}x reading the model once"
@@ -73,9 +80,9 @@ def _line(result: Result, best: float) -> str:
         f"{answer['peak'] / (1 << 20):.0f}{cap}",
         f"{answer['hits']:.0f}",
         f"{read / 1e9:.2f}",
-        f"{read / (disk_s or answer['seconds']) / 1e9:.2f}",
+        f"{result.rate_meanwhile / 1e9:.2f}",
         " / ".join(f"{d / 1e9:.2f}" for d in result.disk),
-        f"{share:.0%}" if share is not None else "",
+        share,
         *_foretold(result),
     ]
     return "| " + " | ".join(cells) + " |"

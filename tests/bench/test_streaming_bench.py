@@ -35,8 +35,8 @@ def test_a_row_says_which_part_of_the_disk_was_used_and_what_was_foretold() -> N
     lines = table([ours, peer, broken]).splitlines()
     assert lines[0] == HEAD and len({line.count("|") for line in lines}) == 1
     assert lines[2] == (
-        "| near uniform, 1 GiB | stratum | 5.00 | 2.50x | 1024 of 1024 | 0 | 9.00 | 1.50 | 1.10 / 0.90 | 90% | 63.9 | "
-        "25.0% / 25.0% / 24.0% | 4.55 (-9%) |"
+        "| near uniform, 1 GiB | stratum | 5.00 | 2.50x | 1024 of 1024 | 0 | 9.00 | 1.50 | 1.10 / 0.90 | 90%, 60% | "
+        "63.9 | 25.0% / 25.0% / 24.0% | 4.55 (-9%) |"
     )
     assert lines[3].startswith("| near uniform, 1 GiB | llama.cpp, read-ahead 128 KiB | 2.00 |  | 1024 of 1024 | 77 |")
     assert "| ended with 1 |" in lines[4]

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from bench.streaming.rows import ROWS, Row, chosen
 from hw_targets.calibrate import calibrate
 
 BEST_READ_AHEAD_KIB = 128
+WARM = 64  # tokens after which a model is in memory, nearly every expert of it too
 
 
 def main() -> None:
@@ -39,7 +42,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models are kept")
     parser.add_argument("--only", default="", help=f"rows, by parts of their names: {', '.join(r.name for r in ROWS)}")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=40.0, help="a row of decoded tokens ends after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=40.0, help="a row ends after so many, a prompt after half more"
+    )
     parser.add_argument("--peers", type=Path, help="python of an environment with llama-cpp-python")
     parser.add_argument("--device", help="block device of the work directory, to set its read-ahead")
     parser.add_argument("--expert-policy", help="instead of the default one")
@@ -86,7 +91,10 @@ def _ours(row: Row, artifact: Path, options: argparse.Namespace) -> Result:
     words += ["--context", str(_context(row, options.tokens))]
     words += ["--expert-policy", options.expert_policy] if options.expert_policy else []
     before = disk_bytes_per_s(weights)
-    answer = measured("stratum", words, weights, row, options)
+    try:
+        answer = measured("stratum", words, weights, row, options)
+    except EngineError as fault:
+        return _said(Result(row, "stratum", {}, fault=str(fault)))
     return _said(Result(row, "stratum", answer, (before, disk_bytes_per_s(weights))))
 
 
@@ -99,7 +107,7 @@ def _llama(row: Row, gguf: Path, kib: int | None, options: argparse.Namespace) -
         with read_ahead(options.device or "", kib):
             answer = measured(name, words, gguf, row, options)
     except EngineError as fault:
-        return Result(row, name, {}, fault=str(fault))
+        return _said(Result(row, name, {}, fault=str(fault)))
     return _said(Result(row, name, answer, (before, before)))
 
 
@@ -109,14 +117,14 @@ def measured(name: str, command: Sequence[str], file: Path, row: Row, options: a
     if row.prompt:
         request |= {"do": "prefill", "tokens": row.prompt}
     else:
-        warm = 0 if row.cap else options.tokens
+        warm = 0 if row.cap else WARM
         request |= {"do": "decode", "tokens": options.tokens, "depth": 0, "warm": warm, "seconds": options.seconds}
     forget(file)
     with MemoryGroup(row.cap) as group:
         engine = Engine(name, group.command(command))
         try:
             loaded = read_by(engine.process)
-            answer = engine.ask(request)
+            answer = _asked(engine, request, 1.5 * options.seconds)
             answer = {"tokens": row.prompt or options.tokens, **engine.about, **answer, **group.facts()}
             answer.setdefault("read_bytes", read_by(engine.process) - loaded)
         finally:
@@ -124,12 +132,25 @@ def measured(name: str, command: Sequence[str], file: Path, row: Row, options: a
         return answer
 
 
+def _asked(engine: Engine, request: dict[str, object], seconds: float) -> dict[str, Any]:
+    """The answer; the process is ended when the time is over, since a prompt cannot be ended otherwise."""
+    timer = threading.Timer(seconds, os.kill, (engine.process, signal.SIGKILL))
+    timer.start()
+    try:
+        return engine.ask(request)
+    except EngineError as fault:
+        raise EngineError(f"not done after {seconds:.0f} s") if timer.finished.is_set() else fault from None
+    finally:
+        timer.cancel()
+
+
 def _context(row: Row, tokens: int) -> int:
-    return max(128, row.prompt, tokens if row.cap else 2 * tokens)
+    return max(128, row.prompt, tokens if row.cap else WARM + tokens)
 
 
 def _said(result: Result) -> Result:
-    _say(f"{result.row.name}, {result.engine}: {result.answer['tokens']} tokens in {result.answer['seconds']:.2f} s")
+    done = f"{result.answer['tokens']} tokens in {result.answer['seconds']:.2f} s" if result.answer else result.fault
+    _say(f"{result.row.name}, {result.engine}: {done}")
     return result
 
 

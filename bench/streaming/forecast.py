@@ -42,7 +42,7 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: 
     tokens = int(answer["tokens"])
     hits = replayed = distinct = None
     if stream is not None and stream.expert_bytes and row.router is not None:
-        trace = trace_of(manifest, answer["routing"])
+        trace = trace_of(manifest, answer["routing"], together=bool(row.prompt))
         found = replay(trace, stream.expert_bytes, policy=stream.policy, scope=stream.scope)
         replayed = found.hit_rate
         used = [np.unique(trace.experts[:, layer]).size for layer in range(trace.layer_count)]
@@ -76,8 +76,8 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: 
     return Forecast((times.prefill if row.prompt else times.decode).seconds, hits, replayed, distinct)
 
 
-def trace_of(manifest: Manifest, routing: list[list[list[int]]]) -> RoutingTrace:
-    """Choices [tokens, layers, top_k] as a trace: one prompt, or tokens decoded one by one."""
+def trace_of(manifest: Manifest, routing: list[list[list[int]]], *, together: bool) -> RoutingTrace:
+    """Choices [tokens, layers, top_k] as a trace: tokens of one prompt (`together`), or decoded one by one."""
     pieces = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
     experts = np.array(routing, np.int32)
     count = len(experts)
@@ -93,6 +93,6 @@ def trace_of(manifest: Manifest, routing: list[list[list[int]]]) -> RoutingTrace
         weights=np.full(experts.shape, np.nan, np.float32),
         turn=np.zeros(count, np.int64),
         position=np.arange(count),
-        batch=np.arange(count),
-        decode=np.ones(count, bool),
+        batch=np.zeros(count, np.int64) if together else np.arange(count),
+        decode=np.full(count, not together),
     )

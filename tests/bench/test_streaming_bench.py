@@ -55,9 +55,12 @@ def test_recorded_choices_as_a_trace() -> None:
     weights = WeightsInfo("weights/weights.bin", 3 * 8192, (), pieces)
     kv, target = KVInfo(3, 1, 4, "bf16", 24, 16), TargetInfo("host", "", "", ())
     manifest = Manifest("", {}, 10, 64, "bf16", target, (), kv, weights, {}, {}, 1)
-    trace = trace_of(manifest, [[[0], [1], [1]], [[1], [1], [0]]])
+    routing = [[[0], [1], [1]], [[1], [1], [0]]]
+    trace = trace_of(manifest, routing, together=False)
     assert (trace.expert_count, trace.top_k, trace.expert_bytes) == (2, 1, (4096,) * 3)
     assert [batch.experts for batch in trace.batches()] == [(0,), (1,), (1,), (1,), (1,), (0,)]
+    prompt = trace_of(manifest, routing, together=True)
+    assert [batch.experts for batch in prompt.batches()] == [(0, 1), (1,), (1, 0)] and not prompt.decode.any()
 
 
 def test_a_file_is_read_and_forgotten(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class CodeBundle:
 def bundle_key(imported_text: str, pipeline: str, target: CodegenTarget, extra: Sequence[str] = ()) -> str:
     """The cache key of a bundle."""
     machine = [target.llvm_triple, target.llvm_cpu, target.feature_string()]
-    return content_key(["code-bundle", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
+    return content_key(["code-bundle-2", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
 
 
 def load_bundle(cache: ObjectCache | None, key: str) -> CodeBundle | None:
@@ -77,7 +77,10 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
             "symbol": step_symbol(p.name),
             "max_tokens": p.max_tokens,
             "arena_bytes": p.arena_bytes,
-            "awaits": [{"piece": piece, "done": list(done)} for piece, done in p.awaits()],
+            "awaits": [
+                {"piece": piece, "done": list(done)} | ({"router": asdict(p.routers[n])} if n in p.routers else {})
+                for n, (piece, done) in enumerate(p.awaits())
+            ],
             "launches": [
                 {
                     "name": x.kernel,

@@ -15,6 +15,7 @@ import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
 from codegen.kernels.call import EMITTERS, EmitContext, KernelSpec, SizeArgument, Temporary
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
+from codegen.router_places import RouterPlace, router_of
 from codegen.weight_pieces import ExpertBundle, WeightPiece, expert_bundles, plan_pieces
 from codegen.weights import StoredTensor, plan_weights
 from ir.attributes import SymbolRef
@@ -65,6 +66,7 @@ class Program:
     func: FuncOp
     arena_bytes: int
     launches: list[Launch]
+    routers: dict[int, RouterPlace] = field(default_factory=dict)  # by the number of the wait for their experts
 
     def awaits(self) -> list[tuple[int, tuple[int, ...]]]:
         """(piece, pieces done) of the program's waits for weights, in order."""
@@ -187,7 +189,8 @@ class _ProgramBuilder:
         arena, lifetimes = self._assign()
         func = self._emit(arena.offsets, lifetimes)
         launches = [self._launch(call) for call in self.calls]
-        return Program(self.spec.name, self.spec.max_tokens, func, max(64, arena.total_bytes), launches)
+        routers = self._routers(arena.offsets, lifetimes)
+        return Program(self.spec.name, self.spec.max_tokens, func, max(64, arena.total_bytes), launches, routers)
 
     def root(self, value: Value) -> Value:
         """The value whose buffer `value` shares."""
@@ -277,6 +280,20 @@ class _ProgramBuilder:
             ready.update(dict.fromkeys(new))
             waits.append([(p, bundles.get(p), done if p == new[0] else ()) for p in new])
         return waits
+
+    def _routers(self, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> dict[int, RouterPlace]:
+        """The routers whose input is still in the arena where the program waits for their experts."""
+        found: dict[int, RouterPlace] = {}
+        waits = [(step, bundle) for step, waits in enumerate(self.waits) for _, bundle, _ in waits]
+        for number, (step, bundle) in enumerate(waits):
+            router = router_of(bundle) if bundle is not None else None
+            lifetime = lifetimes.get(self._key(router.hidden)) if router is not None else None
+            name = self._weight(router.weight) if router is not None else None
+            if router is None or name is None or lifetime is None or lifetime.last < step:
+                continue
+            at, stored = offsets[lifetime.buffer], self.tensors[name].offset
+            found[number] = RouterPlace(at, stored, router.experts, router.columns, router.strip)
+        return found
 
     def _weight(self, buffer: Any) -> str | None:
         """The name of the weight behind a launch's buffer."""

@@ -176,6 +176,12 @@ class ExpertCache:
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.used_bytes)
         return evicted
 
+    def room_ahead(self, layer: int) -> int:
+        """Bytes that experts of this layer may take ahead of their use: what is neither in use, ahead, nor pinned."""
+        partition = self._partition(layer)
+        fixed = dict.fromkeys((*self._busy, *self._ahead, *self._pinned))
+        return partition.capacity - sum(self._bytes[e[0]] for e in fixed if self._partition(e[0]) is partition)
+
     def finish(self, layer: int, experts: Iterable[int]) -> list[Entry]:
         """Experts of the batch in progress that have been used up; returns entries given up while over the budget."""
         for expert in experts:

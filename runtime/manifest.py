@@ -40,11 +40,35 @@ class LaunchInfo:
 
 
 @dataclass(frozen=True)
+class RouterInfo:
+    """The router of a layer's experts: its input and its matrix, both f32.
+
+    `hidden`: where the input [tokens, columns] lies in the arena while the program waits for the experts. `weights`:
+    where the matrix [strips, columns, strip] begins in the weights file; the last strip may have rows of no expert.
+    """
+
+    hidden: int
+    weights: int
+    experts: int
+    columns: int
+    strip: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the matrix."""
+        return -(-self.experts // self.strip) * self.strip * self.columns * 4
+
+
+@dataclass(frozen=True)
 class AwaitInfo:
-    """A place in a program where it waits for a piece of the weights, and pieces that it is done with there."""
+    """A place in a program where it waits for a piece of the weights, and pieces that it is done with there.
+
+    `router`: of a wait for experts, where the artifact says it.
+    """
 
     piece: int
     done: tuple[int, ...]
+    router: RouterInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +272,7 @@ def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
             for launch in program.children("launches", 1 << 20)
         )
         awaits = tuple(
-            AwaitInfo(wait.integer("piece", 0, 1 << 20), tuple(wait.integers("done", 0, 1 << 20)))
+            AwaitInfo(wait.integer("piece", 0, 1 << 20), tuple(wait.integers("done", 0, 1 << 20)), _router(wait))
             for wait in program.children("awaits", 1 << 20, ())
         )
         arena = program.integer("arena_bytes", 0, 1 << 44)
@@ -257,6 +281,17 @@ def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
     if not programs:
         fields.fail("", "at least one program", fields.values)
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
+
+
+def _router(wait: _Fields) -> RouterInfo | None:
+    if "router" not in wait.values:
+        return None
+    router = wait.child("router")
+    return RouterInfo(
+        router.integer("hidden", 0, 1 << 44), router.integer("weights", 0, 1 << 50),
+        router.integer("experts", 1, 1 << 16), router.integer("columns", 1, 1 << 24),
+        router.integer("strip", 1, 1 << 16),
+    )  # fmt: skip
 
 
 def _weights(fields: _Fields) -> WeightsInfo:
@@ -328,6 +363,8 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
         for wait in program.awaits:
             if any(p >= len(pieces) or pieces[p].kind == "rows" for p in (wait.piece, *wait.done)):
                 top.fail(f"programs.{program.name}.awaits", "numbers of dense and expert pieces", wait.piece)
+            if wait.router is not None:
+                _check_router(program, wait.piece, wait.router, manifest.weights, top)
     if any(piece.kind == "experts" for piece in pieces) and not manifest.experts_per_token:
         top.fail("model.experts_per_token", "at least 1, as there are experts", 0)
     listed = manifest.files.get(manifest.weights.file)
@@ -335,6 +372,17 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
         top.fail("weights.file", "a file listed under 'files'", manifest.weights.file)
     if listed.bytes != manifest.weights.bytes:
         top.fail("weights.bytes", f"{listed.bytes}, the size listed under 'files'", manifest.weights.bytes)
+
+
+def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights: WeightsInfo, top: _Fields) -> None:
+    """What a router is said to read lies in the arena and in the file, and it has the experts of its piece."""
+    where, info = f"programs.{program.name}.awaits.router", weights.pieces[piece]
+    if router.hidden % 4 or router.hidden + program.max_tokens * router.columns * 4 > program.arena_bytes:
+        top.fail(f"{where}.hidden", f"f32 rows inside of the arena of {program.arena_bytes} bytes", router.hidden)
+    if router.weights % 4 or router.weights + router.bytes > weights.bytes:
+        top.fail(f"{where}.weights", f"an f32 matrix inside of the {weights.bytes} bytes of weights", router.weights)
+    if info.kind != "experts" or router.experts * info.unit != info.bytes:
+        top.fail(f"{where}.experts", "as many as the piece has", router.experts)
 
 
 class _Fields:

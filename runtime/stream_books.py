@@ -132,6 +132,20 @@ class StreamBooks:
             if self.cache.is_resident(layer, expert):
                 self._submit(layer, expert, urgent=False)
 
+    def guessed(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Of experts that the layer will probably want: those to be read now, as they are missing and there is room."""
+        assert self.cache is not None
+        missing = [expert for expert in experts if not self.cache.is_resident(layer, expert)]
+        unit = self._pieces[self._expert_pieces[layer]].unit
+        return missing[: min(self._plan.guesses, max(0, self.cache.room_ahead(layer)) // unit)]
+
+    def read_guessed(self, layer: int, experts: Sequence[int]) -> None:
+        """Reads them behind all that is waited for."""
+        assert self.cache is not None
+        self._give_up(self.cache.admit(layer, experts))
+        for expert in experts:
+            self._submit(layer, expert, urgent=False)
+
     def _place(self, entry: Entry) -> tuple[int, int]:
         """(offset, bytes) of an expert."""
         info = self._pieces[self._expert_pieces[entry[0]]]

@@ -27,7 +27,9 @@ class StreamPlan:
     """See the module's text. All sizes in bytes.
 
     `step_tokens`: most tokens of one native call; longer steps are run in parts of the same program, with the same
-    bits. `budget_bytes` and `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
+    bits. `guesses`: most experts of the next layer that are read because its router would choose them for what this
+    layer's router reads; 0 for none. `budget_bytes` and `other_bytes` (interpreter, activations, KV cache: what is no
+    weight) are for reports.
     """
 
     budget_bytes: int
@@ -38,9 +40,10 @@ class StreamPlan:
     scope: str = "global"
     policy: str = DEFAULT_POLICY
     step_tokens: int = 1 << 20
-    threads: int = 3
-    request_bytes: int = 1 << 20
+    threads: int = 4
+    request_bytes: int = 2 << 20
     other_bytes: int = 0
+    guesses: int = 0
 
     def to_json(self) -> str:
         """Stable text."""

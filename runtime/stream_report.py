@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class StreamReport:
     """Counts since the session was opened. `disk_s`: time with a read in flight; `stall_s`: time steps waited.
 
+    `guesses_read`: experts read because the next layer would probably want them, `guesses_right`: those it did want.
     `resident_bytes`: dense pieces that stay. `direct` is False where the file system refuses O_DIRECT.
     """
 
@@ -29,6 +30,8 @@ class StreamReport:
     expert_lookups: int
     expert_hits: int
     direct: bool
+    guesses_read: int = 0
+    guesses_right: int = 0
 
     @classmethod
     def of(cls, streamer: WeightStreamer, reader: WeightReader) -> StreamReport:
@@ -47,6 +50,8 @@ class StreamReport:
             cache.counters.lookups if cache else 0,
             cache.counters.hits if cache else 0,
             reader.direct,
+            streamer.guess.counters.read if streamer.guess else 0,
+            streamer.guess.counters.right if streamer.guess else 0,
         )
 
     @property
@@ -61,7 +66,8 @@ class StreamReport:
 
     def since(self, earlier: StreamReport) -> StreamReport:
         """The counts of the time between two reports."""
-        counts = ("read_bytes", "disk_s", "stall_s", "retries", "expert_lookups", "expert_hits")
+        counts = ("read_bytes", "disk_s", "stall_s", "retries", "expert_lookups", "expert_hits", "guesses_read",
+                  "guesses_right")  # fmt: skip
         values = asdict(self)
         return StreamReport(**{n: v - getattr(earlier, n) if n in counts else v for n, v in values.items()})
 
@@ -69,6 +75,12 @@ class StreamReport:
         parts = [f"read {_size(self.read_bytes)} at {self.gigabytes_per_s:.2f} GB/s"]
         if self.expert_lookups:
             parts.append(f"{self.hit_rate * 100:.1f} % of {self.expert_lookups} experts were in memory")
+        if self.guesses_read:
+            missing = self.expert_lookups - self.expert_hits
+            parts.append(
+                f"{self.guesses_right / max(1, missing) * 100:.1f} % of the others were on their way "
+                f"({self.guesses_right / self.guesses_read * 100:.1f} % of guesses were right)"
+            )
         parts.append(f"waited {self.stall_s:.2f} s for reads")
         if self.retries:
             parts.append(f"{self.retries} reads tried again")

@@ -19,8 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from runtime.artifact import Artifact
 from runtime.expert_cache import ExpertCache
+from runtime.expert_guess import ExpertGuess
 from runtime.manifest import PAGE_BYTES, ProgramInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
@@ -66,6 +69,11 @@ class WeightStreamer:
             self._memory.close()
             raise
         self._torn = False
+        self.arena: np.ndarray | None = None  # bytes of the activations
+        self.guess: ExpertGuess | None = None
+        if plan.guesses and self.cache is not None:
+            guess = ExpertGuess(manifest, self._memory.view(), self.resident)
+            self.guess = guess if guess.possible else None
         self._books = StreamBooks(self, self._reader, self._memory, self._pool)
 
     @property
@@ -115,10 +123,22 @@ class WeightStreamer:
             return
         with self._keeping():
             jobs = self._books.experts(layer, experts, done)
+            self._guess(program, number, layer, experts)
         self._wait(jobs, piece.origin)
         if len(experts) >= ALL_EXPERTS_USED * (piece.bytes // piece.unit) and layer + 1 < len(self.expert_pieces):
             with self._keeping():
                 self._books.ahead(layer + 1)
+
+    def _guess(self, program: ProgramInfo, number: int, layer: int, experts: Sequence[int]) -> None:
+        """Reads what the next layer will probably want, behind what this one waits for."""
+        if self.guess is None or self.arena is None:
+            return
+        self.guess.learn(layer, experts)
+        tokens = len(experts) // max(1, self.manifest.experts_per_token)
+        likely = self.guess.guess(program, number, tokens, self.arena)
+        chosen = self._books.guessed(layer + 1, likely) if likely else []
+        if chosen and self.guess.worth_reading(layer + 1, chosen):
+            self._books.read_guessed(layer + 1, chosen)
 
     def end(self) -> None:
         """The native call is over: what it used may go, what the next one needs first is read."""

@@ -27,6 +27,7 @@ DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
 CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
 CONTEXT_STEP = 64
 AHEAD_BYTES = 8 << 20  # read while a piece is used: some milliseconds of a fast disk
+GUESSES = 2  # the likeliest are nearly always right; further ones cost more in vain than they save
 DISK_SHARE = 20  # times that memory is read faster than the disk
 EXIT_DOES_NOT_FIT = 3
 
@@ -163,7 +164,14 @@ class Accounts:
             if found is None:
                 return None
             (resident, window), experts = found, least
-        return StreamPlan(self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other)
+        return StreamPlan(
+            self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other,
+            guesses=self.guesses(experts),
+        )  # fmt: skip
+
+    def guesses(self, experts: int) -> int:
+        """Experts to read on a guess: as many as the disk reads while a layer is computed, where some are missing."""
+        return GUESSES if experts < self.experts else 0
 
     def spread(self, room: int) -> tuple[tuple[int, ...], int] | None:
         """(dense pieces that stay, window): as few streamed bytes as fit, in equal parts along the program.

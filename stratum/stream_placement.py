@@ -114,7 +114,7 @@ def stream_of_placement(
         )
     plan = StreamPlan(
         budget, stays.resident, min(left, wanted) if sizes else 0, stays.expert_bytes, rows, stays.scope, stays.policy,
-        step_tokens=tokens, other_bytes=other,
+        step_tokens=tokens, other_bytes=other, guesses=accounts.guesses(stays.expert_bytes),
     )  # fmt: skip
     plan.check(manifest)
     return MemoryPlan(plan, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ import stratum
 from runtime import Session
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
+from runtime.manifest import manifest_digest, parse_manifest
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, VOCAB, write_model
 
@@ -126,6 +128,7 @@ def test_the_same_bits_under_every_plan(
         step_tokens=data.draw(st.sampled_from((1, 7, 512))),
         threads=data.draw(st.integers(1, 3)),
         request_bytes=data.draw(st.sampled_from((4096, 1 << 20))),
+        guesses=data.draw(st.sampled_from((0, 2, 16))),
     )
     with opened(path, plan, threads=1 + seed % 2) as session:
         assert_same(logits(session, batches(seed)), expected[name, seed])
@@ -153,6 +156,25 @@ def test_a_plan_with_all_in_memory_reads_once(artifacts: dict[str, Path], name: 
         logits(session, batches(0))
         since = session.streamer.report().since(before)
         assert since.read_bytes == 0 and since.hit_rate in (0.0, 1.0)
+
+
+def test_guesses_are_read_before_their_layer_and_change_nothing(artifacts: dict[str, Path], expected: dict) -> None:
+    path = artifacts["qwen3_moe"]
+    from runtime import open_artifact
+
+    manifest = open_artifact(path).manifest
+    pieces = manifest.weights.pieces
+    dense = tuple(n for n, piece in enumerate(pieces) if piece.kind == "dense")
+    some = 2 * least_expert_bytes(manifest)
+    with opened(path, least_plan(path, resident=dense, expert_bytes=some, guesses=2)) as session:
+        assert session.streamer is not None
+        assert_same(logits(session, batches(1)), expected["qwen3_moe", 1])
+        for token in range(8):
+            session.step([token], [session.filled(0)], [0], [0])
+        report = session.streamer.report()
+        assert 0 < report.guesses_right <= report.guesses_read
+        assert "of guesses were right" in str(report)
+        assert session.streamer.memory_bytes() <= sum(pieces[n].bytes for n in dense) + some + (1 << 20)
 
 
 # -- faults of the disk
@@ -334,3 +356,39 @@ def test_plans_that_cannot_run_are_refused(
     plan = least_plan(path) if "resident" not in changes else least_plan(path, resident=(0,))
     with pytest.raises(RuntimeDiagnostic, match=message):
         opened(path, StreamPlan(**vars(plan) | changes)).close()  # type: ignore[arg-type]
+
+
+# -- routers
+
+
+def test_builds_say_where_routers_are(artifacts: dict[str, Path]) -> None:
+    """Every layer with experts, of both programs; the matrix is the one of the layer's gate."""
+    raw = json.loads((artifacts["qwen3_moe"] / "manifest.json").read_text())
+    tensors = {t["offset"]: t["name"] for t in raw["weights"]["tensors"]}
+    for program in raw["programs"].values():
+        routers = [wait["router"] for wait in program["awaits"] if "router" in wait]
+        assert len(routers) == QWEN3_MOE["num_hidden_layers"]
+        assert [tensors[r["weights"]].split(".")[-1] for r in routers] == ["gate"] * len(routers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 1 << 40}, r"router\.hidden"),
+        ({"hidden": 2}, r"router\.hidden"),
+        ({"weights": 1 << 40}, r"router\.weights"),
+        ({"weights": 1}, r"router\.weights"),
+        ({"experts": 5}, r"router\.experts"),
+        ({"columns": 1 << 20}, r"router\.hidden"),
+        ({"strip": 1 << 15}, r"router\.weights"),
+        ({"strip": 0}, "strip"),
+        ({"columns": "x"}, "columns"),
+    ],
+)
+def test_routers_outside_of_the_artifact_are_refused(artifacts: dict[str, Path], change: dict, message: str) -> None:
+    raw = json.loads((artifacts["qwen3_moe"] / "manifest.json").read_text())
+    wait = next(w for w in raw["programs"]["decode"]["awaits"] if "router" in w)
+    wait["router"] |= change
+    raw["manifest_sha256"] = manifest_digest(raw)
+    with pytest.raises(RuntimeDiagnostic, match=message):
+        parse_manifest(json.dumps(raw).encode(), "here")

@@ -1,0 +1,57 @@
+"""Where a layer's router finds its input and its matrix, for whoever guesses what the next layer will choose.
+
+Takes the experts of a layer; gives the router's product with its operands, where that is a plain product of f32 numbers
+whose matrix is stored row by row or in strips of rows. Others are not described (None): a guess is never needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codegen.weight_pieces import ExpertBundle
+from ir.core import Value
+from ir.formats import F32
+from ir.ops.gemm import MatmulOp
+from ir.ops.moe import RouteOp
+from ir.types import TensorType
+
+
+@dataclass(frozen=True)
+class Router:
+    """`hidden` [tokens, columns] times `weight` [experts, columns], stored in strips of `strip` rows."""
+
+    hidden: Value
+    weight: Value
+    experts: int
+    columns: int
+    strip: int
+
+
+@dataclass(frozen=True)
+class RouterPlace:
+    """A router with its places in the arena and in the weights file, both in bytes."""
+
+    hidden: int
+    weights: int
+    experts: int
+    columns: int
+    strip: int
+
+
+def router_of(bundle: ExpertBundle) -> Router | None:
+    """The router that chooses among these experts."""
+    route = bundle.ids.defining_op()
+    product = route.logits.defining_op() if isinstance(route, RouteOp) else None
+    if not isinstance(product, MatmulOp):
+        return None
+    hidden, weight = product.x.type, product.w.type
+    if not isinstance(hidden, TensorType) or not isinstance(weight, TensorType):
+        return None
+    experts, columns = weight.shape
+    layout = weight.layout
+    if hidden.element != F32 or weight.element != F32 or not isinstance(experts, int) or not isinstance(columns, int):
+        return None
+    if layout is None:
+        return Router(product.x, product.w, experts, columns, 1)
+    plain = layout.pack == 1 and layout.interleave == 1
+    return Router(product.x, product.w, experts, columns, layout.rows) if plain else None

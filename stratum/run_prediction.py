@@ -130,6 +130,7 @@ class _Player:
     now: float = 0.0
     waited: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=dict)  # seconds of arithmetic by what bounds them
 
     def __post_init__(self) -> None:
         self.unit: ComputeUnit = self.problem.machine.units[0]
@@ -167,7 +168,7 @@ class _Player:
         self.waited, self.parts = 0.0, {}
         self._play(calls)
         seconds, nbytes = self.now - start, self.disk.bytes - read
-        slowest = max(self.parts, key=lambda group: self.parts[group], default="nothing")
+        slowest = max(self.resources, key=lambda name: self.resources[name], default="nothing")
         bound = f"{self.store.name} read" if self.store is not None and self.waited > 0.1 * seconds else slowest
         return PhaseTimes(seconds, tuple(self.parts.items()), self.waited, nbytes, bound, self.disk.rate)
 
@@ -273,10 +274,12 @@ class _Player:
             option = next((o for o in options_of(self.problem, part) if _in_memory(o, home)), None)
             if option is None:
                 raise DiagnosticError(f"target {self.problem.machine.target.name} cannot keep {part.name} in {home}")
-            cost = option.decode.waited if self.decode else option.prefill.waited
+            cost = option.decode if self.decode else option.prefill
             calls = 1 if self.decode or part.group == "head" else self.problem.session.passes
+            for resource, seconds in cost.path.items():
+                self.resources[resource] = self.resources.get(resource, 0.0) + seconds * part.count
             for layer in part.layers or (-1,):
-                found[part.group, layer] = cost / calls
+                found[part.group, layer] = cost.waited / calls
         return {part: seconds for part, seconds in found.items() if seconds}
 
 

@@ -4,8 +4,8 @@
 
 Nothing else may run meanwhile. Missing models and builds are made under --work first (--prepare: nothing else). The
 read bandwidth and the peaks of this machine are measured right before and after each case, since a shared machine's
-change by the second; the means are what its prediction is made from. The drive's are those of
-`compile-model targets calibrate --disk`.
+change by the second; the means are what its prediction is made from. The drive's rate is the one that it had while it
+read for the case. Predicted is the very plan that was executed (`stratum.run_prediction`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.measure import ROOT, machine
 from bench.peers.models import OPTIONS
 from bench.prediction.configurations import RUNS, STEPS, Case, Run
 from bench.prediction.report import Row, figures, put
+from hw_targets import load as load_target
 from hw_targets.calibrate import Calibration, calibrate
 from hw_targets.quantities import parse_quantity
-from stratum.planning import PlanRequest, make_plan
+from runtime.artifact import open_artifact
+from runtime.stream_plan import StreamPlan
+from stratum.planning import PlanRequest, expected_hits, make_plan
+from stratum.run_prediction import predict, problem_for
 
 
 def main() -> None:
@@ -51,7 +56,8 @@ def main() -> None:
         for row in rows[-len(run.cases) :]:
             print(f"{run.model} {run.recipe} {run.memory} {row.name}: {row.predicted * 1e3:.2f} ms predicted, "
                   f"{row.measured * 1e3:.2f} measured, {row.error:+.1%}, {row.bound}, "
-                  f"{row.measured_bytes or 0:.3g} bytes, hits {row.predicted_hits} {row.measured_hits}",
+                  f"{row.measured_bytes or 0:.3g} bytes at {row.read_rate or 0:.3g}/s, "
+                  f"hits {row.predicted_hits} {row.measured_hits}",
                   file=sys.stderr, flush=True)  # fmt: skip
     text = figures(rows, machine())
     print(text)
@@ -84,7 +90,7 @@ def compared(work: Path, run: Run) -> list[Row]:
         trace = Path(folder) / "routing.csv" if budget and run.model.startswith("olmoe") else None
         request["record"] = str(trace) if trace is not None else ""
         command = [sys.executable, "-m", "bench.prediction.child", json.dumps(request)]
-        found: list[dict[str, float]] = []
+        found: list[dict[str, Any]] = []
         limits = [_limits()]
         with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdin is not None and child.stdout is not None
@@ -101,22 +107,29 @@ def compared(work: Path, run: Run) -> list[Row]:
         return [row_of(work, run, *three, trace) for three in zip(run.cases, found, targets, strict=True)]
 
 
-def row_of(work: Path, run: Run, case: Case, found: dict[str, float], target: str, trace: Path | None) -> Row:
-    """One case's prediction beside what was found."""
+def row_of(work: Path, run: Run, case: Case, found: dict[str, Any], target: str, trace: Path | None) -> Row:
+    """One case's prediction beside what was found: of the very plan that was executed."""
+    path = artifact(work, run)
+    store = load_target("host").store()
+    if found["read_rate"] and store is not None:  # the drive as fast as it was meanwhile
+        target = f"{target[:-1]},{store.name}.read={found['read_rate'] / 1e9:.3f}GB/s}}"
     planned = make_plan(
         PlanRequest(
-            str(work / run.model), target, None if run.recipe == "bf16" else run.recipe, context=run.context,
-            batch=case.batch, prompt=case.depth, generate=STEPS if case.phase == "decode" else 1,
-            budgets=(("memory", run.memory),) if run.memory else (), trace=trace, what_if=False,
+            str(path), target, context=run.context, batch=case.batch, prompt=case.depth,
+            generate=STEPS if case.phase == "decode" else 1, trace=trace, what_if=False, simulate=False,
         )
     )  # fmt: skip
-    phase = planned.placement.decode if case.phase == "decode" else planned.placement.prefill
-    simulated = planned.placement.simulated_step if case.phase == "decode" else None
-    cache = planned.placement.expert_cache
-    hits = cache.hit_rate if cache is not None else None
+    assert planned.solution is not None
+    manifest = open_artifact(path).manifest
+    stream = StreamPlan.from_json(found["stream"]) if found["stream"] else None
+    hits = expected_hits(planned, stream)
+    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits)
+    phase = times.decode if case.phase == "decode" else times.prefill
+    lookups = found["lookups"] if case.phase == "decode" else 0
     return Row(
-        run, case, simulated or phase.seconds, found["seconds"], phase.bound, hits,
-        found.get("hit_rate"), found.get("read_bytes"),
+        run, case, phase.seconds, found["seconds"], phase.bound, hits if lookups else None,
+        found["hits"] / lookups if lookups else None, found["read_bytes"] if stream is not None else None,
+        phase.read_bytes if stream is not None else None, found["read_rate"] or None,
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ class Row:
     predicted_hits: float | None = None
     measured_hits: float | None = None
     measured_bytes: float | None = None
+    predicted_bytes: float | None = None
+    read_rate: float | None = None  # of the drive while it reads, measured
 
     @property
     def error(self) -> float:
@@ -56,12 +58,12 @@ def figures(rows: Sequence[Row], machine: str) -> str:
     cells = [
         (
             row.run.model, row.run.recipe, row.run.memory or "-", row.name, _ms(row.predicted), _ms(row.measured),
-            f"{row.error:+.1%}", row.bound, _hits(row), _mb(row.measured_bytes),
+            f"{row.error:+.1%}", row.bound, _hits(row), _reads(row),
         )
         for row in rows
     ]  # fmt: skip
     heads = ["model", "format", "budget", "phase", "predicted ms", "measured ms", "error", "bound",
-             "hits predicted / measured", "MB read"]  # fmt: skip
+             "hits predicted / measured", "MB read predicted / measured"]  # fmt: skip
     return "\n".join([*lines, table(heads, cells)])
 
 
@@ -85,5 +87,8 @@ def _hits(row: Row) -> str:
     return f"{row.predicted_hits:.1%} / {row.measured_hits:.1%}"
 
 
-def _mb(nbytes: float | None) -> str:
-    return "" if nbytes is None else f"{nbytes / 1e6:.0f}"
+def _reads(row: Row) -> str:
+    if row.measured_bytes is None or row.predicted_bytes is None:
+        return ""
+    rate = f" at {row.read_rate / 1e9:.2f} GB/s" if row.read_rate else ""
+    return f"{row.predicted_bytes / 1e6:.0f} / {row.measured_bytes / 1e6:.0f}{rate}"

@@ -14,12 +14,12 @@ RUN = Run("some", "w3", "1GiB", (Case("decode", 128, 4), Case("prefill", 512)))
 
 def test_errors_are_told() -> None:
     rows = [
-        Row(RUN, RUN.cases[0], 0.011, 0.010, "dram read", 0.5, 0.25, 2e6),
+        Row(RUN, RUN.cases[0], 0.011, 0.010, "dram read", 0.5, 0.25, 2e6, 3e6, 1.25e9),
         Row(RUN, RUN.cases[1], 1.0, 2.0, "cores"),
     ]
     text = figures(rows, "a machine")
     assert "2 configurations: median error 30.0%, worst 50.0% (some w3, pp 512); 1 within 10 %, 1 within 25 %" in text
-    assert "| tg x4 @ 128 | 11.00 | 10.00 | +10.0% | dram read | 50.0% / 25.0% | 2 |" in text
+    assert "| tg x4 @ 128 | 11.00 | 10.00 | +10.0% | dram read | 50.0% / 25.0% | 3 / 2 at 1.25 GB/s |" in text
     assert "| pp 512 | 1000 | 2000 | -50.0% | cores |  |  |" in text
     with pytest.raises(ValueError, match="nothing"):
         figures([], "a machine")

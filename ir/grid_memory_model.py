@@ -52,14 +52,15 @@ class GridMemory:
             self.bytes = np.full(owners * self.size, _UNDEFINED, np.uint8)
         owner = {"global": np.zeros(who.total, np.int64), "shared": who.block_of, "private": np.arange(who.total)}
         self.base = owner[space] * self.size
-        units = 0 if space == "private" else -(-self.bytes.size // unit)
+        self.words = self.bytes.view(f"u{unit}")
+        units = 0 if space == "private" else self.words.size
         self.writer, self.reader = np.full(units, _NOBODY, np.int32), np.full(units, _NOBODY, np.int32)
         self.reader_block = np.full(units, _NOBODY, np.int32)
         self.written_in, self.read_in = np.zeros(units, np.int32), np.zeros(units, np.int32)
         self.copied_by = np.full(units, _NOBODY, np.int32)  # threads whose copies are under way
 
     def places(self, start: np.ndarray, width: int, align: int, what: str, who: np.ndarray) -> np.ndarray:
-        """Bytes [threads, width] of the accesses of `who` that begin at the bytes `start`, one for each."""
+        """Units [threads, width / unit] of the accesses of `who` that begin at the bytes `start`, one for each."""
         outside = (start < 0) | (start + width > self.size)
         if outside.any():
             at = int(outside.argmax())
@@ -71,19 +72,16 @@ class GridMemory:
             at = int(crooked.argmax())
             message = f"{what} of {width} bytes at byte {start[at]} of {self.name}, which is no multiple of {align}"
             raise KernelFault(f"{self.who.name(int(who[at]))}: {message}")
-        return (self.base[who] + start)[:, None] + np.arange(width)
+        return ((self.base[who] + start) // self.unit)[:, None] + np.arange(width // self.unit)
 
-    def _units(self, places: np.ndarray) -> np.ndarray:
-        return places[:, :: self.unit] // self.unit if self.unit > 1 else places
-
-    def note_read(self, places: np.ndarray, who: np.ndarray, by_warps: bool = False) -> None:
+    def note_read(self, units: np.ndarray, who: np.ndarray, by_warps: bool = False) -> None:
         """Raises KernelFault when another thread has written there and no barrier is between.
 
         `by_warps`: what a thread reads goes to the others of its warp too.
         """
         if self.space == "private":
             return
-        units, me = self._units(places), who[:, None]
+        me = who[:, None]
         block, phase = self._now(who)
         self._refuse_copies(units, me, "reads")
         self._refuse_writers(units, me, block, phase, "reads", by_warps)
@@ -96,11 +94,11 @@ class GridMemory:
         )
         self.read_in[units] = np.broadcast_to(phase, units.shape)
 
-    def note_write(self, places: np.ndarray, who: np.ndarray) -> None:
+    def note_write(self, units: np.ndarray, who: np.ndarray) -> None:
         """Raises KernelFault when another thread has touched these bytes and no barrier is between."""
         if self.space == "private":
             return
-        units, me = self._units(places), who[:, None]
+        me = who[:, None]
         block, phase = self._now(who)
         self._refuse_copies(units, me, "writes")
         self._refuse_writers(units, me, block, phase, "writes", False)
@@ -163,11 +161,12 @@ class GridBuffer:
     def load(self, index: np.ndarray, lanes: int, mask: np.ndarray | None = None, by_warps: bool = False) -> np.ndarray:
         """[threads] or [threads, lanes]; zeros for threads that are not active, or where the mask does not hold."""
         threads = self.memory.who
-        made = np.zeros((threads.total, lanes * self.element.dtype.itemsize), np.uint8)
+        words = self.memory.words
+        made = np.zeros((threads.total, lanes * self.element.dtype.itemsize // words.itemsize), words.dtype)
         chosen = np.flatnonzero(threads.active if mask is None else threads.active & mask)
         places, _, who = self._access(index, lanes, "read", chosen)
         self.memory.note_read(places, who, by_warps)
-        made[who] = self.memory.bytes[places]
+        made[who] = words[places]
         values = made.view(self.element.dtype)
         return values if lanes > 1 else values[:, 0]
 
@@ -179,7 +178,8 @@ class GridBuffer:
         chosen = np.flatnonzero(threads.active if mask is None else threads.active & mask)
         places, _, who = self._access(index, lanes, "write", chosen)
         self.memory.note_write(places, who)
-        self.memory.bytes[places] = np.ascontiguousarray(values[who], self.element.dtype).view(np.uint8)
+        words = self.memory.words
+        words[places] = np.ascontiguousarray(values[who], self.element.dtype).view(words.dtype)
 
     def load_masked(self, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Lane by lane, as single elements."""
@@ -210,12 +210,11 @@ class AsyncCopies:
     ) -> None:
         """Both ends are touched now; the bytes arrive when they are waited for."""
         who = np.flatnonzero(self.who.active)
-        data = np.zeros((self.who.total, WIDEST), np.uint8)
         mask = np.broadcast_to(condition, self.who.total)
-        data[:] = source.load(source_at, lanes, mask).view(np.uint8).reshape(-1, WIDEST)
+        data = source.load(source_at, lanes, mask).view(target.memory.words.dtype)
         places, _, who = target._access(at, lanes, "write", who)
         target.memory.note_write(places, who)
-        target.memory.copied_by[target.memory._units(places)] = who[:, None]
+        target.memory.copied_by[places] = who[:, None]
         self.pending.append((target.memory, places, who, data[who], self.groups[who]))
 
     def commit(self) -> None:
@@ -227,9 +226,9 @@ class AsyncCopies:
         for memory, places, who, data, group in self.pending:
             done = self.who.active[who] & (group < self.groups[who] - pending)
             if done.any():
-                memory.copied_by[memory._units(places[done])] = _NOBODY
+                memory.copied_by[places[done]] = _NOBODY
                 memory.note_write(places[done], who[done])
-                memory.bytes[places[done]] = data[done]
+                memory.words[places[done]] = data[done]
             if not done.all():
                 keep = ~done
                 left.append((memory, places[keep], who[keep], data[keep], group[keep]))

@@ -6,6 +6,9 @@ from functools import cache
 
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.kernels.attention import prefill_kernel
+from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
+from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
@@ -15,6 +18,7 @@ from ir.ops.tensor import SwigluOp
 from tests.codegen.op_kernels import single
 from tests.samples.base import TOKENS, t
 
+HEADS = AttentionShape(32, 8, 128)  # of an 8-billion-parameter model
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
 
 
@@ -31,4 +35,7 @@ def kernels() -> tuple[GridKernel, ...]:
         decode_kernel(Fragments.of(4096, 4096, Q4), "decode_w4"),
         decode_kernel(Fragments.of(4096, 4096, Q4), "decode_w4_16", rows=16),
         gemm_kernel(4096, 4096, "gemm"),
+        prefill_kernel(HEADS, 128**-0.5, "prefill"),
+        split_kernel(HEADS, 128**-0.5, 8, "split"),
+        join_kernel(HEADS, 8, "join"),
     )

@@ -1,0 +1,129 @@
+"""Attention of single tokens on a GPU, the positions of each split over blocks, and the kernel that joins the parts.
+
+A block has one token, one kv head with the up to 16 query heads that share it (the rows of its products), and one part
+of the positions. Its 4 warps each take 16 positions of every tile of 64; what they have is joined in shared memory,
+what the blocks have by the second kernel. All parts of a sum of softmax are kept relative to the part's largest score.
+"""
+
+from __future__ import annotations
+
+from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.kernels.attention_rows import (
+    LOG2_E,
+    NEVER,
+    AttentionShape,
+    KvTiles,
+    Rows,
+    load_queries,
+    masked,
+    scores_of,
+)
+from codegen.tile_builder import Buffer, Expr
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F32, I32
+
+WARPS = 4
+POSITIONS = 16  # of a tile that one warp takes
+ROWS = 16
+
+
+def split_kernel(shape: AttentionShape, scale: float, splits: int, name: str) -> GridKernel:
+    """A kernel (q bf16 [tokens, heads, d], keys and values bf16 [slots, kv heads, ctx, d], positions and slots i32
+    [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx), launched with
+    tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the sum of weights."""
+    shape.check()
+    if shape.group > ROWS:
+        raise DiagnosticError(f"{shape.group} query heads share a kv head", expected=f"at most {ROWS}")
+    k = GridBuilder(name, WARPS * WARP)
+    q, keys, values = k.buffer("q", BF16), k.buffer("keys", BF16), k.buffer("values", BF16)
+    positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
+    parts, sums, ctx = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx")
+    width, tile, block = shape.width, WARPS * POSITIONS, k.block_id()
+    split, kv_head, token = block % splits, block // splits % shape.kv_heads, block // (splits * shape.kv_heads)
+    position, slot = positions.load(token).to_index(), slots.load(token).to_index()
+    base = (slot * shape.kv_heads + kv_head) * ctx * width
+    tiles = KvTiles(k, (keys, values), tile, width, base, position + 1)
+    lane, warp = k.lane_and_warp()
+    heads = [(lane // 4 + half * 8).min(shape.group - 1) + kv_head * shape.group for half in range(2)]
+    queries = load_queries(k, q, [(token * shape.heads + head) * width for head in heads], width)
+
+    lowest = (position + (1 - shape.window)).max(0) // tile if shape.window else k.index_value(0)
+    count = (position + tile) // tile - lowest  # tiles that hold something to see
+    lower, upper = lowest + count * split // splits, lowest + count * (split + 1) // splits
+    with k.when(lower.compare("lt", upper)):
+        tiles.fetch(lower)
+    own = warp * POSITIONS
+    with k.loop(lower, upper, 1, Rows.empty(k, width).flat()) as loop:
+        k.async_wait(0)
+        k.barrier()  # this tile is there for all, and the one before it has been read by all
+        tiles.fetch(loop.i + 1)
+        scores = scores_of(k, queries, tiles, loop.i, own, POSITIONS)
+        scores = masked(k, scores, loop.i * tile + own, [position, position], shape)
+        made, weights = Rows.of(k, loop.carried).add(scores, scale * LOG2_E)
+        made.add_values(weights[0], tiles, loop.i, own)
+        loop.carry(*made.flat())
+    k.async_wait(0)
+    rows = Rows.of(k, loop.results)
+    outs = parts.at((token * shape.heads + kv_head * shape.group) * (splits * width))
+    ends = sums.at((token * shape.heads + kv_head * shape.group) * (splits * 2))
+    _join_warps(k, rows, shape, splits, split, scale * LOG2_E, outs, ends)
+    return k.grid_kernel()
+
+
+def _join_warps(
+    k: GridBuilder,
+    rows: Rows,
+    shape: AttentionShape,
+    splits: int,
+    split: Expr,
+    factor: float,
+    outs: Buffer,
+    ends: Buffer,
+) -> None:
+    """Adds up what the warps have, under the largest score of all, and stores the rows that are query heads."""
+    width = shape.width
+    lane, warp = k.lane_and_warp()
+    work, tops = k.shared(WARPS * ROWS * width, F32), k.shared(WARPS * ROWS * 2, F32)
+    for half in range(2):
+        row = warp * ROWS + lane // 4 + half * 8
+        total = rows.over_lanes(rows.total[half], "add")
+        with k.when((lane % 4).compare("eq", 0)):
+            tops.store(row * 2, k.join(rows.largest[half] * factor, total))
+        for number, output in enumerate(rows.outputs):
+            work.store(row * width + 8 * number + lane % 4 * 2, k.part(output, 2 * half, 2))
+    k.barrier()
+    with k.loop(k.thread_id(), shape.group * width, k.threads) as loop:
+        row, column = loop.i // width, loop.i % width
+        each = [tops.load((other * ROWS + row) * 2, 2) for other in range(WARPS)]
+        top = each[0].extract(0)
+        for one in each[1:]:
+            top = top.max(one.extract(0))
+        value, total = k.f32(0.0), k.f32(0.0)
+        for other, one in enumerate(each):
+            share = k.exp2(one.extract(0) - top)
+            value = k.fma(work.load((other * ROWS + row) * width + column), share, value)
+            total = k.fma(one.extract(1), share, total)
+        outs.store((row * splits + split) * width + column, value)
+        with k.when(column.compare("eq", 0)):
+            ends.store((row * splits + split) * 2, k.join(top, total))
+
+
+def join_kernel(shape: AttentionShape, splits: int, name: str) -> GridKernel:
+    """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 [rows, d]) for rows = tokens * heads,
+    launched with a block for each row."""
+    shape.check()
+    k = GridBuilder(name, shape.width)
+    parts, sums, y = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", F32)
+    row, column = k.block_id(), k.thread_id()
+    top = k.f32(NEVER)
+    with k.loop(0, splits, 1, [top]) as loop:
+        loop.carry(loop.carried[0].max(sums.load((row * splits + loop.i) * 2)))
+    top = loop.results[0]
+    with k.loop(0, splits, 1, [k.f32(0.0), k.f32(0.0)]) as loop:
+        pair = sums.load((row * splits + loop.i) * 2, 2)
+        share = k.exp2(pair.extract(0) - top)
+        value = parts.load((row * splits + loop.i) * shape.width + column)
+        loop.carry(k.fma(value, share, loop.carried[0]), k.fma(pair.extract(1), share, loop.carried[1]))
+    value, total = loop.results
+    y.store(row * shape.width + column, value / total)
+    return k.grid_kernel()

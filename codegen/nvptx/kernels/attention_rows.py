@@ -1,0 +1,195 @@
+"""What the attention kernels for GPUs share: tiles of keys and values in shared memory, softmax kept tile by tile.
+
+Keys and values of a layer lie as bf16 [slots, kv heads, ctx, d]. Tiles of them are copied into shared memory one ahead
+of the computation; the 16-byte pieces of a position are stored at their number xor the position's last three bits, so
+that eight positions lie in different banks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codegen.nvptx.builder import GridBuilder
+from codegen.tile_builder import Buffer, Expr
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F32
+from ir.types import ScalarType
+
+PIECE = 8  # elements of 16 bytes
+STAGES = 2
+# The score of a position that a row does not see. It is finite, so that two of them differ by 0, and a power of two, so
+# that its product with a factor is exact and a fused multiply-add finds that 0 too.
+NEVER = -(2.0**100)
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Query heads, the kv heads that they share, the width of a head, positions a row sees (0: all before it)."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    window: int = 0
+
+    def check(self) -> None:
+        """Raises DiagnosticError for what has no kernel."""
+        message = ""
+        if self.width not in (64, 128):
+            message = f"heads of {self.width} have no attention on GPUs; expected 64 or 128"
+        elif self.heads % self.kv_heads:
+            message = f"{self.heads} query heads do not share {self.kv_heads} kv heads evenly"
+        if message:
+            raise DiagnosticError(message)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.heads // self.kv_heads
+
+
+class KvTiles:
+    """Tiles of `rows` positions of one slot and kv head, which begin at element `base`; positions end below `end`."""
+
+    def __init__(
+        self, k: GridBuilder, sources: tuple[Buffer, Buffer], rows: int, width: int, base: Expr, end: Expr
+    ) -> None:
+        self.k, self.sources, self.rows, self.width, self.base, self.end = k, sources, rows, width, base, end
+        self.memories = [k.shared(STAGES * rows * width, BF16) for _ in sources]
+        self.lane, _ = k.lane_and_warp()
+        self.thread = k.thread_id()
+
+    def fetch(self, tile: Expr) -> None:
+        """Starts the copies of a tile into its stage; positions from `end` on become zeros."""
+        k, pieces = self.k, self.width // PIECE
+        for first in range(0, self.rows * pieces, k.threads):
+            number = self.thread + first
+            row, piece = number // pieces, number % pieces
+            position = tile * self.rows + row
+            source = self.base + position.min(self.end - 1).max(0) * self.width + piece * PIECE
+            at = self._place(tile, row, piece)
+            for memory, whole in zip(self.memories, self.sources, strict=True):
+                k.async_copy(memory, at, whole, source, position.compare("lt", self.end))
+        k.async_commit()
+
+    def _place(self, tile: Expr, row: Expr, piece: Expr) -> Expr:
+        stage = tile % STAGES
+        return (stage * self.rows + row) * self.width + self.k.xor(piece, row % PIECE) * PIECE
+
+    def keys(self, tile: Expr, first: Expr | int, step: int) -> tuple[Expr, Expr]:
+        """Columns 16 * step .. of positions first .. first + 7 and the 8 that follow, as right factors."""
+        row = self.k.index(first) + (self.lane // 16 * 8 + self.lane % 8)
+        both = self.k.load_matrix(self.memories[0], self._place(tile, row, self.lane // 8 % 2 + 2 * step))
+        return self.k.part(both, 0, 4), self.k.part(both, 4, 4)
+
+    def values(self, tile: Expr, first: Expr | int, step: int) -> tuple[Expr, Expr]:
+        """Positions first .. first + 15 of columns 16 * step .. + 7 and the 8 that follow, as right factors."""
+        row = self.k.index(first) + self.lane % 16
+        place = self._place(tile, row, self.lane // 16 + 2 * step)
+        both = self.k.load_matrix(self.memories[1], place, transposed=True)
+        return self.k.part(both, 0, 4), self.k.part(both, 4, 4)
+
+
+@dataclass
+class Rows:
+    """16 rows of a warp, of which a lane has g and g + 8: largest score, sum of the lane's weights, weighted values.
+
+    `outputs` has for every 8 columns of the head the 4 numbers of the lane.
+    """
+
+    k: GridBuilder
+    largest: list[Expr]
+    total: list[Expr]
+    outputs: list[Expr]
+
+    @classmethod
+    def empty(cls, k: GridBuilder, width: int) -> Rows:
+        return cls(k, [k.f32(NEVER)] * 2, [k.f32(0.0)] * 2, [k.f32(0.0, 4) for _ in range(width // 8)])
+
+    def flat(self) -> list[Expr]:
+        return [*self.largest, *self.total, *self.outputs]
+
+    @classmethod
+    def of(cls, k: GridBuilder, flat: list[Expr]) -> Rows:
+        return cls(k, flat[:2], flat[2:4], flat[4:])
+
+    def over_lanes(self, x: Expr, kind: str) -> Expr:
+        """x of the 4 lanes that share a row, added or the largest."""
+        for mask in (1, 2):
+            other = self.k.shuffle(x, mask)
+            x = x + other if kind == "add" else x.max(other)
+        return x
+
+    def by_rows(self, pair: list[Expr]) -> Expr:
+        """A number of row g and one of row g + 8 at the places of a fragment."""
+        return self.k.join(pair[0], pair[0], pair[1], pair[1])
+
+    def add(self, scores: list[Expr], factor: float) -> tuple[Rows, list[Expr]]:
+        """The rows when these scores (4 numbers of a lane for 8 positions each) have come, without their values, and
+        the weights of the positions as left factors, one for 16 positions. `factor` is scale times log2(e)."""
+        k = self.k
+        largest, shrink = [], []
+        for half in range(2):
+            best = self.largest[half]
+            for s in scores:
+                best = best.max(s.extract(2 * half)).max(s.extract(2 * half + 1))
+            best = self.over_lanes(best, "max")
+            largest.append(best)
+            shrink.append(k.exp2((self.largest[half] - best) * factor))
+        top = self.by_rows([x * -factor for x in largest])
+        weights = [k.exp2(k.fma(s, factor, top)) for s in scores]
+        total = []
+        for half in range(2):
+            added = self.total[half] * shrink[half]
+            for w in weights:
+                added = added + (w.extract(2 * half) + w.extract(2 * half + 1))
+            total.append(added)
+        less = self.by_rows(shrink)
+        outputs = [o * less for o in self.outputs]
+        factors = [k.join(a, b).cast(BF16) for a, b in zip(weights[::2], weights[1::2], strict=True)]
+        return Rows(k, largest, total, outputs), factors
+
+    def add_values(self, weights: Expr, tiles: KvTiles, tile: Expr, first: Expr | int) -> None:
+        """Adds the values of 16 positions under their weights."""
+        for step in range(tiles.width // 16):
+            for i, v in enumerate(tiles.values(tile, first, step)):
+                at = 2 * step + i
+                self.outputs[at] = self.k.mma(self.outputs[at], weights, v)
+
+
+def load_queries(k: GridBuilder, q: Buffer, starts: list[Expr], width: int) -> list[Expr]:
+    """Left factors of 16 rows, whose rows g and g + 8 begin at these elements: one for every 16 columns."""
+    lane, _ = k.lane_and_warp()
+    made = []
+    for step in range(width // 16):
+        places = [(start, column) for column in (0, 8) for start in starts]
+        made.append(k.join(*(q.load(start + (step * 16 + column) + lane % 4 * 2, 2) for start, column in places)))
+    return made
+
+
+def scores_of(
+    k: GridBuilder, queries: list[Expr], tiles: KvTiles, tile: Expr, first: Expr | int, count: int
+) -> list[Expr]:
+    """Products of the rows with `count` positions (a multiple of 16), 8 positions a fragment."""
+    made = [k.f32(0.0, 4) for _ in range(count // 8)]
+    for step, a in enumerate(queries):
+        for pair in range(count // 16):
+            for i, b in enumerate(tiles.keys(tile, k.index(first) + 16 * pair, step)):
+                made[2 * pair + i] = k.mma(made[2 * pair + i], a, b)
+    return made
+
+
+def masked(k: GridBuilder, scores: list[Expr], first: Expr, positions: list[Expr], shape: AttentionShape) -> list[Expr]:
+    """Scores of positions from `first` on; NEVER where the rows at `positions` (g and g + 8) do not see them."""
+    lane, _ = k.lane_and_warp()
+    made = []
+    for number, s in enumerate(scores):
+        numbers = []
+        for i in range(4):
+            at = first + (8 * number + i % 2) + lane % 4 * 2
+            seen = at.compare("le", positions[i // 2])
+            if shape.window:
+                seen = seen & (at + shape.window).compare("gt", positions[i // 2])
+            numbers.append(k.select(seen, s.extract(i), k.constant(ScalarType(F32), NEVER)))
+        made.append(k.join(*numbers))
+    return made

@@ -1,0 +1,100 @@
+"""Attention for GPUs: what attn.attention means, over pieces of prompts, splits, windows and shared kv heads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codegen.nvptx.kernels.attention import prefill_kernel
+from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
+from codegen.nvptx.kernels.attention_rows import AttentionShape
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16
+from ir.grid_interpreter import interpret_grid
+from ir.ops.attention import visible
+from tests.samples.base import normal
+
+CTX, SLOTS = 96, 2
+
+
+def meant(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray, slots: np.ndarray,
+    shape: AttentionShape, scale: float,
+) -> np.ndarray:  # fmt: skip
+    """f64 softmax attention, row by row, as attn.attention says it."""
+    y = np.zeros(q.shape)
+    for t, h in np.ndindex(q.shape[:2]):
+        own = slots[t], h // shape.group
+        scores = keys[own].astype(np.float64) @ q[t, h].astype(np.float64) * scale
+        scores[~visible(positions[t], shape.window, len(scores))] = -np.inf
+        weights = np.exp(scores - scores.max())
+        y[t, h] = weights / weights.sum() @ np.nan_to_num(values[own].astype(np.float64))
+    return y
+
+
+def cache(shape: AttentionShape, lengths: list[int], seed: str) -> np.ndarray:
+    """bf16 [slots, kv heads, ctx, d]; NaN where nothing has been appended."""
+    made = normal(SLOTS, shape.kv_heads, CTX, shape.width, seed=seed, element=BF16)
+    for slot, length in enumerate(lengths):
+        made[slot, :, length:] = np.nan
+    return made
+
+
+@settings(max_examples=3, deadline=None)
+@given(
+    st.sampled_from([(0, 1), (0, 23), (17, 32), (63, 9), (64, 30)]), st.sampled_from([(0, 32), (5, 14)]),
+    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(2, 2, 64, window=20), AttentionShape(1, 1, 128)]),
+)  # fmt: skip
+def test_prompts(one: tuple[int, int], other: tuple[int, int], shape: AttentionShape) -> None:
+    """Two pieces of two slots, each from a position on for so many tokens."""
+    tokens = one[1] + other[1]
+    pieces = np.array([[0, one[1], 1, one[0]], [one[1], other[1], 0, other[0]]], np.int32)
+    positions = np.concatenate([start + np.arange(count) for start, count in (one, other)])
+    slots = np.repeat([1, 0], [one[1], other[1]])
+    lengths = [sum(other), sum(one)]
+    q = normal(tokens, shape.heads, shape.width, seed="q", element=BF16)
+    keys, values = (cache(shape, lengths, seed) for seed in ("keys", "values"))
+    made = prefill_kernel(shape, 0.125, "prefill", warps=2, tile=32)
+    y = np.full((tokens, shape.heads, shape.width), np.nan, np.float32)
+    blocks = len(pieces) * shape.heads
+    interpret_grid(made.func, [q, keys, values, pieces, y, CTX], blocks=blocks, threads=made.threads)
+    # Weights of values are rounded to bf16.
+    want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, positions, slots, shape, 0.125)
+    np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
+
+
+@settings(max_examples=3, deadline=None)
+@given(
+    st.sampled_from([(0, 95), (63, 64), (15, 16), (40, 80)]), st.sampled_from([1, 2, 3]),
+    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(3, 3, 64, window=20), AttentionShape(16, 1, 128)]),
+)  # fmt: skip
+def test_single_tokens(at: tuple[int, int], splits: int, shape: AttentionShape) -> None:
+    """Three tokens: two slots, one of them twice. Splits may be empty."""
+    positions, slots = np.array([*at, at[1]], np.int32), np.array([0, 1, 1], np.int32)
+    q = normal(3, shape.heads, shape.width, seed="q", element=BF16)
+    keys, values = (cache(shape, [at[0] + 1, at[1] + 1], seed) for seed in ("keys", "values"))
+    split, join = split_kernel(shape, 0.125, splits, "split"), join_kernel(shape, splits, "join")
+    parts = np.full((3, shape.heads, splits, shape.width), np.nan, np.float32)
+    sums = np.full((3, shape.heads, splits, 2), np.nan, np.float32)
+    y = np.full(q.shape, np.nan, np.float32)
+    first = [q, keys, values, positions, slots, parts, sums, CTX]
+    interpret_grid(split.func, first, blocks=3 * shape.kv_heads * splits, threads=split.threads)
+    interpret_grid(join.func, [parts, sums, y], blocks=3 * shape.heads, threads=join.threads)
+    want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, positions, slots, shape, 0.125)
+    np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (AttentionShape(4, 2, 80), "heads of 80 have no attention on GPUs; expected 64 or 128"),
+        (AttentionShape(5, 2, 64), "5 query heads do not share 2 kv heads evenly"),
+    ],
+)
+def test_shapes_without_a_kernel(shape: AttentionShape, message: str) -> None:
+    with pytest.raises(DiagnosticError, match=message):
+        prefill_kernel(shape, 1.0, "prefill")
+    with pytest.raises(DiagnosticError, match="32 query heads share a kv head"):
+        split_kernel(AttentionShape(32, 1, 64), 1.0, 2, "split")

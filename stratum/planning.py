@@ -34,6 +34,7 @@ from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated
+from passes.place.routing_model import fading_hit_rate
 from passes.place.solve import NoFit, Solution, largest, least_budget, replay, solve
 from passes.place.what_if import Gain, gains
 from passes.quantize.recipe import load_recipe
@@ -167,6 +168,8 @@ def _placed(
         trace = check_trace(read_trace(request.trace), shape)
         rates = TraceRates(trace, DEFAULT_POLICY, "global") if here else TraceRates(trace)
         problem = dataclasses.replace(problem, cached=rates)
+    elif here:  # of the policy of `run`
+        problem = dataclasses.replace(problem, cached=fading_hit_rate)
     if given is not None:
         solution = replay(problem, given)
     else:

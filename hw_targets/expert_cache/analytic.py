@@ -101,7 +101,9 @@ def fading_hit_rate(
         if float(seen.sum()) > slots:
             mean = chances * (1.0 - fade**age) / (1.0 - fade)
             spread = np.sqrt(chances * (1.0 - chances) * (1.0 - fade ** (2 * age)) / (1.0 - fade**2)) + 1e-4
-            level = _solve(lambda x, m=mean, d=spread: -_above(m, d, x).sum(), -float(slots), low=-50.0, high=100.0)
+            level = _solve(
+                lambda x, m=mean, d=spread: -float(_above(m, d, x).sum()), -slots, low=-50.0, high=100.0, halvings=40
+            )
             seen = np.minimum(seen, _above(mean, spread, level))
         found += count * float((chances * seen).sum())
     return min(1.0, found / asked / sum(ages.values()))
@@ -125,11 +127,13 @@ def _above(mean: Vector, spread: Vector, level: float) -> Vector:
     return 0.5 * (1.0 + np.sign(x) * (1.0 - series * np.exp(-x * x)))
 
 
-def _solve(function: Callable[[float], float], value: float, *, low: float = 0.0, high: float = 1.0) -> float:
+def _solve(
+    function: Callable[[float], float], value: float, *, low: float = 0.0, high: float = 1.0, halvings: int = 100
+) -> float:
     """The t at which a rising function of t has the value, to twelve digits; `high` is only where to begin."""
     while function(high) < value and high < 1e12:
         high *= 2
-    for _ in range(100):
+    for _ in range(halvings):
         middle = (low + high) / 2
         if function(middle) < value:
             low = middle

@@ -37,6 +37,7 @@ class StreamBooks:
         self.most_held_bytes = 0
         self._live: dict[int, None] = {}  # waited for in this call, not done with
         self._experts: dict[Entry, ReadJob] = {}
+        self.most_guesses = self._plan.guesses
         self._tables = [p for n, p in enumerate(self._pieces) if p.kind == "rows" and n not in owner.resident]
         self._pages: dict[int, ReadJob] = {}  # first byte of a page of a table
 
@@ -137,7 +138,7 @@ class StreamBooks:
         assert self.cache is not None
         missing = [expert for expert in experts if not self.cache.is_resident(layer, expert)]
         unit = self._pieces[self._expert_pieces[layer]].unit
-        return missing[: min(self._plan.guesses, max(0, self.cache.room_ahead(layer)) // unit)]
+        return missing[: min(self.most_guesses, max(0, self.cache.room_ahead(layer)) // unit)]
 
     def read_guessed(self, layer: int, experts: Sequence[int]) -> None:
         """Reads them behind all that is waited for."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from runtime.artifact import Artifact
+from runtime.disk_watch import DiskWatch
 from runtime.expert_cache import ExpertCache
 from runtime.expert_guess import ExpertGuess
 from runtime.manifest import PAGE_BYTES, ProgramInfo
@@ -74,6 +76,8 @@ class WeightStreamer:
         if plan.guesses and self.cache is not None:
             guess = ExpertGuess(manifest, self._memory.view(), self.resident)
             self.guess = guess if guess.possible else None
+        self.tell: Callable[[str], None] = _warn  # of a disk that is slower than planned
+        self._watch = DiskWatch(plan.disk_bytes_per_s)
         self._books = StreamBooks(self, self._reader, self._memory, self._pool)
 
     @property
@@ -145,6 +149,12 @@ class WeightStreamer:
         if not self._torn:
             with self._keeping():
                 self._books.end()
+            counters = self._reader.counters
+            message = self._watch.observe(counters.bytes, counters.busy_s)
+            if message is not None:
+                # The slower the disk, the less of a step is left for reads that nobody waits for.
+                self._books.most_guesses = min(1, self._books.most_guesses)
+                self.tell(message)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
@@ -199,3 +209,7 @@ class WeightStreamer:
     def _finished(self, job: ReadJob) -> None:
         if self.jobs is not None:
             self.jobs.append(job)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

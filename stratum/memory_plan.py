@@ -88,8 +88,17 @@ def plan_for(artifact: Path, budget: int, context: int | None, policy: str | Non
     from runtime.artifact import open_artifact
 
     manifest = open_artifact(artifact).manifest
-    baseline = baseline_bytes(manifest)
-    return plan_memory(manifest, budget, baseline=baseline, context=context, policy=policy, where=str(artifact))
+    rate, baseline = disk_rate(artifact), baseline_bytes(manifest)
+    made = plan_memory(manifest, budget, baseline=baseline, context=context, policy=policy, where=str(artifact))
+    return replace(made, stream=replace(made.stream, disk_bytes_per_s=rate))
+
+
+def disk_rate(artifact: Path) -> int:
+    """Bytes a second that the artifact's drive keeps up, as it was measured; 0 where it never was."""
+    from hw_targets.calibrate_disk import cached
+
+    found = cached(artifact)
+    return int(found.sustained_bandwidth) if found is not None else 0
 
 
 def baseline_bytes(manifest: Manifest) -> int:

@@ -117,6 +117,8 @@ def run(
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
+        if loaded.session.streamer is not None:
+            loaded.session.streamer.tell = lambda message: click.echo(f"warning: {message}", err=True)
         generation = loaded.generate(
             text, max_tokens=max_tokens, stop=stop, chat=chat, prompt_cache=prompt_cache, **sampling
         )

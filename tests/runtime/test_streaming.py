@@ -297,6 +297,34 @@ def test_an_interrupt_while_waiting(artifacts: dict[str, Path], expected: dict, 
         assert_same(logits(session, steps[1:]), expected[name, 3][1:])
 
 
+def test_a_disk_slower_than_planned_is_told_of_once(artifacts: dict[str, Path], expected: dict) -> None:
+    """And fewer guesses are read; the tokens are the same."""
+    path = artifacts["qwen3_moe"]
+    told: list[str] = []
+    plan = least_plan(path, guesses=2, disk_bytes_per_s=10**12)
+    with patch("runtime.disk_watch.LEAST_BYTES", 4096), patch("runtime.disk_watch.LEAST_S", 0):
+        with opened(path, plan) as session:
+            assert session.streamer is not None
+            session.streamer.tell = told.append
+            assert_same(logits(session, batches(1)), expected["qwen3_moe", 1])
+            assert len(told) == 1 and "the plan counts on 1000.00" in told[0]
+            assert session.streamer._books.most_guesses == 1
+        with opened(path, plan) as session, pytest.warns(RuntimeWarning, match="the disk gives"):
+            logits(session, batches(1))
+
+
+def test_a_file_that_vanishes_is_still_open(artifacts: dict[str, Path], expected: dict, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "gone.stratum"
+    shutil.copytree(artifacts["qwen3_moe"], path)
+    with opened(path, least_plan(path)) as session:
+        steps = batches(1)
+        got = logits(session, steps[:1])
+        shutil.rmtree(path)
+        assert_same([*got, *logits(session, steps[1:])], expected["qwen3_moe", 1])
+
+
 def test_nothing_is_left_behind(artifacts: dict[str, Path]) -> None:
     before = set(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(2):

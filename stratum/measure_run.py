@@ -93,6 +93,7 @@ class MeasuredRun:
         self.session = Session(
             artifact, threads=threads, max_context=context, num_slots=batch, stream=stream, routing=routing
         )
+        self._repetitions = 0
 
     def __enter__(self) -> MeasuredRun:
         return self
@@ -145,9 +146,10 @@ class MeasuredRun:
         return time.perf_counter() - start
 
     def steps(self, depth: int, batch: int, steps: int) -> list[float]:
-        """Seconds of every step."""
+        """Seconds of every step; other tokens each time, since a cache of experts would know those of the last time."""
         slots = np.arange(batch)
-        ids = self._ids(steps * batch)
+        self._repetitions += 1
+        ids = self._ids(steps * batch, self._repetitions)
         times = []
         for i in range(steps):
             start = time.perf_counter()
@@ -155,9 +157,10 @@ class MeasuredRun:
             times.append(time.perf_counter() - start)
         return times
 
-    def _ids(self, count: int) -> np.ndarray:
+    def _ids(self, count: int, repetition: int = 0) -> np.ndarray:
         """Arbitrary tokens, the same for every run."""
-        return np.random.Generator(np.random.PCG64(count)).integers(0, self.session.vocab_size, count)
+        random = np.random.Generator(np.random.PCG64([count, repetition]))
+        return random.integers(0, self.session.vocab_size, count)
 
 
 def parts_measured(rows: Sequence[tuple[str, float]], steps: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 python -m bench.gpu            # all kernels; --check only compares, --only NAME takes those that begin so
 
 Bytes and operations are what a kernel must move and compute; the share is of the bandwidth of a device-to-device copy
-(bytes read and written), or, for products of many rows, of the same product by torch where that is installed with CUDA.
+(bytes read and written); for products and attention of many rows, of torch's speed where it is installed with CUDA.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
 from bench.gpu_device import CudaDevice, DeviceArray, NoDeviceError, open_device
-from bench.measure import table
+from bench.measure import median, table
 from codegen.nvptx.compile import compile_ptx
 
 BEHIND_CACHES = 256 << 20  # bytes of argument sets that are taken in turns: several times a second-level cache
 MOST_SETS = 32
 COPY_BYTES = 1 << 30
+BESIDE_TORCH = ("gemm", "prefill")  # what computing bounds, not memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def upload(device: CudaDevice, arguments: Sequence[Any]) -> list[DeviceArray | i
 
 
 def measure(
-    device: CudaDevice, module: Any, case: GpuCase, *, timed: bool, copy: float, torch: float | None
+    device: CudaDevice, module: Any, case: GpuCase, *, timed: bool, copy: float, torch: dict[str, float]
 ) -> Measured:
     """Runs a case once on fresh numbers and compares; then, `timed`, in turns on several copies of its arguments."""
     arguments = case.make(np.random.default_rng(7))
@@ -66,7 +68,9 @@ def measure(
             if isinstance(argument, DeviceArray):
                 device.free(argument)
     rate, work = case.nbytes / seconds, case.flops / seconds
-    share = (torch / seconds if torch else None) if case.name.startswith("gemm") else rate / copy
+    share = rate / copy
+    if case.name in BESIDE_TORCH:
+        share = torch[case.name] / seconds if case.name in torch else None
     return Measured(case.name, error, seconds, rate / 1e9, work / 1e12, share)
 
 
@@ -79,24 +83,38 @@ def copy_bandwidth(device: CudaDevice, nbytes: int = COPY_BYTES) -> float:
     return 2 * nbytes / seconds
 
 
-def torch_product_seconds(m: int, n: int, k: int) -> float | None:
-    """The time of a bf16 product by torch; None without torch or without CUDA in it."""
+def torch_seconds() -> dict[str, float]:
+    """Case -> seconds of the same work by torch; empty without torch or without CUDA in it."""
     try:
         import torch
     except ImportError:
-        return None
+        return {}
     if not torch.cuda.is_available():
-        return None
-    x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return {}
+
+    def numbers(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    x, w = numbers(4096, 4096), numbers(4096, 4096)
+    q, keys, values = numbers(1, 32, 8192, 128), numbers(1, 8, 8192, 128), numbers(1, 8, 8192, 128)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    work = {
+        "gemm": lambda: x @ w.T,
+        "prefill": lambda: attention(q, keys, values, is_causal=True, enable_gqa=True),
+    }
+    return {name: _median_seconds(torch.cuda, action) for name, action in work.items()}
+
+
+def _median_seconds(cuda: Any, action: Callable[[], object], rounds: int = 20) -> float:
+    start, end = (cuda.Event(enable_timing=True) for _ in range(2))
     times = []
-    for _ in range(20):
+    for _ in range(rounds):
         start.record()
-        x @ w.T
+        action()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2]
+    return median(times)
 
 
 def report(device: CudaDevice, rows: Sequence[Measured], copy: float) -> str:
@@ -112,9 +130,14 @@ def report(device: CudaDevice, rows: Sequence[Measured], copy: float) -> str:
     return f"{device.name}, PTX for {device.architecture}; a copy: {copy / 1e9:.0f} GB/s\n\n{table(head, cells)}"
 
 
+def all_cases() -> list[GpuCase]:
+    """Every kernel at sizes of a real model."""
+    return [*real_cases(), *real_attention()]
+
+
 def main(
     arguments: Sequence[str] | None = None,
-    cases: Callable[[], list[GpuCase]] = real_cases,
+    cases: Callable[[], list[GpuCase]] = all_cases,
     device_of: Callable[[], CudaDevice] = open_device,
 ) -> int:
     """0 when every kernel is right, 1 when one is not, 2 without a GPU."""
@@ -134,7 +157,7 @@ def main(
     module = device.load(compile_ptx([c.kernel for c in chosen], device.architecture))
     timed = not options.check
     copy = copy_bandwidth(device) if timed else float("nan")
-    torch = torch_product_seconds(4096, 4096, 4096) if timed else None
+    torch = torch_seconds() if timed else {}
     rows = [measure(device, module, c, timed=timed, copy=copy, torch=torch) for c in chosen]
     print(report(device, rows, copy))
     return 0 if all(r.error <= 1 for r in rows) else 1

@@ -11,7 +11,8 @@ import pytest
 
 import bench.gpu as bench_gpu
 from bench.gpu import main
-from bench.gpu_cases import GpuCase, real_cases, small_cases
+from bench.gpu_attention_cases import small_attention
+from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_device import CudaDevice, NoDeviceError, open_device
 from ir.grid_interpreter import interpret_grid
 from ir.ops.tile_types import element_of
@@ -95,7 +96,7 @@ def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
 
 
 def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = small_cases()
+    cases = [*small_cases(), *small_attention()]
     assert run(cases, "--check") == 0
     said = capsys.readouterr().out
     assert "interpreter, PTX for sm_90" in said and "WRONG" not in said
@@ -105,7 +106,7 @@ def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 def test_measured_rates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "BEHIND_CACHES", 0)  # one set of arguments
     monkeypatch.setattr(bench_gpu, "copy_bandwidth", lambda device: 1e6)
-    monkeypatch.setattr(bench_gpu, "torch_product_seconds", lambda *sizes: 1e-3)
+    monkeypatch.setattr(bench_gpu, "torch_seconds", lambda: {"gemm": 1e-3})
     monkeypatch.setattr(CudaDevice.seconds, "__defaults__", (1,))
     cases = [c for c in small_cases() if c.name in ("rms_norm", "gemm")]
     assert run(cases) == 0
@@ -166,7 +167,7 @@ def test_without_package_or_driver(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_real_cases_fill_a_gpu() -> None:
     """Every launch has as many blocks as a large GPU has multiprocessors, at least."""
-    cases = real_cases()
+    cases = bench_gpu.all_cases()
     assert len({c.name for c in cases}) == len(cases) > 10
     for case in cases:
         assert case.blocks >= 132 and case.nbytes > 1 << 20

@@ -82,7 +82,7 @@ def _phases(plan: Placement) -> list[str]:
     lines = [
         f"decode   {_both(plan.decode, plan.simulated_step)} a step = {rate}, bound by {plan.decode.bound}{energy}",
         f"prefill  {_both(plan.prefill, plan.simulated_prefill)} for {session.prompt} tokens, "
-        f"bound by {plan.prefill.bound}",
+        f"bound by {plan.simulated_prefill_bound or plan.prefill.bound}",
         "",
     ]
     rows: list[Sequence[str]] = [("time by resource", "decode", "prefill")]

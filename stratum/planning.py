@@ -33,7 +33,7 @@ from passes.place.parallel import device_unit, search, together
 from passes.place.pins import parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
-from passes.place.refine import refine, simulated
+from passes.place.refine import refine, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
 from passes.place.solve import NoFit, Solution, largest, least_budget, replay, solve
 from passes.place.what_if import Gain, gains
@@ -135,7 +135,11 @@ def _as_run(request: PlanRequest, planned: Planned, manifest: Manifest) -> Plann
     except (DiagnosticError, RuntimeDiagnostic) as fault:
         warning = f"this machine cannot execute the plan: {str(fault).removeprefix('error: ')}"
         return dataclasses.replace(planned, warnings=(*planned.warnings, warning))
-    seconds = {"simulated_step": times.decode.seconds, "simulated_prefill": times.prefill.seconds}
+    seconds = {
+        "simulated_step": times.decode.seconds,
+        "simulated_prefill": times.prefill.seconds,
+        "simulated_prefill_bound": times.prefill.bound,
+    }
     return dataclasses.replace(planned, placement=dataclasses.replace(placement, **seconds))
 
 
@@ -179,14 +183,21 @@ def _placed(
             if len(pins) == len(request.pins) or not fault.pins:
                 raise
             raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
-    step, bound = None, solution  # what would help is judged by bounds: that of the plan with the lowest one
+    step, prompt, bound = (
+        None,
+        None,
+        solution,
+    )  # what would help is judged by bounds: that of the plan with the lowest one
     if request.simulate and given is not None:
-        step = simulated(solution)
+        step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:
         refined = refine(solution)
-        solution, step = refined.solution, refined.step_seconds
+        solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
     placement, judged, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step)
+    if prompt is not None:
+        first = {"simulated_prefill": prompt.seconds, "simulated_prefill_bound": prompt.bound}
+        placement = dataclasses.replace(placement, **first)
     cached = [g for g in placement.groups if g.mode == "cached"]
     if placement.expert_cache is not None and cached:
         scope = "global" if here else "layer"

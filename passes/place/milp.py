@@ -98,8 +98,8 @@ def _program(
             mine.append(at)
         count = float(found[0].part.count)
         rows.row(count, count, [(at, 1.0) for at in mine])
-    crossings = _crossings(rows, columns)
     for decode, length in ((True, t_decode), (False, t_prefill)):
+        crossings = _crossings(rows, columns, at_prefill=not decode)
         _lengths(rows, problem, columns, crossings, length, decode, scale)
     _capacities(rows, problem, columns, least_bytes, shrink)
     _quality(rows, problem, columns)
@@ -112,7 +112,7 @@ def _time_scale(options: Sequence[Sequence[Option]]) -> float:
     return max(total, 1e-9)
 
 
-def _crossings(rows: _Rows, columns: list[tuple[Option, int]]) -> list[int]:
+def _crossings(rows: _Rows, columns: list[tuple[Option, int]], at_prefill: bool) -> list[int]:
     """Columns that count layers whose MLP or experts are computed elsewhere than their attention."""
     found = []
     groups = dict.fromkeys((o.part.kind, o.part.group) for o, _ in columns if o.part.kind >= 0)
@@ -120,10 +120,11 @@ def _crossings(rows: _Rows, columns: list[tuple[Option, int]]) -> list[int]:
         if group == "attention":
             continue
         mine = [(o, at) for o, at in columns if o.part.kind == kind]
-        for unit in dict.fromkeys(o.unit for o, _ in mine if o.part.group == "attention"):
+        for unit in dict.fromkeys(o.unit_at(at_prefill) for o, _ in mine if o.part.group == "attention"):
             at = rows.column()
-            entries = [(c, -1.0) for o, c in mine if o.part.group == "attention" and o.unit == unit]
-            entries += [(c, 1.0) for o, c in mine if o.part.group == group and o.unit == unit]
+            here = [(o, c) for o, c in mine if o.unit_at(at_prefill) == unit]
+            entries = [(c, -1.0) for o, c in here if o.part.group == "attention"]
+            entries += [(c, 1.0) for o, c in here if o.part.group == group]
             rows.row(0.0, math.inf, [(at, 1.0), *entries])
             found.append(at)
     return found

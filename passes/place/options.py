@@ -70,6 +70,10 @@ class Option:
     prefill: PhaseCost = field(default_factory=PhaseCost)
     hit: float = 1.0
 
+    def unit_at(self, prefill: bool) -> str:
+        """Who computes it: decode steps or prompts."""
+        return self.prefill_unit if prefill and self.prefill_unit else self.unit
+
     @property
     def label(self) -> str:
         """All that tells it from the others of its part."""
@@ -209,7 +213,7 @@ def _tokens(problem: Problem) -> int:
 
 def _prefill_units(problem: Problem, unit: ComputeUnit, mode: str) -> list[ComputeUnit]:
     """Who computes a prompt: the unit itself; of what lies by a slow one also a faster one, to which it is moved."""
-    if mode != RESIDENT:
+    if mode != RESIDENT or not problem.move_for_prompts:
         return [unit]
     others = [
         other

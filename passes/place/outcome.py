@@ -79,8 +79,9 @@ def evaluate(problem: Problem, choice: Choice) -> Outcome:
     for cost, extra in ((decode, problem.together_decode), (prefill, problem.together_prefill)):
         for resource, seconds in extra:
             cost.wait(problem.machine.units[0].name, resource, seconds)
-    for kind, count in mismatches(choice).items():
-        for cost, seconds in ((decode, crossing(problem, decode=True)), (prefill, crossing(problem, decode=False))):
+    for cost, at_prefill in ((decode, False), (prefill, True)):
+        seconds = crossing(problem, decode=not at_prefill)
+        for kind, count in mismatches(choice, at_prefill).items():
             if count and seconds:
                 cost.wait(f"crossing {kind}", seconds[0], seconds[1] * count)
     found = phase(decode, problem.session.micro_batches), phase(prefill, 1)
@@ -104,13 +105,14 @@ def phase(cost: PhaseCost, micro_batches: int) -> PhaseOutcome:
     return PhaseOutcome(path, bound, ordered)
 
 
-def mismatches(choice: Choice) -> dict[int, int]:
+def mismatches(choice: Choice, at_prefill: bool = False) -> dict[int, int]:
     """Layers of each kind whose MLP or experts are computed elsewhere than their attention, at best."""
     units: dict[tuple[int, str], dict[str, int]] = {}
     for option, count in choice:
         if option.part.kind >= 0:
             here = units.setdefault((option.part.kind, option.part.group), {})
-            here[option.unit] = here.get(option.unit, 0) + count
+            unit = option.unit_at(at_prefill)
+            here[unit] = here.get(unit, 0) + count
     found: dict[int, int] = {}
     for (kind, group), here in units.items():
         if group != "attention":

@@ -166,7 +166,8 @@ class Placement:
     gap: float = 0.0
     joules_per_token: float | None = None
     simulated_step: float | None = None  # seconds of a decode step, event by event; `decode` is its closed-form bound
-    simulated_prefill: float | None = None  # of a built model's prompt on this machine, as the runtime takes it
+    simulated_prefill: float | None = None  # of a prompt; of a built model on this machine as the runtime takes it
+    simulated_prefill_bound: str = ""  # what most of that goes to
     quality: QualityPlan | None = None
     schema: str = SCHEMA
 

@@ -97,6 +97,7 @@ class Problem:
     together_prefill: tuple[tuple[str, float], ...] = ()
     cached: HitRate = field(default=hit_rate, compare=False)
     popular: HitRate = field(default=fixed_share, compare=False)
+    move_for_prompts: bool = True  # whether weights by a slow unit may be moved to another one for prompts
     menu: Menu | None = None  # formats to choose among; None: `formats` throughout
 
     def parts(self) -> tuple[Part, ...]:

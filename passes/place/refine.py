@@ -1,11 +1,12 @@
 """The best plan by simulation among a few that are best in closed form under different rules.
 
-    refined = refine(solution)      # Refined(solution, step_seconds): the decode step as simulated, event by event
+    refined = refine(solution)      # Refined(solution, step_seconds, prompt): both phases as simulated, event by event
 
 The closed form lets streams run beside everything else. In a plan they wait for slots, and for units that take turns,
 so that a plan that streams less, or with more slots, can be faster than the one with the lowest bound. Tried are the
-solved plan, the best without streamed weights, and the best with twice the slots. What cannot be simulated keeps its
-bound and stays as it is.
+solved plan, the best without streamed weights, the best with twice the slots, and where prompts are computed on another
+unit than decode steps, the best that computes them where the weights lie. What cannot be simulated keeps its bound and
+stays as it is.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
 from passes.place.outcome import objective
 from passes.place.problem import Pin, Problem, Slo
 from passes.place.solve import Solution, solve
 
+if TYPE_CHECKING:
+    from passes.schedule.placed_plan import PromptTime
+
 _SAMPLES = 8  # draws of expert misses
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The plan that is fastest as simulated. `step_seconds` is None where plans of this kind cannot be simulated."""
+    """The plan that is fastest as simulated. `step_seconds` and `prompt` are None where that cannot be simulated."""
 
     solution: Solution
     step_seconds: float | None
+    prompt: PromptTime | None = None
 
 
 def refine(solution: Solution) -> Refined:
@@ -38,11 +44,18 @@ def refine(solution: Solution) -> Refined:
         seconds = simulated(candidate)
         if seconds is None or _late(candidate, seconds, solution.problem.slo):
             continue
-        value = objective(candidate.problem, seconds, candidate.outcome.prefill.seconds)
+        least = objective(candidate.problem, seconds, candidate.outcome.prefill.seconds)
+        if best is not None and least >= lowest:
+            continue
+        prompt = simulated_prompt(candidate)
+        length = prompt.seconds if prompt is not None else candidate.outcome.prefill.seconds
+        if solution.problem.slo.ttft is not None and length > solution.problem.slo.ttft:
+            continue
+        value = objective(candidate.problem, seconds, length)
         if best is None or value < lowest * (1 - 1e-6):
-            best, lowest = Refined(candidate, seconds), value
+            best, lowest = Refined(candidate, seconds, prompt), value
     if best is None:
-        return Refined(solution, simulated(solution))
+        return Refined(solution, simulated(solution), simulated_prompt(solution))
     return best
 
 
@@ -59,22 +72,37 @@ def simulated(solution: Solution) -> float | None:
     return max(found, solution.outcome.decode.seconds)
 
 
+def simulated_prompt(solution: Solution) -> PromptTime | None:
+    """A prompt, simulated chunk by chunk; never below the closed form. None where `simulated` gives none."""
+    from passes.schedule.placed_plan import PromptTime, prompt_time
+
+    if solution.problem.together_prefill:
+        return None
+    try:
+        found = prompt_time(solution.problem, solution.choice)
+    except DiagnosticError:
+        return None
+    least = solution.outcome.prefill
+    return found if found.seconds >= least.seconds else PromptTime(least.seconds, least.bound)
+
+
 def _late(candidate: Solution, seconds: float, slo: Slo) -> bool:
     return slo.tpot is not None and seconds > slo.tpot
 
 
 def _candidates(solution: Solution) -> Iterator[Solution]:
-    """The solution itself, then others where it streams weights."""
+    """The solution itself, then others where it streams weights, or moves them for prompts."""
     yield solution
-    if all(option.mode != "streamed" for option, _ in solution.choice):
-        return
     problem = solution.problem
-    still = Pin("weights=resident", "weights", "resident")
-    deeper = dataclasses.replace(problem.session, depth=2 * problem.session.depth)
-    for variant in (
-        dataclasses.replace(problem, pins=(*problem.pins, still)),
-        dataclasses.replace(problem, session=deeper),
-    ):
+    variants = []
+    if any(option.mode == "streamed" for option, _ in solution.choice):
+        still = Pin("weights=resident", "weights", "resident")
+        deeper = dataclasses.replace(problem.session, depth=2 * problem.session.depth)
+        variants.append(dataclasses.replace(problem, pins=(*problem.pins, still)))
+        variants.append(dataclasses.replace(problem, session=deeper))
+    if any(option.prefill_unit != option.unit for option, _ in solution.choice):
+        variants.append(dataclasses.replace(problem, move_for_prompts=False))
+    for variant in variants:
         found = _solved(variant)
         if found is not None:
             yield dataclasses.replace(found, problem=dataclasses.replace(found.problem, pins=problem.pins))

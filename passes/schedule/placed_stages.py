@@ -28,12 +28,16 @@ KV_BLOCK_BYTES = 1 << 20  # keys and values are kept together, chunk by chunk
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes at home: a segment that the plan declares, read from drives in requests of `block` bytes (0: whole)."""
+    """Bytes at home: a segment that the plan declares, read from drives in requests of `block` bytes (0: whole).
+
+    `made` names the store that puts them there, "" for what is there from the start.
+    """
 
     name: str
     home: str
     nbytes: int
     block: int = 0
+    made: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Stage:
     """`work` of one micro-batch on `unit`; `entry_bytes` of activations come with it from the unit of the stage before.
 
     `chunks` are pieces that are brought from `chunk_home` one after another for all micro-batches, `cache_piece` those
-    of keys and values for each of them (from `cache_home`, with `new_bytes` that go back). Of an expert cache at most
+    of keys and values for each of them (from `cache_home`, with `new_bytes` that go back). `new` is what a chunk of a
+    prompt adds to a cache elsewhere. Of an expert cache at most
     `fetches` experts of `expert_bytes` are missing, each with the probability `1 - hit`. `beside`: a stage that another
     unit computes at the same time.
     """
@@ -60,16 +65,19 @@ class Stage:
     expert_bytes: int = 0
     hit: float = 1.0
     beside: Stage | None = None
+    new: Kept | None = None
 
 
 def decode_stages(problem: Problem, choice: Choice, order: str = "units") -> tuple[Stage, ...]:
     """The stages of one decode step of all sequences."""
     if order not in ("units", "even"):
         raise ValueError(f"expected the order units or even, got {order!r}")
-    return _Reader(problem, choice, order == "even").stages()
+    return StageReader(problem, choice, order == "even").stages()
 
 
-class _Reader:
+class StageReader:
+    """Reads the stages of a decode step, part by part."""
+
     def __init__(self, problem: Problem, choice: Choice, even: bool) -> None:
         self.problem, self.choice, self.even = problem, choice, even
         session = problem.session
@@ -92,7 +100,10 @@ class _Reader:
             for group in ("attention", "mlp", "experts"):
                 if group in layers[number]:
                     made += self.part(f"layers.{number}.{group}", *layers[number][group])
-        return (*made, *self.part("head", *outer["head"]))
+        return (*made, *self.head(*outer["head"]))
+
+    def head(self, part: Part, option: Option) -> list[Stage]:
+        return self.part("head", part, option)
 
     def embedding(self, part: Part, option: Option, unit: str) -> Stage:
         """Rows are looked up where they lie; from a drive each takes a page."""
@@ -172,14 +183,19 @@ class _Reader:
         """Some experts on the unit, the others computed by the helper where they lie."""
         tier, helper = self.problem.machine.unit(option.unit).tier, self.problem.machine.unit(option.helper)
         needed, here = self.needed(part, self.rows), option.slots * part.expert_bytes
-        far_rows, far_bytes = self.rows * (1 - option.hit), needed * (1 - option.hit) * part.expert_bytes
+        near = self.share_here(part, option)
+        far_rows, far_bytes = self.rows * (1 - near), needed * (1 - near) * part.expert_bytes
         far = Stage(
             f"{name}.far", helper.name, self.work(part, helper.name, math.ceil(far_bytes), far_rows, part.launches),
             self.hidden_bytes, (Kept(f"{name}.far", helper.tier, part.nbytes - here),),
         )  # fmt: skip
-        near_rows, near_bytes = self.rows * option.hit, needed * option.hit * part.expert_bytes
+        near_rows, near_bytes = self.rows * near, needed * near * part.expert_bytes
         work = self.work(part, option.unit, math.ceil(near_bytes), near_rows, part.launches)
         return Stage(name, option.unit, work, self.hidden_bytes, (Kept(name, tier, here),), beside=far)
+
+    def share_here(self, part: Part, option: Option) -> float:
+        """The share of a split that the unit itself computes."""
+        return option.hit
 
     def work(self, part: Part, unit: str, nbytes: int, rows: float, launches: int) -> Work:
         tier = self.problem.machine.unit(unit).tier

@@ -1,0 +1,138 @@
+"""A placement as stages of a prompt: chunk by chunk, every layer streamed once for each, attention over all before it.
+
+    for chunk in range(problem.session.passes): stages = prompt_stages(problem, choice, chunk)
+
+A chunk of many tokens uses all experts of a layer: those that are streamed come whole, of a cache what its slots do not
+hold, and a split computes on both sides in the proportion of experts. What lies by a slow unit is computed by the unit
+that the placement chose for prompts, to which it is moved. Keys and values that are at home elsewhere than by the unit
+that attends are kept chunk by chunk: each chunk reads the earlier ones (of a window those inside) and puts its own
+beside them. Only the last chunk passes the head, with one row a prompt. As in the closed form all chunks are equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from hw_targets.cost_model import Work
+from passes.place.options import CACHED, RESIDENT, SPLIT, Option, attended_pairs
+from passes.place.outcome import Choice
+from passes.place.parts import Part
+from passes.place.problem import Problem
+from passes.schedule.placed_stages import KV_BLOCK_BYTES, PAGE_BYTES, Kept, Stage, StageReader
+from passes.schedule.placed_streams import storable
+
+_PIECES = 4  # of keys and values that were there before a plan begins
+
+
+def prompt_stages(
+    problem: Problem, choice: Choice, chunk: int, order: str = "units", first: int = 0
+) -> tuple[Stage, ...]:
+    """The stages of one chunk of a prompt, layers in one of the orders of `decode_stages`, in a plan that begins with
+    the chunk `first`."""
+    return _PromptReader(problem, choice, order == "even", chunk, first).stages()
+
+
+class _PromptReader(StageReader):
+    def __init__(self, problem: Problem, choice: Choice, even: bool, chunk: int, first: int) -> None:
+        super().__init__(problem, choice, even)
+        self.chunk, self.first, self.passes = chunk, first, problem.session.passes
+        self.batches = 1
+        self.rows = problem.session.prompt / self.passes
+        self.hidden_bytes = math.ceil(self.rows) * problem.shape.hidden * 2
+
+    def head(self, part: Part, option: Option) -> list[Stage]:
+        if self.chunk < self.passes - 1:
+            return []
+        last = _PromptReader(self.problem, self.choice, self.even, self.chunk, self.first)
+        last.rows, last.hidden_bytes = 1.0, self.problem.shape.hidden * 2
+        return last.part("head", part, option)
+
+    def embedding(self, part: Part, option: Option, unit: str) -> Stage:
+        """Rows are looked up where they lie; from a drive each takes a page, a few at a time."""
+        if option.home not in self.problem.machine.stores:
+            return super().embedding(part, option, unit)
+        pages = min(part.nbytes, PAGE_BYTES * math.ceil(self.rows))
+        piece = max(PAGE_BYTES, self.problem.workspace_bytes() // 8)
+        count = max(1, -(-pages // piece))
+        bounds = [pages * i // count for i in range(count + 1)]
+        reads = [Kept(f"embedding.rows.{i}", option.home, bounds[i + 1] - bounds[i], PAGE_BYTES) for i in range(count)]
+        rest = (Kept("embedding", option.home, part.nbytes - pages),)
+        return Stage("embedding", unit, Work(), 0, rest, option.home, tuple(reads))
+
+    def part(self, name: str, part: Part, option: Option) -> list[Stage]:
+        if option.mode == CACHED:
+            return [self.cached(name, part, option)]
+        if option.mode == SPLIT:
+            return [self.split(name, part, option)]
+        at = option.prefill_unit or option.unit
+        work = self.work(part, at, self.touched(part), self.rows, part.launches)
+        if option.mode == RESIDENT and at == option.unit:
+            made = [Stage(name, at, work, self.hidden_bytes, (Kept(name, option.home, part.nbytes),))]
+        else:
+            made = [self.streamed(name, part, option, at, work, part.nbytes)]
+        if part.group == "attention":
+            made.append(self.attend(name, part, option))
+        return made
+
+    def streamed(self, name: str, part: Part, option: Option, unit: str, work: Work, moved: int) -> Stage:
+        """Work on a part of which `moved` bytes are brought in pieces as the placement's buffers are made for."""
+        piece = max(1, part.expert_bytes * max(1, part.top_k) if part.experts else part.nbytes)
+        count = max(1, -(-moved // piece))
+        bounds = [moved * i // count for i in range(count + 1)]
+        block = part.expert_bytes or part.nbytes
+        chunks = tuple(Kept(f"{name}.{i}", option.home, bounds[i + 1] - bounds[i], block) for i in range(count))
+        kept = (Kept(f"{name}.rest", option.home, part.nbytes - moved),) if part.nbytes > moved else ()
+        return Stage(name, unit, work, self.hidden_bytes, kept, option.home, chunks)
+
+    def attend(self, name: str, part: Part, option: Option) -> Stage:
+        problem, session, layer = self.problem, self.problem.session, part.layer
+        assert layer is not None
+        attention, unit = layer.attention, problem.machine.unit(option.kv_unit)
+        first, last = round(self.chunk * self.rows), round((self.chunk + 1) * self.rows)
+        pairs = attended_pairs(attention.window, last) - (attended_pairs(attention.window, first) if first else 0.0)
+        read = (self.chunk + 0.5) * self.rows * part.kv_bytes_per_token
+        flops = pairs * attention.flops_per_pair(absorbed=False)
+        work = Work(flops, problem.formats.float_format, ((unit.tier, read),))
+        entry = math.ceil(self.rows) * 2
+        entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
+        held = session.batch * layer.kv_tokens(session.context) * part.kv_bytes_per_token
+        if option.kv_home == unit.tier:
+            return Stage(f"{name}.kv", unit.name, work, entry, (Kept(f"{name}.kv", option.kv_home, held),))
+        piece = min(held, math.ceil(self.rows * part.kv_bytes_per_token))
+        places = max(1, held // max(1, piece))
+        before = min(self.chunk, places, math.ceil(attention.window / self.rows) if attention.window else self.chunk)
+        stored = storable(problem.machine, option.kv_home, unit.tier)
+
+        def chunk_of(number: int) -> Kept:
+            made = f"{name}.kv of {number}" if stored else ""
+            return Kept(f"{name}.kv.{number % places}", option.kv_home, piece, KV_BLOCK_BYTES, made)
+
+        # What was there before the plan begins comes in a few pieces, unless a window lets go of it chunk by chunk.
+        joined = self.first if before == self.chunk and places >= self.passes else 0
+        bounds = [joined * piece * i // min(_PIECES, joined or 1) for i in range(min(_PIECES, joined or 1) + 1)]
+        earlier = tuple(
+            Kept(f"{name}.kv.before.{i}", option.kv_home, end - start, KV_BLOCK_BYTES)
+            for i, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start
+        )  # fmt: skip
+        used = min(places, self.passes)
+        kept = (*earlier, *(chunk_of(i) for i in range(joined, used)))
+        rest = Kept(f"{name}.kv.rest", option.kv_home, held - used * piece)
+        return Stage(
+            f"{name}.kv", unit.name, work, entry, (*kept, rest), option.kv_home,
+            (*earlier, *(chunk_of(i) for i in range(max(joined, self.chunk - before), self.chunk))),
+            new=chunk_of(self.chunk) if stored else None,
+        )  # fmt: skip
+
+    def cached(self, name: str, part: Part, option: Option) -> Stage:
+        """Of the experts that are touched, those come that the slots do not hold."""
+        tier = self.problem.machine.unit(option.unit).tier
+        touched = self.touched(part)
+        work = self.work(part, option.unit, touched, self.rows, part.launches)
+        moved = math.ceil(touched * max(0.0, 1.0 - option.slots / part.experts))
+        stage = self.streamed(name, part, option, option.unit, work, moved)
+        slots = Kept(f"{name}.cache", tier, option.slots * part.expert_bytes)
+        return Stage(name, stage.unit, work, stage.entry_bytes, (*stage.kept, slots), stage.chunk_home, stage.chunks)
+
+    def share_here(self, part: Part, option: Option) -> float:
+        return option.slots / part.experts

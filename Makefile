@@ -53,8 +53,9 @@ demo: $(VENV)/.installed ## install, compile examples/tiny-moe, generate text
 
 # --- tests ---------------------------------------------------------------------------------------------------------
 
+# A file's tests go to one worker: what a module compiles for all of them is compiled once.
 test: $(VENV)/.installed ## install and run the suite (no torch needed)
-	$(PYTEST) -n $(WORKERS) --ignore=tests/reference $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore=tests/reference $(ARGS)
 
 test-text: $(VENV)/.installed ## only the text tests: parser, printer, verifier, passes
 	$(PYTEST) -n $(WORKERS) tests/text $(ARGS)

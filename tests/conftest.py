@@ -1,9 +1,11 @@
-"""What every test shares: hypothesis profiles, the `reference` marker, and a cache directory of the tests' own."""
+"""What every test shares: hypothesis profiles, the `reference` marker, and cache directories of the tests' own."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 # Two cores are shared by pytest's workers; a library that starts a thread per core only slows the others down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Loops that numba compiles are decorated on import, before any fixture; all workers and children share their machine
+# code, and so does the next run: it is kept by the source file's date.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "test-numba"))
 
 # A suite started in the background of a shell is told to ignore Ctrl-C, and so would the children it interrupts.
 if threading.current_thread() is threading.main_thread():
@@ -20,15 +25,27 @@ if threading.current_thread() is threading.main_thread():
 
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # The same examples on every machine: a red run is a change in the code, never luck. `make fuzz` looks further.
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=_RELAXED)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=_RELAXED)
 settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=_RELAXED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _REFERENCE = Path(__file__).parent / "reference"
+_RUN_CACHE = "STRATUM_TEST_CACHE"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/goldens afresh (needs torch)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The run has one cache for compiled objects and built models; its workers inherit the name."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_RUN_CACHE] = tempfile.mkdtemp(prefix="stratum-test-cache-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_RUN_CACHE), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,9 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the tests out of the user's cache: compiled objects and built models go to a temporary directory."""
+def _own_cache() -> Iterator[None]:
+    """Keeps the tests out of the user's cache: compiled objects and built models go to the run's directory."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("STRATUM_CACHE", str(tmp_path_factory.mktemp("stratum-cache")))
+    patch.setenv("STRATUM_CACHE", os.environ[_RUN_CACHE])
     yield
     patch.undo()

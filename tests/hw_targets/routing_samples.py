@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +19,12 @@ MIB = 1 << 20
 def qwen_trace() -> RoutingTrace:
     """Qwen3-30B-A3B, 48 layers, top 6 of 128 experts, 28 prompt tokens and 128 decoded ones."""
     return read_trace(DATA / "qwen.route.csv.gz")
+
+
+def start_of(trace: RoutingTrace, tokens: int) -> RoutingTrace:
+    """The first tokens of a trace."""
+    columns = ("experts", "weights", "turn", "position", "batch", "decode")
+    return replace(trace, **{name: getattr(trace, name)[:tokens] for name in columns})
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from hw_targets.expert_cache import ON_LINE, POLICIES, replay
 from hw_targets.routing import RoutingTrace
 from ir.diagnostics import DiagnosticError
 from runtime.expert_cache import ExpertCache
-from tests.hw_targets.routing_samples import MIB, published_curve, qwen_trace, small_trace
+from tests.hw_targets.routing_samples import MIB, published_curve, qwen_trace, small_trace, start_of
 
 # The published names of caches with an equal share for each layer.
 PARTITIONED = {"layer": "lru", "layerlfu": "lfu"}
@@ -51,7 +51,7 @@ def test_shares_of_layers_hold_a_whole_batch_or_more_than_their_budget() -> None
 
 
 def test_belady_bounds_every_policy() -> None:
-    trace = qwen_trace()
+    trace = start_of(qwen_trace(), 64)
     for slots in (300, 1500):
         best = replay(trace, slots=slots, policy="belady").hits
         assert all(replay(trace, slots=slots, policy=policy).hits <= best for policy in POLICIES)
@@ -126,7 +126,7 @@ def _assert_runtime_agrees(trace: RoutingTrace, capacity: int, policy: str, scop
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_runtime_decides_alike_on_the_recorded_trace(policy: str, scope: str) -> None:
     pinned = [(layer, 7) for layer in range(48)] if scope == "global" else []
-    _assert_runtime_agrees(qwen_trace(), 1500 * MIB, policy, scope, pinned)
+    _assert_runtime_agrees(start_of(qwen_trace(), 64), 1500 * MIB, policy, scope, pinned)
 
 
 @st.composite

@@ -56,7 +56,7 @@ def weights(draw: st.DrawFn) -> np.ndarray:
 
 
 @pytest.mark.parametrize("text", FORMATS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.data())
 def test_the_same_bytes(text: str, data: st.DataObject) -> None:
     format, values = parse_format(text), data.draw(weights())

@@ -8,12 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +19,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from runtime.artifact import open_artifact
-from runtime.errors import RuntimeDiagnostic
 from stratum.cli import main
 
-ROOT = Path(__file__).parent.parent.parent
 SECONDS = 20.0  # of the processor, generous: most take milliseconds
 Spoil = Callable[[Path], object]
 
@@ -368,95 +361,3 @@ def test_good_artifact_still_runs(artifact: Path, capfd: pytest.CaptureFixture[s
     change_manifest(lambda m: None)(artifact)
     assert main(["run", str(artifact), "hello", "-n", "2", "-t", "1", "-q"]) == 0
     assert capfd.readouterr().err == ""
-
-
-# --- disks and kills -----------------------------------------------------------------------------------------------
-
-
-def python(code: str, *arguments: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """A child process; `limit` is the largest file it may write."""
-
-    def prepare() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        preexec_fn=prepare,
-    )
-
-
-def test_disk_full(llama_directory: Path, tmp_path: Path) -> None:
-    """A limit on file sizes fails like a full disk, in the middle of the weights."""
-    code = "import sys; from stratum.cli import main; sys.exit(main(sys.argv[1:]))"
-    result = python(code, "build", llama_directory, "-o", tmp_path / "out", "-q", limit=100_000)
-    assert result.returncode == 2, result.stderr
-    assert "not enough room" in result.stderr and str(tmp_path / "out") in result.stderr
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import stratum
-
-model, out, stage, part = sys.argv[1:]
-
-def progress(name, done, total, unit=""):
-    if name == stage and total and done / total >= float(part):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if name == stage and float(part) == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def dying(call):
-    def wrapped(*a, **k):
-        if stage == "before " + call.__name__:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*a, **k)
-        if stage == "after " + call.__name__:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return wrapped
-
-if stage.split()[-1] in ("rename", "fsync"):
-    setattr(os, stage.split()[-1], dying(getattr(os, stage.split()[-1])))
-stratum.build(model, out, progress=progress)
-"""
-KILLS = [
-    ("import", 0), ("passes", 0), ("code", 0), ("weights", 0), ("weights", 0.5), ("weights", 1),
-    ("before fsync", 1), ("after fsync", 1), ("before rename", 1), ("after rename", 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("stage", "part"), KILLS)
-def test_killed_build_leaves_nothing_that_loads(
-    stage: str, part: float, llama_directory: Path, llama_artifact: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    result = python(KILLED, llama_directory, out, stage, part)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert not out.exists()
-    for leftover in tmp_path.iterdir():
-        assert leftover.name.startswith(".out.partial-")
-        if stage == "after rename":  # of the manifest: whole from here on, but still under a hidden name
-            open_artifact(leftover, verify=True)
-        else:
-            with pytest.raises(RuntimeDiagnostic):
-                open_artifact(leftover)
-    assert main(["build", str(llama_directory), "-o", str(out), "-q"]) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # the next build cleans up
-    open_artifact(out, verify=True)
-
-
-def test_killed_rebuild_keeps_the_old_artifact(llama_directory: Path, artifact: Path) -> None:
-    before = (artifact / "manifest.json").read_bytes()
-    result = python(KILLED, llama_directory, artifact, "weights", 0.5)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (artifact / "manifest.json").read_bytes() == before
-    open_artifact(artifact, verify=True)

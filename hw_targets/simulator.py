@@ -264,8 +264,9 @@ class _Run:
                 if flow not in flows:
                     flows[flow] = None
                     todo += [r for r, _ in flow.uses]
-                    if flow.task in self.base_uses:
-                        todo.append(self.program.demands[flow.task].drive.resource)  # type: ignore[union-attr]
+                    drive = self.program.demands[flow.task].drive
+                    if drive is not None:
+                        todo.append(drive.resource)
         if not flows:
             return
         for flow in flows:

@@ -11,12 +11,17 @@ replay of a trace is `passes.place.cache_choice`.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
 
 from hw_targets.expert_cache.analytic import fading_hit_rate as fading
+from hw_targets.expert_cache.analytic import (
+    inclusion_chances,
+    lru_hit_rate_of_tokens,
+    uniform_hit_rate,
+    zipf_popularity,
+)
 from hw_targets.expert_cache.policies import HALF_LIFE
 
 SESSION_ZIPF = 1.4
@@ -26,20 +31,7 @@ SESSION_TOKENS = 128
 @lru_cache(maxsize=1024)
 def inclusion(experts: int, top_k: int, skew: float = SESSION_ZIPF) -> tuple[float, ...]:
     """Probability that a token uses the i-th most popular expert; they sum to `top_k` and none exceeds 1."""
-    if top_k >= experts:
-        return (1.0,) * experts
-    weights = [(i + 1.0) ** -skew for i in range(experts)]
-    low, high = 0.0, 1.0
-    chosen = [1.0 - math.exp(-high * w) for w in weights]
-    while sum(chosen) < top_k:  # successive draws without replacement, as independent Poisson clocks
-        high *= 2.0
-        chosen = [1.0 - math.exp(-high * w) for w in weights]
-    for _ in range(60):
-        middle = (low + high) / 2
-        chosen = [1.0 - math.exp(-middle * w) for w in weights]
-        low, high = (middle, high) if sum(chosen) < top_k else (low, middle)
-    scale = top_k / sum(chosen)
-    return tuple(min(1.0, p * scale) for p in chosen)
+    return tuple(inclusion_chances(zipf_popularity(experts, skew), top_k).tolist())
 
 
 @lru_cache(maxsize=4096)
@@ -53,30 +45,23 @@ def hit_rate(experts: int, top_k: int, slots: int, batch: int = 1, skew: float =
     if slots < min(experts, top_k) or slots <= 0:
         return 0.0
     if batch > 1:
-        return slots / experts  # favourites of many sessions together: near uniform
-    chances = inclusion(experts, top_k, skew)
-    low, high = 0.0, 1.0
-    while sum(1.0 - (1.0 - p) ** high for p in chances) < slots and high < 1e9:
-        high *= 2.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        filled = sum(1.0 - (1.0 - p) ** middle for p in chances)
-        low, high = (middle, high) if filled < slots else (low, middle)
-    return min(1.0, sum(p * (1.0 - (1.0 - p) ** high) for p in chances) / top_k)
+        return uniform_hit_rate(experts, slots)  # favourites of many sessions together: near uniform
+    chances = np.array(inclusion(experts, top_k, skew))
+    return lru_hit_rate_of_tokens(chances, max(slots, float(chances.sum())), whole_passes=False)
 
 
 @lru_cache(maxsize=4096)
 def fading_hit_rate(experts: int, top_k: int, slots: int, batch: int = 1) -> float:
     """As `hit_rate`, of the policy lrfu: counts of uses that fade. It has no cliff."""
     if slots >= experts or batch > 1:
-        return min(1.0, slots / experts)
+        return uniform_hit_rate(experts, slots)
     return fading(np.array(inclusion(experts, top_k)), slots, HALF_LIFE)
 
 
 def fixed_share(experts: int, top_k: int, slots: int, batch: int = 1) -> float:
     """Share of a token's experts that `slots` fixed ones serve. Favourites change with the session, so that without a
     trace no choice beforehand is better than any other."""
-    return min(1.0, slots / experts)
+    return uniform_hit_rate(experts, slots)
 
 
 def distinct_experts(experts: int, top_k: int, tokens: float) -> float:

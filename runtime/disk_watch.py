@@ -7,8 +7,8 @@ sentence with both rates.
 from __future__ import annotations
 
 SLOW = 0.5  # of the rate that was counted on: less is worth a word, drives vary by a third from minute to minute
-LEAST_BYTES = 256 << 20  # over which a rate is taken
-LEAST_S = 1.0
+LEAST_BYTES = 512 << 20  # over which a rate is taken
+LEAST_S = 4.0
 
 
 class DiskWatch:

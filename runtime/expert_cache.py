@@ -176,6 +176,14 @@ class ExpertCache:
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.used_bytes)
         return evicted
 
+    def resize(self, capacity: int) -> list[Entry]:
+        """From now on another budget, for all layers together; returns the entries that must be given up for it."""
+        gone: list[Entry] = []
+        for partition in self._partitions:
+            partition.capacity = capacity // len(self._partitions)
+            gone += self._shrink(partition)
+        return gone
+
     def room_ahead(self, layer: int) -> int:
         """Bytes that experts of this layer may take ahead of their use: what is neither in use, ahead, nor pinned."""
         partition = self._partition(layer)

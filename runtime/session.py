@@ -138,7 +138,7 @@ class Session:
                 resources.team.keep_off(self._own_cpu)
         if self.streamer is not None and self._stream is not None:
             self._most_tokens = self._stream.tokens_at_once(self.manifest)
-            self.streamer.arena = self._arena.view()
+            self.streamer.arena = self._arena
             give_back_read_ahead()  # of what linking took
             self.streamer.load()
 

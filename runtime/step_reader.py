@@ -72,7 +72,7 @@ class StepReader:
         if self._listener is not None:
             self._listener.begins(positions, slots)
         if self._streamer is not None:
-            self._streamer.begin(ids.tolist())
+            self._streamer.begin(ids.tolist(), program)
         arguments = self._arguments
         arguments[READER_WORD] = self._address
         arguments[ANSWER_WORD] = 0

@@ -147,6 +147,14 @@ class StreamBooks:
         for expert in experts:
             self._submit(layer, expert, urgent=False)
 
+    def resize(self, nbytes: int) -> None:
+        """The cache has so much from now on; what it gives up goes to the system."""
+        assert self.cache is not None
+        gone = self.cache.resize(nbytes)
+        self._give_up(gone)
+        if gone:
+            self._pool.clear()
+
     def _place(self, entry: Entry) -> tuple[int, int]:
         """(offset, bytes) of an expert."""
         info = self._pieces[self._expert_pieces[entry[0]]]

@@ -28,8 +28,9 @@ class StreamPlan:
 
     `step_tokens`: most tokens of one native call; longer steps are run in parts of the same program, with the same
     bits. `guesses`: most experts of the next layer that are read because its router would choose them for what this
-    layer's router reads; 0 for none. `disk_bytes_per_s`: what the plan counts on, 0 where it does not. `budget_bytes`
-    and `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
+    layer's router reads; 0 for none. `disk_bytes_per_s`: what the plan counts on, 0 where it does not. A step of
+    at most `short_tokens` tokens leaves `short_bytes` of the activations unused: experts take them. `budget_bytes` and
+    `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
     """
 
     budget_bytes: int
@@ -45,6 +46,8 @@ class StreamPlan:
     other_bytes: int = 0
     guesses: int = 0
     disk_bytes_per_s: int = 0
+    short_tokens: int = 0
+    short_bytes: int = 0
 
     def to_json(self) -> str:
         """Stable text."""

@@ -20,8 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
 from runtime.artifact import Artifact
 from runtime.disk_watch import DiskWatch
 from runtime.expert_cache import ExpertCache
@@ -71,7 +69,8 @@ class WeightStreamer:
             self._memory.close()
             raise
         self._torn = False
-        self.arena: np.ndarray | None = None  # bytes of the activations
+        self.arena: Reservation | None = None  # the activations
+        self._short = False  # whether experts have a part of it
         self.guess: ExpertGuess | None = None
         if plan.guesses and self.cache is not None:
             guess = ExpertGuess(manifest, self._memory.view(), self.resident)
@@ -105,15 +104,27 @@ class WeightStreamer:
                 passed = []
         return done
 
-    def begin(self, ids: Sequence[int]) -> None:
+    def begin(self, ids: Sequence[int], program: ProgramInfo) -> None:
         """A native call begins; returns when the rows of its ids are in memory."""
         if self._torn:
             self._books.forget()
+            self._short = False
             if self.cache is not None:
                 self.cache = self._books.cache = self._new_cache()
+        self._share_activations(len(ids) <= self.plan.short_tokens and program is self.manifest.programs[0])
         with self._keeping():
             jobs = self._books.rows(ids)
         self._wait(jobs, "rows")
+
+    def _share_activations(self, short: bool) -> None:
+        """Experts have what a short step leaves of the activations, until a long one needs it."""
+        if self.cache is None or not self.plan.short_bytes or short == self._short or self.arena is None:
+            return
+        with self._keeping():
+            if short:
+                self.arena.discard(0, self.arena.nbytes)
+            self._books.resize(self.plan.expert_bytes + (self.plan.short_bytes if short else 0))
+            self._short = short
 
     def wait_for(self, program: ProgramInfo, number: int, experts: Sequence[int]) -> None:
         """Wait `number` of the program; `experts` are the ids that its layer chose. Raises RuntimeDiagnostic."""
@@ -139,7 +150,7 @@ class WeightStreamer:
             return
         self.guess.learn(layer, experts)
         tokens = len(experts) // max(1, self.manifest.experts_per_token)
-        likely = self.guess.guess(program, number, tokens, self.arena)
+        likely = self.guess.guess(program, number, tokens, self.arena.view())
         chosen = self._books.guessed(layer + 1, likely) if likely else []
         if chosen and self.guess.worth_reading(layer + 1, chosen):
             self._books.read_guessed(layer + 1, chosen)

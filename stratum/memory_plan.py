@@ -175,8 +175,16 @@ class Accounts:
             (resident, window), experts = found, least
         return StreamPlan(
             self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other,
-            guesses=self.guesses(experts),
+            guesses=self.guesses(experts), **self.short_steps(experts, tokens),
         )  # fmt: skip
+
+    def short_steps(self, experts: int, tokens: int) -> dict[str, int]:
+        """What steps of the smallest program leave of the activations for longer ones, where experts can use it."""
+        short, longest = self.manifest.programs[0], self.arena_bytes(tokens)
+        left = longest - short.arena_bytes - 4 * PAGE_BYTES * (len(short.launches) + 1)
+        if short.max_tokens >= tokens or experts >= self.experts or left <= 0:
+            return {}
+        return {"short_tokens": short.max_tokens, "short_bytes": min(left, self.experts - experts)}
 
     def guesses(self, experts: int) -> int:
         """Experts to read on a guess: as many as the disk reads while a layer is computed, where some are missing."""

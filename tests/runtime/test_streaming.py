@@ -129,12 +129,14 @@ def test_the_same_bits_under_every_plan(
         threads=data.draw(st.integers(1, 3)),
         request_bytes=data.draw(st.sampled_from((4096, 1 << 20))),
         guesses=data.draw(st.sampled_from((0, 2, 16))),
+        short_tokens=data.draw(st.sampled_from((0, 1, 16))),
+        short_bytes=data.draw(st.integers(0, total)),
     )
     with opened(path, plan, threads=1 + seed % 2) as session:
         assert_same(logits(session, batches(seed)), expected[name, seed])
         assert session.streamer is not None
         kept = sum(pieces[n].bytes for n in plan.resident)
-        most = kept + plan.window_bytes + plan.expert_bytes + plan.rows_bytes + 64 * 4096
+        most = kept + plan.window_bytes + plan.expert_bytes + plan.short_bytes + plan.rows_bytes + 64 * 4096
         assert session.streamer.memory_bytes() <= most
         assert session.streamer.most_window_bytes <= plan.window_bytes
 
@@ -175,6 +177,25 @@ def test_guesses_are_read_before_their_layer_and_change_nothing(artifacts: dict[
         assert 0 < report.guesses_right <= report.guesses_read
         assert "of guesses were right" in str(report)
         assert session.streamer.memory_bytes() <= sum(pieces[n].bytes for n in dense) + some + (1 << 20)
+
+
+def test_experts_take_what_short_steps_leave_of_the_activations(artifacts: dict[str, Path], expected: dict) -> None:
+    path = artifacts["qwen3_moe"]
+    from runtime import open_artifact
+
+    manifest = open_artifact(path).manifest
+    least = least_expert_bytes(manifest)
+    with opened(path, least_plan(path, short_tokens=16, short_bytes=2 * least)) as session:
+        streamer = session.streamer
+        assert streamer is not None and streamer.cache is not None
+        sizes = []
+        for step, want in zip(batches(1), expected["qwen3_moe", 1], strict=True):
+            np.testing.assert_array_equal(session.step(*step), want)
+            sizes.append((len(step[0]) <= 16, streamer.cache.capacity_bytes, streamer.cache.used_bytes))
+        assert {short for short, _, _ in sizes} == {True, False}
+        for short, capacity, used in sizes:
+            assert capacity == (3 if short else 1) * least
+            assert used <= max(capacity, max(p.bytes for p in manifest.weights.pieces if p.kind == "experts"))
 
 
 # -- faults of the disk

@@ -25,9 +25,10 @@ from ir.types import BufferType
 
 @dataclass(frozen=True)
 class GridReport:
-    """What a run took: `shared_bytes` of each block."""
+    """What a run took: `shared_bytes` of each block; passes through shared memory beyond the first of an access."""
 
     shared_bytes: int
+    bank_conflicts: int
 
 
 class Grid(GridThreads):
@@ -113,7 +114,7 @@ def interpret_grid(kernel: FuncOp, arguments: Sequence[Any], *, blocks: int, thr
     # Integers wrap and exponentials underflow by design; threads that are not active divide by anything.
     with np.errstate(all="ignore"):
         GridEnvironment(grid).run_block(kernel.block, values)
-    return GridReport(grid.shared_bytes)
+    return GridReport(grid.shared_bytes, grid.bank_conflicts)
 
 
 def _unit(kernel: FuncOp) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ir.formats import PlainFormat
+from ir.grid_banks import extra_passes
 from ir.tile_memory_model import KernelFault
 
 _NOBODY, _SEVERAL = -1, -2
@@ -21,13 +22,17 @@ WIDEST = 16  # bytes of the widest access of one thread
 
 
 class GridThreads:
-    """Who runs: `blocks` blocks of `threads` threads, numbered through. `active` are those at this place."""
+    """Who runs: `blocks` blocks of `threads` threads, numbered through. `active` are those at this place.
+
+    `bank_conflicts` counts the passes that accesses of shared memory took beyond one (`ir.grid_banks`).
+    """
 
     def __init__(self, blocks: int, threads: int) -> None:
         self.blocks, self.threads, self.total = blocks, threads, blocks * threads
         self.active = np.ones(self.total, bool)
         self.block_of = np.repeat(np.arange(blocks), threads)
         self.phase = np.zeros(blocks, np.int64)
+        self.bank_conflicts = 0
 
     def name(self, thread: int) -> str:
         return f"thread {thread % self.threads} of block {thread // self.threads}"
@@ -156,6 +161,8 @@ class GridBuffer:
         start = np.broadcast_to(self.start + np.asarray(index, np.int64) * item, self.memory.who.total)[who]
         width = item * lanes
         align = min(WIDEST, width & -width)
+        if self.memory.space == "shared":
+            self.memory.who.bank_conflicts += extra_passes(start, width, who)
         return self.memory.places(start, width, align, what, who), start, who
 
     def load(self, index: np.ndarray, lanes: int, mask: np.ndarray | None = None, by_warps: bool = False) -> np.ndarray:

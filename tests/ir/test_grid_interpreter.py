@@ -10,6 +10,7 @@ import pytest
 
 from ir import parse, verify
 from ir.diagnostics import DiagnosticError
+from ir.grid_banks import extra_passes
 from ir.grid_interpreter import GridReport, interpret_grid
 from ir.interpreter import Environment
 from ir.tile_memory_model import KernelFault
@@ -110,6 +111,34 @@ def test_a_vector_lies_on_a_multiple_of_its_size() -> None:
     run(text)
     with pytest.raises(KernelFault, match=r"read of 16 bytes at byte 4 of argument 0, which is no multiple of 16"):
         run(text.replace("tile.load %x, %at", "tile.load %x, %one"))
+
+
+@pytest.mark.parametrize(
+    ("stride", "width", "extra"),
+    [
+        *((4, 4, 0), (8, 4, 1), (128, 4, 31), (0, 4, 0), (2, 2, 0), (8, 8, 0)),
+        *((16, 16, 0), (32, 16, 4), (128, 16, 28), (144, 16, 0)),
+    ],
+)
+def test_passes_of_a_warp_through_shared_memory(stride: int, width: int, extra: int) -> None:
+    """Threads `stride` bytes apart. One word for all is no conflict; a row of 128 bytes and 16 more is none either."""
+    lanes = np.arange(32)
+    assert extra_passes(lanes * stride, width, lanes) == extra
+    assert extra_passes(lanes[:0], width, lanes[:0]) == 0
+    two = np.concatenate([lanes, lanes]) * stride
+    assert extra_passes(two, width, np.arange(64)) == 2 * extra  # two warps
+
+
+def test_a_run_counts_its_bank_conflicts() -> None:
+    text = """
+  %s = grid.shared {size = 1024, element = f32} : () -> buffer<f32, shared>
+  %t = tile.constant {value = 32} : () -> index
+  %at = tile.mul %me, %t : (index, index) -> index
+  %v = tile.load %x, %mine : (buffer<f32>, index) -> f32
+  tile.store %s, %at, %v : (buffer<f32, shared>, index, f32) -> ()
+"""
+    assert run(text)[1].bank_conflicts == 2 * 31
+    assert run(text.replace("value = 32", "value = 31"))[1].bank_conflicts == 0
 
 
 HALF = """

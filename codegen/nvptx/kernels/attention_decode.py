@@ -81,16 +81,16 @@ def _join_warps(
     ends: Buffer,
 ) -> None:
     """Adds up what the warps have, under the largest score of all, and stores the rows that are query heads."""
-    width = shape.width
+    width, stride = shape.width, shape.width + 8  # so that the rows of a store lie in different banks
     lane, warp = k.lane_and_warp()
-    work, tops = k.shared(WARPS * ROWS * width, F32), k.shared(WARPS * ROWS * 2, F32)
+    work, tops = k.shared(WARPS * ROWS * stride, F32), k.shared(WARPS * ROWS * 2, F32)
     for half in range(2):
         row = warp * ROWS + lane // 4 + half * 8
         total = rows.over_lanes(rows.total[half], "add")
         with k.when((lane % 4).compare("eq", 0)):
             tops.store(row * 2, k.join(rows.largest[half] * factor, total))
         for number, output in enumerate(rows.outputs):
-            work.store(row * width + 8 * number + lane % 4 * 2, k.part(output, 2 * half, 2))
+            work.store(row * stride + 8 * number + lane % 4 * 2, k.part(output, 2 * half, 2))
     k.barrier()
     with k.loop(k.thread_id(), shape.group * width, k.threads) as loop:
         row, column = loop.i // width, loop.i % width
@@ -101,7 +101,7 @@ def _join_warps(
         value, total = k.f32(0.0), k.f32(0.0)
         for other, one in enumerate(each):
             share = k.exp2(one.extract(0) - top)
-            value = k.fma(work.load((other * ROWS + row) * width + column), share, value)
+            value = k.fma(work.load((other * ROWS + row) * stride + column), share, value)
             total = k.fma(one.extract(1), share, total)
         outs.store((row * splits + split) * width + column, value)
         with k.when(column.compare("eq", 0)):

@@ -59,7 +59,8 @@ def test_prompts(one: tuple[int, int], other: tuple[int, int], shape: AttentionS
     made = prefill_kernel(shape, 0.125, "prefill", warps=2, tile=32)
     y = np.full((tokens, shape.heads, shape.width), np.nan, np.float32)
     blocks = len(pieces) * shape.heads
-    interpret_grid(made.func, [q, keys, values, pieces, y, CTX], blocks=blocks, threads=made.threads)
+    report = interpret_grid(made.func, [q, keys, values, pieces, y, CTX], blocks=blocks, threads=made.threads)
+    assert report.bank_conflicts == 0
     # Weights of values are rounded to bf16.
     want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, positions, slots, shape, 0.125)
     np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
@@ -80,7 +81,8 @@ def test_single_tokens(at: tuple[int, int], splits: int, shape: AttentionShape) 
     sums = np.full((3, shape.heads, splits, 2), np.nan, np.float32)
     y = np.full(q.shape, np.nan, np.float32)
     first = [q, keys, values, positions, slots, parts, sums, CTX]
-    interpret_grid(split.func, first, blocks=3 * shape.kv_heads * splits, threads=split.threads)
+    report = interpret_grid(split.func, first, blocks=3 * shape.kv_heads * splits, threads=split.threads)
+    assert report.bank_conflicts == 0
     interpret_grid(join.func, [parts, sums, y], blocks=3 * shape.heads, threads=join.threads)
     want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, positions, slots, shape, 0.125)
     np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)

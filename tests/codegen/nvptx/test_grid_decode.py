@@ -31,7 +31,8 @@ def product(x: np.ndarray, w: np.ndarray | PackedArray, format: NumberFormat, wa
         arguments.append(layout.scales(w))
     assert sum(a.nbytes for a in arguments) == layout.nbytes
     y = np.full((len(x), n), np.nan, np.float32)
-    interpret_grid(made.func, [*arguments, x, y, len(x)], blocks=layout.tiles, threads=made.threads)
+    report = interpret_grid(made.func, [*arguments, x, y, len(x)], blocks=layout.tiles, threads=made.threads)
+    assert report.bank_conflicts == 0
     return y
 
 

@@ -173,18 +173,19 @@ class Accounts:
             if found is None:
                 return None
             (resident, window), experts = found, least
+        short_tokens, short_bytes = self.short_steps(experts, tokens)
         return StreamPlan(
             self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other,
-            guesses=self.guesses(experts), **self.short_steps(experts, tokens),
+            guesses=self.guesses(experts), short_tokens=short_tokens, short_bytes=short_bytes,
         )  # fmt: skip
 
-    def short_steps(self, experts: int, tokens: int) -> dict[str, int]:
-        """What steps of the smallest program leave of the activations for longer ones, where experts can use it."""
+    def short_steps(self, experts: int, tokens: int) -> tuple[int, int]:
+        """(tokens of short steps, what they leave of the activations for longer ones), where experts can use it."""
         short, longest = self.manifest.programs[0], self.arena_bytes(tokens)
         left = longest - short.arena_bytes - 4 * PAGE_BYTES * (len(short.launches) + 1)
         if short.max_tokens >= tokens or experts >= self.experts or left <= 0:
-            return {}
-        return {"short_tokens": short.max_tokens, "short_bytes": min(left, self.experts - experts)}
+            return 0, 0
+        return short.max_tokens, min(left, self.experts - experts)
 
     def guesses(self, experts: int) -> int:
         """Experts to read on a guess: as many as the disk reads while a layer is computed, where some are missing."""

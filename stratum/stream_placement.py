@@ -112,9 +112,11 @@ def stream_of_placement(
             where=where,
             hint=", ".join(f"{mib(nbytes)} are {name}" for name, nbytes in parts.items() if nbytes),
         )
+    short_tokens, short_bytes = accounts.short_steps(stays.expert_bytes, tokens)
     plan = StreamPlan(
         budget, stays.resident, min(left, wanted) if sizes else 0, stays.expert_bytes, rows, stays.scope, stays.policy,
         step_tokens=tokens, other_bytes=other, guesses=accounts.guesses(stays.expert_bytes),
+        short_tokens=short_tokens, short_bytes=short_bytes,
     )  # fmt: skip
     plan.check(manifest)
     return MemoryPlan(plan, context)

@@ -81,6 +81,7 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
                 {"piece": piece, "done": list(done)} | ({"router": asdict(p.routers[n])} if n in p.routers else {})
                 for n, (piece, done) in enumerate(p.awaits())
             ],
+            "kv_awaits": p.kv_awaits(),
             "launches": [
                 {
                     "name": x.kernel,

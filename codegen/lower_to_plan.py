@@ -72,6 +72,10 @@ class Program:
         """(piece, pieces done) of the program's waits for weights, in order."""
         return [(op.piece, op.done) for op in self.func.block.ops if isinstance(op, plan_await.AwaitOp)]  # type: ignore[attr-defined]
 
+    def kv_awaits(self) -> list[int]:
+        """Layers of the program's waits for keys and values, in order."""
+        return [op.layer for op in self.func.block.ops if isinstance(op, plan_await.AwaitKVOp)]
+
 
 @dataclass(frozen=True)
 class WeightsFile:
@@ -300,6 +304,15 @@ class _ProgramBuilder:
         key = self._key(buffer)
         return self.lowering.weights.get(key) if isinstance(key, Value) else None
 
+    def _kv_layer(self, call: _Call) -> int | None:
+        """The layer whose keys and values a launch touches."""
+        for buffer in call.buffers:
+            key = self._key(buffer)
+            op = key.defining_op() if isinstance(key, Value) else None
+            if isinstance(op, KVStateOp):
+                return self.lowering.layers[op.symbol.name]
+        return None
+
     # -- plan IR
 
     def _emit(self, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> FuncOp:
@@ -310,8 +323,13 @@ class _ProgramBuilder:
         for key, lifetime in lifetimes.items():
             ends.setdefault(lifetime.last, []).append(key)
         pending = _Pending()
-        number = 0
+        number = kv_number = 0
+        kv_layer: int | None = None
         for step, call in enumerate(self.calls):
+            layer = self._kv_layer(call)
+            if layer not in (None, kv_layer):
+                b(plan_await.AwaitKVOp(number=kv_number, layer=layer, location=call.op.location))
+                kv_number, kv_layer = kv_number + 1, layer
             for piece, bundle, done in self.waits[step]:
                 if bundle is None:
                     b(plan_await.AwaitWeightsOp(number=number, piece=piece, done=done, location=call.op.location))

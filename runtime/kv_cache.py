@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import REBUILD_HINT, KVInfo
-from runtime.memory import Reservation
+from runtime.memory import PAGE_BYTES, Reservation
 
 CONTEXT_MULTIPLE = 64
 _MAX_RESERVATION_BYTES = 1 << 46  # half of the 47-bit user address space
@@ -32,7 +32,7 @@ class KVCache:
                 expected=f"at most {_MAX_RESERVATION_BYTES} bytes of address space",
                 hint="ask for a smaller context or fewer sequences",
             )
-        self._layers = info.layers
+        self.layers = info.layers
         self._slot_bytes = per_slot // max(1, info.layers)  # one slot in one layer
         self._shape = (info.layers, num_slots, info.num_kv_heads)
         heads = max(1, info.layers * info.num_kv_heads)
@@ -47,16 +47,40 @@ class KVCache:
         self.ring_positions = info.ring
         self._block = info.block
         self.bytes_per_position = info.bytes_per_position
-        self._memory = Reservation(self.reserved_bytes, what="the KV cache")
+        self.reservation = Reservation(self.reserved_bytes, what="the KV cache")
 
     @property
     def address(self) -> int:
         """Start of the cache, page-aligned."""
-        return self._memory.address
+        return self.reservation.address
 
     def committed_bytes(self) -> int:
         """Resident bytes now."""
-        return self._memory.committed_bytes()
+        return self.reservation.committed_bytes()
+
+    def full_pages(self, layer: int, slot: int, positions: int) -> list[tuple[int, int]]:
+        """By head, (first byte, end) of the whole pages that hold nothing but its first `positions`; may be empty."""
+        head_bytes = self._slot_bytes // max(1, self._shape[2])
+        spans = []
+        for head in range(self._shape[2]):
+            start = ((layer * self.num_slots + slot) * self._shape[2] + head) * head_bytes
+            first = -(-start // PAGE_BYTES) * PAGE_BYTES
+            spans.append((first, max(first, (start + positions * self._position_bytes) // PAGE_BYTES * PAGE_BYTES)))
+        return spans
+
+    @property
+    def tail_bytes(self) -> int:
+        """Of a head, at most: from its last full page to the end of its last 64 positions, in pages."""
+        return (-(-CONTEXT_MULTIPLE * self._position_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
+
+    def layer_bytes(self, positions: int) -> int:
+        """Of so many positions in one layer, the ring not counted."""
+        return positions * self.bytes_per_position // max(1, self.layers)
+
+    def hot_bytes(self, positions: int) -> int:
+        """What a sequence of so many positions always has in memory: pages at both ends of every head, and the ring."""
+        heads = self.layers * self._shape[2]
+        return heads * (self.tail_bytes + 2 * PAGE_BYTES) + self.ring_bytes(max(0, positions - 1))
 
     def blocks(self, slot: int, first: int, last: int) -> np.ndarray:
         """The bytes of positions first..last of a slot, whole groups of 64: a view u8 [layers, heads, bytes]."""
@@ -83,15 +107,15 @@ class KVCache:
 
     def _heads(self, slot: int) -> np.ndarray:
         """All of a slot: u8 [layers, heads, bytes]."""
-        return self._memory.view()[: self.reserved_bytes].reshape(*self._shape, -1)[:, slot]
+        return self.reservation.view()[: self.reserved_bytes].reshape(*self._shape, -1)[:, slot]
 
     def release(self, slot: int) -> int:
         """Gives back the memory of one slot; returns the bytes of its whole pages, resident or not."""
         given_back = 0
-        for layer in range(self._layers):
-            given_back += self._memory.discard((layer * self.num_slots + slot) * self._slot_bytes, self._slot_bytes)
+        for layer in range(self.layers):
+            given_back += self.reservation.discard((layer * self.num_slots + slot) * self._slot_bytes, self._slot_bytes)
         return given_back
 
     def close(self) -> None:
         """Unmaps the cache."""
-        self._memory.close()
+        self.reservation.close()

@@ -1,8 +1,9 @@
 """A private file as large as a reservation, for memory that is to come back: byte b of the one is byte b of the other.
 
-Takes a folder. The file has no name, so that nothing is left when the process ends, however it ends. Writing is direct
-(no page cache), in the caller's thread; reading is `runtime.weight_reader`'s. Errors of the disk are tried again, a
-short write goes on where it stopped, and what cannot be written ends in one RuntimeDiagnostic.
+Takes a folder and a reservation, which stays the caller's. The file has no name, so that nothing is left when the
+process ends, however it ends. Writing is direct (no page cache), in the caller's thread; reading is
+`runtime.weight_reader`'s. Errors of the disk are tried again, a short write goes on where it stopped, and what cannot
+be written ends in one RuntimeDiagnostic.
 """
 
 from __future__ import annotations
@@ -38,27 +39,33 @@ def default_directory() -> str:
 
 
 class BackingFile:
-    """`nbytes` of memory (address space) and of an unnamed file behind it, both empty at first.
+    """An unnamed file, empty at first, behind `reservation`.
 
-    `memory` u8 [nbytes]. `bytes_written` and `write_s` count what `write` did; reads are counted by `reader.counters`.
+    `memory` is its bytes. `bytes_written` and `write_s` count what `write` did; reads are counted by `reader.counters`.
     """
 
     def __init__(
-        self, directory: str, nbytes: int, *, preadv: Pread = os.preadv, pwritev: Pwrite = os.pwritev, threads: int = 2
+        self,
+        directory: str,
+        reservation: Reservation,
+        *,
+        preadv: Pread = os.preadv,
+        pwritev: Pwrite = os.pwritev,
+        threads: int = 2,
     ) -> None:
         self.where = directory
         self._pwritev = pwritev
         self.bytes_written, self.write_s, self.retries = 0, 0.0, 0
         self._descriptor = _unnamed(directory)
         self._direct = True
-        self.reservation = Reservation(nbytes, what=_WHAT)
+        self.reservation = reservation
         try:
             self._make_direct()
             self.reader = WeightReader(
                 directory,
                 os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC),
-                nbytes,
-                self.reservation.view(),
+                reservation.nbytes,
+                reservation.view(),
                 threads=threads,
                 preadv=preadv,
                 what=_WHAT,
@@ -66,7 +73,6 @@ class BackingFile:
             )
         except BaseException:
             os.close(self._descriptor)
-            self.reservation.close()
             raise
 
     @property
@@ -127,7 +133,6 @@ class BackingFile:
         self.reader.close()
         os.close(self._descriptor)
         self._descriptor = -1
-        self.reservation.close()
 
     def _make_direct(self) -> None:
         import fcntl

@@ -27,6 +27,7 @@ from runtime.kv_chunks import BLOCKS, chunk_positions, record_bytes, write_recor
 from runtime.kv_file import BackingFile, Pwrite, default_directory
 from runtime.kv_loader import RecordLoader, StoredRecord, bring_back, place, records_of
 from runtime.load_or_compute import Prices, choose_split
+from runtime.memory import Reservation
 from runtime.weight_reader import Pread
 
 ASSUMED_BYTES_PER_S = 1e9  # of a disk that was not used yet
@@ -98,9 +99,12 @@ class KVSpill:
         self._slot_bytes = chunks * record_bytes(self.chunk * kv.bytes_per_position)
         self._slot_bytes += record_bytes(kv.ring_bytes(kv.capacity))
         directory = options.directory or default_directory()
-        self._file = BackingFile(
-            directory, self._slot_bytes * kv.num_slots, preadv=options.preadv, pwritev=options.pwritev
-        )
+        self._staging = Reservation(self._slot_bytes * kv.num_slots, what="the spilled KV cache")
+        try:
+            self._file = BackingFile(directory, self._staging, preadv=options.preadv, pwritev=options.pwritev)
+        except BaseException:
+            self._staging.close()
+            raise
         self._loader = RecordLoader(kv, self._file.reader, self._file.reservation)
         self._away: dict[int, list[StoredRecord]] = {}
         self._last_used = [0] * kv.num_slots
@@ -239,3 +243,4 @@ class KVSpill:
         """Ends the reads and the file."""
         self._loader.settle()
         self._file.close()
+        self._staging.close()

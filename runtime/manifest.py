@@ -81,6 +81,7 @@ class ProgramInfo:
     arena_bytes: int
     launches: tuple[LaunchInfo, ...]
     awaits: tuple[AwaitInfo, ...] = ()
+    kv_awaits: tuple[int, ...] = ()  # layers whose keys and values the program waits for, in its order
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
         )
         arena = program.integer("arena_bytes", 0, 1 << 44)
         tokens = program.integer("max_tokens", 1, 1 << 20)
-        programs.append(ProgramInfo(name, symbol, tokens, arena, launches, awaits))
+        kv_awaits = tuple(program.integers("kv_awaits", 0, 1 << 16)) if "kv_awaits" in program.values else ()
+        programs.append(ProgramInfo(name, symbol, tokens, arena, launches, awaits, kv_awaits))
     if not programs:
         fields.fail("", "at least one program", fields.values)
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
@@ -365,6 +367,8 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
                 top.fail(f"programs.{program.name}.awaits", "numbers of dense and expert pieces", wait.piece)
             if wait.router is not None:
                 _check_router(program, wait.piece, wait.router, manifest.weights, top)
+        if any(layer >= kv.layers for layer in program.kv_awaits) or len(program.kv_awaits) > 1 << 20:
+            top.fail(f"programs.{program.name}.kv_awaits", f"layers of the KV cache, 0..{kv.layers - 1}", "another")
     if any(piece.kind == "experts" for piece in pieces) and not manifest.experts_per_token:
         top.fail("model.experts_per_token", "at least 1, as there are experts", 0)
     listed = manifest.files.get(manifest.weights.file)

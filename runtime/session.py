@@ -27,12 +27,21 @@ from runtime.kv_cache import KVCache
 from runtime.kv_chunks import kv_key
 from runtime.kv_loader import LoadFault, RecordLoader, StoredRecord, bring_back
 from runtime.kv_spill import KVSpill, Sequences, SpillOptions
+from runtime.kv_stream import KVStreamer, KVStreamOptions
 from runtime.load_or_compute import Prices
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
 from runtime.process_memory import give_back_read_ahead
-from runtime.session_parts import MemoryReport, Resources, checked_context, checked_count, release_all
+from runtime.session_parts import (
+    MemoryReport,
+    Resources,
+    check_kv_waits,
+    check_ring,
+    checked_context,
+    checked_count,
+    release_all,
+)
 from runtime.step_inputs import StepInputs, check_step
 from runtime.step_reader import RoutingListener, StepReader
 from runtime.stream_plan import StreamPlan
@@ -51,7 +60,8 @@ class Session:
     """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
 
     With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill` sequences
-    that a step does not use may lie on disk. `routing` is told which experts every token chose.
+    that a step does not use may lie on disk; with `kv_stream`, which excludes that, layers of the cache. `routing` is
+    told which experts every token chose.
 
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
     """
@@ -68,6 +78,7 @@ class Session:
         routing: RoutingListener | None = None,
         preadv: Pread = os.preadv,
         kv_spill: SpillOptions | None = None,
+        kv_stream: KVStreamOptions | None = None,
     ) -> None:
         self.artifact = open_artifact(path, verify=verify)
         self.manifest: Manifest = self.artifact.manifest
@@ -80,7 +91,7 @@ class Session:
         self._resources = resources = Resources()
         self._finalizer = weakref.finalize(self, release_all, resources)
         self._stream, self._preadv = stream, preadv
-        self._routing, self._kv_spill = routing, kv_spill
+        self._routing, self._kv_spill, self._kv_stream = routing, kv_spill, kv_stream
         self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
         self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
         self._computed_s, self._computed_tokens = 0.0, 0  # of longer steps
@@ -110,6 +121,10 @@ class Session:
             self._ids = np.zeros((self.num_slots, self.max_context), dtype=np.int32)
             books = Sequences(self._filled, self._newest, self._recompute, self.prices)
             self.kv_spill = resources.add(KVSpill(self._kv, kv_key(self.manifest), self._kv_spill, books))
+        self.kv_stream: KVStreamer | None = None
+        if self._kv_stream is not None:
+            check_kv_waits(self.manifest, self._where, spills=self._kv_spill is not None)
+            self.kv_stream = resources.add(KVStreamer(self._kv, self._kv_stream, self._filled))
         arena_bytes = max(program.arena_bytes for program in programs)
         available = host.total_memory_bytes()
         if available and arena_bytes > available:
@@ -128,10 +143,11 @@ class Session:
         self._arguments = arguments
         self._reader: StepReader | None = None
         self._most_tokens = 1 << 62
-        if self.streamer is not None or self._routing is not None:
-            self._reader = StepReader(self.manifest, arguments, self.streamer, self._routing)
+        if self.streamer is not None or self._routing is not None or self.kv_stream is not None:
+            self._reader = StepReader(self.manifest, arguments, self.streamer, self._routing, self.kv_stream)
         self._own_cpu: int | None = None
-        if self.streamer is not None and self.threads > 1 and hasattr(os, "sched_setaffinity"):
+        streams = self.streamer is not None or self.kv_stream is not None
+        if streams and self.threads > 1 and hasattr(os, "sched_setaffinity"):
             cpus = os.sched_getaffinity(0)
             if len(cpus) >= self.threads:
                 self._own_cpu = min(cpus)
@@ -167,7 +183,7 @@ class Session:
         with self._lock:
             self._check_usable()
             inputs.check_continues(self._filled)
-            self._check_ring(inputs)
+            check_ring(self.manifest.kv, inputs, self._newest, self._where)
             if self.kv_spill is not None:
                 self.kv_spill.make_room(inputs.slots, inputs.positions)
             self._run_all(inputs, sorted_rows, target)
@@ -213,6 +229,7 @@ class Session:
                             self.num_slots)  # fmt: skip
         with self._lock:
             self._check_usable()
+            self._check_whole()
             self._forget(slot)
             if self.kv_spill is not None:
                 self.kv_spill.make_room(inputs.slots[-1:], inputs.positions[-1:])
@@ -225,6 +242,14 @@ class Session:
             self._filled[slot], self._newest[slot] = len(ids), max(newest, last)
         return done
 
+    def _check_whole(self) -> None:
+        if self.kv_stream is not None:
+            raise RuntimeDiagnostic(
+                "the KV cache of this session comes and goes by layers: no prompt is taken from a file or put there",
+                where=self._where,
+                hint="a context that fits into memory, or no prompt cache",
+            )
+
     @property
     def kv(self) -> KVCache:
         """The cache, for its sizes; its bytes only inside of `in_memory`."""
@@ -236,6 +261,7 @@ class Session:
         slot = self._checked_slot(slot)
         with self._lock:
             self._check_usable()
+            self._check_whole()
             if self.kv_spill is not None:
                 self.kv_spill.restore(slot)
             yield self._kv
@@ -257,24 +283,6 @@ class Session:
             step_tokens=min(program.max_tokens, self._most_tokens),
             step_bytes=streamed,
         )
-
-    def _check_ring(self, inputs: StepInputs) -> None:
-        """A low-bit cache keeps the newest positions in 16 bits: a sequence cannot go back to where they are gone."""
-        kv = self.manifest.kv
-        if not kv.ring:
-            return
-        self._newest[inputs.slots[inputs.positions == 0]] = -1  # a sequence from its start reads nothing old
-        reach = kv.ring - kv.recent - 2 * kv.block
-        gone = self._newest[inputs.slots] - inputs.positions >= reach
-        if gone.any():
-            at = int(np.flatnonzero(gone)[0])
-            slot, position = int(inputs.slots[at]), int(inputs.positions[at])
-            raise RuntimeDiagnostic(
-                f"slot {slot} goes back to position {position} from position {int(self._newest[slot])}",
-                where=self._where,
-                expected=f"fewer than {reach} positions back: the cache ({kv.format}) keeps no more in 16 bits",
-                hint="release the slot and start the sequence again",
-            )
 
     def _program_for(self, tokens: int) -> ProgramInfo:
         """The smallest program that takes all tokens at once, else the largest."""
@@ -347,6 +355,8 @@ class Session:
         self._filled[slot], self._newest[slot] = 0, -1
         if self.kv_spill is not None:
             self.kv_spill.drop(slot)
+        if self.kv_stream is not None:
+            self.kv_stream.forget(slot)
         return self._kv.release(slot)
 
     def spill(self, slot: int) -> int:

@@ -7,9 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import Manifest
+from runtime.manifest import REBUILD_HINT, KVInfo, Manifest
 from runtime.native import NativeCode
+from runtime.step_inputs import StepInputs
 from runtime.team import WorkerTeam
 
 
@@ -82,6 +85,40 @@ def checked_count(count: int, what: str, most: int) -> int:
     if not 1 <= count <= most:
         raise RuntimeDiagnostic(f"cannot make {count} {what}", expected=f"1 to {most}")
     return count
+
+
+def check_ring(kv: KVInfo, inputs: StepInputs, newest: np.ndarray, where: str) -> None:
+    """A low-bit cache keeps the newest positions in 16 bits: a sequence cannot go back to where they are gone.
+
+    `newest` i64 [slots], the last position ever written, is -1 afterwards for those that begin anew.
+    """
+    if not kv.ring:
+        return
+    newest[inputs.slots[inputs.positions == 0]] = -1  # a sequence from its start reads nothing old
+    reach = kv.ring - kv.recent - 2 * kv.block
+    gone = newest[inputs.slots] - inputs.positions >= reach
+    if gone.any():
+        at = int(np.flatnonzero(gone)[0])
+        slot, position = int(inputs.slots[at]), int(inputs.positions[at])
+        raise RuntimeDiagnostic(
+            f"slot {slot} goes back to position {position} from position {int(newest[slot])}",
+            where=where,
+            expected=f"fewer than {reach} positions back: the cache ({kv.format}) keeps no more in 16 bits",
+            hint="release the slot and start the sequence again",
+        )
+
+
+def check_kv_waits(manifest: Manifest, where: str, *, spills: bool) -> None:
+    """Raises RuntimeDiagnostic where the cache cannot come and go by layers."""
+    layers = set(range(manifest.kv.layers))
+    if spills:
+        raise RuntimeDiagnostic("a session streams its KV cache or spills sequences, not both", where=where)
+    if any(set(program.kv_awaits) != layers for program in manifest.programs):
+        raise RuntimeDiagnostic(
+            "the artifact's programs do not wait for their KV cache, so all of it must stay in memory",
+            where=where,
+            hint=REBUILD_HINT,
+        )
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What native code calls where a program waits for weights: one C function, and the errors that come of it.
+"""What native code calls where a program waits for weights or for its KV cache: one C function, and its errors.
 
 Thread 0 of the team calls it in the middle of a step; the others wait. An exception cannot pass through native code,
 so it is kept and raised when the step has ended: native code ends the step when the answer is not 1, and the answer is
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.kv_stream import KVStreamer
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.weight_streamer import WeightStreamer
 
@@ -32,7 +33,7 @@ class RoutingListener(Protocol):
 
 
 class StepReader:
-    """Serves the waits of a session's programs, by a streamer, a listener or both. `arguments`: the step's words."""
+    """Serves the waits of a session's programs, by streamers, a listener or both. `arguments`: the step's words."""
 
     def __init__(
         self,
@@ -40,9 +41,10 @@ class StepReader:
         arguments: np.ndarray,
         streamer: WeightStreamer | None,
         listener: RoutingListener | None,
+        kv: KVStreamer | None = None,
     ) -> None:
         self._arguments = arguments
-        self._streamer, self._listener = streamer, listener
+        self._streamer, self._listener, self._kv = streamer, listener, kv
         pieces = manifest.weights.pieces
         experts = [n for n, piece in enumerate(pieces) if piece.kind == "experts"]
         self._layer_of = {piece: layer for layer, piece in enumerate(experts)}
@@ -54,8 +56,8 @@ class StepReader:
         self._address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
 
     def _flags(self, program: ProgramInfo) -> np.ndarray:
-        """1 where native code must call."""
-        flags = np.zeros(max(1, len(program.awaits)), np.uint8)
+        """1 where native code must call: waits for weights, then those for the KV cache."""
+        flags = np.zeros(max(1, len(program.awaits) + len(program.kv_awaits)), np.uint8)
         if self._streamer is not None:
             flags[: len(program.awaits)] = np.frombuffer(self._streamer.wanted(program), np.uint8)
         if self._listener is not None:
@@ -71,6 +73,9 @@ class StepReader:
         self._program, self._fault = program, None
         if self._listener is not None:
             self._listener.begins(positions, slots)
+        if self._kv is not None:
+            self._kv.begin(positions, slots)
+            self._wanted[program.name][len(program.awaits) :] = self._kv.wanted(program)
         if self._streamer is not None:
             self._streamer.begin(ids.tolist(), program)
         arguments = self._arguments
@@ -86,6 +91,8 @@ class StepReader:
             arguments[READER_WORD] = 0
             if self._streamer is not None:
                 self._streamer.end()
+            if self._kv is not None:
+                self._kv.end()
 
     def fault(self) -> BaseException:
         """Why the call ended early."""
@@ -95,6 +102,11 @@ class StepReader:
         try:
             program = self._program
             assert program is not None
+            if number >= len(program.awaits):
+                if self._kv is not None:
+                    self._kv.wait_for(program.kv_awaits[number - len(program.awaits)])
+                self._arguments[ANSWER_WORD] = _THERE
+                return
             experts: list[int] = []
             if ids_address:
                 ids = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(ids_address))

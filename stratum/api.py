@@ -121,6 +121,7 @@ def load(
     expert_policy: str | None = None,
     plan: str | os.PathLike[str] | None = None,
     routing: RoutingListener | None = None,
+    kv_dir: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
@@ -132,7 +133,8 @@ def load(
     `expert_policy` says which experts such a budget gives up first: one of `runtime.eviction.POLICIES`.
     `plan`, a file that `compile-model plan -o` wrote (maybe edited since), says instead what stays and what is read; a
     directory is then built in the plan's formats.
-    `routing` is told which experts every token chose. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
+    `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
+    budget has no room for. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
     too small.
     """
     from runtime.artifact import is_artifact, open_artifact
@@ -141,7 +143,7 @@ def load(
     options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
     options |= {"progress": progress, "warn": warn}
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
-    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan}
+    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

@@ -44,10 +44,14 @@ class DoesNotFit(DiagnosticError):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The stream plan, and the context that it has room for."""
+    """The stream plan, and the context that it has room for.
+
+    `kv_bytes`: what the KV cache may take in memory, None for all of it.
+    """
 
     stream: StreamPlan
     context: int
+    kv_bytes: int | None = None
 
 
 def plan_memory(

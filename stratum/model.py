@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ir.diagnostics import DiagnosticError
 from runtime.generation import GenerationParams, Statistics, TokenEvent
 from runtime.generation import generate as generate_tokens
+from runtime.kv_stream import KVStreamOptions
 from runtime.sampling import SamplingParams
 from runtime.session import Session
 
@@ -112,7 +113,8 @@ class Model:
     """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time.
 
     `memory`: bytes that the process may use; weights that do not fit are read as they are needed. `plan`: a file of
-    `compile-model plan` that says what stays and what is read, by default as much as fits its own budget.
+    `compile-model plan` that says what stays and what is read, by default as much as fits its own budget. `kv_dir`: a
+    folder for what a budget has no room for of the KV cache of `max_context` positions.
     """
 
     def __init__(
@@ -126,15 +128,19 @@ class Model:
         expert_policy: str | None = None,
         plan: str | os.PathLike[str] | None = None,
         routing: RoutingListener | None = None,
+        kv_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = Path(path)
-        stream = None
+        stream = kv_stream = None
         if memory is not None or plan is not None:
             planned = self._plan(memory, max_context, expert_policy, plan)
             stream, max_context = planned.stream, planned.context
+            if planned.kv_bytes is not None:
+                kv_stream = KVStreamOptions(planned.kv_bytes, str(kv_dir) if kv_dir is not None else None)
         self.session = Session(
-            path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing
-        )
+            path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing,
+            kv_stream=kv_stream,
+        )  # fmt: skip
         self.manifest = self.session.manifest
 
     def _plan(
@@ -142,7 +148,7 @@ class Model:
     ) -> MemoryPlan:
         """What fits into `memory` bytes beside this process with all that it loads; or what `plan` says."""
         from runtime.artifact import open_artifact
-        from stratum.memory_plan import plan_for
+        from stratum.kv_plan import plan_with_kv_on_disk
 
         self.manifest = open_artifact(self.path).manifest
         with contextlib.suppress(DiagnosticError):
@@ -152,7 +158,7 @@ class Model:
 
             return stream_for(self.path, Path(plan), memory, max_context, policy)
         assert memory is not None
-        return plan_for(self.path, memory, max_context, policy)
+        return plan_with_kv_on_disk(self.path, memory, max_context, policy)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

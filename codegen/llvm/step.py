@@ -7,9 +7,10 @@ StepArgs are 32 words of 64 bits: 0 ids, 1 positions, 2 slots, 3 rows, 4 logits,
 17 wanted*; the others are reserved. The profile takes two cycle counts, start and end, for each launch and thread: word
 (launch * threads + tid) * 2.
 
-Where the weights are not all in memory, the reader is a function `void (i64 number, i32* ids, i64 count)`. Thread 0
-calls it at wait `number` of the program when byte `number` of `wanted` is not 0, the other threads waiting; it returns
-when the weights are there, having set the answer to 1. With any other answer the step ends at once and gives 2.
+Where weights or the KV cache are not all in memory, the reader is a function `void (i64 number, i32* ids, i64 count)`.
+Thread 0 calls it at wait `number` of the program when byte `number` of `wanted` is not 0, the other threads waiting; it
+returns when what is waited for is there, having set the answer to 1. With any other answer the step ends at once and
+gives 2. Waits for weights have the numbers 0 and up, those for keys and values follow.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def module_text(
 
 
 def _step_text(program: Program) -> str:
-    writer = _StepWriter()
+    writer = _StepWriter(weight_waits=len(program.awaits()))
     for op in program.func.block.ops:
         writer.op(op)
     body = "\n".join(writer.lines)
@@ -116,7 +117,8 @@ def _step_text(program: Program) -> str:
 class _StepWriter:
     """Writes the body of one step function."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight_waits: int) -> None:
+        self.weight_waits = weight_waits
         self.lines: list[str] = []
         self.names: dict[Value, str] = {}
         self.counter = 0
@@ -131,7 +133,7 @@ class _StepWriter:
             plan.InputOp: self._input, plan.SizeOp: self._size, plan.WeightOp: self._weight, plan.KVOp: self._kv,
             plan.ReserveOp: self._reserve, plan.LaunchOp: self._launch, plan.BarrierOp: self._barrier,
             plan.ReleaseOp: lambda op: None, plan_await.AwaitWeightsOp: self._await,
-            plan_await.AwaitExpertsOp: self._await, ReturnOp: self._return,
+            plan_await.AwaitExpertsOp: self._await, plan_await.AwaitKVOp: self._await, ReturnOp: self._return,
         }  # fmt: skip
         handlers[type(op)](op)
 
@@ -181,11 +183,11 @@ class _StepWriter:
     def _barrier(self, op: plan.BarrierOp) -> None:
         self._emit(f"call void @stratum_barrier(ptr {self.team}, i64 {self.threads})")
 
-    def _await(self, op: plan_await.AwaitOp) -> None:
+    def _await(self, op: plan_await.AwaitOp | plan_await.AwaitKVOp) -> None:
         ids, count = "null", "0"
         if isinstance(op, plan_await.AwaitExpertsOp):
             ids, count = self.names[op.ids], self.names[op.count]
-        number = op.attributes["number"]
+        number = op.attributes["number"] + (self.weight_waits if isinstance(op, plan_await.AwaitKVOp) else 0)
         there = self._assign(
             f"call i1 @stratum_await(ptr %args, i64 %tid, i64 {self.threads}, ptr {self.team}, i64 {number}, "
             f"ptr {ids}, i64 {count})"

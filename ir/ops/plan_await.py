@@ -1,4 +1,4 @@
-"""Plan level: where a program waits for weights that may not be in memory.
+"""Plan level: where a program waits for weights, and for keys and values, that may not be in memory.
 
 An artifact runs with all weights mapped, and then these ops cost a load and a branch, or under a memory budget with
 some of them read from disk as they are needed. The program says what is needed next and what is done with; whoever
@@ -78,4 +78,29 @@ class AwaitExpertsOp(AwaitOp):
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         if isinstance(values[0], BufferView) and values[0].released:
             raise KernelFault(f"await of the experts of piece {self.piece} reads ids after their release")
+        return ()
+
+
+@register_op
+class AwaitKVOp(Op):
+    """Waits until the keys and values of a layer are in memory; those of other layers are not used before their wait.
+
+    plan.await_kv {number = 4, layer = 4} : () -> ()
+    """
+
+    name = "plan.await_kv"
+    traits = (Synchronizes,)
+    number = attr(int, "which of the program's waits for keys and values this is")
+    layer = attr(int, "number of the layer in the KV cache")
+
+    def verify(self, diag: DiagnosticSink) -> None:
+        for name in ("number", "layer"):
+            if self.attributes[name] < 0:
+                diag.error(self.location, f"'{self.name}' expected {name} >= 0, got {self.attributes[name]}")
+
+    @staticmethod
+    def infer_types(number: int, layer: int) -> tuple[Type, ...]:
+        return ()
+
+    def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         return ()

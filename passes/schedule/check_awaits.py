@@ -1,7 +1,9 @@
-"""An independent proof that a program waits for every weight it reads. Shares no code with what makes plans.
+"""An independent proof that a program waits for every weight it reads, and for the keys and values that it touches.
 
-Checked on the ops alone: a launch that reads bytes of a dense or expert piece stands behind a wait for that piece, and
-no wait between the two names it as done; waits are numbered from 0.
+Shares no code with what makes plans. Checked on the ops alone: a launch that reads bytes of a dense or expert piece
+stands behind a wait for that piece, and no wait between the two names it as done; a launch that reads or writes the KV
+cache of a layer stands behind a wait for that layer, and no wait for another layer between; both kinds of waits are
+numbered from 0, each by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
-from ir.ops.plan_await import AwaitExpertsOp, AwaitWeightsOp
+from ir.ops.plan_await import AwaitExpertsOp, AwaitKVOp, AwaitWeightsOp
 
 Piece = tuple[str, int, int]  # kind (rows, experts, dense), first byte, bytes
 
@@ -20,7 +22,8 @@ def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
     """The faults of `program`, none when it is sound."""
     diag = DiagnosticSink()
     ready: dict[int, None] = {}
-    number = 0
+    number = kv_number = 0
+    kv_layer: int | None = None
     for op in program.block.ops:
         match op:
             case AwaitWeightsOp() | AwaitExpertsOp():
@@ -33,9 +36,17 @@ def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
                 for piece in op.done:
                     ready.pop(piece, None)
                 ready[op.piece] = None
+            case AwaitKVOp():
+                if op.number != kv_number:
+                    diag.error(op.location, f"'{op.name}' is number {op.number} where {kv_number} follows")
+                kv_number += 1
+                kv_layer = op.layer
             case plan.LaunchOp():
                 for value in op.arguments:
                     place = value.defining_op()
+                    if isinstance(place, plan.KVOp) and place.layer != kv_layer:
+                        message = f"launch of {op.kernel} touches keys and values of layer {place.layer} without a wait"
+                        diag.error(op.location, message)
                     if isinstance(place, plan.WeightOp):
                         for missing in _missing(place, pieces, ready):
                             message = f"launch of {op.kernel} reads @{place.symbol.name} without a wait for {missing}"

@@ -52,6 +52,9 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
 @click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory or --plan: which experts go first.")
+@click.option(
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="With --memory: for KV it has no room for."
+)
 @click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="FILE", help="Keep the prompt's KV there.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
@@ -75,6 +78,7 @@ def run(
     memory: str | None,
     plan_file: Path | None,
     expert_policy: str | None,
+    kv_dir: Path | None,
     prompt_cache: Path | None,
     record_routing: Path | None,
     trace: Path | None,
@@ -114,6 +118,7 @@ def run(
             expert_policy=expert_policy,
             plan=plan_file,
             routing=recorder,
+            kv_dir=kv_dir,
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
@@ -200,7 +205,7 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
         f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "
         f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}\n"
         f"memory: weights {format_bytes(memory.weights)} {_kept(session)}, "
-        f"KV cache up to {format_bytes(memory.kv_reserved)} for "
+        f"KV cache up to {format_bytes(memory.kv_reserved)} {_kv_kept(session)}for "
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
         err=True,
     )
@@ -221,6 +226,15 @@ def _kept(session: Session) -> str:
     return f"under {format_bytes(plan.budget_bytes)}: {', '.join(parts)}"
 
 
+def _kv_kept(session: Session) -> str:
+    """What of the KV cache stays in memory, where that is not all."""
+    from stratum.progress import format_bytes
+
+    if session.kv_stream is None:
+        return ""
+    return f"({format_bytes(session.kv_stream.options.limit_bytes)} of it in memory) "
+
+
 def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: bool) -> None:
     """What was read, and what it cost."""
     if session.streamer is None:
@@ -232,6 +246,12 @@ def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: 
         reporter.event("streaming", **vars(report), **rates)
     elif not quiet:
         click.echo(f"{report}; at most {peak / (1 << 20):.0f} MiB in memory", err=True)
+    if session.kv_stream is not None:
+        kv = session.kv_stream.report()
+        if as_json:
+            reporter.event("kv_streaming", **vars(kv))
+        elif not quiet:
+            click.echo(str(kv), err=True)
 
 
 def _tell_prompt_cache(generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 from ir.core import Op
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
-from ir.ops.plan_await import AwaitExpertsOp, AwaitOp
+from ir.ops.plan_await import AwaitExpertsOp, AwaitKVOp, AwaitOp
 from passes.schedule.check_awaits import check_awaits
 from tests.passes.plan_samples import SHAPES, lowered
 
@@ -95,3 +95,33 @@ def test_waits_for_what_is_not_there(attributes: dict[str, object], expected: st
     assert any(expected in message for message in faults("experts", func))
     changed(op, **old)
     assert faults("experts", func) == []
+
+
+@pytest.mark.parametrize(("name", "number"), PROGRAMS)
+def test_keys_and_values_are_waited_for_layer_by_layer(name: str, number: int) -> None:
+    program = lowered(name).programs[number]
+    kv_waits = [op for op in program.func.block.ops if isinstance(op, AwaitKVOp)]
+    touched = [
+        op.layer
+        for launch in program.func.block.ops
+        if isinstance(launch, plan.LaunchOp)
+        for value in launch.arguments
+        if isinstance(op := value.defining_op(), plan.KVOp)
+    ]
+    assert touched
+    assert [op.layer for op in kv_waits] == program.kv_awaits() == list(dict.fromkeys(touched))
+    assert [op.number for op in kv_waits] == list(range(len(kv_waits)))
+
+
+def test_no_wait_for_keys_and_values_can_go_or_change() -> None:
+    func = lowered("dense").programs[0].func
+    for op in [op for op in func.block.ops if isinstance(op, AwaitKVOp)]:
+        index = func.block.ops.index(op)
+        func.block._remove(op)
+        assert any("touches keys and values of layer" in message for message in faults("dense", func))
+        func.block._insert(index, op)
+        for attributes, expected in (({"layer": 99}, "without a wait"), ({"number": 99}, "is number 99 where")):
+            old = changed(op, **attributes)
+            assert any(expected in message for message in faults("dense", func))
+            changed(op, **old)
+    assert faults("dense", func) == []

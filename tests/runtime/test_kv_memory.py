@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import stratum
 from runtime import Session
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_spill import SpillOptions
-from tests.stratum.tiny_model import LLAMA, VOCAB, write_model
+from tests.runtime.conftest import KV_LAYERS
+from tests.stratum.tiny_model import VOCAB
 
 pytestmark = pytest.mark.slow
-CONFIG = {
-    **LLAMA,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-}
-LENGTH = 4000
-# Bytes of one position (1 layer, 4 heads of 128): keys and values with their scales.
+LENGTH = 2000
+# Bytes of one position (one layer, 4 heads of 128): keys and values with their scales.
 POSITION = {"bf16": 2 * 4 * 128 * 2, "kv8": 2 * 4 * (128 + 2), "kv4": 2 * 4 * (64 + 2), "kv2": 4 * (64 + 16 + 4)}
 RING = {"bf16": 0, "kv8": 0, "kv4": 512 + 16 + 16, "kv2": 512 + 128 + 32}
 
 
 @pytest.fixture(scope="module", params=list(POSITION))
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    model = write_model(folder / "model", CONFIG)
-    recipe = "none" if request.param == "bf16" else f"none,{request.param}"
-    return request.param, stratum.build(model, folder / "artifact", recipe=recipe)
+def built(request: pytest.FixtureRequest, kv_build: Callable[[str], Path]) -> tuple[str, Path]:
+    return request.param, kv_build(request.param)
 
 
 @pytest.fixture
@@ -61,14 +50,14 @@ def fill(session: Session, length: int) -> None:
 def test_a_full_cache_takes_its_packed_bytes_and_nothing_else_does(built: tuple[str, Path], session: Session) -> None:
     name = built[0]
     kv = session.manifest.kv
-    assert kv.bytes_per_position == POSITION[name]
-    assert kv.bytes_per_slot == RING[name] * POSITION["bf16"]
+    assert kv.bytes_per_position == POSITION[name] * KV_LAYERS
+    assert kv.bytes_per_slot == RING[name] * POSITION["bf16"] * KV_LAYERS
     fill(session, 704)  # the arena, the stack and the ring are touched now
     before, committed = resident_bytes(), session.memory().kv_committed
     fill(session, LENGTH)
     grown = session.memory().kv_committed - committed
     expected = kv.bytes_per_position * (LENGTH - 704)
-    assert abs(grown - expected) <= 4 * 4 * 4096  # pages, at both ends of four heads
+    assert abs(grown - expected) <= 4 * 4 * 4096 * KV_LAYERS  # pages, at both ends of four heads
     assert resident_bytes() - before <= grown + (1 << 20)
 
 

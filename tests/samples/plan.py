@@ -38,6 +38,7 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("plan.barrier", "one"),
     low_sample("plan.await_weights", "first", number=0, piece=2),
     low_sample("plan.await_weights", "two_done", number=3, piece=4, done=(2, 3)),
+    low_sample("plan.await_kv", "first", number=0, layer=0),
     low_sample("plan.await_experts", "pairs", Stored(np.arange(8).astype(np.int32)), 8, number=1, piece=3, done=(2,)),
 )
 _LAUNCH = {"kernel": NOTHING, "writes": (1,), "reads": (0,)}
@@ -77,6 +78,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     fault("plan.await_weights", "piece 1 is awaited and done at once", number=0, piece=1, done=(1,)),
     fault("plan.await_weights", "expected piece >= 0, got -1", number=0, piece=-1),
+    fault("plan.await_kv", "expected layer >= 0, got -1", number=0, layer=-1),
+    fault("plan.await_kv", "expected number >= 0, got -2", number=-2, layer=0),
     fault("plan.await_experts", "expected number >= 0, got -2", I_BUFFER, INDEX, number=-2, piece=1),
     fault("plan.await_experts", "expected ids to be buffer<i32>, got buffer<f32>", F_BUFFER, INDEX, number=0, piece=1),
     fault("plan.await_experts", "expected count to be an index", I_BUFFER, I_BUFFER, number=0, piece=1),

@@ -1,0 +1,210 @@
+"""A KV cache larger than its memory: the same bits in every format, the limit kept, whatever the disk does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import stratum
+from runtime import RuntimeDiagnostic, Session, open_artifact
+from runtime.kv_spill import SpillOptions
+from runtime.kv_stream import KVStreamer, KVStreamOptions
+from stratum.kv_plan import plan_kv
+from stratum.memory_plan import DoesNotFit, plan_for
+from tests.runtime.conftest import KV_LAYERS
+from tests.runtime.test_kv_spill import IllDisk
+from tests.stratum.tiny_model import VOCAB
+
+pytestmark = pytest.mark.slow
+Steps = list[tuple[list[int], list[int], list[int], list[int]]]
+
+
+@pytest.fixture(scope="module", params=["bf16", "kv2"])
+def artifact(request: pytest.FixtureRequest, kv_build: Callable[[str], Path]) -> Path:
+    return kv_build(request.param)
+
+
+def opened(path: Path, limit: int | None = None, **options: Any) -> Session:
+    stream = KVStreamOptions(limit, **options) if limit is not None else None
+    return Session(path, threads=1, max_context=1024, num_slots=2, kv_stream=stream)
+
+
+def room(session: Session, layers: int, *lengths: int) -> int:
+    """A limit for sequences of those lengths of which so many layers fit."""
+    kv = session.kv
+    return sum(kv.hot_bytes(length) + layers * kv.layer_bytes(length) for length in lengths)
+
+
+def steps(seed: int, lengths: Sequence[tuple[int, int]]) -> Steps:
+    """By step, how many tokens of either sequence; a negative number goes back so far first, and adds one token."""
+    ids = np.random.default_rng(seed).integers(0, VOCAB, (2, 2048)).tolist()
+    at, made = [0, 0], []
+    for counts in lengths:
+        batch: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
+        for slot, count in enumerate(counts):
+            if count < 0:
+                at[slot], count = max(0, at[slot] + count), 1
+            batch[0].extend(ids[slot][at[slot] : at[slot] + count])
+            batch[1].extend(range(at[slot], at[slot] + count))
+            batch[2].extend([slot] * count)
+            at[slot] += count
+            batch[3].extend([len(batch[0]) - 1] if count else [])
+        made.append(batch)
+    return made
+
+
+LONGEST = (703, 376)
+LONG = [(500, 0), (0, 300), (1, 1), (1, 1), (200, 1), (1, 0), (-150, 1), (1, 0), (70, 70), (0, 1), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def expected(artifact: Path) -> list[np.ndarray]:
+    with opened(artifact) as session:
+        return [session.step(*step) for step in steps(0, LONG)]
+
+
+def assert_same(session: Session, wanted: Sequence[np.ndarray], made: Steps) -> None:
+    for step, logits in zip(made, wanted, strict=True):
+        np.testing.assert_array_equal(session.step(*step), logits)
+
+
+def streamer(session: Session) -> KVStreamer:
+    assert session.kv_stream is not None
+    return session.kv_stream
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_the_same_bits_within_the_limit(artifact: Path, expected: list[np.ndarray], layers: int) -> None:
+    with opened(artifact) as plain:
+        limit = room(plain, layers, *LONGEST)
+    with opened(artifact, limit) as session:
+        for step, logits in zip(steps(0, LONG), expected, strict=True):
+            np.testing.assert_array_equal(session.step(*step), logits)
+            assert session.memory().kv_committed <= limit
+        report = streamer(session).report()
+        assert (report.calls > 0) == (layers < KV_LAYERS) and (report.read_bytes > 0) == (layers < KV_LAYERS)
+        assert ("read a step" in str(report)) == (layers < KV_LAYERS)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_steps_and_faults_give_the_same_bits(artifact: Path, data: st.DataObject) -> None:
+    counts = st.one_of(st.just(0), st.just(1), st.integers(1, 200), st.integers(-200, -1))
+    lengths = [(n, m) for n, m in data.draw(st.lists(st.tuples(counts, counts), min_size=3, max_size=8)) if n or m]
+    made = steps(1, [(300, 0), *lengths])
+    faults: list[Any] = [None, None, None, "short", errno.EIO, errno.EINTR]
+    read, written = (IllDisk(data.draw(st.lists(st.sampled_from(faults), max_size=6))) for _ in range(2))
+    with opened(artifact) as plain:
+        wanted = [plain.step(*step) for step in made]
+        length = int(max(plain.filled(0), plain.filled(1), 300) + 200)
+        limit = room(plain, data.draw(st.integers(1, KV_LAYERS)), length, length)
+    with opened(artifact, limit, preadv=read.of(os.preadv), pwritev=written.of(os.pwritev)) as session:
+        assert_same(session, wanted, made)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("runtime.weight_reader._PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("runtime.kv_file._PAUSES_S", (0.0, 0.0, 0.0))
+    yield
+
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("fault", ["read", "full", "interrupt"])
+def test_a_step_that_failed_can_be_tried_again(artifact: Path, expected: list[np.ndarray], fault: str) -> None:
+    """At every step the disk fails once for good; the same step is then right, and so is all that follows."""
+    disk = IllDisk([])
+
+    def interrupted(descriptor: int, buffers: Sequence[memoryview], at: int) -> int:
+        if disk.faults and disk.faults.pop() is not None:
+            raise KeyboardInterrupt
+        return os.pwritev(descriptor, buffers, at)
+
+    calls: dict[str, Any] = {"read": {"preadv": disk.of(os.preadv)}, "full": {"pwritev": disk.of(os.pwritev)}}
+    calls["interrupt"] = {"pwritev": interrupted}
+    with opened(artifact) as plain:
+        limit = room(plain, 1, *LONGEST)
+    failed = 0
+    with opened(artifact, limit, **calls[fault]) as session:
+        for number, (step, logits) in enumerate(zip(steps(0, LONG), expected, strict=True)):
+            disk.faults = [errno.ENOSPC if fault == "full" else errno.EIO] * (8 if number else 0)
+            try:
+                got = session.step(*step)
+            except (RuntimeDiagnostic, KeyboardInterrupt) as why:
+                assert isinstance(why, KeyboardInterrupt) or "KV cache cannot be" in why.message
+                failed += 1
+                disk.faults = []
+                got = session.step(*step)
+            np.testing.assert_array_equal(got, logits)
+    assert failed >= 1
+
+
+def test_what_does_not_fit_or_go_together_is_refused(artifact: Path) -> None:
+    with opened(artifact, 1000) as session:
+        with pytest.raises(RuntimeDiagnostic, match="one layer of the KV cache takes"):
+            session.step([1] * 500, range(500), [0] * 500, [])
+        with pytest.raises(RuntimeDiagnostic, match="comes and goes by layers"), session.in_memory(0):
+            pass
+    with pytest.raises(RuntimeDiagnostic, match="not both"):
+        Session(artifact, kv_stream=KVStreamOptions(1 << 20), kv_spill=SpillOptions())
+
+
+def test_a_sequence_that_begins_anew_reads_nothing_old(artifact: Path) -> None:
+    made = steps(2, [(400, 0), (1, 0)])
+    with opened(artifact) as plain:
+        wanted = [plain.step(*step) for step in made]
+        limit = room(plain, 1, 401)
+    with opened(artifact, limit) as session:
+        for _ in range(2):
+            assert_same(session, wanted, made)
+        session.release(0)
+        assert_same(session, wanted, made)
+
+
+def test_an_artifact_without_waits_is_refused(artifact_path: Path) -> None:
+    with pytest.raises(RuntimeDiagnostic, match="do not wait for their KV cache"):
+        Session(artifact_path, kv_stream=KVStreamOptions(1 << 20))
+
+
+def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(kv_build: Callable[[str], Path]) -> None:
+    path, context = kv_build("bf16"), 4096
+    with pytest.raises(DoesNotFit) as told:
+        plan_for(path, 1 << 20, context)
+    budget = told.value.minimum - (10 << 20)
+    with pytest.raises(DoesNotFit):
+        plan_for(path, budget, context)
+    ids = np.random.default_rng(3).integers(0, VOCAB, context - 96)
+    inputs = ids, range(len(ids)), [0] * len(ids), [len(ids) - 1]
+    with Session(path, threads=1) as plain:
+        wanted = plain.step(*inputs)
+        whole = plain.memory().kv_committed
+    with stratum.load(path, memory=budget, max_context=context, threads=1) as model:
+        session = model.session
+        limit = streamer(session).options.limit_bytes
+        assert whole > limit > whole / 2
+        np.testing.assert_array_equal(session.step(*inputs), wanted)
+        assert session.memory().kv_committed <= limit
+        assert streamer(session).report().read_bytes > 0
+
+
+def test_what_weights_leave_is_the_caches(kv_build: Callable[[str], Path]) -> None:
+    """More budget never gives the cache less, and the parts stay within it."""
+    manifest = open_artifact(kv_build("bf16")).manifest
+    limits = []
+    for budget in range(100 << 20, 140 << 20, 4 << 20):
+        made = plan_kv(manifest, budget, 4096, baseline=60 << 20)
+        if made is not None:
+            assert made.kv_bytes is not None and made.stream.other_bytes >= made.kv_bytes + (60 << 20)
+            kept = sum(manifest.weights.pieces[n].bytes for n in made.stream.resident)
+            assert kept + made.stream.window_bytes + made.stream.other_bytes <= budget
+            limits.append(made.kv_bytes)
+    assert limits and limits == sorted(limits)
+    assert plan_kv(manifest, 1 << 20, 4096, baseline=60 << 20) is None

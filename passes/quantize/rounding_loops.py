@@ -132,11 +132,13 @@ def _load(
             for j in range(size):
                 bits[j * LANES + lane] = 0
         elif narrow:
+            group16 = raw16[at : at + size]  # so that no index can be negative, which would be looked at each time
             for j in range(size):
-                bits[j * LANES + lane] = np.uint32(raw16[at + j]) << np.uint32(16)
+                bits[j * LANES + lane] = np.uint32(group16[j]) << np.uint32(16)
         else:
+            group32 = raw32[at : at + size]
             for j in range(size):
-                bits[j * LANES + lane] = raw32[at + j]
+                bits[j * LANES + lane] = group32[j]
 
 
 @jit
@@ -174,12 +176,17 @@ def _judge(
     start: int,
 ) -> None:
     """Whether groups are tame. Those that are not become zeros, which harm nothing."""
+    largest = work.view(np.uint32)[SUM : SUM + LANES]  # exponents
+    for lane in range(LANES):
+        largest[lane] = 0
+    for j in range(size):
+        for lane in range(LANES):
+            largest[lane] = max(largest[lane], bits[j * LANES + lane] & np.uint32(0x7F800000))
     for lane in range(count):
         magnitude = abs(work[PEAK + lane])
         found = TAME if magnitude == ZERO or (magnitude >= low and magnitude <= high) else UNTAME
-        for j in range(size):
-            if (bits[j * LANES + lane] & np.uint32(0x7F800000)) == np.uint32(0x7F800000):
-                found = NOT_FINITE
+        if largest[lane] == np.uint32(0x7F800000):
+            found = NOT_FINITE
         state[start + lane] = found
         if found != TAME:
             for j in range(size):
@@ -381,19 +388,27 @@ def _write_codes(
     start: int,
     count: int,
 ) -> None:
-    for lane in range(count):
+    """The numbers of the levels take the place of `x`, then go to `codes` group by group."""
+    for lane in range(LANES):
         scale, zero = work[SCALE + lane], work[ZEROS + lane]
-        inverse = ZERO if scale == ZERO else ONE / scale
-        low, high = bottom - zero, top - zero
-        at = (start + lane) * size
-        for j in range(size):
-            quotient = x[j * LANES + lane] * inverse
+        work[INVERSE + lane] = ZERO if scale == ZERO else ONE / scale
+        work[BOTTOM + lane] = bottom - zero
+        work[TOP + lane] = top - zero
+    for j in range(size):
+        for lane in range(LANES):
+            quotient = x[j * LANES + lane] * work[INVERSE + lane]
             if linear:
+                low, high = work[BOTTOM + lane], work[TOP + lane]
                 clipped = quotient if quotient > low else low
                 clipped = clipped if clipped < high else high
-                index = np.uint8(((clipped + MAGIC) - MAGIC) + zero - bottom)
+                level = ((clipped + MAGIC) - MAGIC) + work[ZEROS + lane] - bottom
+                x[j * LANES + lane] = level
             else:
-                index = np.uint8(0)
+                index = ZERO
                 for i in range(MAX_LEVELS - 1):
-                    index += np.uint8(quotient > middles[i])
-            codes[at + j] = order[index]
+                    index += ONE if quotient > middles[i] else ZERO
+                x[j * LANES + lane] = index
+    for lane in range(count):
+        group = codes[(start + lane) * size : (start + lane + 1) * size]
+        for j in range(size):
+            group[j] = order[np.uint8(np.int32(x[j * LANES + lane]))]

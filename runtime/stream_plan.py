@@ -116,6 +116,10 @@ class StreamPlan:
                 expected=f"at least {needed}, the experts of one token",
             )
 
+    def expert_bytes_in(self, tokens: int) -> int:
+        """What experts have in steps of so many tokens."""
+        return self.expert_bytes + (self.short_bytes if tokens <= self.short_tokens else 0)
+
     def tokens_at_once(self, manifest: Manifest) -> int:
         """Tokens of one native call: no more than whose experts are sure to fit."""
         tokens = self.step_tokens

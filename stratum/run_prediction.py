@@ -7,7 +7,8 @@
 Arithmetic takes what the cost model says of each part, layer by layer. Between its parts a program waits for pieces of
 the weights file, as its manifest says; the drive reads them in their order, as far ahead as the window takes, also into
 the next step. Missing experts of a step are waited for together; when a prompt is so long that all will be used, those
-of the next layer are read while this one computes, as far as the cache has room. What the cache holds is decided by
+of the next layer are read while this one computes, as far as the cache has room; of short steps as many as are guessed,
+and the guesses are right. What the cache holds is decided by
 the runtime's own cache. A step follows others like it, so what they left in the window and the cache is there.
 """
 
@@ -24,6 +25,7 @@ from passes.place.options import RESIDENT, Option, options_of
 from passes.place.problem import Problem
 from passes.place.routing_model import distinct_experts
 from runtime.expert_cache import Entry, ExpertCache
+from runtime.expert_guess import MOST_TOKENS
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
@@ -156,6 +158,7 @@ class _Player:
                     units, self.stream.expert_bytes, policy=self.stream.policy, scope=self.stream.scope
                 )
         self.disk = _Disk(rate, window)
+        self.guessed = 0.0, 0.0  # bytes read for the next layer on a guess, and when they are there
         self.place = 0.0  # of the stream of dense pieces: where the program is
         self.stages = self._stages()
 
@@ -216,8 +219,13 @@ class _Player:
         count, top_k = piece.bytes // piece.unit, self.manifest.experts_per_token
         chosen = self.rows * top_k
         if chosen < ALL_EXPERTS_USED * count:
-            needed = min(distinct_experts(count, top_k, self.rows), chosen)
-            self._until(self.disk.fetch(needed * (1.0 - self.hit) * piece.unit, self.now))
+            missing_bytes = min(distinct_experts(count, top_k, self.rows), chosen) * (1.0 - self.hit) * piece.unit
+            guessed, guessed_there = self.guessed
+            there = self.disk.fetch(max(0.0, missing_bytes - guessed), self.now)
+            # The next layer's likeliest are read behind what this one waits for.
+            more = min(missing_bytes, self._guesses(layer) * piece.unit)
+            self.guessed = more, self.disk.fetch(more, self.now) if more else 0.0
+            self._until(max(there, guessed_there))
             return
         assert self.cache is not None
         _, missing = self.cache.lookup(layer, list(range(count)))
@@ -227,6 +235,12 @@ class _Player:
         self._until(max((self.arrives.get((layer, expert), 0.0) for expert in range(count)), default=0.0))
         if layer + 1 < len(self.experts):
             self._ahead(layer + 1)
+
+    def _guesses(self, layer: int) -> int:
+        """Experts of the layer behind that are read on a guess: where the artifact says how routers work."""
+        told = sum(wait.router is not None for wait in self.program.awaits) == len(self.experts)
+        possible = self.stream is not None and told and layer + 1 < len(self.experts) and self.rows <= MOST_TOKENS
+        return self.stream.guesses if self.stream is not None and possible else 0
 
     def _ahead(self, layer: int) -> None:
         """As `runtime.stream_books` reads the next layer's experts."""

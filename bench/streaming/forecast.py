@@ -43,7 +43,7 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: 
     hits = replayed = distinct = None
     if stream is not None and stream.expert_bytes and row.router is not None:
         trace = trace_of(manifest, answer["routing"], together=bool(row.prompt))
-        found = replay(trace, stream.expert_bytes, policy=stream.policy, scope=stream.scope)
+        found = replay(trace, stream.expert_bytes_in(row.prompt or 1), policy=stream.policy, scope=stream.scope)
         replayed = found.hit_rate
         used = [np.unique(trace.experts[:, layer]).size for layer in range(trace.layer_count)]
         distinct = float(np.mean(used))
@@ -51,7 +51,7 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: 
             experts=trace.expert_count,
             top_k=trace.top_k,
             layers=trace.layer_count,
-            slots=stream.expert_bytes // max(trace.expert_bytes),
+            slots=stream.expert_bytes_in(row.prompt or 1) // max(trace.expert_bytes),
             policy=stream.policy,
             scope=stream.scope,
             router=row.router,

@@ -56,7 +56,7 @@ class CodeBundle:
 def bundle_key(imported_text: str, pipeline: str, target: CodegenTarget, extra: Sequence[str] = ()) -> str:
     """The cache key of a bundle."""
     machine = [target.llvm_triple, target.llvm_cpu, target.feature_string()]
-    return content_key(["code-bundle-2", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
+    return content_key(["code-bundle-3", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
 
 
 def load_bundle(cache: ObjectCache | None, key: str) -> CodeBundle | None:

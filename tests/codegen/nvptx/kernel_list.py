@@ -11,6 +11,7 @@ from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
+from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
 from ir.formats import BF16, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
@@ -38,4 +39,6 @@ def kernels() -> tuple[GridKernel, ...]:
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
         split_kernel(HEADS, 128**-0.5, 8, "split"),
         join_kernel(HEADS, 8, "join"),
+        rope_kernel(32, 128, BF16, "rope"),
+        append_kernel(8, 128, BF16, "append"),
     )

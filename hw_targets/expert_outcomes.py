@@ -1,8 +1,8 @@
 """What an expert cache lacks at each step, as the simulator asks for it: how many experts are missing, by cache name.
 
 From the misses of a replayed or recorded trace (`from_misses`), or drawn from hit rates (`from_hit_rates`). With a
-predictor a part of the misses is asked for one layer early: of `ahead` experts at most, the share `accuracy` of them
-rightly. The others are asked for when the router has spoken, and what was fetched in vain is read all the same.
+predictor a part of the misses is asked for `distance` layers early: of `ahead` experts at most, the share `accuracy` of
+them rightly. The others are asked for when the router has spoken, and what was fetched in vain is read all the same.
 """
 
 from __future__ import annotations
@@ -18,26 +18,41 @@ EARLY, LATE = "early", "late"
 
 
 def from_misses(
-    misses: np.ndarray, names: Sequence[str], *, ahead: int = 0, accuracy: float = 0.0
+    misses: np.ndarray,
+    names: Sequence[str],
+    *,
+    ahead: int = 0,
+    accuracy: float = 0.0,
+    distance: int = 1,
+    absent: float | None = None,
 ) -> list[dict[str, int]]:
     """For each step what is missing, by `NAME.early` and `NAME.late`. `misses` is int [steps, layers], >= 0.
 
-    The first layer has none before it that could ask early. Shares are kept over the steps: where 0.5 experts a step
+    The first `distance` layers have none before them that could ask early. Of the `ahead` experts that are guessed for
+    a layer the share 1 - `accuracy` is wrong; of these the share `absent` is not in the cache, and is read in vain
+    (None: as many as there are misses that were not foreseen). Shares are kept over the steps: where 0.5 experts a step
     are predicted, it is one every second step.
     """
     if misses.ndim != 2 or misses.shape[1] != len(names):
         raise ValueError(f"expected misses of shape [steps, {len(names)}], got {list(misses.shape)}")
-    if not 0.0 <= accuracy <= 1.0 or ahead < 0 or (misses.size and misses.min() < 0):
-        raise ValueError("expected misses >= 0, ahead >= 0 and an accuracy from 0 to 1")
-    owed = np.zeros(len(names))
+    if not 0.0 <= accuracy <= 1.0 or min(ahead, distance) < 0 or (misses.size and misses.min() < 0):
+        raise ValueError("expected misses >= 0, ahead >= 0, distance >= 0 and an accuracy from 0 to 1")
+    if absent is not None and not 0.0 <= absent <= 1.0:
+        raise ValueError("expected a share of wrong guesses from 0 to 1")
+    owed, vain = np.zeros(len(names)), np.zeros(len(names))
     found = []
     for row in misses.tolist():
         step: dict[str, int] = {}
         for layer, (name, missing) in enumerate(zip(names, row, strict=True)):
-            early = min(ahead, missing) if layer else 0
+            early = min(ahead, missing) if layer >= distance else 0
             owed[layer] += early * accuracy
             right = min(int(owed[layer] + 1e-9), early)
             owed[layer] -= right
+            if absent is not None and layer >= distance:
+                vain[layer] += ahead * (1.0 - accuracy) * absent
+                wrong = min(int(vain[layer] + 1e-9), ahead - right)
+                vain[layer] -= wrong
+                early = right + wrong
             step[f"{name}.{EARLY}"] = early
             step[f"{name}.{LATE}"] = missing - right
         found.append(step)

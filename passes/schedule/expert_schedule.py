@@ -2,7 +2,7 @@
 
 For each layer, in this order:
 
-    early fetches for the next layer        experts that its gate asks for on this layer's input (arXiv:2502.12224)
+    early fetches for a later layer         experts that a predictor names
     attention, then the router
     late fetches of this layer              what the cache lacks and nobody foresaw
     the chosen experts one by one           those that are there first, those still coming last, in order of arrival
@@ -10,6 +10,11 @@ For each layer, in this order:
 What a cache lacks is known only when the model runs, so a fetch is conditional: `rank` r of cache `NAME.late` takes
 place when r experts or more are missing (`ir.ops.plan_stream.PrefetchOp`). The plan is proven for the worst case, in
 which all are; the simulator plays the outcomes it is given (`hw_targets.expert_outcomes`).
+
+How early, `distance` says: 1, before the layer in front of it, with the gate of the next layer asked on this layer's
+input (Fate, arXiv:2502.12224); 0, before its own attention, when the router stands in front of that (SmallThinker,
+arXiv:2507.20984); more, from what was used before (history, popularity). A wrong guess is read all the same, and the
+room of its slot is the cache's: `hw_targets.expert_outcomes` counts both.
 
 All are read in the order in which they were asked for: early fetches stand before the late ones of the same layer, so
 more of them is not always better; `choose_ahead` finds how many are best on given misses.
@@ -57,7 +62,8 @@ class ExpertLayer:
 @dataclass(frozen=True)
 class ExpertProblem:
     """`home` and `over` say where experts are and which link or storage brings them to `tier`, in requests of `block`
-    bytes of which `depth` are in flight; `ahead` experts of the next layer are foreseen at most."""
+    bytes of which `depth` are in flight; `ahead` experts of a layer are foreseen at most, `distance` layers with
+    experts before it."""
 
     unit: str
     tier: str
@@ -66,6 +72,7 @@ class ExpertProblem:
     over: str
     cache_bytes: int
     ahead: int = 0
+    distance: int = 1
     block: int = 0
     depth: int = 1
     stand_ins: int = 0
@@ -83,11 +90,11 @@ class ExpertProblem:
 
     @property
     def least_cache_bytes(self) -> int:
-        """Room for the fetches alone: of one layer late, of the next one early."""
+        """Room for the fetches alone: of one layer late, of it and those up to `distance` behind it early."""
         most = 0
         layers = [layer for layer in self.layers if layer.top_k]
         for number, layer in enumerate(layers):
-            foreseen = layers[max(number, 1) : number + 2]  # this layer's, unless it is the first, and the next one's
+            foreseen = layers[max(number, self.distance) : number + self.distance + 1]  # the first ones by nobody
             early = sum(min(self.ahead, x.top_k) * x.expert_bytes for x in foreseen)
             most = max(most, early + layer.top_k * layer.expert_bytes)
         return most
@@ -132,20 +139,21 @@ class _Emitter:
             for piece in layer.dense:
                 writer.segment(piece)
         cached = Piece("experts.cached", p.cache_bytes - p.least_cache_bytes, p.tier)
-        early: Fetched = []
-        for number, layer in enumerate(p.layers):
-            following = next((x for x in p.layers[number + 1 :] if x.top_k), None)
-            coming: Fetched = []
-            if following is not None and layer.top_k and p.ahead:
-                coming = self.fetch(following, EARLY, min(p.ahead, following.top_k))
+        sparse = [layer for layer in p.layers if layer.top_k]
+        coming: dict[int, Fetched] = {}
+        number = -1
+        for layer in p.layers:
+            number += 1 if layer.top_k else 0
+            if layer.top_k and p.ahead and number + p.distance < len(sparse):
+                following = sparse[number + p.distance]
+                coming[number + p.distance] = self.fetch(following, EARLY, min(p.ahead, following.top_k))
             dense = [writer.segment(piece) for piece in layer.dense]
             writer.compute(p.unit, f"{layer.name}.attention", layer.attention, dense)
             if layer.top_k:
                 if layer.router is not None:
                     writer.compute(p.unit, f"{layer.name}.router", layer.router, [])
                 late = self.fetch(layer, LATE, layer.top_k)
-                self.compute(layer, early, late, writer.segment(cached))
-                early = coming
+                self.compute(layer, coming.pop(number, []), late, writer.segment(cached))
         return writer.finish()
 
     def fetch(self, layer: ExpertLayer, when: str, count: int) -> Fetched:
@@ -187,10 +195,12 @@ def choose_ahead(
     accuracy: float,
     prices: Prices | None = None,
     *,
+    absent: float | None = None,
     candidates: Sequence[int] | None = None,
 ) -> AheadChoice:
     """The number of early fetches with the least mean time on these misses (int [steps, layers with experts]), for a
-    predictor that is right in the share `accuracy`. Those that the cache has no room for are left out."""
+    predictor that is right in the share `accuracy`; of its wrong guesses the share `absent` is not in the cache. Those
+    that the cache has no room for are left out."""
     most = max((layer.top_k for layer in problem.layers), default=0)
     best: AheadChoice | None = None
     tried = []
@@ -198,7 +208,7 @@ def choose_ahead(
         one = replace(problem, ahead=ahead)
         if ahead and one.cache_bytes < one.least_cache_bytes:
             continue
-        outcomes = from_misses(misses, one.names, ahead=ahead, accuracy=accuracy)
+        outcomes = from_misses(misses, one.names, ahead=ahead, accuracy=accuracy, distance=one.distance, absent=absent)
         times = simulate_steps(Simulator(emit_experts(one), target, prices), outcomes)
         tried.append((ahead, times.mean))
         if best is None or times.mean < best.times.mean * (1 - 1e-4):

@@ -126,6 +126,40 @@ def test_outcomes() -> None:
         from_hit_rates([1.5], 2, 1)
 
 
+def test_guesses_of_any_distance() -> None:
+    """Three layers of 4 s, two experts of the last one missing, 4 s of reading: before its own attention the half is
+    hidden at least, one layer before or two all of it."""
+    late = seconds(problem(3), l0_late=0, l1_late=0, l2_late=2)
+    assert late == pytest.approx(15.0)
+    found = [
+        seconds(problem(3, ahead=2, distance=d), l0_late=0, l1_late=0, l2_late=0, l0_early=0, l1_early=0, l2_early=2)
+        for d in (0, 1, 2)
+    ]
+    assert found == pytest.approx([13.0, 12.0, 12.0])
+    assert [problem(3, ahead=1, distance=d).least_cache_bytes for d in (0, 1, 2, 3)] == [60, 80, 60, 40]
+
+
+def test_wrong_guesses_are_read() -> None:
+    misses = np.zeros((4, 3), int)
+    names = ["l0", "l1", "l2"]
+    (vain, *_) = from_misses(misses, names, ahead=2, accuracy=0.0, absent=1.0)
+    assert [vain[f"{n}.early"] for n in names] == [0, 2, 2] and sum(vain[f"{n}.late"] for n in names) == 0
+    half = from_misses(misses, names, ahead=2, accuracy=0.5, absent=0.5, distance=2)
+    assert [[step[f"{n}.early"] for n in names] for step in half] == [[0, 0, 0], [0, 0, 1]] * 2
+    assert from_misses(misses, names, ahead=2, accuracy=1.0, absent=1.0) == from_misses(misses, names, ahead=0)
+    # 16 s of reading a step in vain on a drive that is else idle cost what they do not hide under.
+    busy = problem(3, ahead=2, distance=0)
+    free = from_misses(misses[:1], names, ahead=2, accuracy=1.0, distance=0)
+    lost = from_misses(misses[:1], names, ahead=2, accuracy=0.0, absent=1.0, distance=0)
+    simulator = Simulator(emit_experts(busy), HOST)
+    assert simulate_steps(simulator, lost).mean > simulate_steps(simulator, free).mean == pytest.approx(12.0)
+    assert choose_ahead(busy, HOST, misses[:1], accuracy=0.0, absent=1.0).ahead == 0
+    with pytest.raises(ValueError, match="wrong guesses"):
+        from_misses(misses, names, ahead=1, absent=2.0)
+    with pytest.raises(ValueError, match="distance >= 0"):
+        from_misses(misses, names, ahead=1, distance=-1)
+
+
 @st.composite
 def expert_problems(draw: st.DrawFn) -> ExpertProblem:
     layers = []
@@ -136,10 +170,37 @@ def expert_problems(draw: st.DrawFn) -> ExpertProblem:
         expert = Work(float(draw(st.integers(0, 40))), "f32") if top_k else None
         size = draw(st.integers(1, 40))
         layers.append(ExpertLayer(f"l{i}", Work(float(draw(st.integers(0, 40)))), dense, router, expert, top_k, size))
-    made = ExpertProblem("cores", "dram", tuple(layers), "ssd", "ssd", 0, ahead=draw(st.integers(0, 4)))
+    ahead, distance = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    made = ExpertProblem("cores", "dram", tuple(layers), "ssd", "ssd", 0, ahead=ahead, distance=distance)
     if draw(st.booleans()):
         made = dataclasses.replace(made, stand_ins=draw(st.integers(1, 2)), stand_in_bytes=1)
     return dataclasses.replace(made, cache_bytes=made.least_cache_bytes + draw(st.integers(0, 100)))
+
+
+@settings(max_examples=15, deadline=None)
+@given(expert_problems(), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_guesses_never_need_more_than_was_proven(one: ExpertProblem, accuracy: float, absent: float, seed: int) -> None:
+    """Whatever is guessed and missed, a step stays within what was proven for the worst case, in room and in time."""
+    program = emit_experts(one)
+    room = home(one) + one.cache_bytes
+    assert [d.message for d in check_stream(program, HOST, {"dram": room})] == []
+    names = one.names
+    if not names:
+        return
+    top_k = max(layer.top_k for layer in one.layers)
+    misses = from_hit_rates([0.5] * len(names), top_k, 3, seed)
+    outcomes = from_misses(misses, names, ahead=one.ahead, accuracy=accuracy, distance=one.distance, absent=absent)
+    simulator = Simulator(program, HOST)
+    worst = simulator.run()
+    for outcome in outcomes:
+        run = simulator.run(outcome)
+        assert run.peak_bytes.get("dram", 0) <= room
+        assert run.seconds <= worst.seconds * (1 + 1e-9)
+
+
+def home(one: ExpertProblem) -> int:
+    """Bytes of dense weights."""
+    return sum(piece.nbytes for layer in one.layers for piece in layer.dense)
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,7 +20,7 @@ def _threads(pieces: int) -> int:
 
 
 def rope_kernel(heads: int, width: int, element: PlainFormat, name: str) -> GridKernel:
-    """A kernel (x [tokens, heads, width], cos and sin f32 [tokens, width / 2], y like x): attn.rope, a block a token."""
+    """A kernel (x [tokens, heads, d], cos and sin f32 [tokens, d / 2], y like x): attn.rope, a block for each token."""
     if width % 2:
         raise DiagnosticError(f"heads of {width} are not rotated", expected="an even width")
     half = width // 2

@@ -3,6 +3,9 @@ them is near the closed form that chose them."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,10 +17,11 @@ from hw_targets.plan_bound import plan_bound
 from hw_targets.simulator import simulate
 from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import ModuleOp
-from ir.ops.plan_stream import SegmentOp
+from ir.ops.plan_stream import PrefetchOp, SegmentOp
 from ir.stream_interpreter import interpret_stream
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
+from passes.place.pins import parse_pin
 from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
 from passes.schedule.check_stream import check_stream
@@ -103,3 +107,30 @@ def test_orders_that_do_not_exist() -> None:
     found = solve(Problem(dense(1), machine_of(target()), formats_of(""), Session(256, 1, 64, 64)))
     with pytest.raises(ValueError, match="the order units or even"):
         placed_plan(found.problem, found.choice, order="odd")
+
+
+def test_any_number_of_equal_layers_may_stay() -> None:
+    """With room for one MLP more, one more of eight stays, and a step is shorter by what it took to bring."""
+    machine = target(gpu=False, disk=5e6)
+    found, times = [], []
+    for room in range(10):
+        base = Problem(dense(8), machine_of(machine), formats_of(""), Session(256, 1, 64, 64))
+        mlp = next(p for p in base.parts() if p.group == "mlp").nbytes
+        where = base.machine.with_room("dram", int(7.2 * MIB) + room * mlp)
+        base = dataclasses.replace(base, machine=where)
+        pins = ("attention=dram", "head=dram", "embedding=disk", "kv=dram")
+        base = dataclasses.replace(base, pins=tuple(parse_pin(p, base.shape, base.machine) for p in pins))
+        choice = solve(base)
+        kept = {o.mode: n for o, n in choice.choice if o.part.group == "mlp"}
+        plan = placed_plan(choice.problem, choice.choice).program
+        assert [d.message for d in check_stream(plan, machine, dict(where.room))] == []
+        brought = [op for op in plan.walk() if isinstance(op, PrefetchOp) and ".mlp" in str(op.segment.name_hint)]
+        assert len(brought) == kept.get("streamed", 0) == 8 - kept.get("resident", 0)
+        found.append(kept.get("resident", 0))
+        times.append(step_seconds(choice.problem, choice.choice))
+    assert found == sorted(found)
+    assert found[0] < found[-1] == 8 and len(set(found)) >= 6
+    assert times == sorted(times, reverse=True)
+    for (a, first), (b, second) in itertools.pairwise(zip(found, times, strict=True)):
+        if b == a + 1 and b < 8:
+            assert first - second == pytest.approx(mlp / 5e6, rel=0.02)

@@ -6,8 +6,9 @@
 Every row is a process of its own in a control group of its own (needs root). llama.cpp maps the file and does not
 repack its weights, which would have to fit; it is measured at the system's read-ahead and, with `--device vda`, at
 128 KiB, which suits it best. A row ends after its tokens or after `--seconds`. What the disk gives by itself is taken
-before and after each of our rows, and what it gave meanwhile, from which the time is foretold, by the runtime.
-Without a limit the model is in memory already. Forecasts are made at the end. The table takes about ten minutes.
+before and after each of our rows, and what it gave meanwhile by the runtime: the time is foretold from the latter, and
+from peaks and memory bandwidth of just before and after the row. Without a limit the model is in memory already, and
+llama.cpp repacks as it likes. Forecasts are made at the end. The table takes about eleven minutes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from typing import Any
 from bench.measure import machine
 from bench.peers.child import Engine, EngineError
 from bench.peers.models import Models
+from bench.prediction.__main__ import host_of
 from bench.streaming.disk import disk_bytes_per_s, forget, read_ahead, read_by
 from bench.streaming.forecast import forecast
 from bench.streaming.memory_group import MemoryGroup
 from bench.streaming.report import Result, table
 from bench.streaming.rows import ROWS, Row, chosen
-from hw_targets.calibrate import calibrate
+from hw_targets.calibrate import Calibration, calibrate
 
 BEST_READ_AHEAD_KIB = 128
 WARM = 64  # tokens after which a model is in memory, nearly every expert of it too
@@ -61,17 +63,17 @@ def main() -> None:
         for row in rows:
             models.drop_variant(row.model)
         return
+    calibrate()  # the target `host` then states what this machine reaches
     results: list[Result] = []
     for row in rows:
         artifact, gguf = files[row.name]
         results.append(_ours(row, artifact, options))
         if gguf is not None:
-            for kib in (BEST_READ_AHEAD_KIB, None) if options.device else (None,):
+            for kib in (BEST_READ_AHEAD_KIB, None) if options.device and row.cap else (None,):
                 results.append(_llama(row, gguf, kib, options))
-    calibrate()  # the target `host` then states what this machine reaches
     told = [
-        replace(r, forecast=forecast(r.row, files[r.row.name][0], r.answer, r.answer["plan"], r.rate_meanwhile))
-        if "plan" in r.answer
+        replace(r, forecast=forecast(r.row, files[r.row.name][0], r.answer, r.target, r.rate_meanwhile))
+        if r.target and r.answer
         else r
         for r in results
     ]
@@ -90,19 +92,24 @@ def _ours(row: Row, artifact: Path, options: argparse.Namespace) -> Result:
     words = [sys.executable, "-m", "bench.streaming.stratum_child", str(artifact), "--memory", str(row.cap)]
     words += ["--context", str(_context(row, options.tokens))]
     words += ["--expert-policy", options.expert_policy] if options.expert_policy else []
-    before = disk_bytes_per_s(weights)
+    before, limits = disk_bytes_per_s(weights, scattered=row.scattered), _limits()
     try:
         answer = measured("stratum", words, weights, row, options)
     except EngineError as fault:
         return _said(Result(row, "stratum", {}, fault=str(fault)))
-    return _said(Result(row, "stratum", answer, (before, disk_bytes_per_s(weights))))
+    target = host_of(limits, _limits())
+    return _said(Result(row, "stratum", answer, (before, disk_bytes_per_s(weights, scattered=row.scattered)), target))
+
+
+def _limits() -> Calibration:
+    return calibrate(nbytes=1 << 28, seconds=0.01, repeats=5)
 
 
 def _llama(row: Row, gguf: Path, kib: int | None, options: argparse.Namespace) -> Result:
-    name = f"llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}"
-    words = [str(options.peers), "-m", "bench.peers.llama_cpp_child", str(gguf), "--mapped"]
-    words += ["--context", str(_context(row, options.tokens))]
-    before = disk_bytes_per_s(gguf)
+    name = f"llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}" if row.cap else "llama.cpp"
+    words = [str(options.peers), "-m", "bench.peers.llama_cpp_child", str(gguf)]
+    words += ["--context", str(_context(row, options.tokens)), *(["--mapped"] if row.cap else [])]
+    before = disk_bytes_per_s(gguf, scattered=row.scattered)
     try:
         with read_ahead(options.device or "", kib):
             answer = measured(name, words, gguf, row, options)
@@ -155,7 +162,7 @@ def _said(result: Result) -> Result:
 
 
 def _plain(result: Result) -> dict[str, Any]:
-    answer = {key: value for key, value in result.answer.items() if key != "routing"}
+    answer = {key: value for key, value in result.answer.items() if key != "routing"} | {"target": result.target}
     told = asdict(result.forecast) if result.forecast is not None else None
     return {"row": result.row.name, "engine": result.engine, **answer, "disk": result.disk, "forecast": told}
 

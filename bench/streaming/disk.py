@@ -12,23 +12,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REQUEST_BYTES = 1 << 20
+SCATTERED = 4  # requests, about an expert
 SECONDS = 5.0  # drives of clouds give more in the first seconds, so only the second half counts
 
 
-def disk_bytes_per_s(path: Path, threads: int = 3, seconds: float = SECONDS) -> float:
-    """What O_DIRECT reads of 1 MiB all over the file get out of it in the second half of the time."""
+def disk_bytes_per_s(path: Path, *, scattered: bool, threads: int = 3, seconds: float = SECONDS) -> float:
+    """What O_DIRECT reads of 1 MiB get out of the file in the second half of the time: one after the other, or
+    `scattered` over it in runs of four, as experts are read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    size = os.fstat(descriptor).st_size // REQUEST_BYTES
+    run = SCATTERED if scattered else 1
+    size = max(1, os.fstat(descriptor).st_size // (run * REQUEST_BYTES))  # runs
+    stride = next(n for n in range(size * 5 // 8, 2 * size + 2) if math.gcd(n, size) == 1) if scattered else 1
     start = time.perf_counter()
     half, stop = start + seconds / 2, start + seconds
-    stride = next(n for n in range(size * 5 // 8, 2 * size + 2) if math.gcd(n, size) == 1)  # every block once
     read = [0] * threads
 
     def work(thread: int) -> None:
         buffer = mmap.mmap(-1, REQUEST_BYTES)
         at = thread
         while (now := time.perf_counter()) < stop:
-            got = os.preadv(descriptor, [memoryview(buffer)], at * stride % size * REQUEST_BYTES)
+            number, part = divmod(at, run)
+            place = (number * stride % size * run + part) * REQUEST_BYTES
+            got = os.preadv(descriptor, [memoryview(buffer)], place)
             read[thread] += got if now >= half else 0
             at += threads
 

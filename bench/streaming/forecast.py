@@ -35,10 +35,10 @@ class Forecast:
     distinct: float | None = None
 
 
-def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: float) -> Forecast:
-    """For a row that was run: `plan` is its stream plan as text ("" without a limit), `disk` bytes/s."""
+def forecast(row: Row, artifact: Path, answer: dict[str, Any], target: str, disk: float) -> Forecast:
+    """For a row that was run: `target` is this machine as it was, `host{...}`, with a disk of `disk` bytes/s."""
     manifest = open_artifact(artifact).manifest
-    stream = StreamPlan.from_json(plan) if plan else None
+    stream = StreamPlan.from_json(answer["plan"]) if answer["plan"] else None
     tokens = int(answer["tokens"])
     hits = replayed = distinct = None
     if stream is not None and stream.expert_bytes and row.router is not None:
@@ -58,7 +58,8 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], plan: str, disk: 
             tokens=tokens,
         )
     store = load_target("host").store()
-    target = f"host{{{store.name}.read={disk / 1e9:.3f}GB/s}}" if store is not None and row.cap else "host"
+    if store is not None and row.cap:
+        target = f"{target[:-1]},{store.name}.read={disk / 1e9:.3f}GB/s}}"
     request = PlanRequest(
         str(artifact),
         target,

@@ -25,6 +25,7 @@ class Result:
     engine: str
     answer: dict[str, Any]
     disk: tuple[float, float] = (0.0, 0.0)  # bytes/s by itself, before and after
+    target: str = ""  # the machine as it was, for the forecast
     forecast: Forecast | None = None
     fault: str = ""
 

@@ -27,6 +27,11 @@ class Row:
     topics: int = 1
     router: Router | None = None
 
+    @property
+    def scattered(self) -> bool:
+        """Whether it reads experts here and there, and not the file from its beginning to its end."""
+        return self.router is not None and not self.prompt
+
 
 ROWS = (
     Row("uniform-none", "near uniform, no limit", "olmoe-1b-7b", "w4a8-g32", "q4_0", 0, router=MIXED),

@@ -91,8 +91,8 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
 
     This machine is measured first where that was never done; `tell` is told so.
     """
+    shape, formats, manifest = _model(request)  # first: a wrong name is told before anything is measured
     target = _measured(request.target, tell)
-    shape, formats, manifest = _model(request)
     given = read_placement(request.plan) if request.plan is not None else None
     session = _session(request, shape)
     if given is not None:

@@ -113,11 +113,11 @@ def test_any_number_of_equal_layers_may_stay() -> None:
     """With room for one MLP more, one more of eight stays, and a step is shorter by what it took to bring."""
     machine = target(gpu=False, disk=5e6)
     found, times = [], []
+    whole = Problem(dense(8), machine_of(machine), formats_of(""), Session(256, 1, 64, 64))
+    mlp = next(p for p in whole.parts() if p.group == "mlp").nbytes
     for room in range(10):
-        base = Problem(dense(8), machine_of(machine), formats_of(""), Session(256, 1, 64, 64))
-        mlp = next(p for p in base.parts() if p.group == "mlp").nbytes
-        where = base.machine.with_room("dram", int(7.2 * MIB) + room * mlp)
-        base = dataclasses.replace(base, machine=where)
+        where = whole.machine.with_room("dram", int(7.2 * MIB) + room * mlp)
+        base = dataclasses.replace(whole, machine=where)
         pins = ("attention=dram", "head=dram", "embedding=disk", "kv=dram")
         base = dataclasses.replace(base, pins=tuple(parse_pin(p, base.shape, base.machine) for p in pins))
         choice = solve(base)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runtime import Session
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_spill import SpillOptions
+from runtime.load_or_compute import Prices
+from runtime.prompt_cache import PromptCache
 from tests.runtime.conftest import KV_LAYERS
 from tests.stratum.tiny_model import VOCAB
 
@@ -82,21 +86,48 @@ def test_going_back_and_on_again_gives_the_same_bits(session: Session) -> None:
     np.testing.assert_array_equal(session.step([7], [700], [0], [0]), straight)
 
 
-def test_a_sequence_that_was_on_disk_goes_on_with_the_same_bits(built: tuple[str, Path]) -> None:
-    """Codes, scales and ring come back as they were, and going back still works."""
-    ids = np.random.default_rng(0).integers(0, VOCAB, 600)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_order_of_spills_gives_the_same_bits(built: tuple[str, Path], data: st.DataObject) -> None:
+    """Codes, scales and ring come back as they were, read or computed again, and going back still works."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, 2000))
+    steps: list[tuple[int, int, int, bool]] = []  # slot, first, last, whether it is spilled afterwards
+    ends = [0, 0]
+    for _ in range(data.draw(st.integers(3, 7))):
+        slot = data.draw(st.integers(0, 1))
+        first = ends[slot] - data.draw(st.sampled_from((0, 0, 0, min(ends[slot], 150))))
+        ends[slot] = first + data.draw(st.one_of(st.just(1), st.integers(1, 400)))
+        steps.append((slot, first, ends[slot], data.draw(st.booleans())))
+    prices = data.draw(st.sampled_from((None, Prices(1e-3, 1e6), Prices(0.0, 1.0))))
+    options = SpillOptions(chunk=data.draw(st.sampled_from((64, 128, 192))))
+    with (
+        Session(built[1], threads=1, num_slots=2) as plain,
+        Session(built[1], threads=1, num_slots=2, kv_spill=options) as session,
+    ):
+        assert session.kv_spill is not None
+        session.kv_spill._sequences.prices = lambda rate: prices
+        for slot, first, last, spilled in steps:
+            part = ids[slot, first:last], range(first, last), [slot] * (last - first), [last - first - 1]
+            np.testing.assert_array_equal(session.step(*part), plain.step(*part))
+            if spilled:
+                before = session.memory().kv_committed
+                assert session.spill(slot) > 0 and session.memory().kv_committed < before
+        assert not session.kv_spill.report().faults
 
-    def steps(spilled: bool) -> list[np.ndarray]:
-        made = []
-        with Session(built[1], threads=1, num_slots=2, kv_spill=SpillOptions(chunk=128)) as session:
-            for first, last in ((0, 300), (300, 301), (301, 590), (590, 600), (400, 402)):
-                part = ids[first:last]
-                made.append(session.step(part, range(first, last), [1] * len(part), [len(part) - 1]))
-                if spilled:
-                    before = session.memory().kv_committed
-                    assert session.spill(1) > 0
-                    assert session.memory().kv_committed < before / 8
-        return made
 
-    for got, wanted in zip(steps(True), steps(False), strict=True):
-        np.testing.assert_array_equal(got, wanted)
+def test_a_prompt_in_a_file_is_used_as_far_back_as_its_ring_reaches(built: tuple[str, Path], tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, VOCAB, 900).tolist()
+    with Session(built[1], threads=1) as session:
+        session.step(ids, range(900), [0] * 900, [])
+        assert PromptCache(tmp_path / "prompt", session).save(0, ids)
+    for common in (899, 500, 100):
+        prompt = [*ids[:common], 1, 2]
+        with Session(built[1], threads=1) as session:
+            reused = PromptCache(tmp_path / "prompt", session).reuse(0, prompt)
+            assert reused.positions == (common if common > 450 or not RING[built[0]] else 0) and not reused.fault
+            rest = prompt[reused.positions :]
+            positions = range(reused.positions, len(prompt))
+            got = session.step(rest, positions, [0] * len(rest), [len(rest) - 1])
+            session.release(0)
+            whole = session.step(prompt, range(len(prompt)), [0] * len(prompt), [len(prompt) - 1])
+            np.testing.assert_array_equal(got, whole)

@@ -94,7 +94,7 @@ def test_the_same_bits_within_the_limit(artifact: Path, expected: list[np.ndarra
         assert ("read a step" in str(report)) == (layers < KV_LAYERS)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_steps_and_faults_give_the_same_bits(artifact: Path, data: st.DataObject) -> None:
     counts = st.one_of(st.just(0), st.just(1), st.integers(1, 200), st.integers(-200, -1))
@@ -178,10 +178,10 @@ def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(kv_build: Calla
     path, context = kv_build("bf16"), 4096
     with pytest.raises(DoesNotFit) as told:
         plan_for(path, 1 << 20, context)
-    budget = told.value.minimum - (10 << 20)
+    budget = told.value.minimum - (12 << 20)
     with pytest.raises(DoesNotFit):
         plan_for(path, budget, context)
-    ids = np.random.default_rng(3).integers(0, VOCAB, context - 96)
+    ids = np.random.default_rng(3).integers(0, VOCAB, 3100)
     inputs = ids, range(len(ids)), [0] * len(ids), [len(ids) - 1]
     with Session(path, threads=1) as plain:
         wanted = plain.step(*inputs)

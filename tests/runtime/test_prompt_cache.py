@@ -50,7 +50,7 @@ def use(path: Path, artifact: Path, ids: Sequence[int], **options: Any) -> Any:
     return reused
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_the_common_part_is_reused(artifact_path: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     path = tmp_path_factory.mktemp("cache") / "prompt"
@@ -156,7 +156,7 @@ def test_files_of_others_are_refused(artifact_path: Path, tmp_path: Path) -> Non
             missing.save(0, [1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_a_hostile_file_ends_in_a_diagnostic_or_the_right_tokens(
     artifact_path: Path, tmp_path_factory: pytest.TempPathFactory, data: Any

@@ -75,6 +75,7 @@ def small_cases() -> list[GpuCase]:
     """The same kernels, a few blocks each."""
     return [
         _decode("decode_w16_m3", 3, 40, 192, BF16),
+        _decode("decode_w8_m2", 2, 16, 128, GroupedIntFormat(8, 128)),
         _decode("decode_w4_m16", 16, 16, 128, GroupedIntFormat(4, 32)),
         _gemm("gemm", 40, 24, 72, GemmShape(32, 32, 16, 16, 2)),
         _norm("rms_norm", 2, 64), _swiglu("swiglu", 2, 40),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from codegen.nvptx.builder import GridKernel
+from codegen.nvptx.builder import GridBuilder, GridKernel
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.attention import prefill_kernel
 from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
@@ -13,9 +13,10 @@ from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
-from ir.formats import BF16, GroupedIntFormat
+from ir.formats import BF16, F16, F32, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
+from ir.types import VectorType
 from tests.codegen.op_kernels import single
 from tests.samples.base import TOKENS, t
 
@@ -42,3 +43,29 @@ def kernels() -> tuple[GridKernel, ...]:
         rope_kernel(32, 128, BF16, "rope"),
         append_kernel(8, 128, BF16, "append"),
     )
+
+
+def one_of_each() -> GridKernel:
+    """Every grid op, and every tile op that a GPU does otherwise."""
+    k = GridBuilder("one_of_each", threads=64)
+    x, y, n = k.buffer("x", BF16), k.buffer("y", F32), k.size("n")
+    s = k.shared(1024, BF16)
+    lane, warp = k.lane_and_warp()
+    at = (k.block_id() * k.num_threads() + k.thread_id()) * 8
+    k.async_copy(s, k.thread_id() * 8, x, at, at.compare("lt", n))
+    k.async_commit()
+    k.async_wait(0)
+    k.barrier()
+    a = k.load_matrix(s, lane * 8 + warp * 256)
+    b = k.load_matrix(s, lane * 8 + warp * 256, transposed=True)
+    a = k.fma_pairs(a, a, b)
+    c = k.mma(k.f32(0.0, 4), a, k.part(b, 4, 4))
+    half = VectorType(8, F16), VectorType(4, F16)
+    c = k.mma(c, a.bitcast(half[0]), k.part(b, 0, 4).bitcast(half[1]))
+    total = k.warp_reduce(k.exp2(c).reduce("add"), lambda p, q: p + q)
+    same = k.shuffle(lane.from_index(), 1).cast(F32)
+    x.prefetch(at)
+    total = total + x.load(at).cast(F32)
+    pair = k.join(k.exp2(total), same).cast(BF16).cast(F32)
+    y.store((k.block_id() + k.num_blocks()) * 128 + k.thread_id() * 2, pair)
+    return k.grid_kernel()

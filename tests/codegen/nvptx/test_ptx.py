@@ -8,43 +8,16 @@ from pathlib import Path
 import pytest
 
 import codegen.nvptx.grid_lowerings  # noqa: F401 - registers the lowerings
-from codegen.nvptx.builder import GridBuilder, GridKernel
+from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.compile import ARCHITECTURES, compile_ptx, compile_ptx_for, llvm_module
 from codegen.nvptx.lowering import GRID_LOWERINGS, dynamic_bytes, shared_bytes
 from codegen.nvptx.ptxas import Resources, assemble, find_ptxas, read_resources
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, F32, I32
+from ir.formats import F32, I32
 from ir.op_def import OPS
-from ir.types import VectorType
-from tests.codegen.nvptx.kernel_list import kernels
+from tests.codegen.nvptx.kernel_list import kernels, one_of_each
 
 needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
-
-
-def one_of_each() -> GridKernel:
-    """Every grid op, and every tile op that a GPU does otherwise."""
-    k = GridBuilder("one_of_each", threads=64)
-    x, y, n = k.buffer("x", BF16), k.buffer("y", F32), k.size("n")
-    s = k.shared(1024, BF16)
-    lane, warp = k.lane_and_warp()
-    at = (k.block_id() * k.num_threads() + k.thread_id()) * 8
-    k.async_copy(s, k.thread_id() * 8, x, at, at.compare("lt", n))
-    k.async_commit()
-    k.async_wait(0)
-    k.barrier()
-    a = k.load_matrix(s, lane * 8 + warp * 256)
-    b = k.load_matrix(s, lane * 8 + warp * 256, transposed=True)
-    a = k.fma_pairs(a, a, b)
-    c = k.mma(k.f32(0.0, 4), a, k.part(b, 4, 4))
-    half = VectorType(8, F16), VectorType(4, F16)
-    c = k.mma(c, a.bitcast(half[0]), k.part(b, 0, 4).bitcast(half[1]))
-    total = k.warp_reduce(k.exp2(c).reduce("add"), lambda p, q: p + q)
-    same = k.shuffle(lane.from_index(), 1).cast(F32)
-    x.prefetch(at)
-    total = total + x.load(at).cast(F32)
-    pair = k.join(k.exp2(total), same).cast(BF16).cast(F32)
-    y.store((k.block_id() + k.num_blocks()) * 128 + k.thread_id() * 2, pair)
-    return k.grid_kernel()
 
 
 @pytest.fixture(scope="module")

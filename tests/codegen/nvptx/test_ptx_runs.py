@@ -1,0 +1,75 @@
+"""The PTX of kernels, run instruction by instruction, gives what the kernel's tile IR gives: bit by bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.gpu_attention_cases import small_attention
+from bench.gpu_cases import GpuCase, small_cases
+from codegen.nvptx.builder import GridKernel
+from codegen.nvptx.compile import compile_ptx
+from codegen.nvptx.kernels.attention_decode import join_kernel
+from codegen.nvptx.kernels.attention_rows import AttentionShape
+from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
+from codegen.nvptx.lowering import shared_bytes
+from ir.formats import BF16, F16
+from ir.grid_interpreter import interpret_grid
+from tests.codegen.nvptx.kernel_list import one_of_each
+from tests.codegen.nvptx.ptx_interpreter import run_ptx
+from tests.samples.base import normal
+
+CASES = [*small_cases(), *small_attention()]
+TOKENS = np.array([1, 0], np.int32)
+# Kernel, blocks, arguments: what the cases have not.
+OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (
+    (one_of_each(), 2, [normal(2 * 64 * 8, element=BF16, scale=0.1), np.zeros(8 * 128, np.float32), 2 * 64 * 8 - 4]),
+    (
+        rope_kernel(3, 24, F16, "rope"), 2,
+        [normal(2, 3, 24, element=F16), normal(2, 12, seed="c"), normal(2, 12, seed="s"),
+         np.zeros((2, 3, 24), np.float16)],
+    ),
+    (
+        append_kernel(2, 16, BF16, "append"), 2,
+        [*(normal(2, 2, 16, seed=s, element=BF16) for s in "kv"), TOKENS, TOKENS,
+         *(np.zeros((2, 2, 4, 16)).astype(BF16.dtype) for _ in "kv"), 4],
+    ),
+    (
+        join_kernel(AttentionShape(2, 1, 64), 3, "join"), 2,
+        [normal(2, 3, 64), np.abs(normal(2, 3, 2, seed="sums")), np.zeros((2, 64), np.float32)],
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ptx() -> str:
+    return compile_ptx([*(c.kernel for c in CASES), *(kernel for kernel, _, _ in OTHERS)], "sm_80")
+
+
+def check(ptx: str, kernel: GridKernel, blocks: int, arguments: Sequence[Any]) -> None:
+    by_ptx, by_ir = copy.deepcopy(list(arguments)), copy.deepcopy(list(arguments))
+    interpret_grid(kernel.func, by_ir, blocks=blocks, threads=kernel.threads)
+    run_ptx(ptx, kernel.name, by_ptx, blocks=blocks, threads=kernel.threads, shared=shared_bytes(kernel))
+    for got, wanted in zip(by_ptx, by_ir, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert any(isinstance(b, np.ndarray) and b.tobytes() != a.tobytes() for a, b in zip(arguments, by_ptx, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_ptx_means_what_the_tile_ir_means(ptx: str, case: GpuCase) -> None:
+    check(ptx, case.kernel, case.blocks, case.make(np.random.default_rng(11)))
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda o: o[0].name)
+def test_other_kernels(ptx: str, other: tuple[GridKernel, int, list[Any]]) -> None:
+    check(ptx, *other)
+
+
+def test_an_instruction_that_is_not_known() -> None:
+    text = ".entry k(\n\t.param .u64 k_param_0\n)\n{\n\tbrev.b32 \t%r1, 5;\n\tret;\n\n}\n"
+    with pytest.raises(ValueError, match=r"brev\.b32 is not among the instructions"):
+        run_ptx(text, "k", [np.zeros(1)], blocks=1, threads=1, shared=0)

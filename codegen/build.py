@@ -18,6 +18,7 @@ from codegen.artifact import ArtifactWriter
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import CodegenTarget, CompiledStep, LoweredStep, compile_lowered, lower_step
 from codegen.format_report import FormatUse, bits_per_weight, format_uses
+from codegen.garbage import rare_collections
 from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
 from codegen.weights import write_weights
@@ -72,6 +73,7 @@ def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = 
     return tuple(narrow if p.name == "choose-layouts" else p for p in passes)
 
 
+@rare_collections()
 def build_artifact(
     imported: ImportedModel,
     out: Path,

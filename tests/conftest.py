@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Loops that numba compiles are decorated on import, before any fixture; all workers and children share their machine
 # code, and so does the next run: it is kept by the source file's date.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "test-numba"))
+
+# The tests make many modules of ops, which the collector would visit all the time (see codegen/garbage.py).
+gc.set_threshold(100_000, 20, 20)
 
 # A suite started in the background of a shell is told to ignore Ctrl-C, and so would the children it interrupts.
 if threading.current_thread() is threading.main_thread():

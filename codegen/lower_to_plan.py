@@ -70,7 +70,8 @@ class Program:
 
     def awaits(self) -> list[tuple[int, tuple[int, ...]]]:
         """(piece, pieces done) of the program's waits for weights, in order."""
-        return [(op.piece, op.done) for op in self.func.block.ops if isinstance(op, plan_await.AwaitOp)]  # type: ignore[attr-defined]
+        waits = [op.attributes for op in self.func.block.ops if isinstance(op, plan_await.AwaitOp)]
+        return [(wait["piece"], wait["done"]) for wait in waits]
 
     def kv_awaits(self) -> list[int]:
         """Layers of the program's waits for keys and values, in order."""

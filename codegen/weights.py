@@ -26,7 +26,7 @@ from codegen.packed_weights import load_packed, packed_pieces
 from codegen.strips import StripPacker, strip_count, strip_rows, unpack_strips
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.formats import PLAIN_FORMATS, FP8Format, NumberFormat, PlainFormat, ScaledFormat
 from ir.text_reader import parse_format
 from ir.types import Layout, TensorType
 
@@ -87,7 +87,7 @@ def stored_bytes(shape: tuple[int, ...], element: NumberFormat, layout: Layout |
             raise DiagnosticError(f"a weight in {element} needs a layout", hint="run choose-layouts")
         return math.prod(shape) * element.dtype.itemsize
     if not isinstance(element, PlainFormat):
-        return math.prod(shape[:-2]) * PackedStrips(*shape[-2:], layout, element).matrix_bytes  # type: ignore[arg-type]
+        return math.prod(shape[:-2]) * PackedStrips.of(TensorType(shape, element, layout)).matrix_bytes
     rows, columns = layout.padded(shape[-2], shape[-1])
     return math.prod(shape[:-2]) * rows * columns * element.dtype.itemsize
 
@@ -234,8 +234,9 @@ def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
     """The logical array of one stored tensor; `data` is the whole weights file. f32 numbers of a low-bit one."""
     raw = _stored_matrices(np.frombuffer(data, np.uint8), tensor)
     if tensor.format not in PLAIN_FORMATS:
-        assert tensor.layout is not None
-        return load_packed(raw, parse_format(tensor.format), tensor.shape, tensor.layout)  # type: ignore[arg-type]
+        format = parse_format(tensor.format)
+        assert tensor.layout is not None and isinstance(format, ScaledFormat | FP8Format)
+        return load_packed(raw, format, tensor.shape, tensor.layout)
     flat = raw.view(PLAIN_FORMATS[tensor.format].dtype)
     if tensor.layout is None:
         return flat.reshape(tensor.shape)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 import codegen.weight_pieces
 import stratum
-from runtime import Session
+from runtime import Session, weight_reader
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
 from runtime.manifest import manifest_digest, parse_manifest
@@ -250,6 +252,28 @@ def test_faults_that_pass_change_nothing(
     ):
         assert_same(logits(session, batches(1)), expected[name, 1])
     assert disk.calls > 10
+
+
+def test_weights_in_a_memory_file_system(artifacts: dict[str, Path], expected: dict) -> None:
+    """Older kernels refuse O_DIRECT there, newer ones take it: the same bits either way."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or not os.access(shared, os.W_OK) or not hasattr(os, "O_DIRECT"):
+        pytest.skip("there is no /dev/shm to write to")
+    path = artifacts["llama"]
+    with tempfile.TemporaryDirectory(prefix="stratum-test-", dir=shared) as folder:
+        there = shutil.copytree(path, Path(folder) / "model")
+        try:
+            os.close(os.open(there / "weights" / "weights.bin", os.O_RDONLY | os.O_DIRECT))
+            takes = True
+        except OSError:
+            takes = False
+        descriptor = os.open(there / "weights" / "weights.bin", os.O_RDONLY)
+        try:
+            assert weight_reader._direct(descriptor) == (descriptor, takes)
+        finally:
+            os.close(descriptor)
+        with opened(there, least_plan(there)) as session:
+            assert_same(logits(session, batches(1)), expected["llama", 1])
 
 
 @pytest.mark.parametrize(

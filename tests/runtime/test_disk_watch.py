@@ -27,5 +27,5 @@ def test_a_slow_disk_is_noticed_after_a_fast_start() -> None:
     assert watch.observe(LEAST_BYTES * 4, LEAST_S) is None
     assert watch.observe(LEAST_BYTES * 4 + LEAST_BYTES - 1, 10 * LEAST_S) is None  # too little to tell
     message = watch.observe(LEAST_BYTES * 5, 11 * LEAST_S)
-    assert message is not None and message.startswith("the disk gives 0.03 GB/s, the plan counts on 1.07")
+    assert message is not None and message.startswith("the disk gives 0.01 GB/s, the plan counts on 1.07")
     assert watch.observe(LEAST_BYTES * 6, 60 * LEAST_S) is None

@@ -91,6 +91,12 @@ class InterpretedDriver:
         return 0, 2.0
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver is given holds the names of the kernels only."""
+    monkeypatch.setattr(bench_gpu, "compile_ptx", lambda kernels, _: "".join(f".entry {k.name}(" for k in kernels))
+
+
 def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
     return main(arguments, lambda: cases, lambda: CudaDevice(InterpretedDriver(cases, **named)))
 
@@ -103,6 +109,7 @@ def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"| {c.name} " in said for c in cases)
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_measured_rates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "BEHIND_CACHES", 0)  # one set of arguments
     monkeypatch.setattr(bench_gpu, "copy_bandwidth", lambda device: 1e6)
@@ -117,6 +124,7 @@ def test_measured_rates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert "50 %" in next(line for line in said.splitlines() if "| gemm" in line)
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_a_wrong_kernel_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     norm = next(c for c in small_cases() if c.name == "rms_norm")
     wrong = GpuCase(**{**vars(norm), "meant": lambda a: [m.astype(np.float32) + 1 for m in norm.meant(a)]})

@@ -22,8 +22,8 @@ needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip ins
 
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, str]:
-    """Architecture -> PTX of all kernels."""
-    return compile_ptx_for([one_of_each(), *kernels()])
+    """Architecture -> PTX of all kernels; that for sm_80 serves sm_89 too."""
+    return compile_ptx_for([one_of_each(), *kernels()], ("sm_80", "sm_90"))
 
 
 def entry(text: str, name: str) -> str:
@@ -58,15 +58,15 @@ def test_weights_are_loaded_sixteen_bytes_at_a_time(ptx: dict[str, str]) -> None
         assert "call" not in body and ".local" not in body
 
 
-def test_the_header_says_what_it_is_for(ptx: dict[str, str]) -> None:
-    for architecture, text in ptx.items():
+def test_the_header_says_what_it_is_for() -> None:
+    for architecture, text in compile_ptx_for([one_of_each()]).items():
         assert ".version 7.8" in text and f".target {architecture}" in text
 
 
 @needs_ptxas
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_assemble_without_spills(ptx: dict[str, str], architecture: str) -> None:
-    made = assemble(ptx[architecture], architecture)
+    made = assemble(ptx.get(architecture, ptx["sm_80"]), architecture)
     assert made.cubin[:4] == b"\x7fELF"
     assert set(made.resources) == {"one_of_each", *(k.name for k in kernels())}
     assert {name: r for name, r in made.resources.items() if r.spill_bytes or r.stack_bytes} == {}

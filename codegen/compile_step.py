@@ -15,8 +15,9 @@ from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.step import module_text
-from codegen.lower_to_plan import Lowering, Program, ProgramSpec, WeightsFile
+from codegen.lower_to_plan import Lowering
 from codegen.object_cache import ObjectCache
+from codegen.programs import Program, ProgramSpec, WeightsFile
 from codegen.weights import StoredTensor
 from ir.core import Value
 from ir.ops.builtin import FuncOp, ModuleOp

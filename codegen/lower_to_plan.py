@@ -13,11 +13,12 @@ from typing import Any
 
 import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
-from codegen.kernels.call import EMITTERS, EmitContext, KernelSpec, SizeArgument, Temporary
+from codegen.kernels.call import EMITTERS, KernelSpec, SizeArgument, Temporary
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
+from codegen.programs import Launch, Program, ProgramSpec, WeightsFile
 from codegen.router_places import RouterPlace, router_of
-from codegen.weight_pieces import ExpertBundle, WeightPiece, expert_bundles, plan_pieces
-from codegen.weights import StoredTensor, plan_weights
+from codegen.weight_pieces import ExpertBundle, expert_bundles, plan_pieces
+from codegen.weights import plan_weights
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Op, Value
@@ -35,69 +36,6 @@ from passes.analysis.constants import is_constant_expression
 from passes.schedule.arena import Lifetime, assign_arena
 
 _TICKETS = ("tickets", 0, 1)  # the team has one count of them: kernels that take some need a barrier between
-
-
-@dataclass(frozen=True)
-class ProgramSpec:
-    """One specialisation of the step: its name, the most tokens of a step, what emitters may ask."""
-
-    name: str
-    max_tokens: int
-    context: EmitContext
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What one launch costs: bytes that do not depend on the tokens (weights), bytes and FLOPs of each token."""
-
-    kernel: str
-    origin: str
-    fixed_bytes: int
-    token_bytes: int
-    token_flops: int
-
-
-@dataclass
-class Program:
-    """A lowered program: plan IR, arena size, launches in order."""
-
-    name: str
-    max_tokens: int
-    func: FuncOp
-    arena_bytes: int
-    launches: list[Launch]
-    routers: dict[int, RouterPlace] = field(default_factory=dict)  # by the number of the wait for their experts
-
-    def awaits(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(piece, pieces done) of the program's waits for weights, in order."""
-        waits = [op.attributes for op in self.func.block.ops if isinstance(op, plan_await.AwaitOp)]
-        return [(wait["piece"], wait["done"]) for wait in waits]
-
-    def kv_awaits(self) -> list[int]:
-        """Layers of the program's waits for keys and values, in order."""
-        return [op.layer for op in self.func.block.ops if isinstance(op, plan_await.AwaitKVOp)]
-
-
-@dataclass(frozen=True)
-class WeightsFile:
-    """Where the weights of a step lie, tensor by tensor and piece by piece."""
-
-    roots: tuple[tuple[str, Value], ...]
-    bundles: tuple[ExpertBundle, ...]
-    tensors: tuple[StoredTensor, ...]
-    nbytes: int
-    pieces: tuple[WeightPiece, ...]
-    piece_of: dict[str, int]
-
-    @classmethod
-    def empty(cls) -> WeightsFile:
-        """A file without weights."""
-        return cls((), (), (), 0, (), {})
-
-    @property
-    def stacks(self) -> tuple[tuple[Value, ...], ...]:
-        """The bundled weights, as `codegen.weights` takes them."""
-        return tuple(bundle.weights for bundle in self.bundles)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.lowering import lower_kernel
 from codegen.llvm.team import team_text
-from codegen.lower_to_plan import Program
+from codegen.programs import Program
 from ir.core import Op, Value
 from ir.ops import plan, plan_await
 from ir.ops.builtin import FuncOp, ReturnOp

@@ -8,7 +8,8 @@ import pytest
 
 from codegen.build import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step, program_specs
-from codegen.lower_to_plan import Lowering, WeightsFile
+from codegen.lower_to_plan import Lowering
+from codegen.programs import WeightsFile
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ir
 from codegen.compile_step import program_specs
-from codegen.lower_to_plan import Lowering, Program, WeightsFile
+from codegen.lower_to_plan import Lowering
+from codegen.programs import Program, WeightsFile
 from ir.ops import plan
 from passes.schedule.check_plan import check_plan
 

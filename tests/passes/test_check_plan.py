@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from codegen.lower_to_plan import Program
+from codegen.programs import Program
 from ir.core import Op
 from ir.ops import plan
 from ir.ops.builtin import FuncOp

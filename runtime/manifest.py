@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from runtime.errors import RuntimeDiagnostic
+from runtime.manifest_fields import REBUILD_HINT, Fields, short
 
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 256 << 20  # a 100 000-tensor model needs about 25 MiB
-REBUILD_HINT = "build the artifact again: compile-model build MODEL -o OUT"
 PAGE_BYTES = 4096  # of the weights file, whatever the machine's
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _HEX = re.compile(r"[0-9a-f]+")
@@ -189,7 +189,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             where=where,
             hint=REBUILD_HINT,
         )
-    return _typed(raw, _Fields(raw, where))
+    return _typed(raw, Fields(raw, where))
 
 
 def _load_json(text: bytes, where: str) -> dict[str, Any]:
@@ -215,14 +215,14 @@ def _check_version(raw: dict[str, Any], where: str) -> None:
     by = f" (written by stratum {writer[:40]})" if isinstance(writer, str) else ""
     newer = isinstance(version, int) and version > FORMAT_VERSION
     raise RuntimeDiagnostic(
-        f"artifact format version {_short(version)}{by} cannot be read by this stratum",
+        f"artifact format version {short(version)}{by} cannot be read by this stratum",
         where=where,
         expected=f"format version {FORMAT_VERSION}",
         hint=("use the newer stratum that wrote it, or " if newer else "") + REBUILD_HINT,
     )
 
 
-def _typed(raw: dict[str, Any], top: _Fields) -> Manifest:
+def _typed(raw: dict[str, Any], top: Fields) -> Manifest:
     model = top.child("model")
     kv = top.child("kv")
     target = top.child("target")
@@ -256,7 +256,7 @@ def _typed(raw: dict[str, Any], top: _Fields) -> Manifest:
     return manifest
 
 
-def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
+def _programs(fields: Fields) -> tuple[ProgramInfo, ...]:
     programs = []
     for name in sorted(fields.values):
         program = fields.child(name)
@@ -285,7 +285,7 @@ def _programs(fields: _Fields) -> tuple[ProgramInfo, ...]:
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
 
 
-def _router(wait: _Fields) -> RouterInfo | None:
+def _router(wait: Fields) -> RouterInfo | None:
     if "router" not in wait.values:
         return None
     router = wait.child("router")
@@ -296,7 +296,7 @@ def _router(wait: _Fields) -> RouterInfo | None:
     )  # fmt: skip
 
 
-def _weights(fields: _Fields) -> WeightsInfo:
+def _weights(fields: Fields) -> WeightsInfo:
     total = fields.integer("bytes", 0, 1 << 50)
     tensors = []
     for tensor in fields.children("tensors", 1 << 24):
@@ -310,7 +310,7 @@ def _weights(fields: _Fields) -> WeightsInfo:
     return WeightsInfo(fields.text("file"), total, tuple(tensors), _pieces(fields, total))
 
 
-def _pieces(fields: _Fields, total: int) -> tuple[PieceInfo, ...]:
+def _pieces(fields: Fields, total: int) -> tuple[PieceInfo, ...]:
     """Pieces lie in order, on pages, and do not overlap; experts are whole and on pages too."""
     pieces: list[PieceInfo] = []
     end = 0
@@ -332,7 +332,7 @@ def _pieces(fields: _Fields, total: int) -> tuple[PieceInfo, ...]:
     return tuple(pieces)
 
 
-def _files(fields: _Fields) -> dict[str, FileInfo]:
+def _files(fields: Fields) -> dict[str, FileInfo]:
     files = {}
     for path in fields.values:
         entry = fields.child(path)
@@ -343,7 +343,7 @@ def _files(fields: _Fields) -> dict[str, FileInfo]:
     return files
 
 
-def _check_consistent(manifest: Manifest, top: _Fields) -> None:
+def _check_consistent(manifest: Manifest, top: Fields) -> None:
     """Numbers that state the same fact twice must agree: the KV size, the weights' size."""
     kv = manifest.kv
     element_bytes = _ELEMENT_BYTES.get(kv.format)
@@ -378,7 +378,7 @@ def _check_consistent(manifest: Manifest, top: _Fields) -> None:
         top.fail("weights.bytes", f"{listed.bytes}, the size listed under 'files'", manifest.weights.bytes)
 
 
-def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights: WeightsInfo, top: _Fields) -> None:
+def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights: WeightsInfo, top: Fields) -> None:
     """What a router is said to read lies in the arena and in the file, and it has the experts of its piece."""
     where, info = f"programs.{program.name}.awaits.router", weights.pieces[piece]
     if router.hidden % 4 or router.hidden + program.max_tokens * router.columns * 4 > program.arena_bytes:
@@ -387,80 +387,6 @@ def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights:
         top.fail(f"{where}.weights", f"an f32 matrix inside of the {weights.bytes} bytes of weights", router.weights)
     if info.kind != "experts" or router.experts * info.unit != info.bytes:
         top.fail(f"{where}.experts", "as many as the piece has", router.experts)
-
-
-class _Fields:
-    """Typed look-up in one JSON object; a wrong field ends in a diagnostic with its full name."""
-
-    def __init__(self, values: dict[str, Any], where: str, prefix: str = "") -> None:
-        self.values = values
-        self._where = where
-        self._prefix = prefix
-
-    def fail(self, key: str, expected: str, got: object) -> NoReturn:
-        """Raises: field, what was expected, what is there."""
-        name = ".".join(part for part in (self._prefix, key) if part)
-        raise RuntimeDiagnostic(
-            f"manifest field '{name}' is {_short(got)}",
-            where=self._where,
-            expected=expected,
-            hint=REBUILD_HINT,
-        )
-
-    def child(self, key: str) -> _Fields:
-        """The object under `key`."""
-        value = self.values.get(key)
-        if not isinstance(value, dict):
-            self.fail(key, "an object", value)
-        return _Fields(value, self._where, f"{self._prefix}.{key}" if self._prefix else key)
-
-    def children(self, key: str, most: int, default: tuple[()] | None = None) -> list[_Fields]:
-        """The list of objects under `key`, at most `most` of them; `default` where there is none."""
-        value = self.values.get(key, None if default is None else [])
-        if not isinstance(value, list) or len(value) > most or not all(isinstance(item, dict) for item in value):
-            self.fail(key, f"a list of at most {most} objects", value)
-        name = f"{self._prefix}.{key}" if self._prefix else key
-        return [_Fields(item, self._where, f"{name}[{index}]") for index, item in enumerate(value)]
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            self.fail(key, f"an integer in {low}..{high}", value)
-        return value
-
-    def integers(self, key: str, low: int, high: int) -> list[int]:
-        """A list of integers in that range."""
-        value = self.values.get(key)
-        if not isinstance(value, list) or not all(type(item) is int and low <= item <= high for item in value):
-            self.fail(key, f"a list of integers in {low}..{high}", value)
-        return value
-
-    def number(self, key: str) -> float:
-        """A finite number >= 0; 0 where the field is absent (work figures are optional)."""
-        value = self.values.get(key, 0)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1e24:
-            self.fail(key, "a number >= 0", value)
-        return float(value)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.values.get(key, default)
-        if not isinstance(value, str) or len(value) > 1 << 16:
-            self.fail(key, "a text", value)
-        return value
-
-    def texts(self, key: str) -> list[str]:
-        value = self.values.get(key)
-        if not isinstance(value, list) or len(value) > 4096 or not all(isinstance(item, str) for item in value):
-            self.fail(key, "a list of texts", value)
-        return value
-
-
-def _short(value: object) -> str:
-    """A value as a diagnostic shows it: JSON, cut to one short line."""
-    if value is None:
-        return "missing"
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _kind(value: object) -> str:

@@ -183,8 +183,8 @@ class VectorType(Type):
 class BufferType(Type):
     """`buffer<f32>`: a one-dimensional run of numbers in memory, indexed by element.
 
-    `space` is "global" (weights, arena, KV cache, step inputs), "shared" (a block's, on GPUs) or "private" (one thread's
-    scratch).
+    `space` is "global" (weights, arena, KV cache, step inputs), "shared" (a block's, on GPUs) or "private" (scratch of
+    one thread).
     """
 
     element: NumberFormat

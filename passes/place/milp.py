@@ -19,7 +19,8 @@ from passes.place.options import Option
 from passes.place.outcome import Choice, crossing, tier_use, workspaces
 from passes.place.problem import Problem
 
-_MAX_NODES = 300
+MANY_NODES = 300  # of the search: for a small verified gap
+FEW_NODES = 30  # enough for what is most often the same choice, when many are looked for
 _REL_GAP = 2e-3
 _NUDGE = 1e-6  # among equals the choice with less work altogether
 
@@ -59,13 +60,18 @@ class _Rows:
 
 
 def solve_counts(
-    problem: Problem, options: Sequence[Sequence[Option]], *, least_bytes: str = "", best: bool = True
+    problem: Problem,
+    options: Sequence[Sequence[Option]],
+    *,
+    least_bytes: str = "",
+    best: bool = True,
+    nodes: int = MANY_NODES,
 ) -> Found | None:
     """The best counts; with `least_bytes` those that need least of that tier, whose room then does not count."""
     shrink = 1.0
     for _ in range(4):  # once, unless tolerances of the solver let a tier go over by a few bytes
         rows, columns = _program(problem, options, least_bytes, best, shrink)
-        values, gap = _run(rows)
+        values, gap = _run(rows, nodes)
         if values is None:
             return None
         choice = tuple((option, round(values[at])) for option, at in columns if round(values[at]))
@@ -206,7 +212,7 @@ def _quality(rows: _Rows, problem: Problem, columns: list[tuple[Option, int]]) -
         rows.row(0.0, math.inf, spare)
 
 
-def _run(rows: _Rows) -> tuple[list[float] | None, float]:
+def _run(rows: _Rows, nodes: int) -> tuple[list[float] | None, float]:
     """(values of the columns, relative gap); None when nothing fits."""
     import highspy
     import numpy as np
@@ -228,8 +234,9 @@ def _run(rows: _Rows) -> tuple[list[float] | None, float]:
     for option, value in (
         ("threads", 1),
         ("random_seed", 0),
-        ("mip_max_nodes", _MAX_NODES),
-        ("mip_rel_gap", _REL_GAP),
+        ("presolve", "off"),  # there is nothing to take out: it costs more than half of the time and cuts worse
+        ("mip_max_nodes", nodes),
+        ("mip_rel_gap", _REL_GAP if nodes >= MANY_NODES else 2.5 * _REL_GAP),
         ("mip_feasibility_tolerance", 1e-7),
         ("primal_feasibility_tolerance", 1e-8),
     ):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
+from passes.place.milp import FEW_NODES
 from passes.place.outcome import objective
 from passes.place.problem import Pin, Problem, Slo
 from passes.place.solve import Solution, solve
@@ -110,6 +111,6 @@ def _candidates(solution: Solution) -> Iterator[Solution]:
 
 def _solved(problem: Problem) -> Solution | None:
     try:
-        return solve(problem)
+        return solve(problem, FEW_NODES)
     except DiagnosticError:  # nothing fits, or a pin of the user's leaves nothing beside ours
         return None

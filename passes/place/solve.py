@@ -21,11 +21,12 @@ from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
 from passes.place.greedy import greedy
 from passes.place.machine import UNLIMITED
-from passes.place.milp import Found, solve_counts
+from passes.place.milp import MANY_NODES, Found, solve_counts
 from passes.place.options import Option, options_of
 from passes.place.outcome import Choice, Outcome, evaluate, tier_use
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Slo
+from passes.place.tidy import tidied
 
 _CHUNKS = (512, 128, 32, 8)
 _MICRO_BATCHES = (1, 2, 4, 8)
@@ -68,11 +69,14 @@ class NoFit(DiagnosticError):
         self.diagnostics = (Diagnostic("error", message, notes=tuple(notes)),)
 
 
-def solve(problem: Problem) -> Solution:
-    """The best plan that fits. Raises NoFit, and DiagnosticError for pins that leave a part without any way."""
+def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:
+    """The best plan that fits, searched for in so many nodes of each program.
+
+    Raises NoFit, and DiagnosticError for pins that leave a part without any way.
+    """
     best: Solution | None = None
     for variant in _variants(problem):
-        found = _solve_one(variant)
+        found = _solve_one(variant, nodes)
         if found is not None and (best is None or found.outcome.objective < best.outcome.objective * (1 - 1e-9)):
             best = found
         if found is not None and variant.session.micro_batches == problem.session.micro_batches and _settled(problem):
@@ -135,9 +139,9 @@ def _with(problem: Problem, **changes: int) -> Problem:
     return dataclasses.replace(problem, session=dataclasses.replace(problem.session, **changes))
 
 
-def _solve_one(problem: Problem) -> Solution | None:
+def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     options = choices_of(problem)
-    found = _solve_counts(problem, options)
+    found = _solve_counts(problem, options, nodes)
     base = _baseline(problem, options)
     if found is None and base is not None:
         found = Found(base[0], 1.0)
@@ -146,22 +150,24 @@ def _solve_one(problem: Problem) -> Solution | None:
     choice, outcome = found.choice, evaluate(problem, found.choice)
     if base is not None and base[1].objective < outcome.objective:
         choice, outcome = base
+    choice = tidied(problem, options, choice)
+    outcome = evaluate(problem, choice)
     placement = dataclasses.replace(to_placement(problem, choice, outcome), gap=found.gap)
     return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
 
 
-def _solve_counts(problem: Problem, options: list[list[Option]]) -> Found | None:
+def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int) -> Found | None:
     """The best counts. Where losses differ by layer the program only knows their mean, and layers that lose most get
     the widest formats afterwards: it is asked again with another bound until what is lost is just what may be."""
     limit = problem.menu.most_loss if problem.menu is not None else None
     differ = any(len(set(o.part.losses)) > 1 for found in options for o in found[:1])
     if problem.menu is None or limit is None or not differ:
-        return solve_counts(problem, options)
+        return solve_counts(problem, options, nodes=nodes)
     best: Found | None = None
     lowest, bound = math.inf, limit
     for _ in range(_TRIES):
         asked = dataclasses.replace(problem, menu=dataclasses.replace(problem.menu, most_loss=bound))
-        found = solve_counts(asked, options)
+        found = solve_counts(asked, options, nodes=nodes)
         made = quality_plan(problem, groups_of(problem, found.choice)) if found is not None else None
         if found is None or made is None:
             break

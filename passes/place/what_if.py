@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hw_targets.target import Storage, Target
 from passes.place.formats import next_down
+from passes.place.milp import FEW_NODES
 from passes.place.problem import Problem
 from passes.place.solve import NoFit, Solution, solve
 
@@ -36,7 +37,7 @@ def gains(solution: Solution) -> tuple[Gain, ...]:
     found = []
     for what, problem in changes(solution):
         try:
-            after = solve(problem).outcome
+            after = solve(problem, FEW_NODES).outcome
         except NoFit:
             continue
         before = solution.outcome.objective

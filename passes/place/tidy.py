@@ -1,0 +1,61 @@
+"""A choice without needless moves: caches go to the memory of the unit that attends, where that costs nothing.
+
+    choice = tidied(problem, options, choice)
+
+A plan is as good as its slowest resource, so the program of `passes.place.milp` may leave keys and values on a drive
+whose time nothing waits for, though memory is free. Each such run of layers takes, as many layers as fit, the option
+that is the same but for its cache, when no phase gets longer by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from passes.place.options import Option
+from passes.place.outcome import Choice, evaluate
+from passes.place.problem import Problem
+
+
+def tidied(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
+    """The same choice with fewer bytes moved, or itself."""
+    now = evaluate(problem, choice)
+    for option, _ in choice:
+        better = _nearer(problem, options, option)
+        count = next((n for o, n in choice if o is option), 0)
+        if better is None or not count:
+            continue
+        low, high = 0, count  # the more layers move, the fuller memory gets
+        while low < high:
+            middle = (low + high + 1) // 2
+            trial = _moved(choice, option, better, middle)
+            found = evaluate(problem, trial)
+            phases = ((found.decode, now.decode), (found.prefill, now.prefill))
+            same = found.fits and all(a.seconds <= b.seconds * (1 + 1e-9) for a, b in phases)
+            low, high = (middle, high) if same else (low, middle - 1)
+        if low:
+            choice = _moved(choice, option, better, low)
+            now = evaluate(problem, choice)
+    return choice
+
+
+def _nearer(problem: Problem, options: Sequence[Sequence[Option]], option: Option) -> Option | None:
+    """The option that differs in where its cache lies only: in the memory of its unit."""
+    near = problem.machine.unit(option.unit).tier
+    if option.kv_home in ("", near):
+        return None
+    same = (option.part, option.unit, option.home, option.mode, option.prefill_unit)
+    for found in options:
+        for other in found:
+            if (other.part, other.unit, other.home, other.mode, other.prefill_unit) == same and (
+                (other.kv_home, other.kv_unit) == (near, option.unit)
+            ):
+                return other
+    return None
+
+
+def _moved(choice: Choice, option: Option, better: Option, count: int) -> Choice:
+    """`count` layers take the other option."""
+    counts: dict[int, tuple[Option, int]] = {id(o): (o, n) for o, n in choice}
+    counts[id(option)] = (option, counts[id(option)][1] - count)
+    counts[id(better)] = (better, counts.get(id(better), (better, 0))[1] + count)
+    return tuple((o, n) for o, n in counts.values() if n)

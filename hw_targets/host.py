@@ -19,7 +19,7 @@ from hw_targets.target import Cache, ComputeUnit, MemoryTier, Target
 _CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 # What generated kernels reach of calibrated figures; docs/prediction.md tells how they were found.
 EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.68}
-FEW_ROWS_EFFICIENCY = {"bf16": 0.35, "i8": 0.50}
+FEW_ROWS_EFFICIENCY = {"bf16": 0.50, "i8": 0.60}
 BANDWIDTH_EFFICIENCY = 0.86
 OVERLAP = {"i8": 0.5}  # between 4-bit weights, read ahead in batches, and 8-bit ones, whose times add up
 EFFICIENCY_SOURCE = "shares that kernels reach: bench.prediction, AMD EPYC Zen 4, 2 cores"

@@ -93,21 +93,19 @@ class KVStreamer:
         if self._torn:
             self._settle()
         with self._keeping():
+            starts: dict[int, int] = {}
             ends: dict[int, int] = {}
             for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
-                if slot not in ends:
-                    self._starts(slot, position)
+                starts.setdefault(slot, position)
                 ends[slot] = max(ends.get(slot, 0), position + 1)
+            for slot in [slot for slot, position in starts.items() if position == 0]:
+                self._filled[slot] = 0
+                self.forget(slot)
+                self._kv.release(slot)
             self._ends, self._current = ends, -1
             self._choose()
-
-    def _starts(self, slot: int, position: int) -> None:
-        """What the call writes of a slot is not what the file has."""
-        if position == 0:
-            self._filled[slot] = 0
-            self.forget(slot)
-            self._kv.release(slot)
-        np.minimum(self._clean[:, slot], position // GROUP * GROUP, out=self._clean[:, slot])
+            for slot, position in starts.items():  # only now: what went just before is on file as it was
+                np.minimum(self._clean[:, slot], position // GROUP * GROUP, out=self._clean[:, slot])
 
     def _choose(self) -> None:
         """Which layers go in this call."""

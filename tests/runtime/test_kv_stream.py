@@ -44,15 +44,18 @@ def room(session: Session, layers: int, *lengths: int) -> int:
 
 
 def steps(seed: int, lengths: Sequence[tuple[int, int]]) -> Steps:
-    """By step, how many tokens of either sequence; a negative number goes back so far first, and adds one token."""
-    ids = np.random.default_rng(seed).integers(0, VOCAB, (2, 2048)).tolist()
+    """By step, how many tokens of either sequence; a negative number goes back so far and half on.
+
+    What stands at a position after going back is another token.
+    """
+    random = np.random.default_rng(seed)
     at, made = [0, 0], []
     for counts in lengths:
         batch: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
         for slot, count in enumerate(counts):
             if count < 0:
-                at[slot], count = max(0, at[slot] + count), 1
-            batch[0].extend(ids[slot][at[slot] : at[slot] + count])
+                at[slot], count = max(0, at[slot] + count), 1 - count // 2
+            batch[0].extend(random.integers(0, VOCAB, count).tolist())
             batch[1].extend(range(at[slot], at[slot] + count))
             batch[2].extend([slot] * count)
             at[slot] += count

@@ -35,6 +35,12 @@ def resident_bytes() -> int:
     return resident - shared + max(shared, cached)
 
 
+def peak_resident_bytes() -> int:
+    """The most it has had in memory since it began, in bytes. getrusage counts the process that started it, too."""
+    words = (_OWN / "status").read_text().split()
+    return int(words[words.index("VmHWM:") + 1]) << 10  # in kB
+
+
 def give_back_read_ahead() -> None:
     """Drops what was read of this process's libraries and modules and nobody has mapped, where it counts."""
     if memory_limit() is not None:

@@ -11,7 +11,6 @@ a process of its own, whose memory is that of a model that runs and of nothing e
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ir.diagnostics import DiagnosticError
+from runtime.process_memory import peak_resident_bytes
 from runtime.session import Session
 from runtime.stream_plan import StreamPlan
 
@@ -203,7 +203,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     with MeasuredRun(artifact, stream, context=request["context"], batch=request["batch"]) as run:
         prefill = run.prefill(request["prompt"])
         decode = run.decode(request["prompt"], request["batch"], request["generate"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = peak_resident_bytes()
     return {"prefill": asdict(prefill), "decode": asdict(decode), "peak_bytes": peak,
             "stream": stream.to_json() if stream is not None else ""}  # fmt: skip
 

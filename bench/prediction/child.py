@@ -9,12 +9,12 @@ experts every token chose.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from runtime.artifact import open_artifact
+from runtime.process_memory import peak_resident_bytes
 from runtime.stream_plan import StreamPlan
 from stratum.measure_run import MeasuredRun
 from stratum.memory_plan import baseline_bytes, plan_memory
@@ -46,7 +46,7 @@ def main() -> None:
                 found = measured.prefill(depth, parts=False)
             else:
                 found = measured.decode(depth, batch, int(request["steps"]), parts=False)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            peak = peak_resident_bytes()
             print(json.dumps({**asdict(found), "peak": peak, "stream": _text(stream)}), flush=True)
     if recorder is not None:
         from hw_targets.routing.trace_file import write_trace

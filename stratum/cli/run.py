@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,8 +238,10 @@ def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: 
     """What was read, and what it cost."""
     if session.streamer is None:
         return
+    from runtime.process_memory import peak_resident_bytes
+
     report = session.streamer.report()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = peak_resident_bytes()
     if as_json:
         rates = {"gigabytes_per_s": report.gigabytes_per_s, "hit_rate": report.hit_rate, "peak_resident_bytes": peak}
         reporter.event("streaming", **vars(report), **rates)

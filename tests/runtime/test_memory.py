@@ -75,11 +75,10 @@ def test_capacity_is_a_multiple_of_64() -> None:
 
 
 def test_rings_of_a_low_bit_cache_are_reserved_too() -> None:
-    info = replace(
-        LLAMA, format="q4_sym<group=row, scale=f16>, recent=16", bytes_per_slot=3 * 4096, recent=16, ring=544
-    )
+    ring = 3 * 17 * 4096  # 34 blocks of 16 positions for each of 12 heads
+    info = replace(LLAMA, format="q4_sym<group=row, scale=f16>, recent=16", bytes_per_slot=ring, recent=16, ring=544)
     cache = KVCache(info, 64, 2)
-    assert cache.reserved_bytes == 2 * (info.bytes_per_position * 64 + 3 * 4096)
+    assert cache.reserved_bytes == 2 * (info.bytes_per_position * 64 + ring)
     assert cache.release(1) == cache.reserved_bytes // 2
     cache.close()
 
@@ -87,7 +86,7 @@ def test_rings_of_a_low_bit_cache_are_reserved_too() -> None:
 def test_release_frees_one_slot_of_every_layer() -> None:
     cache = KVCache(LLAMA, 128, 3)
     slot_bytes = 4 * 64 * 2 * 2 * 128  # one slot in one layer: 128 KiB
-    content = cache._memory.view().reshape(3, 3, slot_bytes)  # [layer, slot, bytes]
+    content = cache.reservation.view().reshape(3, 3, slot_bytes)  # [layer, slot, bytes]
     content[:] = 7
     assert cache.committed_bytes() == cache.reserved_bytes
     assert cache.release(1) == 3 * slot_bytes

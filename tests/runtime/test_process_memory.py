@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,6 +52,19 @@ def test_a_group_with_a_limit_counts_cached_files() -> None:
         give_back_read_ahead()
         counted = resident_bytes()
     assert counted >= plain - 16 * MIB and plain >= int(statm[1]) * PAGE_BYTES - 16 * MIB
+
+
+def test_the_peak_is_of_this_process_alone() -> None:
+    """A child of a process of 512 MiB and more has not had them."""
+    child = "from runtime.process_memory import peak_resident_bytes as p, resident_bytes as r; print(p(), r())"
+    parent = (
+        f"import subprocess, sys; x = bytearray(b'x' * (512 << 20)); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    peak, now = map(int, done.stdout.split())
+    assert now // 2 < peak < 512 * MIB
 
 
 def test_pages_of_a_file(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from bench.streaming.forecast import forecast
 from bench.streaming.memory_group import MemoryGroup
 from bench.streaming.report import Result, table
 from bench.streaming.rows import ROWS, Row, chosen
+from hw_targets import load as load_target
 from hw_targets.calibrate import Calibration, calibrate
+from ir.diagnostics import DiagnosticError
 
 BEST_READ_AHEAD_KIB = 128
 WARM = 64  # tokens after which a model is in memory, nearly every expert of it too
@@ -64,6 +66,8 @@ def main() -> None:
             models.drop_variant(row.model)
         return
     calibrate()  # the target `host` then states what this machine reaches
+    if any(row.cap for row in rows) and load_target("host").store() is None:
+        sys.exit(f"nothing is known of a drive here: compile-model targets calibrate --disk {options.work}")
     results: list[Result] = []
     for row in rows:
         artifact, gguf = files[row.name]
@@ -71,15 +75,24 @@ def main() -> None:
         if gguf is not None:
             for kib in (BEST_READ_AHEAD_KIB, None) if options.device and row.cap else (None,):
                 results.append(_llama(row, gguf, kib, options))
-    told = [
-        replace(r, forecast=forecast(r.row, files[r.row.name][0], r.answer, r.target, r.rate_meanwhile))
-        if r.target and r.answer
-        else r
-        for r in results
-    ]
+    if options.out is not None:  # what took minutes to measure is not lost to a forecast
+        options.out.write_text(json.dumps([_plain(result) for result in results], indent=1))
+    told = [_told(result, files[result.row.name][0]) for result in results]
     print(f"{machine()}\n\n{table(told)}")
     if options.out is not None:
         options.out.write_text(json.dumps([_plain(result) for result in told], indent=1))
+
+
+def _told(result: Result, artifact: Path) -> Result:
+    """With what is foretold of one of our rows."""
+    if not (result.target and result.answer):
+        return result
+    try:
+        found = forecast(result.row, artifact, result.answer, result.target, result.rate_meanwhile)
+    except DiagnosticError as fault:
+        _say(f"{result.row.name}: {fault}")
+        return result
+    return replace(result, forecast=found)
 
 
 def _files(row: Row, models: Models, peers: bool) -> tuple[Path, Path | None]:

@@ -21,7 +21,6 @@ _CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
 EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.68}
 FEW_ROWS_EFFICIENCY = {"bf16": 0.50, "i8": 0.60}
 BANDWIDTH_EFFICIENCY = 0.86
-OVERLAP = {"i8": 0.5}  # between 4-bit weights, read ahead in batches, and 8-bit ones, whose times add up
 EFFICIENCY_SOURCE = "shares that kernels reach: bench.prediction, AMD EPYC Zen 4, 2 cores"
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -58,7 +57,6 @@ def detect() -> Target:
         efficiency=tuple((e, EFFICIENCY[e]) for e, _ in found.peaks_of_one_thread()) if found else (),
         bandwidth_efficiency=BANDWIDTH_EFFICIENCY if found else None,
         few_rows_efficiency=tuple(FEW_ROWS_EFFICIENCY.items()) if found else (),
-        overlap=tuple(OVERLAP.items()) if found else (),
     )
     tier = MemoryTier(
         name="dram",

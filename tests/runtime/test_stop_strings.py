@@ -44,5 +44,7 @@ def test_stop_string_examples() -> None:
         "Hello", "", "", "\n\nUse it", "", "", "",
     ]  # fmt: skip
     assert stops.stopped
+    short = StopStrings(["ab"])
+    assert [short.push(piece) for piece in ["xa", "b"]] == ["x", ""] and short.stopped  # all but one character came
     assert StopStrings([]).push("everything") == "everything"
     assert StopStrings([""]).push("an empty stop string never stops") != ""

@@ -203,12 +203,11 @@ class PackedStrips:
         """For each step of a block, where the planes of its codes are."""
         found = []
         for step in range(self.steps):
-            of_step, low, register = [], 0, 0
+            of_step, bit = [], 0  # a plane of so many bits takes as many registers
             for width in planes_of(self.bits):
                 per_register = self.slot_bits // width
-                of_step.append(Piece(register + step // per_register, width * (step % per_register), width, low))
-                register += width
-                low += width
+                of_step.append(Piece(bit + step // per_register, width * (step % per_register), width, bit))
+                bit += width
             found.append(tuple(of_step))
         return tuple(found)
 

@@ -26,7 +26,7 @@ from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
 from passes.schedule.check_stream import check_stream
 from passes.schedule.placed_plan import placed_plan, step_seconds
-from tests.passes.place.machines import MIB, dense, sparse, target
+from tests.passes.place.machines import MIB, dense, sparse, target, tight_machines
 
 
 @st.composite
@@ -35,13 +35,7 @@ def problems(draw: st.DrawFn) -> Problem:
     experts = draw(st.sampled_from([0, 4, 16]))
     layers = draw(st.integers(1, 4))
     shape = sparse(layers, experts=experts) if experts else dense(layers)
-    machine = target(
-        vram=draw(st.sampled_from([1, 2, 4, 64])) * MIB,
-        dram=draw(st.sampled_from([2, 3, 5, 9, 40])) * MIB,
-        gpu=draw(st.booleans()),
-        link=draw(st.sampled_from([3e6, 3e7, 3e8])),
-        disk=draw(st.sampled_from([5e5, 5e6, 5e7])),
-    )
+    machine = draw(tight_machines())
     use = Session(256, draw(st.sampled_from([1, 2, 5])), 64, 64, depth=draw(st.sampled_from([1, 2, 3])))
     return Problem(shape, machine_of(machine), formats_of(""), use)
 

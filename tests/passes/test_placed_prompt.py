@@ -25,7 +25,7 @@ from passes.place.solve import NoFit, Solution, solve
 from passes.schedule import placed_plan
 from passes.schedule.check_stream import check_stream
 from passes.schedule.placed_plan import prompt_plan, prompt_time
-from tests.passes.place.machines import MIB, dense, sparse, target
+from tests.passes.place.machines import MIB, dense, sparse, target, tight_machines
 
 
 @st.composite
@@ -34,13 +34,7 @@ def problems(draw: st.DrawFn) -> Problem:
     experts = draw(st.sampled_from([0, 4, 16]))
     layers = draw(st.integers(1, 3))
     shape = sparse(layers, experts=experts) if experts else dense(layers)
-    machine = target(
-        vram=draw(st.sampled_from([1, 2, 4, 64])) * MIB,
-        dram=draw(st.sampled_from([2, 3, 5, 9, 40])) * MIB,
-        gpu=draw(st.booleans()),
-        link=draw(st.sampled_from([3e6, 3e7, 3e8])),
-        disk=draw(st.sampled_from([5e5, 5e6, 5e7])),
-    )
+    machine = draw(tight_machines())
     use = Session(256, draw(st.sampled_from([1, 2])), draw(st.sampled_from([64, 160])), 64, chunk=32, depth=2)
     base = Problem(shape, machine_of(machine), formats_of(""), use)
     pin = draw(st.sampled_from(["", "", "kv=disk", "kv=dram"]))

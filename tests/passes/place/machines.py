@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import strategies as st
+
 from frontends.model_shape import ModelShape
 from frontends.shape_families import shape_of
 from hw_targets.target import ComputeUnit, Link, MemoryTier, Storage, StoragePoint, Target
 
 MIB = 1 << 20
+
+
+@st.composite
+def tight_machines(draw: st.DrawFn) -> Target:
+    """Machines that a model of a few layers hardly fits, or does not, with links and drives of many speeds."""
+    return target(
+        vram=draw(st.sampled_from([1, 2, 4, 64])) * MIB,
+        dram=draw(st.sampled_from([2, 3, 5, 9, 40])) * MIB,
+        gpu=draw(st.booleans()),
+        link=draw(st.sampled_from([3e6, 3e7, 3e8])),
+        disk=draw(st.sampled_from([5e5, 5e6, 5e7])),
+    )
 
 
 def target(

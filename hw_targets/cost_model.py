@@ -3,10 +3,9 @@
     work = Work(flops=2e9, element="bf16", traffic=(("hbm", 1e9),), launches=2)
     price(work, target.unit("gpu"), target)      # Price(seconds=..., bound="hbm read", parts=(...))
 
-Everything that a piece of work uses runs at the same time, so the slowest resource decides, except where a unit states
-that its reads and its arithmetic only overlap in part; the start of kernels (and the meeting of cores after each) comes
-on top. A rate that nobody stated is never guessed: asking for it is a
-diagnostic that names the figure and how to give it. Rates are those to plan with: stated times stated efficiency.
+Everything that a piece of work uses runs at the same time, so the slowest resource decides; the start of kernels (and
+the meeting of cores after each) comes on top. A rate that nobody stated is never guessed: asking for it is a diagnostic
+that names the figure and how to give it. Rates are those to plan with: stated times stated efficiency.
 """
 
 from __future__ import annotations
@@ -71,15 +70,11 @@ def price(work: Work, unit: ComputeUnit, target: Target) -> Price:
         parts[f"{unit.name} {element}"] = work.flops / rate
     for name, nbytes in work.traffic:
         _add(parts, f"{name} read", nbytes / tier_rate(target, name, unit, work.threads))
-    own = [*parts.values()]
-    apart = max(own, default=0.0)
-    if work.rows is None or work.rows > 1:
-        apart += (1.0 - dict(unit.overlap).get(work.element, 1.0)) * (sum(own) - apart)
     for source, goal, nbytes in work.transfers:
         resource, seconds = transfer_time(target, source, goal, nbytes)
         _add(parts, resource, seconds)
     dispatch = work.launches * dispatch_seconds(unit)
-    slowest = max(apart, *parts.values(), 0.0)
+    slowest = max(parts.values(), default=0.0)
     if dispatch:
         parts["dispatch"] = dispatch
     bound = max(parts, key=lambda name: parts[name], default="nothing")

@@ -22,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Fields that are figures: those given need a source. Sizes, counts and names need none.
 _UNIT_FIGURES = (
-    *("clock", "peak", "efficiency", "bandwidth_efficiency", "few_rows_efficiency", "overlap"),
+    *("clock", "peak", "efficiency", "bandwidth_efficiency", "few_rows_efficiency"),
     *("launch", "barrier", "power", "idle"),
 )
 _TIER_FIGURES = ("read", "write", "latency", "read_by_threads", "page_fault", "power", "idle", "energy")
@@ -79,8 +79,7 @@ class Reader:
         if isinstance(t.efficiency, float | int) and not t.peak:
             self._fail(f"{path}.efficiency", "a share of no peak", "a peak, or { f16 = 0.7 }")
         few = t.few_rows_efficiency
-        figures = (("peak", t.peak), ("efficiency", shares), ("few_rows_efficiency", few), ("overlap", t.overlap))
-        for field, names in figures:
+        for field, names in (("peak", t.peak), ("efficiency", shares), ("few_rows_efficiency", few)):
             for element in names:
                 if element not in ELEMENTS:
                     self._fail(f"{path}.{field}", f"{element!r} is not an element", ", ".join(ELEMENTS))
@@ -101,7 +100,6 @@ class Reader:
             few_rows_efficiency=tuple(
                 (e, self._share(v, f"{path}.few_rows_efficiency.{e}")) for e, v in sorted(t.few_rows_efficiency.items())
             ),
-            overlap=tuple((e, self._share(v, f"{path}.overlap.{e}")) for e, v in sorted(t.overlap.items())),
             launch_seconds=self._optional(t.launch, "time", f"{path}.launch"),
             barrier_seconds=self._optional(t.barrier, "time", f"{path}.barrier"),
             power_watts=self._optional(t.power, "power", f"{path}.power"),

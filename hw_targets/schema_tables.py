@@ -34,7 +34,6 @@ class UnitTable(Table, frozen=True):
     efficiency: float | dict[str, float] | None = None
     bandwidth_efficiency: float | None = None
     few_rows_efficiency: dict[str, float] = {}
-    overlap: dict[str, float] = {}
     launch: Quantity | None = None
     barrier: Quantity | None = None
     power: Quantity | None = None

@@ -38,10 +38,8 @@ class ComputeUnit:
     instructions; a GPU or a near-memory engine counts as one core unless its file says otherwise. `efficiency` maps
     an element to the share of that peak that large products reach, `bandwidth_efficiency` is the share of its tier's
     read bandwidth that kernels reach. `few_rows_efficiency` maps an element to the share of the peak in products of a
-    few rows, such as a decode step of several sequences (absent: as large ones). `overlap` maps an element
-    to the share of the shorter one of reading and computing that hides behind the longer one in products of several
-    rows (absent: all; a product of one row always hides it). `launch_seconds` is paid for each kernel that the
-    host starts on the unit, `barrier_seconds` for each time that its cores wait for each other.
+    few rows, such as a decode step of several sequences (absent: as large ones). `launch_seconds` is paid for each
+    kernel that the host starts on the unit, `barrier_seconds` for each time that its cores wait for each other.
     """
 
     name: str
@@ -54,7 +52,6 @@ class ComputeUnit:
     efficiency: tuple[tuple[str, float], ...] = ()
     bandwidth_efficiency: float | None = None
     few_rows_efficiency: tuple[tuple[str, float], ...] = ()
-    overlap: tuple[tuple[str, float], ...] = ()
     launch_seconds: float | None = None
     barrier_seconds: float | None = None
     power_watts: float | None = None  # of one copy, at work

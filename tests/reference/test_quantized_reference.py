@@ -1,6 +1,4 @@
-"""Quantized weights against the packages that define their formats: transformers, and compressed-tensors where it is
-installed.
-"""
+"""Quantized weights against the packages that define their formats: transformers and compressed-tensors."""
 
 from __future__ import annotations
 

@@ -37,6 +37,10 @@ $(VENV)/.installed-reference: pyproject.toml $(VENV)/.installed
 	$(PIP) install -e '.[test,reference]'
 	@touch $@
 
+$(VENV)/.installed-extras: pyproject.toml $(VENV)/.installed
+	$(PIP) install -e '.[test,plot,cuda-tools]'
+	@touch $@
+
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
 	$(PIP) install -e '.[test,bench]'
 	@touch $@
@@ -62,6 +66,9 @@ test-text: $(VENV)/.installed ## only the text tests: parser, printer, verifier,
 
 test-reference: $(VENV)/.installed-reference ## compare with torch and transformers
 	$(PYTEST) tests/reference $(ARGS)
+
+test-extras: $(VENV)/.installed-extras ## install ptxas and matplotlib, and run the tests that need them
+	$(PYTEST) -n $(WORKERS) --ignore=tests/reference -m extra $(ARGS)
 
 fuzz: $(VENV)/.installed ## the property tests with long random runs
 	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -n $(WORKERS) --ignore=tests/reference -m hypothesis $(ARGS)
@@ -103,4 +110,4 @@ ci: ## what CI runs
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install install-dev demo test test-text test-reference fuzz mutants format lint types bench quality docs ci clean
+.PHONY: help install install-dev demo test test-text test-reference test-extras fuzz mutants format lint types bench quality docs ci clean

@@ -346,6 +346,7 @@ def test_picture_without_matplotlib(
     assert "drawing needs matplotlib" in err and "pip install 'stratum[plot]'" in err and not path.exists()
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_picture(
     llama_artifact: Path,

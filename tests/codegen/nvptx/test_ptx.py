@@ -17,7 +17,12 @@ from ir.formats import F32, I32
 from ir.op_def import OPS
 from tests.codegen.nvptx.kernel_list import kernels, one_of_each
 
-needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
+_missing = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
+
+
+def needs_ptxas(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that `make test-extras` runs, where ptxas is installed."""
+    return pytest.mark.extra(_missing(test))
 
 
 @pytest.fixture(scope="module")

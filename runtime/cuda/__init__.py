@@ -1,0 +1,1 @@
+"""Steps on NVIDIA GPUs: what a GPU runs (`program`), without importing the compiler."""

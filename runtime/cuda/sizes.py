@@ -1,8 +1,8 @@
 """Sizes of a step as small expressions: `ceil(tokens, 128) * 32`, `tokens * 8 + 15`, `min(tokens * 2, 64)`.
 
 Takes a text of whole numbers, names of `SIZES`, `+`, `*`, `ceil(a, b)` (a / b, rounded up), `min(a, b)`,
-`max(a, b)`; gives a frozen `SizeExpr`. The text may come from a file that nobody is trusted to have written right: it is short,
-and anything else in it is refused with one RuntimeDiagnostic.
+`max(a, b)`; gives a frozen `SizeExpr`. The text may come from a file that nobody is trusted to have written right: it
+is short, and anything else in it is refused with one RuntimeDiagnostic.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""This machine as a `Target`: LLVM's name and features of the CPU, caches from /sys, memory from the system.
+"""What this machine says of itself: LLVM's name and features of the CPU, caches from /sys, memory from the system.
 
-`detect()` measures nothing; bandwidth and peaks are filled in when `hw_targets.calibrate` has measured this machine
-before, drives when `hw_targets.calibrate_disk` has. Cores are those this process may use, memory is what its control
-group allows.
+Nothing is measured. Cores are those this process may use, memory is what its control group allows.
 """
 
 from __future__ import annotations
@@ -14,14 +12,9 @@ import platform
 from pathlib import Path
 
 from hw_targets import cpu_features
-from hw_targets.target import Cache, ComputeUnit, MemoryTier, Target
+from hw_targets.target import Cache
 
 _CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
-# What generated kernels reach of calibrated figures; docs/prediction.md tells how they were found.
-EFFICIENCY = {"bf16": 0.79, "f32": 0.79, "i8": 0.68}
-FEW_ROWS_EFFICIENCY = {"bf16": 0.50, "i8": 0.60}
-BANDWIDTH_EFFICIENCY = 0.86
-EFFICIENCY_SOURCE = "shares that kernels reach: bench.prediction, AMD EPYC Zen 4, 2 cores"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -37,48 +30,6 @@ def host_isa() -> tuple[str, str, frozenset[str], frozenset[str]]:
     if triple.split("-", 1)[0] in ("aarch64", "arm64"):
         present = cpu_features.closure(present | {"neon"})
     return triple, llvm.get_host_cpu_name(), present, absent - cpu_features.closure(present)
-
-
-def detect() -> Target:
-    """The target named `host`."""
-    from hw_targets import calibrate, calibrate_disk
-
-    triple, cpu, features, absent = host_isa()
-    cores = usable_cores()
-    found = calibrate.cached(cores)
-    unit = ComputeUnit(
-        name="cores",
-        kind="cpu",
-        tier="dram",
-        cores=cores,
-        peak=found.peaks_of_one_thread() if found else (),
-        source=f"{found.source()}; {EFFICIENCY_SOURCE}" if found else "",
-        barrier_seconds=found.barrier_seconds if found else None,
-        efficiency=tuple((e, EFFICIENCY[e]) for e, _ in found.peaks_of_one_thread()) if found else (),
-        bandwidth_efficiency=BANDWIDTH_EFFICIENCY if found else None,
-        few_rows_efficiency=tuple(FEW_ROWS_EFFICIENCY.items()) if found else (),
-    )
-    tier = MemoryTier(
-        name="dram",
-        capacity_bytes=usable_memory(),
-        read_bandwidth=found.read_bandwidth if found else None,
-        source=found.source() if found else "",
-        read_by_threads=found.read_by_threads if found else (),
-        page_fault_seconds=found.page_fault_seconds if found else None,
-    )
-    return Target(
-        name="host",
-        description=cpu_model(),
-        llvm_triple=triple,
-        llvm_cpu=cpu,
-        llvm_features=features,
-        llvm_disabled=absent,
-        units=(unit,),
-        caches=caches(),
-        tiers=(tier,),
-        storage=tuple(drive.as_storage(tier.name) for drive in calibrate_disk.stored()),
-        origin="detected",
-    )
 
 
 def usable_cores() -> int:

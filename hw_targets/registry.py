@@ -37,7 +37,7 @@ def load(name: str) -> Target:
 
 def _load_base(name: str) -> Target:
     if name == "host":
-        from hw_targets.host import detect
+        from hw_targets.detect import detect
 
         return detect()
     from hw_targets.schema import load_file

@@ -3,14 +3,17 @@
 A block makes a tile of y. Its threads copy tiles of x and w of 64 columns into shared memory, some stages ahead of the
 computation, and each warp multiplies its part from there. The eight 16-byte pieces of a row of 64 are stored at their
 number xor the row's last three bits: eight rows that `grid.load_matrix` reads together then lie in different banks.
-Refused: k or n that is no multiple of 8.
+Refused: k or n that is no multiple of 8. With `gate_up` w has gate and up rows in turns of 8 (`fragments`), and y is
+silu(gate) * up: both lie in one lane.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.kernels.gate import check_gate_up, gated
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, PlainFormat
@@ -44,14 +47,43 @@ class GemmShape:
         return -(-m // self.rows) * -(-n // self.columns)
 
 
-def gemm_kernel(n: int, k: int, name: str, shape: GemmShape = GemmShape(), out: PlainFormat = F32) -> GridKernel:
-    """A kernel (x bf16 [m, k], w bf16 [n, k], y f32 or bf16 [m, n], m), launched with `shape.blocks(m, n)` blocks."""
-    if n % PIECE or k % PIECE or k == 0:
-        raise DiagnosticError(f"a product of {n} x {k} weights on GPUs", expected=f"multiples of {PIECE}")
-    assert shape.warp_rows % 16 == 0 and shape.warp_columns % 16 == 0 and shape.stages >= 2
+def gemm_kernel(
+    n: int, k: int, name: str, shape: GemmShape = GemmShape(), out: PlainFormat = F32, *, gate_up: bool = False
+) -> GridKernel:
+    """A kernel (x bf16 [m, k], w bf16 [n, k], y f32 or bf16 [m, n], m), launched with `shape.blocks(m, n)` blocks.
+
+    With `gate_up` y is [m, n / 2].
+    """
+    check_gemm(n, k, shape, gate_up)
     b = GridBuilder(name, shape.threads)
     x, w, y, m = b.buffer("x", BF16), b.buffer("w", BF16), b.buffer("y", out), b.size("rows")
-    return _GemmKernel(b, shape, (x, w, y), (m, n, k)).build()
+    tiles = (m + (shape.rows - 1)) // shape.rows
+    block = b.block_id()
+    tile = GemmTile(block % tiles * shape.rows, m, block // tiles * shape.columns)
+    GemmKernel(b, shape, (x, w, y), (n, k), tile, gate_up).build()
+    return b.grid_kernel(blocks_at_once=shape.blocks_at_once)
+
+
+def check_gemm(n: int, k: int, shape: GemmShape, gate_up: bool) -> None:
+    """Raises DiagnosticError for a matrix without a product."""
+    if n % PIECE or k % PIECE or k == 0:
+        raise DiagnosticError(f"a product of {n} x {k} weights on GPUs", expected=f"multiples of {PIECE}")
+    if gate_up:
+        check_gate_up(n)
+    assert shape.warp_rows % 16 == 0 and shape.warp_columns % 16 == 0 and shape.stages >= 2
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """What a block makes of y: rows from `row` to `end`, columns from `column` on.
+
+    Row r of y is made of row `source(r)` of x, of row r without it.
+    """
+
+    row: Expr
+    end: Expr
+    column: Expr
+    source: Callable[[Expr], Expr] | None = None
 
 
 @dataclass
@@ -63,27 +95,40 @@ class _Operand:
     rows: int
     first: Expr  # row of the source that the tile begins with
     end: Expr  # its rows
+    places: list[Expr]  # where the rows begin that this thread copies
 
 
-class _GemmKernel:
+class GemmKernel:
+    """Writes the product of one block."""
+
     def __init__(
-        self, b: GridBuilder, shape: GemmShape, buffers: tuple[Buffer, Buffer, Buffer], sizes: tuple[Expr, int, int]
-    ) -> None:
-        self.b, self.shape = b, shape
-        (x, w, self.y), (self.m, self.n, self.k) = buffers, sizes
+        self, b: GridBuilder, shape: GemmShape, buffers: tuple[Buffer, Buffer, Buffer], sizes: tuple[int, int],
+        tile: GemmTile, gate_up: bool = False,
+    ) -> None:  # fmt: skip
+        self.b, self.shape, self.gate_up = b, shape, gate_up
+        (x, w, self.y), (self.n, self.k) = buffers, sizes
+        self.m, self.row, self.column = tile.end, tile.row, tile.column
         self.steps = -(-self.k // DEPTH)
-        tiles = (self.m + (shape.rows - 1)) // shape.rows
-        block = b.block_id()
         self.thread = b.thread_id()
         self.lane, warp = b.lane_and_warp()
         across = shape.columns // shape.warp_columns
         self.warp_row, self.warp_column = warp // across * shape.warp_rows, warp % across * shape.warp_columns
-        self.row, self.column = block % tiles * shape.rows, block // tiles * shape.columns
         memories = [b.shared(shape.stages * size * DEPTH, BF16) for size in (shape.rows, shape.columns)]
-        self.x = _Operand(x, memories[0], shape.rows, self.row, self.m)
-        self.w = _Operand(w, memories[1], shape.columns, self.column, b.index(self.n))
+        self.x = self._operand(x, memories[0], shape.rows, self.row, self.m, tile.source)
+        self.w = self._operand(w, memories[1], shape.columns, self.column, b.index(self.n), None)
 
-    def build(self) -> GridKernel:
+    def _operand(
+        self, source: Buffer, memory: Buffer, rows: int, first: Expr, end: Expr, of: Callable[[Expr], Expr] | None
+    ) -> _Operand:
+        """Rows are looked up once, before the loop; those behind the end are the last one, and not copied."""
+        places: list[Expr] = []
+        for start in range(0, rows * PIECES, self.b.threads) if of is not None else ():
+            assert of is not None
+            row = (first + (self.thread + start) // PIECES).min(end - 1)
+            places.append(of(row) * self.k)
+        return _Operand(source, memory, rows, first, end, places)
+
+    def build(self) -> None:
         b, stages = self.b, self.shape.stages
         for stage in range(stages - 1):
             self._fetch(b.index(stage), b.index(stage))
@@ -99,18 +144,18 @@ class _GemmKernel:
             sums = self._multiply(stage, sums)
             loop.carry(b.select(stage.compare("eq", stages - 1), zero, stage + 1), *sums)
         self._write(loop.results[1:])
-        return b.grid_kernel(blocks_at_once=self.shape.blocks_at_once)
 
     def _fetch(self, step: Expr, stage: Expr) -> None:
         """Starts the copies of a step into a stage; zeros where x and w end."""
         b = self.b
         for operand in (self.x, self.w):
-            for first in range(0, operand.rows * PIECES, b.threads):
+            for i, first in enumerate(range(0, operand.rows * PIECES, b.threads)):
                 number = self.thread + first
                 row, piece = number // PIECES, number % PIECES
                 column = step * DEPTH + piece * PIECE
                 inside = (operand.first + row).compare("lt", operand.end) & column.compare("lt", self.k)
-                source = ((operand.first + row).min(operand.end - 1)) * self.k + column.min(self.k - PIECE)
+                place = operand.places[i] if operand.places else ((operand.first + row).min(operand.end - 1)) * self.k
+                source = place + column.min(self.k - PIECE)
                 at = (stage * operand.rows + row) * DEPTH + self._swizzled(piece, row) * PIECE
                 if operand.rows * PIECES - first < b.threads:
                     with b.when(number.compare("lt", operand.rows * PIECES)):
@@ -149,10 +194,13 @@ class _GemmKernel:
     def _write(self, sums: list[Expr]) -> None:
         b, shape = self.b, self.shape
         across = shape.warp_columns // 8
-        for number, total in enumerate(sums):
+        turns = 2 if self.gate_up else 1  # fragments that make one of y
+        width = self.n // turns
+        for number in range(0, len(sums), turns):
             i, j = divmod(number, across)
-            column = self.column + self.warp_column + j * 8 + self.lane % 4 * 2
+            total = gated(b, sums[number], sums[number + 1]) if self.gate_up else sums[number]
+            column = (self.column + self.warp_column) // turns + j // turns * 8 + self.lane % 4 * 2
             for half in range(2):
                 row = self.row + self.warp_row + (i * 16 + half * 8) + self.lane // 4
-                with b.when(row.compare("lt", self.m) & column.compare("lt", self.n)):
-                    self.y.store(row * self.n + column, b.part(total, 2 * half, 2).cast(self.y.element))
+                with b.when(row.compare("lt", self.m) & column.compare("lt", width)):
+                    self.y.store(row * width + column, b.part(total, 2 * half, 2).cast(self.y.element))

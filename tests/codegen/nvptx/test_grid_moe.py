@@ -1,0 +1,94 @@
+"""Routing and dispatching for GPUs: what moe.route and moe.dispatch mean, and tiles that cover every row once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
+from codegen.nvptx.kernels.wide import wide_blocks, wide_kernel
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F32, PlainFormat
+from ir.grid_interpreter import interpret_grid
+from ir.ops.gemm import MatmulOp
+from ir.ops.moe import DispatchOp, RouteOp
+from tests.samples.base import normal
+
+
+def route(logits: np.ndarray, top_k: int, normalize: bool, element: PlainFormat) -> tuple[np.ndarray, np.ndarray]:
+    tokens, experts = logits.shape
+    made = route_kernel(experts, top_k, normalize, element, "route")
+    ids, weights = np.full((tokens, top_k), -1, np.int32), np.full((tokens, top_k), np.nan, np.float32)
+    interpret_grid(made.func, [logits, ids, weights], blocks=tokens, threads=made.threads)
+    return ids, weights
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 8), st.booleans(), st.sampled_from([F32, BF16]))
+def test_routes(tokens: int, experts: int, top_k: int, normalize: bool, element: PlainFormat) -> None:
+    """Whole numbers, so that many logits are equal."""
+    top_k = min(top_k, experts)
+    logits = np.rint(normal(tokens, experts, scale=2)).astype(element.dtype)
+    ids, weights = route(logits, top_k, normalize, element)
+    want_ids, want_weights = RouteOp.reference(logits, top_k=top_k, normalize=normalize)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-6)
+
+
+def test_routes_of_what_is_no_number_stay_inside() -> None:
+    """Experts that exist, each once: what follows reads memory by these numbers."""
+    logits = np.full((2, 5), np.nan, np.float32)
+    logits[1] = [np.inf, -np.inf, 0, np.nan, np.inf]
+    ids, _ = route(logits, 3, True, F32)
+    assert ids.tolist() == [[0, 1, 2], [0, 4, 2]]
+
+
+def dispatch(ids: np.ndarray, experts: int, tile: int) -> tuple[np.ndarray, ...]:
+    pairs, most = ids.size, most_tiles(ids.size, experts, tile)
+    made = dispatch_kernel(experts, tile, "dispatch")
+    order, inverse = (np.full(pairs, -1, np.int32) for _ in range(2))
+    offsets, tiles = np.full(experts + 1, -1, np.int32), np.full((most, 4), -1, np.int32)
+    interpret_grid(made.func, [ids, order, offsets, inverse, tiles, pairs, most], blocks=1, threads=made.threads)
+    return order, offsets, inverse, tiles
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 90), st.sampled_from([1, 2, 5, 16, 300]), st.sampled_from([1, 8, 16]), st.randoms())
+def test_dispatches(pairs: int, experts: int, tile: int, random) -> None:  # type: ignore[no-untyped-def]
+    ids = np.array([random.randrange(experts) for _ in range(pairs)], np.int32)
+    order, offsets, inverse, tiles = dispatch(ids, experts, tile)
+    want_order, want_offsets = DispatchOp.reference(ids[:, None], num_experts=experts)
+    np.testing.assert_array_equal(order, want_order)
+    np.testing.assert_array_equal(offsets, want_offsets)
+    np.testing.assert_array_equal(inverse[order], np.arange(pairs))
+    covered = [(e, r) for e, first, rows, _ in tiles.tolist() for r in range(first, first + rows)]
+    assert covered == [(int(ids[pair]), r) for r, pair in enumerate(order)]
+    assert tiles[:, 2].max() <= tile and not tiles[:, 3].any()
+
+
+@pytest.mark.parametrize(("pairs", "experts", "tile", "most"), [(3, 8, 8, 3), (64, 8, 8, 15), (8, 1, 8, 1)])
+def test_no_routing_needs_more_tiles(pairs: int, experts: int, tile: int, most: int) -> None:
+    assert most_tiles(pairs, experts, tile) == most
+    uneven = np.minimum(np.arange(pairs), experts - 1).astype(np.int32)  # one row each, then all of the last
+    tiles = dispatch(uneven, experts, tile)[3]
+    assert tiles[:, 2].sum() == pairs
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 9), st.sampled_from([1, 4, 7]), st.sampled_from([4, 36, 300]), st.sampled_from([1, 8]))
+def test_wide_products(m: int, n: int, k: int, rows: int) -> None:
+    x, w = normal(m, k), normal(n, k, seed="w")
+    made = wide_kernel(n, k, "wide", rows=rows)
+    y = np.full((m, n), np.nan, np.float32)
+    interpret_grid(made.func, [x, w, y, m], blocks=wide_blocks(m, n, rows), threads=made.threads)
+    np.testing.assert_allclose(y, MatmulOp.reference(x, w), rtol=1e-6, atol=1e-5)
+
+
+def test_sizes_without_a_kernel() -> None:
+    for kernel in (lambda: route_kernel(1025, 1, True, F32, "r"), lambda: dispatch_kernel(1025, 8, "d")):
+        with pytest.raises(DiagnosticError, match=r"1025 experts on GPUs\nexpected: at most 1024"):
+            kernel()
+    with pytest.raises(DiagnosticError, match="f32 weights of 6 columns"):
+        wide_kernel(8, 6, "wide")

@@ -15,6 +15,7 @@ from ir.attributes import SymbolRef
 from ir.diagnostics import DiagnosticSink
 from ir.formats import F32, I32, PlainFormat
 from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.size_text import check_size
 from ir.tile_memory_model import BufferView, KernelFault
 from ir.traits import Pure, Synchronizes, WritesMemory
 from ir.types import INDEX, BufferType, IndexType, Type
@@ -169,6 +170,8 @@ class ReleaseOp(Op):
 class LaunchOp(Op):
     """Runs a kernel on the whole team. Every buffer is read, written or both, as `reads` and `writes` say.
 
+    On a GPU `grid` says how many blocks it has: `ceil(tokens, 16) * 32`.
+
     plan.launch %x, %w, %y, %tokens {kernel = @gemm_2048x2048, writes = [2], reads = [0, 1]}
         : (buffer<bf16>, buffer<bf16>, buffer<f32>, index) -> ()
     """
@@ -179,10 +182,11 @@ class LaunchOp(Op):
     kernel = attr(SymbolRef, "which")
     writes = attr(tuple, "numbers of the arguments that are written")
     reads = attr(tuple, "numbers of the arguments that are read")
+    grid = attr(str, "blocks on a GPU, from the sizes of the run", default="")
 
     @staticmethod
     def infer_types(
-        *arguments: Type, kernel: SymbolRef, writes: tuple[int, ...], reads: tuple[int, ...]
+        *arguments: Type, kernel: SymbolRef, writes: tuple[int, ...], reads: tuple[int, ...], grid: str
     ) -> tuple[Type, ...]:
         for a in arguments:
             expect(isinstance(a, BufferType | IndexType), f"expected buffers and indices, got {a}")
@@ -191,6 +195,8 @@ class LaunchOp(Op):
             expect(type(i) is int and i in buffers, f"argument {i} is not a buffer of this launch")
         for i in buffers:
             expect(i in writes or i in reads, f"argument {i} is neither in reads nor in writes")
+        wrong = check_size(grid) if grid else ""
+        expect(not wrong, f"expected grid to be a size of the run: {wrong}")
         return ()
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
 from ir.ops.plan_await import AwaitExpertsOp, AwaitKVOp, AwaitWeightsOp
+from ir.ops.plan_grid import KVPlaneOp
 
 Piece = tuple[str, int, int]  # kind (rows, experts, dense), first byte, bytes
 
@@ -44,7 +45,7 @@ def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
             case plan.LaunchOp():
                 for value in op.arguments:
                     place = value.defining_op()
-                    if isinstance(place, plan.KVOp) and place.layer != kv_layer:
+                    if isinstance(place, plan.KVOp | KVPlaneOp) and place.layer != kv_layer:
                         message = f"launch of {op.kernel} touches keys and values of layer {place.layer} without a wait"
                         diag.error(op.location, message)
                     if isinstance(place, plan.WeightOp):

@@ -15,8 +15,12 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
+from ir.ops.grid import SharedOp
+from ir.ops.grid_async import AsyncCopyOp
 from ir.ops.tile_control import BarrierOp, TicketOp
 from ir.ops.tile_memory import GatherOp, LoadMaskedOp, LoadOp, OffsetOp, ScratchOp, StoreMaskedOp, StoreOp, ViewOp
+
+_LOADS = LoadOp | LoadMaskedOp | GatherOp | AsyncCopyOp
 
 
 @dataclass
@@ -32,21 +36,20 @@ def accesses_of(kernel: FuncOp) -> Accesses:
     found = Accesses()
     parameters: dict[Value, int] = {value: i for i, value in enumerate(kernel.arguments)}
     for op in kernel.walk():
-        if isinstance(op, LoadOp | LoadMaskedOp | GatherOp | StoreOp | StoreMaskedOp):
-            number = parameters.get(_origin(op.operands[0]))
+        if isinstance(op, _LOADS | StoreOp | StoreMaskedOp):
+            source = op.operands[2] if isinstance(op, AsyncCopyOp) else op.operands[0]
+            number = parameters.get(_origin(source))
             if number is not None:
-                (found.loads if isinstance(op, LoadOp | LoadMaskedOp | GatherOp) else found.stores).setdefault(
-                    number, op
-                )
+                (found.loads if isinstance(op, _LOADS) else found.stores).setdefault(number, op)
     return found
 
 
 def _origin(buffer: Value) -> Value:
-    """The parameter or scratch memory that a buffer is a part or view of."""
+    """The parameter, scratch or shared memory that a buffer is a part or view of."""
     while True:
         op = buffer.defining_op()
         if not isinstance(op, OffsetOp | ViewOp):
-            assert op is None or isinstance(op, ScratchOp), f"{op} gives a buffer"
+            assert op is None or isinstance(op, ScratchOp | SharedOp), f"{op} gives a buffer"
             return buffer
         buffer = op.operands[0]
 

@@ -17,6 +17,7 @@ from ir.diagnostics import DiagnosticSink
 from ir.ops import plan
 from ir.ops.builtin import FuncOp
 from ir.ops.plan_await import AwaitExpertsOp
+from ir.ops.plan_grid import KVPlaneOp, PiecesOp
 from ir.types import BufferType
 
 Region = tuple[str, int, int]  # memory, first byte, one past the last
@@ -102,8 +103,12 @@ def _region(value: Value) -> Region:
             return "weights", op.offset, op.offset + op.bytes
         case plan.KVOp() as op:
             return "kv cache", op.layer, op.layer + 1  # by layer: which slots is known only at run time
+        case KVPlaneOp() as op:
+            return f"plane {op.plane} of the kv cache", op.layer, op.layer + 1
         case plan.InputOp() as op:
             return op.which, 0, 1
+        case PiecesOp():
+            return "pieces", 0, 1
     raise TypeError(f"{value.type} is no buffer of a plan")
 
 

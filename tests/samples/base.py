@@ -152,12 +152,14 @@ def low_level_environment() -> ProgramEnvironment:
     ids, logits, work = np.arange(4, dtype=np.int32), np.zeros(8, np.float32), np.zeros(4096, np.uint8)
     memories = {name: Memory(ids.copy(), name) for name in ("ids", "positions", "slots", "rows")}
     memories["logits"] = Memory(logits, "logits")
-    memories |= {name: Memory(work.copy(), name) for name in ("weights", "arena", "kv cache")}
+    memories |= {name: Memory(work.copy(), name) for name in ("weights", "arena", "kv cache", "pieces")}
     kernel = FuncOp.create("nothing", [BufferType(F32), BufferType(F32), INDEX])
     Builder.at_end(kernel.block).insert(ReturnOp())
+    alone = FuncOp.create("alone", [BufferType(F32), INDEX])
+    Builder.at_end(alone.block).insert(ReturnOp())
     team = Team(1, list(memories.values()))
     sizes = {"tokens": 4, "rows": 2, "ctx": 16, "slots": 2}
-    return ProgramEnvironment(team, 0, {"nothing": kernel}, memories, sizes)
+    return ProgramEnvironment(team, 0, {"nothing": kernel, "alone": alone}, memories, sizes)
 
 
 def run_on_a_warp(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from tests.samples.base import Fault, Sample, Stored, fault, low_sample
 F_BUFFER, I_BUFFER, HALVES = BufferType(F32), BufferType(I32), BufferType(BF16)
 PRIVATE = BufferType(F32, "private")
 NOTHING = SymbolRef("nothing")  # a kernel of two f32 buffers and a size, in the samples' environment
+ALONE = SymbolRef("alone")  # and one of one buffer and a size
 
 
 def place(op: str, label: str, out: Type, **attributes: object) -> Sample:
@@ -35,12 +36,19 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("plan.release", "f32", stored()),
     low_sample("plan.launch", "two_buffers", stored(), stored(), 4, kernel=NOTHING, writes=(1,), reads=(0,)),
     low_sample("plan.launch", "written_and_read", stored(), stored(), 4, kernel=NOTHING, writes=(0, 1), reads=(1,)),
+    low_sample(
+        "plan.launch", "of_a_grid", stored(), 4, kernel=ALONE, writes=(0,), reads=(), grid="ceil(tokens, 4) * 2"
+    ),
+    place("kv_plane", "values", HALVES, layer=1, plane=1, position_bytes=16, before=16, layer_bytes=32),
+    place("pieces", "all", I_BUFFER),
+    low_sample("plan.count", "tiles", size="min(tokens * 2, tokens + 7) + max(rows, 3)"),
     low_sample("plan.barrier", "one"),
     low_sample("plan.await_weights", "first", number=0, piece=2),
     low_sample("plan.await_weights", "two_done", number=3, piece=4, done=(2, 3)),
     low_sample("plan.await_kv", "first", number=0, layer=0),
     low_sample("plan.await_experts", "pairs", Stored(np.arange(8).astype(np.int32)), 8, number=1, piece=3, done=(2,)),
 )
+_PLANE = {"layer": 0, "plane": 0, "position_bytes": 16, "before": 16, "layer_bytes": 32}
 _LAUNCH = {"kernel": NOTHING, "writes": (1,), "reads": (0,)}
 _GLOBAL = "expected to give a global buffer of machine numbers, got"
 FAULTS: tuple[Fault, ...] = (
@@ -89,5 +97,11 @@ FAULTS: tuple[Fault, ...] = (
         "plan.launch", "argument x is not a buffer of this launch", F_BUFFER,
         kernel=NOTHING, writes=("x",), reads=(0,),
     ),
+    fault("plan.launch", "expected grid to be a size of the run: 'n' is no size", F_BUFFER, F_BUFFER, grid="n", **_LAUNCH),
+    fault("plan.count", "'tokens / 2' is no size; expected whole numbers, tokens, rows", size="tokens / 2"),
+    fault("plan.count", "'ceil(4, 0)' divides by 0", size="ceil(4, 0)"),
+    fault("plan.pieces", "expected to give buffer<i32>, got buffer<f32>", result_types=(F_BUFFER,)),
+    fault("plan.kv_plane", "expected plane >= 0, got -1", result_types=(HALVES,), **_PLANE | {"plane": -1}),
+    fault("plan.kv_plane", "of bytes 24..40 of a position that has 32", result_types=(HALVES,), **_PLANE | {"before": 24}),
     fault("plan.launch", "argument 2 is neither in reads nor in writes", F_BUFFER, F_BUFFER, I_BUFFER, **_LAUNCH),
 )  # fmt: skip

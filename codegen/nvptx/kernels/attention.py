@@ -18,19 +18,22 @@ from codegen.nvptx.kernels.attention_rows import (
     scores_of,
 )
 from codegen.tile_builder import Expr
-from ir.formats import BF16, F32, I32
+from ir.formats import F32, I32, PlainFormat
 
 PIECE_WORDS = 4  # of a piece of a prompt: first token, tokens, slot, position of the first token
 
 
-def prefill_kernel(shape: AttentionShape, scale: float, name: str, *, warps: int = 4, tile: int = 64) -> GridKernel:
-    """A kernel (q bf16 [tokens, heads, d], keys and values bf16 [slots, kv heads, ctx, d], pieces i32 [n, 4],
-    y f32 [tokens, heads, d], ctx), launched with n * heads blocks; a piece has at most 16 * warps tokens."""
+def prefill_kernel(
+    shape: AttentionShape, scale: float, name: str, *, warps: int = 4, tile: int = 64, out: PlainFormat = F32
+) -> GridKernel:
+    """A kernel (q [tokens, heads, stored d], keys and values [slots, kv heads, ctx, stored d] in `shape.element`,
+    pieces i32 [n, 4], y f32 or bf16 [tokens, heads, d], ctx), launched with n * heads blocks; a piece has at most
+    16 * warps tokens."""
     shape.check()
     k = GridBuilder(name, warps * WARP)
-    q, keys, values = k.buffer("q", BF16), k.buffer("keys", BF16), k.buffer("values", BF16)
-    pieces, y, ctx = k.buffer("pieces", I32), k.buffer("y", F32), k.size("ctx")
-    width, block = shape.width, k.block_id()
+    q, keys, values = (k.buffer(name, shape.element) for name in ("q", "keys", "values"))
+    pieces, y, ctx = k.buffer("pieces", I32), k.buffer("y", out), k.size("ctx")
+    width, block = shape.stored, k.block_id()
     head, piece = block % shape.heads, block // shape.heads
     first, count, slot, start = (pieces.load(piece * PIECE_WORDS + i).to_index() for i in range(PIECE_WORDS))
     base = (slot * shape.kv_heads + head // shape.group) * ctx * width
@@ -50,15 +53,13 @@ def prefill_kernel(shape: AttentionShape, scale: float, name: str, *, warps: int
 
     def walk(lower: Expr, upper: Expr, state: list[Expr], with_mask: bool) -> list[Expr]:
         with k.loop(lower, upper, 1, state) as loop:
-            k.async_wait(0)
-            k.barrier()  # this tile is there for all, and the one before it has been read by all
+            tiles.arrive(loop.i)
             tiles.fetch(loop.i + 1)
             scores = scores_of(k, queries, tiles, loop.i, 0, tile)
             if with_mask:
                 scores = masked(k, scores, loop.i * tile, positions, shape)
             made, weights = Rows.of(k, loop.carried).add(scores, scale * LOG2_E)
-            for number, factor in enumerate(weights):
-                made.add_values(factor, tiles, loop.i, 16 * number)
+            made.add_values(weights, tiles, loop.i, 0)
             loop.carry(*made.flat())
         return loop.results
 
@@ -69,7 +70,7 @@ def prefill_kernel(shape: AttentionShape, scale: float, name: str, *, warps: int
     inverse = done.by_rows([1.0 / done.over_lanes(total, "add") for total in done.total])
     for half in range(2):
         with k.when(rows[half].compare("lt", count)):
-            at = ((first + rows[half]) * shape.heads + head) * width + lane % 4 * 2
-            for number, output in enumerate(done.outputs):
-                y.store(at + 8 * number, k.part(output * inverse, 2 * half, 2))
+            at = ((first + rows[half]) * shape.heads + head) * shape.width + lane % 4 * 2
+            for number, output in enumerate(done.outputs[: shape.width // 8]):
+                y.store(at + 8 * number, k.part(output * inverse, 2 * half, 2).cast(out))
     return k.grid_kernel()

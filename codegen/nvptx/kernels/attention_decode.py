@@ -20,7 +20,7 @@ from codegen.nvptx.kernels.attention_rows import (
 )
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, I32
+from ir.formats import F32, I32, PlainFormat
 
 WARPS = 4
 POSITIONS = 16  # of a tile that one warp takes
@@ -28,17 +28,18 @@ ROWS = 16
 
 
 def split_kernel(shape: AttentionShape, scale: float, splits: int, name: str) -> GridKernel:
-    """A kernel (q bf16 [tokens, heads, d], keys and values bf16 [slots, kv heads, ctx, d], positions and slots i32
-    [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx), launched with
-    tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the sum of weights."""
+    """A kernel (q [tokens, heads, stored d], keys and values [slots, kv heads, ctx, stored d] in `shape.element`,
+    positions and slots i32 [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx),
+    launched with tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the sum of
+    weights."""
     shape.check()
     if shape.group > ROWS:
         raise DiagnosticError(f"{shape.group} query heads share a kv head", expected=f"at most {ROWS}")
     k = GridBuilder(name, WARPS * WARP)
-    q, keys, values = k.buffer("q", BF16), k.buffer("keys", BF16), k.buffer("values", BF16)
+    q, keys, values = (k.buffer(name, shape.element) for name in ("q", "keys", "values"))
     positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
     parts, sums, ctx = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx")
-    width, tile, block = shape.width, WARPS * POSITIONS, k.block_id()
+    width, tile, block = shape.stored, WARPS * POSITIONS, k.block_id()
     split, kv_head, token = block % splits, block // splits % shape.kv_heads, block // (splits * shape.kv_heads)
     position, slot = positions.load(token).to_index(), slots.load(token).to_index()
     base = (slot * shape.kv_heads + kv_head) * ctx * width
@@ -54,17 +55,16 @@ def split_kernel(shape: AttentionShape, scale: float, splits: int, name: str) ->
         tiles.fetch(lower)
     own = warp * POSITIONS
     with k.loop(lower, upper, 1, Rows.empty(k, width).flat()) as loop:
-        k.async_wait(0)
-        k.barrier()  # this tile is there for all, and the one before it has been read by all
+        tiles.arrive(loop.i)
         tiles.fetch(loop.i + 1)
         scores = scores_of(k, queries, tiles, loop.i, own, POSITIONS)
         scores = masked(k, scores, loop.i * tile + own, [position, position], shape)
         made, weights = Rows.of(k, loop.carried).add(scores, scale * LOG2_E)
-        made.add_values(weights[0], tiles, loop.i, own)
+        made.add_values(weights, tiles, loop.i, own)
         loop.carry(*made.flat())
     k.async_wait(0)
     rows = Rows.of(k, loop.results)
-    outs = parts.at((token * shape.heads + kv_head * shape.group) * (splits * width))
+    outs = parts.at((token * shape.heads + kv_head * shape.group) * (splits * shape.width))
     ends = sums.at((token * shape.heads + kv_head * shape.group) * (splits * 2))
     _join_warps(k, rows, shape, splits, split, scale * LOG2_E, outs, ends)
     return k.grid_kernel()
@@ -81,7 +81,7 @@ def _join_warps(
     ends: Buffer,
 ) -> None:
     """Adds up what the warps have, under the largest score of all, and stores the rows that are query heads."""
-    width, stride = shape.width, shape.width + 8  # so that the rows of a store lie in different banks
+    width, stride = shape.width, shape.stored + 8  # so that the rows of a store lie in different banks
     lane, warp = k.lane_and_warp()
     work, tops = k.shared(WARPS * ROWS * stride, F32), k.shared(WARPS * ROWS * 2, F32)
     for half in range(2):
@@ -108,13 +108,13 @@ def _join_warps(
             ends.store((row * splits + split) * 2, k.join(top, total))
 
 
-def join_kernel(shape: AttentionShape, splits: int, name: str) -> GridKernel:
-    """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 [rows, d]) for rows = tokens * heads,
-    launched with a block for each row."""
+def join_kernel(shape: AttentionShape, splits: int, name: str, *, out: PlainFormat = F32) -> GridKernel:
+    """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 or bf16 [rows, d]) for rows = tokens *
+    heads, launched with a block for each row."""
     shape.check()
-    k = GridBuilder(name, shape.width)
-    parts, sums, y = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", F32)
-    row, column = k.block_id(), k.thread_id()
+    k = GridBuilder(name, -(-shape.width // WARP) * WARP)
+    parts, sums, y = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", out)
+    row, column = k.block_id(), k.thread_id().min(shape.width - 1)
     top = k.f32(NEVER)
     with k.loop(0, splits, 1, [top]) as loop:
         loop.carry(loop.carried[0].max(sums.load((row * splits + loop.i) * 2)))
@@ -125,5 +125,6 @@ def join_kernel(shape: AttentionShape, splits: int, name: str) -> GridKernel:
         value = parts.load((row * splits + loop.i) * shape.width + column)
         loop.carry(k.fma(value, share, loop.carried[0]), k.fma(pair.extract(1), share, loop.carried[1]))
     value, total = loop.results
-    y.store(row * shape.width + column, value / total)
+    with k.when(k.thread_id().compare("lt", shape.width)):
+        y.store(row * shape.width + column, (value / total).cast(out))
     return k.grid_kernel()

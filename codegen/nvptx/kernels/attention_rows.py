@@ -1,8 +1,9 @@
 """What the attention kernels for GPUs share: tiles of keys and values in shared memory, softmax kept tile by tile.
 
-Keys and values of a layer lie as bf16 [slots, kv heads, ctx, d]. Tiles of them are copied into shared memory one ahead
-of the computation; the 16-byte pieces of a position are stored at their number xor the position's last three bits, so
-that eight positions lie in different banks.
+Keys and values of a layer lie as bf16 or f16 [slots, kv heads, ctx, d]. Tiles of them are copied into shared memory one
+ahead of the computation; the 16-byte pieces of a position are stored at their number xor bits of the position, so that
+eight positions lie in different banks. A head whose width is an odd multiple of 8 lies, in caches and queries, with 8
+columns of zeros behind it: `AttentionShape.stored`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from codegen.nvptx.builder import GridBuilder
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32
+from ir.formats import BF16, F16, F32, PlainFormat
 from ir.types import ScalarType
 
 PIECE = 8  # elements of 16 bytes
@@ -21,22 +22,27 @@ STAGES = 2
 # that its product with a factor is exact and a fused multiply-add finds that 0 too.
 NEVER = -(2.0**100)
 LOG2_E = 1.4426950408889634
+MOST_WIDTH = 128  # what the registers of a warp hold for 16 rows
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Query heads, the kv heads that they share, the width of a head, positions a row sees (0: all before it)."""
+    """Query heads, the kv heads that they share, the width of a head, positions a row sees (0: all before it), and the
+    element of queries and caches."""
 
     heads: int
     kv_heads: int
     width: int
     window: int = 0
+    element: PlainFormat = BF16
 
     def check(self) -> None:
         """Raises DiagnosticError for what has no kernel."""
         message = ""
-        if self.width not in (64, 128):
-            message = f"heads of {self.width} have no attention on GPUs; expected 64 or 128"
+        if self.width % PIECE or not 0 < self.width <= MOST_WIDTH:
+            message = f"heads of {self.width} have no attention on GPUs; expected a multiple of 8 up to {MOST_WIDTH}"
+        elif self.element not in (BF16, F16):
+            message = f"a cache of {self.element} has no attention on GPUs; expected bf16, f16 or integers"
         elif self.heads % self.kv_heads:
             message = f"{self.heads} query heads do not share {self.kv_heads} kv heads evenly"
         if message:
@@ -47,6 +53,11 @@ class AttentionShape:
         """Query heads of a kv head."""
         return self.heads // self.kv_heads
 
+    @property
+    def stored(self) -> int:
+        """The width of a head in memory: the matrix unit takes 16 columns at a time."""
+        return -(-self.width // 16) * 16
+
 
 class KvTiles:
     """Tiles of `rows` positions of one slot and kv head, which begin at element `base`; positions end below `end`."""
@@ -55,9 +66,14 @@ class KvTiles:
         self, k: GridBuilder, sources: tuple[Buffer, Buffer], rows: int, width: int, base: Expr, end: Expr
     ) -> None:
         self.k, self.sources, self.rows, self.width, self.base, self.end = k, sources, rows, width, base, end
-        self.memories = [k.shared(STAGES * rows * width, BF16) for _ in sources]
+        self.memories = [k.shared(STAGES * rows * width, source.element) for source in sources]
         self.lane, _ = k.lane_and_warp()
         self.thread = k.thread_id()
+
+    def arrive(self, tile: Expr) -> None:
+        """Until a tile that has been fetched is there for all, and all have read the one before it."""
+        self.k.async_wait(0)
+        self.k.barrier()
 
     def fetch(self, tile: Expr) -> None:
         """Starts the copies of a tile into its stage; positions from `end` on become zeros."""
@@ -74,7 +90,13 @@ class KvTiles:
 
     def _place(self, tile: Expr, row: Expr, piece: Expr) -> Expr:
         stage = tile % STAGES
-        return (stage * self.rows + row) * self.width + self.k.xor(piece, row % PIECE) * PIECE
+        return (stage * self.rows + row) * self.width + self._swizzled(piece, row) * PIECE
+
+    def _swizzled(self, piece: Expr, row: Expr) -> Expr:
+        """Pieces change places within groups of `turn`, by as many rows as begin at different banks anyway."""
+        pieces = self.width // PIECE
+        turn = min(PIECE, pieces & -pieces)
+        return self.k.xor(piece, row // (PIECE // turn) % turn) if turn > 1 else piece
 
     def keys(self, tile: Expr, first: Expr | int, step: int) -> tuple[Expr, Expr]:
         """Columns 16 * step .. of positions first .. first + 7 and the 8 that follow, as right factors."""
@@ -88,6 +110,11 @@ class KvTiles:
         place = self._place(tile, row, self.lane // 16 + 2 * step)
         both = self.k.load_matrix(self.memories[1], place, transposed=True)
         return self.k.part(both, 0, 4), self.k.part(both, 4, 4)
+
+    def weighted(self, weights: list[Expr], tile: Expr, first: Expr | int) -> list[Expr]:
+        """Weights of positions from `first` on as left factors, one for 16 positions."""
+        element = self.sources[1].element
+        return [self.k.join(a, b).cast(element) for a, b in zip(weights[::2], weights[1::2], strict=True)]
 
 
 @dataclass
@@ -126,7 +153,7 @@ class Rows:
 
     def add(self, scores: list[Expr], factor: float) -> tuple[Rows, list[Expr]]:
         """The rows when these scores (4 numbers of a lane for 8 positions each) have come, without their values, and
-        the weights of the positions as left factors, one for 16 positions. `factor` is scale times log2(e)."""
+        the weights of the positions, like the scores. `factor` is scale times log2(e)."""
         k = self.k
         largest, shrink = [], []
         for half in range(2):
@@ -146,15 +173,15 @@ class Rows:
             total.append(added)
         less = self.by_rows(shrink)
         outputs = [o * less for o in self.outputs]
-        factors = [k.join(a, b).cast(BF16) for a, b in zip(weights[::2], weights[1::2], strict=True)]
-        return Rows(k, largest, total, outputs), factors
+        return Rows(k, largest, total, outputs), weights
 
-    def add_values(self, weights: Expr, tiles: KvTiles, tile: Expr, first: Expr | int) -> None:
-        """Adds the values of 16 positions under their weights."""
-        for step in range(tiles.width // 16):
-            for i, v in enumerate(tiles.values(tile, first, step)):
-                at = 2 * step + i
-                self.outputs[at] = self.k.mma(self.outputs[at], weights, v)
+    def add_values(self, weights: list[Expr], tiles: KvTiles, tile: Expr, first: Expr | int) -> None:
+        """Adds the values of positions from `first` on under their weights, 16 at a time."""
+        for number, factor in enumerate(tiles.weighted(weights, tile, first)):
+            for step in range(tiles.width // 16):
+                for i, v in enumerate(tiles.values(tile, self.k.index(first) + 16 * number, step)):
+                    at = 2 * step + i
+                    self.outputs[at] = self.k.mma(self.outputs[at], factor, v)
 
 
 def load_queries(k: GridBuilder, q: Buffer, starts: list[Expr], width: int) -> list[Expr]:

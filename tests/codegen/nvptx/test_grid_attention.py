@@ -11,7 +11,7 @@ from codegen.nvptx.kernels.attention import prefill_kernel
 from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16
+from ir.formats import F16, F32
 from ir.grid_interpreter import interpret_grid
 from ir.ops.attention import visible
 from tests.samples.base import normal
@@ -24,28 +24,36 @@ def meant(
     shape: AttentionShape, scale: float,
 ) -> np.ndarray:  # fmt: skip
     """f64 softmax attention, row by row, as attn.attention says it."""
-    y = np.zeros(q.shape)
+    y = np.zeros((*q.shape[:2], shape.width))
     for t, h in np.ndindex(q.shape[:2]):
         own = slots[t], h // shape.group
         scores = keys[own].astype(np.float64) @ q[t, h].astype(np.float64) * scale
-        scores[~visible(positions[t], shape.window, len(scores))] = -np.inf
+        scores[~visible(int(positions[t]), shape.window, len(scores))] = -np.inf
         weights = np.exp(scores - scores.max())
-        y[t, h] = weights / weights.sum() @ np.nan_to_num(values[own].astype(np.float64))
+        y[t, h] = (weights / weights.sum() @ np.nan_to_num(values[own].astype(np.float64)))[: shape.width]
     return y
 
 
 def cache(shape: AttentionShape, lengths: list[int], seed: str) -> np.ndarray:
-    """bf16 [slots, kv heads, ctx, d]; NaN where nothing has been appended."""
-    made = normal(SLOTS, shape.kv_heads, CTX, shape.width, seed=seed, element=BF16)
+    """[slots, kv heads, ctx, stored d]; NaN where nothing has been appended."""
+    made = normal(SLOTS, shape.kv_heads, CTX, shape.stored, seed=seed, element=shape.element)
+    made[..., shape.width :] = 0
     for slot, length in enumerate(lengths):
         made[slot, :, length:] = np.nan
     return made
 
 
-@settings(max_examples=3, deadline=None)
+def queries(tokens: int, shape: AttentionShape) -> np.ndarray:
+    made = normal(tokens, shape.heads, shape.stored, seed="q", element=shape.element)
+    made[..., shape.width :] = 0
+    return made
+
+
+@settings(max_examples=5, deadline=None)
 @given(
     st.sampled_from([(0, 1), (0, 23), (17, 32), (63, 9), (64, 30)]), st.sampled_from([(0, 32), (5, 14)]),
-    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(2, 2, 64, window=20), AttentionShape(1, 1, 128)]),
+    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(2, 2, 64, window=20), AttentionShape(1, 1, 128),
+                     AttentionShape(2, 1, 8), AttentionShape(1, 1, 80, element=F16)]),
 )  # fmt: skip
 def test_prompts(one: tuple[int, int], other: tuple[int, int], shape: AttentionShape) -> None:
     """Two pieces of two slots, each from a position on for so many tokens."""
@@ -54,7 +62,7 @@ def test_prompts(one: tuple[int, int], other: tuple[int, int], shape: AttentionS
     positions = np.concatenate([start + np.arange(count) for start, count in (one, other)])
     slots = np.repeat([1, 0], [one[1], other[1]])
     lengths = [sum(other), sum(one)]
-    q = normal(tokens, shape.heads, shape.width, seed="q", element=BF16)
+    q = queries(tokens, shape)
     keys, values = (cache(shape, lengths, seed) for seed in ("keys", "values"))
     made = prefill_kernel(shape, 0.125, "prefill", warps=2, tile=32)
     y = np.full((tokens, shape.heads, shape.width), np.nan, np.float32)
@@ -66,20 +74,21 @@ def test_prompts(one: tuple[int, int], other: tuple[int, int], shape: AttentionS
     np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.sampled_from([(0, 95), (63, 64), (15, 16), (40, 80)]), st.sampled_from([1, 2, 3]),
-    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(3, 3, 64, window=20), AttentionShape(16, 1, 128)]),
+    st.sampled_from([AttentionShape(2, 1, 64), AttentionShape(3, 3, 64, window=20), AttentionShape(16, 1, 128),
+                     AttentionShape(2, 2, 24), AttentionShape(2, 1, 32, element=F16), AttentionShape(1, 1, 96)]),
 )  # fmt: skip
 def test_single_tokens(at: tuple[int, int], splits: int, shape: AttentionShape) -> None:
     """Three tokens: two slots, one of them twice. Splits may be empty."""
     positions, slots = np.array([*at, at[1]], np.int32), np.array([0, 1, 1], np.int32)
-    q = normal(3, shape.heads, shape.width, seed="q", element=BF16)
+    q = queries(3, shape)
     keys, values = (cache(shape, [at[0] + 1, at[1] + 1], seed) for seed in ("keys", "values"))
     split, join = split_kernel(shape, 0.125, splits, "split"), join_kernel(shape, splits, "join")
     parts = np.full((3, shape.heads, splits, shape.width), np.nan, np.float32)
     sums = np.full((3, shape.heads, splits, 2), np.nan, np.float32)
-    y = np.full(q.shape, np.nan, np.float32)
+    y = np.full((3, shape.heads, shape.width), np.nan, np.float32)
     first = [q, keys, values, positions, slots, parts, sums, CTX]
     report = interpret_grid(split.func, first, blocks=3 * shape.kv_heads * splits, threads=split.threads)
     assert report.bank_conflicts == 0
@@ -91,7 +100,9 @@ def test_single_tokens(at: tuple[int, int], splits: int, shape: AttentionShape) 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (AttentionShape(4, 2, 80), "heads of 80 have no attention on GPUs; expected 64 or 128"),
+        (AttentionShape(4, 2, 20), "heads of 20 have no attention on GPUs; expected a multiple of 8 up to 128"),
+        (AttentionShape(4, 2, 256), "heads of 256 have no attention on GPUs; expected a multiple of 8 up to 128"),
+        (AttentionShape(4, 2, 64, element=F32), "a cache of f32 has no attention on GPUs; expected bf16, f16"),
         (AttentionShape(5, 2, 64), "5 query heads do not share 2 kv heads evenly"),
     ],
 )

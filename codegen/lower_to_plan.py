@@ -58,7 +58,7 @@ class Lowering:
     layers: dict[str, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
     with_tickets: dict[str, None] = field(default_factory=dict)  # kernels that take tickets
-    kv: KVLayout | None = None
+    kv: Any = None  # KVLayout, or what `kv_layout` of a subclass gives
     bundles: tuple[ExpertBundle, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Lowering:
             if isinstance(op, KVStateOp):
                 self.layers.setdefault(op.symbol.name, len(self.layers))
                 assert isinstance(op.cache.type, KVCacheType)
-                layout = KVLayout.of(op.cache.type)
+                layout = self.kv_layout(op.cache.type, op)
                 if self.kv not in (None, layout):
                     raise DiagnosticError.of(
                         Diagnostic("error", "layers with different KV shapes are not supported", op.location)
@@ -79,6 +79,10 @@ class Lowering:
                 if value not in self.weights and is_constant_expression(value):
                     self.weights[value] = self._unique(_weight_name(value, op))
         self.bundles = expert_bundles(self.step, self.weights)
+
+    def kv_layout(self, cache: KVCacheType, op: Op) -> Any:
+        """Where the keys and values of a layer lie."""
+        return KVLayout.of(cache)
 
     def weights_file(self) -> WeightsFile:
         """Plans the file. Raises DiagnosticError for weights that cannot be stored."""
@@ -102,8 +106,10 @@ class Lowering:
 
     def program(self, spec: ProgramSpec, file: WeightsFile) -> Program:
         """Lowers the step. `file` is what `weights_file` gave."""
+        ring = self.kv is not None and bool(self.kv.recent)
+        assert not ring or spec.max_tokens <= MAX_STEP_TOKENS, "the ring is too short"
         strides = {value: bundle.stride for bundle in file.bundles for value in bundle.weights}
-        return _ProgramBuilder(self, replace(spec, context=replace(spec.context, strides=strides)), file).build()
+        return ProgramBuilder(self, replace(spec, context=replace(spec.context, strides=strides)), file).build()
 
 
 def _weight_name(value: Value, user: Op) -> str:
@@ -112,8 +118,8 @@ def _weight_name(value: Value, user: Op) -> str:
     return op.location.origin or user.location.origin or "weight"
 
 
-class _ProgramBuilder:
-    """Lowers the step function for one program."""
+class ProgramBuilder:
+    """Lowers the step function for one program. `codegen.nvptx.lower_to_grid` overrides what differs on a GPU."""
 
     def __init__(self, lowering: Lowering, spec: ProgramSpec, file: WeightsFile) -> None:
         self.lowering, self.spec, self.file = lowering, spec, file
@@ -123,8 +129,6 @@ class _ProgramBuilder:
         self.sizes = {"tokens": spec.max_tokens, "rows": spec.max_tokens, "ctx": 1, "slots": 1}
 
     def build(self) -> Program:
-        kv = self.lowering.kv
-        assert kv is None or not kv.recent or self.spec.max_tokens <= MAX_STEP_TOKENS, "the ring is too short"
         for op in self.lowering.step.block.ops[:-1]:
             self._lower(op)
         self._write_logits_directly()
@@ -147,6 +151,14 @@ class _ProgramBuilder:
         if isinstance(op, ReshapeOp):
             self.alias[op.results[0]] = op.x
             return
+        for result in op.results:
+            if isinstance(result.type, KVCacheType):
+                cache = next(v for v in op.operands if isinstance(v.type, KVCacheType))
+                self.alias[result] = cache
+        self._launch_op(op)
+
+    def _launch_op(self, op: Op) -> None:
+        """Adds the launches of an op."""
         emit = EMITTERS.get(type(op))
         if emit is None:
             names = sorted(c.name for c in EMITTERS)
@@ -155,10 +167,6 @@ class _ProgramBuilder:
             raise DiagnosticError.of(Diagnostic("error", message, op.location))
         spec = emit(op, self.spec.context)
         kernel = self.lowering.kernel(spec)
-        for result in op.results:
-            if isinstance(result.type, KVCacheType):
-                cache = next(v for v in op.operands if isinstance(v.type, KVCacheType))
-                self.alias[result] = cache
         buffers = [(len(self.calls), i) if isinstance(a, Temporary) else a for i, a in enumerate(spec.arguments)]
         self.calls.append(_Call(op, spec, kernel.sym_name, buffers))
 
@@ -300,24 +308,24 @@ class _ProgramBuilder:
                 b(plan.BarrierOp())
                 pending.clear()
             pending.add(written, read)
-            b(
-                plan.LaunchOp(
-                    *arguments, kernel=SymbolRef(call.kernel), writes=writes, reads=reads, location=call.op.location
-                )
-            )
+            attributes = {"kernel": SymbolRef(call.kernel), "writes": writes, "reads": reads, "grid": self._grid(call)}
+            b(plan.LaunchOp(*arguments, **attributes, location=call.op.location))
             for key in ends.get(step, ()):
                 b(plan.ReleaseOp(places[key]))
         b(plan.BarrierOp())
         b(ReturnOp())
         return func
 
+    def _grid(self, call: _Call) -> str:
+        """Blocks of a launch; nothing on a CPU."""
+        return ""
+
     def _place(self, b: Builder, key: Any, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> Value:
         if isinstance(key, SizeArgument):
             dim = key.dim
             assert isinstance(dim, SymbolicDim)
             return b(plan.SizeOp(which=dim.name, scale=dim.scale), dim.name)
-        type = self._type(key)
-        buffer = BufferType(_plain(type))
+        buffer = BufferType(self._element(key))
         if key in lifetimes:
             lifetime = lifetimes[key]
             return b(plan.ReserveOp(offset=offsets[lifetime.buffer], bytes=lifetime.bytes, result_types=[buffer]))
@@ -341,18 +349,18 @@ class _ProgramBuilder:
         which = list(plan.INPUTS)[key.index]
         return b(plan.InputOp(which=which, result_types=[buffer]), which)
 
+    def _element(self, key: Any) -> PlainFormat:
+        """The element of the buffer that holds a value: low-bit numbers lie in bytes."""
+        type = self._type(key)
+        assert isinstance(type, TensorType | KVCacheType)
+        return type.element if isinstance(type.element, PlainFormat) else U8
+
     def _launch(self, call: _Call) -> Launch:
         """Weights' bytes are fixed (those of experts used by one token), all else goes with the tokens."""
         op: Any = call.op
         one = {"tokens": 1, "rows": 1, "ctx": 1, "slots": 1}
         fixed = sum(op.operand_bytes(i, one) for i, v in enumerate(op.operands) if v in self.lowering.weights)
         return Launch(call.kernel, op.location.origin, fixed, op.bytes_moved(one) - fixed, op.flops(one))
-
-
-def _plain(type: Type) -> PlainFormat:
-    """The element of the buffer that holds a value: low-bit numbers lie in bytes."""
-    assert isinstance(type, TensorType | KVCacheType)
-    return type.element if isinstance(type.element, PlainFormat) else U8
 
 
 def _pairs(bundle: ExpertBundle) -> SizeArgument:

@@ -1,7 +1,7 @@
 """Sizes of a step as text: `ceil(tokens, 128) * 32`. What grids of launches on GPUs are said in.
 
-Takes whole numbers, names, `+`, `*`, `ceil(a, b)` (a / b, rounded up), `min(a, b)` and `max(a, b)`. The runtime reads the
-same texts by itself (`runtime.cuda.sizes`).
+Takes whole numbers, names, `+`, `*`, `ceil(a, b)` (a / b, rounded up), `min(a, b)` and `max(a, b)`. The runtime reads
+the same texts by itself (`runtime.cuda.sizes`).
 """
 
 from __future__ import annotations

@@ -97,11 +97,11 @@ FAULTS: tuple[Fault, ...] = (
         "plan.launch", "argument x is not a buffer of this launch", F_BUFFER,
         kernel=NOTHING, writes=("x",), reads=(0,),
     ),
-    fault("plan.launch", "expected grid to be a size of the run: 'n' is no size", F_BUFFER, F_BUFFER, grid="n", **_LAUNCH),
+    fault("plan.launch", "grid to be a size of the run: 'n' is no size", F_BUFFER, F_BUFFER, grid="n", **_LAUNCH),
     fault("plan.count", "'tokens / 2' is no size; expected whole numbers, tokens, rows", size="tokens / 2"),
     fault("plan.count", "'ceil(4, 0)' divides by 0", size="ceil(4, 0)"),
     fault("plan.pieces", "expected to give buffer<i32>, got buffer<f32>", result_types=(F_BUFFER,)),
     fault("plan.kv_plane", "expected plane >= 0, got -1", result_types=(HALVES,), **_PLANE | {"plane": -1}),
-    fault("plan.kv_plane", "of bytes 24..40 of a position that has 32", result_types=(HALVES,), **_PLANE | {"before": 24}),
+    fault("plan.kv_plane", "bytes 24..40 of a position that has 32", result_types=(HALVES,), **_PLANE | {"before": 24}),
     fault("plan.launch", "argument 2 is neither in reads nor in writes", F_BUFFER, F_BUFFER, I_BUFFER, **_LAUNCH),
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Steps on NVIDIA GPUs: what a GPU runs (`program`), without importing the compiler."""
+"""Running a built artifact on an NVIDIA GPU. Nothing of NVIDIA's is imported before a device is opened."""

@@ -1,0 +1,506 @@
+"""The surface of cuda.bindings.driver that `runtime.cuda` uses, over memory and streams that are emulated.
+
+driver = EmulatedDriver(GridRunner(kernels), order="lazy")
+device = open_device(driver=driver)
+
+Names, arguments, results and types of arguments are those of cuda-bindings 12.8 to 13.5. What a GPU would do silently
+wrong raises an EmulationFault. `plant` makes a function fail; `leaks` says what has not been given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.runtime.cuda.emulated_kernels import Runner
+from tests.runtime.cuda.emulated_memory import POISON, EmulatedMemory, EmulationFault
+from tests.runtime.cuda.emulated_streams import Operation, Ranges, Streams
+
+
+class Status(IntEnum):
+    """CUresult, as far as anything here gives it."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_INVALID_PTX = 218
+    CUDA_ERROR_JIT_COMPILER_NOT_FOUND = 221
+    CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
+    CUDA_ERROR_NOT_FOUND = 500
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+
+
+OK = Status.CUDA_SUCCESS
+INVALID = Status.CUDA_ERROR_INVALID_VALUE
+KERNEL_SECONDS, COPY_BYTES_PER_S = 4e-6, 1e10
+
+
+@dataclass
+class Node:
+    """What a stream was given: how to make the work of it, again at each replay of a graph."""
+
+    name: str
+    make: Callable[[], Callable[[], tuple[Ranges, Ranges]]]
+    seconds: float
+
+
+@dataclass
+class Planted:
+    """`status` instead of the work, in the calls number `skip` to `skip + times - 1` from now on."""
+
+    status: Status
+    skip: int
+    times: int
+
+
+class EmulatedDriver:
+    """One GPU. `order` as in `emulated_streams.Streams`; `memory_bytes` is all that it has."""
+
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
+    )
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    CUjit_option = SimpleNamespace(CU_JIT_ERROR_LOG_BUFFER=5, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES=6)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+    CUmemAllocationProp = CUmemLocation = CUmemAccessDesc = SimpleNamespace
+
+    def __init__(
+        self,
+        runner: Runner | None = None,
+        *,
+        order: str = "lazy",
+        seed: int = 0,
+        capability: int = 90,
+        version: int = 13000,
+        devices: int = 1,
+        memory_bytes: int = 1 << 30,
+        granule: int = 1 << 16,
+        jit_log: str = "",
+    ) -> None:
+        self.runner, self.capability, self.version, self.devices = runner, capability, version, devices
+        self.memory, self.streams, self.jit_log = EmulatedMemory(memory_bytes, granule), Streams(order, seed), jit_log
+        self.contexts = 0
+        self.calls: Counter[str] = Counter()
+        self.extents: tuple[int, ...] = ()  # of the next launch's arguments, where somebody knows them
+        self.interrupt_at = -1  # the call, counted over all functions, in which Ctrl-C is pressed
+        self._planted: dict[str, Planted] = {}
+        self._lost = OK
+        self._objects: dict[int, tuple[str, Any]] = {}  # handle -> kind, what it is
+        self._capturing: dict[int, list[Node]] = {}
+        self._spoilt: set[int] = set()
+        self._to_be_read: list[tuple[int, int]] = []  # memory of the host, by copies that wait
+        self._next = 1000
+
+    # -- for tests
+
+    def plant(self, name: str, status: Status, *, skip: int = 0, times: int = 1) -> None:
+        """The function (or "kernel": the work of a launch) fails so often, after `skip` calls that do not."""
+        self._planted[name] = Planted(status, skip, times)
+
+    def leaks(self) -> list[str]:
+        """What is still held; empty when everything was given back."""
+        found = [f"{r.kind} memory of {r.nbytes} bytes" for r in self.memory.regions.values()]
+        found += [f"physical memory of {n} bytes" for n in self.memory.handles.values()]
+        found += [kind for kind, _ in self._objects.values()] + ["stream"] * len(self.streams.last)
+        return found + ["context"] * self.contexts
+
+    # -- calls
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        return self._watched(name, found) if name.startswith("cu") else found
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with what may go wrong before it does anything."""
+
+        def call(*arguments: Any) -> Any:
+            self.calls[name] += 1
+            if self.interrupt_at == sum(self.calls.values()):
+                signal.raise_signal(signal.SIGINT)
+            width = _RESULTS.get(name, 0)
+            failed = self._fails(name) or self._lost
+            if failed and name != "cuGetErrorName":
+                return (failed, *([None] * width))
+            if name not in _BEFORE_CONTEXT and not self.contexts:
+                raise EmulationFault(f"{name} without a context")
+            return function(*arguments)
+
+        return call
+
+    def _fails(self, name: str) -> Status:
+        planted = self._planted.get(name)
+        if planted is None:
+            return OK
+        planted.skip -= 1
+        if planted.skip >= 0 or planted.times <= 0:
+            return OK
+        planted.times -= 1
+        return planted.status
+
+    def _keep(self, kind: str, what: Any) -> int:
+        self._next += 1
+        self._objects[self._next] = kind, what
+        return self._next
+
+    def _drop(self, kind: str, handle: int) -> None:
+        if self._objects.get(handle, ("", None))[0] != kind:
+            raise EmulationFault(f"{handle} is no {kind} that could be given back")
+        del self._objects[handle]
+
+    def _object(self, kind: str, handle: int) -> Any:
+        found, what = self._objects.get(handle, ("nothing", None))
+        if found != kind:
+            raise EmulationFault(f"{handle} is {found}, expected a {kind}")
+        return what
+
+    # -- the device
+
+    def cuInit(self, flags: int) -> tuple[Status]:  # noqa: N802 - names of the driver
+        return (OK if flags == 0 else INVALID,)
+
+    def cuDriverGetVersion(self) -> tuple[Status, int]:  # noqa: N802
+        return OK, self.version
+
+    def cuDeviceGetCount(self) -> tuple[Status, int]:  # noqa: N802
+        return OK, self.devices
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, ordinal
+
+    def cuDeviceGetName(self, size: int, device: int) -> tuple[Status, bytes]:  # noqa: N802
+        return OK, b"emulated GPU".ljust(size, b"\0")
+
+    def cuDeviceGetAttribute(self, kind: int, device: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, divmod(self.capability, 10)[kind - 75]
+
+    def cuDeviceTotalMem(self, device: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, self.memory.nbytes
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Status, int]:  # noqa: N802
+        self.contexts += 1
+        return OK, 77
+
+    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Status]:  # noqa: N802
+        self.contexts -= 1
+        return (OK,)
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[Status]:  # noqa: N802
+        assert context == 77
+        return (OK,)
+
+    # -- memory
+
+    def cuMemGetInfo(self) -> tuple[Status, int, int]:  # noqa: N802
+        return OK, self.memory.nbytes - self.memory.used(), self.memory.nbytes
+
+    def cuMemAlloc(self, nbytes: int) -> tuple[Status, int]:  # noqa: N802
+        if self.memory.used() + nbytes > self.memory.nbytes:
+            return Status.CUDA_ERROR_OUT_OF_MEMORY, 0
+        return (OK, self.memory.make("device", nbytes).address) if nbytes > 0 else (INVALID, 0)
+
+    def cuMemFree(self, address: int) -> tuple[Status]:  # noqa: N802
+        self.streams.seen_all()  # as the driver does
+        self.memory.drop(address, "device")
+        return (OK,)
+
+    def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, self.memory.make("pinned", nbytes).address
+
+    def cuMemFreeHost(self, address: int) -> tuple[Status]:  # noqa: N802
+        self.memory.drop(address, "pinned")
+        return (OK,)
+
+    def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, self.memory.granule if properties.location.type == 1 else 1
+
+    def cuMemAddressReserve(self, nbytes: int, align: int, address: int, flags: int) -> tuple[Status, int]:  # noqa: N802
+        if nbytes <= 0 or nbytes % self.memory.granule:
+            return INVALID, 0
+        return OK, self.memory.make("reserved", nbytes).address
+
+    def cuMemAddressFree(self, address: int, nbytes: int) -> tuple[Status]:  # noqa: N802
+        if self.memory.find(address, nbytes, "cuMemAddressFree")[0].nbytes != nbytes:
+            return (INVALID,)
+        self.memory.drop(address, "reserved")
+        return (OK,)
+
+    def cuMemCreate(self, nbytes: int, properties: Any, flags: int) -> tuple[Status, int]:  # noqa: N802
+        if nbytes <= 0 or nbytes % self.memory.granule or properties.type != 1:
+            return INVALID, 0
+        if self.memory.used() + nbytes > self.memory.nbytes:
+            return Status.CUDA_ERROR_OUT_OF_MEMORY, 0
+        return OK, self.memory.create(nbytes)
+
+    def cuMemRelease(self, handle: int) -> tuple[Status]:  # noqa: N802
+        del self.memory.handles[handle]
+        return (OK,)
+
+    def cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> tuple[Status]:  # noqa: N802
+        if address % self.memory.granule or nbytes % self.memory.granule or offset:
+            return (INVALID,)
+        self.memory.map(address, nbytes, handle)
+        return (OK,)
+
+    def cuMemSetAccess(self, address: int, nbytes: int, access: list[Any], count: int) -> tuple[Status]:  # noqa: N802
+        allowed = count == len(access) == 1 and access[0].flags == 3 and access[0].location.type == 1
+        self.memory.view(address, nbytes, "cuMemSetAccess", kinds=("reserved",))
+        return (OK if allowed else INVALID,)
+
+    def cuMemUnmap(self, address: int, nbytes: int) -> tuple[Status]:  # noqa: N802
+        self.memory.unmap(address, nbytes)
+        return (OK,)
+
+    # -- streams and events
+
+    def cuStreamCreate(self, flags: int) -> tuple[Status, int]:  # noqa: N802
+        if flags != 1:
+            raise EmulationFault("a stream that the driver orders with its own by stealth")
+        return OK, self.streams.make()
+
+    def cuStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
+        self.streams.drop(stream)
+        return (OK,)
+
+    def cuStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
+        if stream in self._capturing:
+            self._spoilt.add(stream)
+            return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        last = self.streams.last[stream]
+        if last is not None:
+            self.streams.seen(last)
+        return (self._lost,)
+
+    def cuEventCreate(self, flags: int) -> tuple[Status, int]:  # noqa: N802
+        return OK, self._keep("event", SimpleNamespace(at=None, timed=flags == 0))
+
+    def cuEventDestroy(self, event: int) -> tuple[Status]:  # noqa: N802
+        self._drop("event", event)
+        return (OK,)
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[Status]:  # noqa: N802
+        if stream in self._capturing:
+            self._spoilt.add(stream)
+            return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+        self._object("event", event).at = self.streams.give(stream, "event", None)
+        return (OK,)
+
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Status]:  # noqa: N802
+        at: Operation | None = self._object("event", event).at
+        if at is not None:
+            self.streams.wait(stream, at)
+        return (OK,)
+
+    def cuEventSynchronize(self, event: int) -> tuple[Status]:  # noqa: N802
+        at: Operation | None = self._object("event", event).at
+        if at is not None:
+            self.streams.seen(at)
+        return (self._lost,)
+
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple[Status, float]:  # noqa: N802
+        events = [self._object("event", one) for one in (start, end)]
+        if not all(one.timed and one.at is not None and one.at.done for one in events):
+            raise EmulationFault("the time between events that have none")
+        return OK, 1000 * (events[1].at.ended - events[0].at.ended)
+
+    # -- work
+
+    def _give(self, stream: int, node: Node) -> tuple[Status]:
+        if stream in self._capturing:
+            self._capturing[stream].append(node)
+        else:
+            self.streams.give(stream, node.name, self._guarded(node.make()), node.seconds)
+        return (OK,)
+
+    def _guarded(self, work: Callable[[], tuple[Ranges, Ranges]]) -> Callable[[], tuple[Ranges, Ranges]]:
+        """Work that is not done any more once the context is lost."""
+        return lambda: ([], []) if self._lost else work()
+
+    def cuMemcpyHtoDAsync(self, target: int, host: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
+        def make() -> Callable[[], tuple[Ranges, Ranges]]:
+            before = self._host_view(host, nbytes).copy()
+            self._to_be_read.append((host, host + nbytes))
+
+            def work() -> tuple[Ranges, Ranges]:
+                self._to_be_read.remove((host, host + nbytes))
+                source = self._host_view(host, nbytes)
+                if not np.array_equal(source, before):
+                    raise EmulationFault("the host changed memory that a copy to the GPU had still to read")
+                self._device_view(target, nbytes, "copy in")[:] = source
+                return [(host, host + nbytes)], [(target, target + nbytes)]
+
+            return work
+
+        return self._give(stream, Node("copy in", make, nbytes / COPY_BYTES_PER_S))
+
+    def cuMemcpyDtoHAsync(self, host: int, source: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
+        def make() -> Callable[[], tuple[Ranges, Ranges]]:
+            if not any(host < stop and start < host + nbytes for start, stop in self._to_be_read):
+                self._host_view(host, nbytes)[:] = POISON  # who reads too early reads this
+
+            def work() -> tuple[Ranges, Ranges]:
+                self._host_view(host, nbytes)[:] = self._device_view(source, nbytes, "copy out")
+                return [(source, source + nbytes)], [(host, host + nbytes)]
+
+            return work
+
+        return self._give(stream, Node("copy out", make, nbytes / COPY_BYTES_PER_S))
+
+    def cuMemcpyDtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
+        def work() -> tuple[Ranges, Ranges]:
+            self._device_view(target, nbytes, "copy")[:] = self._device_view(source, nbytes, "copy")
+            return [(source, source + nbytes)], [(target, target + nbytes)]
+
+        return self._give(stream, Node("copy", lambda: work, nbytes / COPY_BYTES_PER_S))
+
+    def cuMemsetD8Async(self, target: int, byte: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
+        def work() -> tuple[Ranges, Ranges]:
+            self._device_view(target, nbytes, "fill")[:] = byte
+            return [], [(target, target + nbytes)]
+
+        return self._give(stream, Node("fill", lambda: work, nbytes / COPY_BYTES_PER_S))
+
+    def _host_view(self, address: int, nbytes: int) -> np.ndarray:
+        return self.memory.view(address, nbytes, "copy that goes on beside the host", kinds=("pinned",))
+
+    def _device_view(self, address: int, nbytes: int, what: str) -> np.ndarray:
+        return self.memory.view(address, nbytes, what, kinds=("device", "reserved"))
+
+    # -- kernels
+
+    def cuModuleLoadDataEx(  # noqa: N802
+        self, image: int, count: int, options: list[int], values: list[Any]
+    ) -> tuple[Status, Any]:
+        assert count == len(options) == len(values)
+        content = ctypes.string_at(image) if ctypes.string_at(image, 4) != b"\x7fELF" else b""
+        if not content:  # machine code: "\x7fELF sm_90", of a length that it says itself
+            length = int(ctypes.string_at(image, 64).split(b" ")[2])
+            content = ctypes.string_at(image, length)
+            made_for = int(content.split(b" ")[1][3:])
+            if (made_for // 10, made_for <= self.capability) != (self.capability // 10, True):
+                return Status.CUDA_ERROR_NO_BINARY_FOR_GPU, None
+            return OK, self._keep("module", content)
+        found = re.search(rb"\.version (\d+)\.(\d+)", content)
+        assert found is not None
+        needs = {7: 11000, 8: 12000}[int(found[1])] + 10 * int(found[2])  # the CUDA that a PTX version came with
+        if needs > self.version:
+            return Status.CUDA_ERROR_UNSUPPORTED_PTX_VERSION, None
+        if self.jit_log:
+            log = self.jit_log.encode() + b"\0"
+            assert isinstance(values[0], bytes) and len(log) <= values[1] == len(values[0])
+            ctypes.memmove(ctypes.c_char_p(values[0]), log, len(log))
+            return Status.CUDA_ERROR_INVALID_PTX, None
+        return OK, self._keep("module", content)
+
+    def cuModuleUnload(self, module: int) -> tuple[Status]:  # noqa: N802
+        self._drop("module", module)
+        return (OK,)
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[Status, Any]:  # noqa: N802
+        if b".entry " + name + b"(" not in self._object("module", module):
+            return Status.CUDA_ERROR_NOT_FOUND, None
+        return OK, SimpleNamespace(name=name.decode(), dynamic_bytes=48 << 10)
+
+    def cuFuncSetAttribute(self, function: Any, kind: int, value: int) -> tuple[Status]:  # noqa: N802
+        assert kind == 8
+        function.dynamic_bytes = value
+        return (OK if value <= 227 << 10 else INVALID,)
+
+    def cuLaunchKernel(  # noqa: N802
+        self, function: Any, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int,
+        places: int, extra: int,
+    ) -> tuple[Status]:  # fmt: skip
+        assert self.runner is not None
+        shape_fits = (
+            gy == gz == by == bz == 1 and 0 < gx < 1 << 31 and 0 < bx <= 1024 and shared <= function.dynamic_bytes
+        )
+        if not shape_fits:
+            return (INVALID,)
+        count = self.runner.parameters(function.name)
+        pointers = (ctypes.c_uint64 * count).from_address(places)
+        arguments = [ctypes.c_int64.from_address(pointer).value for pointer in pointers]
+        extents = self.extents or (0,) * count
+        self.extents = ()
+
+        def work() -> tuple[Ranges, Ranges]:
+            if failed := self._fails("kernel"):
+                self._lost = failed
+                return [], []
+            assert self.runner is not None
+            touched = self.runner.run(function.name, gx, bx, arguments, extents, self._reach)
+            for start, stop in (*touched[0], *touched[1]):
+                self._device_view(start, stop - start, f"kernel {function.name}")
+            return touched
+
+        return self._give(stream, Node(f"kernel {function.name}", lambda: work, KERNEL_SECONDS))
+
+    def _reach(self, address: int, nbytes: int) -> np.ndarray:
+        """Memory of a kernel's argument; what of it is not there may not be touched."""
+        if nbytes == 0:
+            region, offset = self.memory.find(address, 0, "a kernel's argument")
+            nbytes = region.nbytes - offset
+        return self.memory.view(
+            address, nbytes, "a kernel's argument", kinds=("device", "reserved"), backed=False
+        )  # fmt: skip
+
+    # -- graphs
+
+    def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[Status]:  # noqa: N802
+        assert stream not in self._capturing and mode == 1
+        self._capturing[stream] = []
+        return (OK,)
+
+    def cuStreamEndCapture(self, stream: int) -> tuple[Status, Any]:  # noqa: N802
+        nodes = self._capturing.pop(stream, None)
+        if stream in self._spoilt or nodes is None:
+            self._spoilt.discard(stream)
+            return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
+        return OK, self._keep("graph", nodes)
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[Status, Any]:  # noqa: N802
+        return OK, self._keep("executable graph", list(self._object("graph", graph)))
+
+    def cuGraphDestroy(self, graph: int) -> tuple[Status]:  # noqa: N802
+        self._drop("graph", graph)
+        return (OK,)
+
+    def cuGraphLaunch(self, graph: int, stream: int) -> tuple[Status]:  # noqa: N802
+        for node in self._object("executable graph", graph):
+            self._give(stream, node)
+        return (OK,)
+
+    def cuGraphExecDestroy(self, graph: int) -> tuple[Status]:  # noqa: N802
+        self._drop("executable graph", graph)
+        return (OK,)
+
+
+_BEFORE_CONTEXT = frozenset(
+    {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute",
+     "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain"}
+)  # fmt: skip
+_RESULTS = {
+    "cuMemGetInfo": 2,
+    **dict.fromkeys(
+        ("cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute",
+         "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain", "cuMemAlloc", "cuMemHostAlloc", "cuMemAddressReserve",
+         "cuMemGetAllocationGranularity", "cuMemCreate", "cuStreamCreate", "cuEventCreate", "cuEventElapsedTime",
+         "cuModuleLoadDataEx", "cuModuleGetFunction", "cuStreamEndCapture", "cuGraphInstantiate"), 1,
+    ),
+}  # fmt: skip

@@ -19,6 +19,7 @@ import numpy as np
 from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
 from bench.gpu_device import CudaDevice, DeviceArray, NoDeviceError, open_device
+from bench.gpu_product_cases import real_products
 from bench.measure import median, table
 from codegen.nvptx.compile import compile_ptx
 
@@ -132,7 +133,7 @@ def report(device: CudaDevice, rows: Sequence[Measured], copy: float) -> str:
 
 def all_cases() -> list[GpuCase]:
     """Every kernel at sizes of a real model."""
-    return [*real_cases(), *real_attention()]
+    return [*real_cases(), *real_products(), *real_attention()]
 
 
 def main(

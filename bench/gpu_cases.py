@@ -87,7 +87,20 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], element: PlainForm
     return rng.standard_normal(shape, np.float32).astype(element.dtype)
 
 
-def _products(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+def packed_weights(rng: np.random.Generator, layout: Fragments, format: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    """Weights in the order of the fragments, as codes and scales, and as numbers."""
+    n, k = layout.n, layout.k
+    if not isinstance(format, GroupedIntFormat):
+        w = numbers(rng, (n, k))
+        return [layout.codes(w)], w
+    codes = rng.integers(0, 1 << format.bits, (n, k), dtype=np.uint8)
+    scales = (rng.random((n, format.groups(k)), np.float32) / 64 + 1 / 64).astype(np.float16)
+    packed = PackedArray.assemble(format, (n, k), codes, scales)
+    return [layout.codes(packed), layout.scales(packed)], format.unpack(packed)
+
+
+def products_of(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """x @ w.T in f32."""
     return x.astype(np.float32) @ w.astype(np.float32).T
 
 
@@ -96,22 +109,14 @@ def _decode(name: str, m: int, n: int, k: int, format: Any) -> GpuCase:
     held: dict[str, np.ndarray] = {}  # the weights as numbers, which the arguments hold packed
 
     def make(rng: np.random.Generator) -> list[Any]:
-        if isinstance(format, GroupedIntFormat):
-            codes = rng.integers(0, 1 << format.bits, (n, k), dtype=np.uint8)
-            scales = (rng.random((n, format.groups(k)), np.float32) / 64 + 1 / 64).astype(np.float16)
-            w = PackedArray.assemble(format, (n, k), codes, scales)
-            held["w"] = format.unpack(w)
-            weights = [layout.codes(w), layout.scales(w)]
-        else:
-            held["w"] = numbers(rng, (n, k))
-            weights = [layout.codes(held["w"])]
+        weights, held["w"] = packed_weights(rng, layout, format)
         return [*weights, numbers(rng, (m, k)), np.full((m, n), np.nan, np.float32), m]
 
     moved = layout.nbytes + m * (2 * k + 4 * n)
     kernel = decode_kernel(layout, name, rows=8 if m <= 8 else 16)
     last = 3 if layout.group else 2
     return GpuCase(
-        name, kernel, layout.tiles, make, lambda a: [_products(a[last - 1], held["w"])], (last,), moved,
+        name, kernel, layout.tiles, make, lambda a: [products_of(a[last - 1], held["w"])], (last,), moved,
         2 * m * n * k, 1e-4,
     )  # fmt: skip
 
@@ -123,7 +128,7 @@ def _gemm(name: str, m: int, n: int, k: int, shape: GemmShape) -> GpuCase:
     moved = 2 * (m * k + n * k + m * n)
     kernel = gemm_kernel(n, k, name, shape, BF16)
     return GpuCase(
-        name, kernel, shape.blocks(m, n), make, lambda a: [_products(a[0], a[1])], (2,), moved, 2 * m * n * k, 2.0**-8
+        name, kernel, shape.blocks(m, n), make, lambda a: [products_of(a[0], a[1])], (2,), moved, 2 * m * n * k, 2.0**-8
     )
 
 

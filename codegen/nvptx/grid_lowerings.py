@@ -82,14 +82,14 @@ def _prefetch(e: GridEmitter, op: tile_memory.PrefetchOp) -> None:
 _GLOBAL, _SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
 
 
-def _pointer(e: GridEmitter, buffer: Value, index: Value, space: str) -> str:
-    return e.assign(f"addrspacecast ptr {e.address(buffer, index)} to {space}")
+def _pointer(e: GridEmitter, buffer: Value, index: Value, space: str, inbounds: bool = True) -> str:
+    return e.assign(f"addrspacecast ptr {e.address(buffer, index, inbounds)} to {space}")
 
 
 @grid_lowering(grid_async.AsyncCopyOp)
 def _async_copy(e: GridEmitter, op: grid_async.AsyncCopyOp) -> None:
     target = _pointer(e, op.target, op.target_index, _SHARED)
-    source = _pointer(e, op.source, op.source_index, _GLOBAL)
+    source = _pointer(e, op.source, op.source_index, _GLOBAL, inbounds=False)  # anywhere, where nothing is read
     size = e.assign(f"select i1 {e.name(op.condition)}, i32 16, i32 0")
     name = "llvm.nvvm.cp.async.cg.shared.global.16.s"
     e.emit(e.in_space(name, "void", (_SHARED, _GLOBAL, "i32"), target, source, size))

@@ -14,6 +14,7 @@ from bench.gpu import main
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_device import CudaDevice, NoDeviceError, open_device
+from bench.gpu_product_cases import small_products
 from ir.grid_interpreter import interpret_grid
 from ir.ops.tile_types import element_of
 from ir.types import BufferType, ScalarType
@@ -102,7 +103,7 @@ def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
 
 
 def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [*small_cases(), *small_attention()]
+    cases = [*small_cases(), *small_products(), *small_attention()]
     assert run(cases, "--check") == 0
     said = capsys.readouterr().out
     assert "interpreter, PTX for sm_90" in said and "WRONG" not in said

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
+from codegen.nvptx.kernels.weight_factors import add_scaled, left_factor
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F16, F32, I32
-from ir.types import VectorType
 
 ROWS = 8  # of x that one product of the matrix unit takes
 WARPS = 8
 MAX_ROWS = 16
-_MAGIC_4 = 0x43004300  # 128.0 twice, as bf16: a code of 4 bits in its lowest bits makes 128 + code
-_MAGIC_8 = 0x4B000000  # 2**23 as f32: a code of 8 bits in its lowest bits makes 2**23 + code
 
 
 def decode_kernel(layout: Fragments, name: str, *, rows: int = ROWS, warps: int = WARPS, ahead: int = 0) -> GridKernel:
@@ -107,44 +105,12 @@ class _DecodeKernel:
             if scale is not None and not shared:
                 partial = [k.f32(0.0, 4)] * self.parts
             for m in range(2):
-                a = self._factor(words, s, m)
+                a = left_factor(k, layout, words, s, m)
                 partial = [k.mma(p, a, k.part(x[s], 4 * m, 4)) for p, x in zip(partial, xs, strict=True)]
             if scale is not None and (s == 1 or not shared):
-                sums = [
-                    self._scaled(total, p, scale, 0 if shared else s) for total, p in zip(sums, partial, strict=True)
-                ]
+                group = 0 if shared else s
+                sums = [add_scaled(k, layout, t, p, scale, group) for t, p in zip(sums, partial, strict=True)]
         return sums if scale is not None else partial
-
-    def _scaled(self, total: Expr, partial: Expr, scale: Expr, group: int) -> Expr:
-        """total + partial under the scales of rows g (elements 0, 1) and g + 8 (elements 2, 3)."""
-        low, high = scale.extract(group), scale.extract(self.layout.groups_of_unit + group)
-        return self.k.fma(partial, self.k.join(low, low, high, high), total)
-
-    def _factor(self, words: list[Expr], s: int, m: int) -> Expr:
-        """The 8 numbers of this lane for product m of segment s."""
-        if self.layout.bits == 16:
-            return words[2 * s + m].bitcast(VectorType(8, BF16))
-        if self.layout.bits == 8:
-            return self.k.join(*(self._from_bytes(words[s].extract(2 * m + half)) for half in range(2)))
-        word = words[0].extract(2 * s + m)
-        return self.k.join(*(self._from_nibbles(word, pair) for pair in range(4)))
-
-    def _from_nibbles(self, word: Expr, pair: int) -> Expr:
-        """Codes 2 * pair and 2 * pair + 1 of a word, less 8, as bf16."""
-        k = self.k
-        bits = (word.shifted_right(4 * pair) if pair else word) & 0x000F000F
-        pairs = VectorType(2, BF16)
-        one, offset = (k.constant(bits.type, number).bitcast(pairs) for number in (0x3F803F80, -0x3CF73CF8))
-        return k.fma_pairs((bits | _MAGIC_4).bitcast(pairs), one, offset)
-
-    def _from_bytes(self, word: Expr) -> Expr:
-        """The four codes of a word, less 128, as bf16."""
-        k = self.k
-        numbers = []
-        for i in range(4):
-            bits = (word.shifted_right(8 * i) if i else word) & 0xFF
-            numbers.append((bits | _MAGIC_8).bitcast(k.f32(0.0).type) - (2.0**23 + 128))
-        return k.join(*numbers).cast(BF16)
 
     def _write(self, sums: list[Expr], y: Buffer) -> None:
         """Adds up the warps through shared memory, in their order, and stores what lies inside of y."""

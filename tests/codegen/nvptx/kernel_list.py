@@ -11,6 +11,7 @@ from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
+from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
 from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
 from ir.formats import BF16, F16, F32, GroupedIntFormat
@@ -37,6 +38,10 @@ def kernels() -> tuple[GridKernel, ...]:
         decode_kernel(Fragments.of(4096, 4096, Q4), "decode_w4"),
         decode_kernel(Fragments.of(4096, 4096, Q4), "decode_w4_16", rows=16),
         gemm_kernel(4096, 4096, "gemm"),
+        gemm_packed_kernel(Fragments.of(4096, 4096, BF16), "gemm_w16"),
+        gemm_packed_kernel(Fragments.of(4096, 4096, Q8), "gemm_w8"),
+        gemm_packed_kernel(Fragments.of(4096, 4096, Q4), "gemm_w4"),
+        gemm_packed_kernel(Fragments.of(4096, 4096, Q4), "gemm_w4_64", PackedShape.of(64)),
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
         split_kernel(HEADS, 128**-0.5, 8, "split"),
         join_kernel(HEADS, 8, "join"),

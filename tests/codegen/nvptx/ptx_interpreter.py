@@ -1,8 +1,8 @@
 """Runs the PTX of a kernel on numpy arrays: an oracle of the way from tile IR to PTX text, for tests.
 
 Knows the instructions that the kernels here have, by the words of NVIDIA's "Parallel Thread Execution ISA", and refuses
-others. All threads that stand at the lowest place go on together, so that warps meet again behind branches. Copies
-arrive at once: that they are waited for is for `ir.grid_interpreter` to check.
+others. All threads that stand at the lowest place go on together; what a warp does together waits for all its lanes, so
+that they meet again behind branches. Copies arrive at once: that they are waited for is for `ir.grid_interpreter`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _TYPES: dict[str, Any] = {
 _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
 _WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1}  # bytes of registers by their names
 _WARP = 32
+_OF_WARPS = ("mma", "shfl", "ldmatrix")
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -111,8 +112,8 @@ class PtxMachine:
             if not ready.any():
                 assert not waits.any(), "threads wait at a barrier in vain"
                 return
-            at = int(place[ready].min())
-            who = np.flatnonzero(ready & (place == at))
+            who = self._next(place, ready)
+            at = int(place[who[0]])
             place[who] += 1
             step = self.kernel.code[at]
             if step.guard:
@@ -129,6 +130,16 @@ class PtxMachine:
                 waits &= ~np.repeat(whole, self.threads)
             else:
                 self.execute(step, who)
+
+    def _next(self, place: np.ndarray, ready: np.ndarray) -> np.ndarray:
+        """The threads at the lowest place from which some can go on."""
+        for at in np.unique(place[ready]):
+            here = ready & (place == at)
+            if self.kernel.code[at].words[0] in _OF_WARPS:
+                here &= np.repeat(here.reshape(-1, _WARP).all(axis=1), _WARP)
+            if here.any():
+                return np.flatnonzero(here)
+        raise AssertionError("the lanes of a warp do not meet again")
 
     # -- values
 

@@ -11,6 +11,7 @@ import pytest
 
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
+from bench.gpu_product_cases import small_products
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.kernels.attention_decode import join_kernel
@@ -23,7 +24,7 @@ from tests.codegen.nvptx.kernel_list import one_of_each
 from tests.codegen.nvptx.ptx_interpreter import run_ptx
 from tests.samples.base import normal
 
-CASES = [*small_cases(), *small_attention()]
+CASES = [*small_cases(), *small_products(), *small_attention()]
 TOKENS = np.array([1, 0], np.int32)
 # Kernel, blocks, arguments: what the cases have not.
 OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (

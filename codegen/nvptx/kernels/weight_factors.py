@@ -1,0 +1,51 @@
+"""Weights in the order of `codegen.nvptx.fragments` as left factors of the matrix unit, in registers.
+
+Codes become bf16 exactly: of 4 bits in the mantissa of 128 with 136 taken away, two at a time; of 8 bits in that of
+2**23 as f32. Scales multiply the f32 sum over their group, so that nothing is rounded to 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from codegen.nvptx.builder import GridBuilder
+from codegen.nvptx.fragments import Fragments
+from codegen.tile_builder import Expr
+from ir.formats import BF16
+from ir.types import VectorType
+
+_MAGIC_4 = 0x43004300  # 128.0 twice, as bf16: a code of 4 bits in its lowest bits makes 128 + code
+_MAGIC_8 = 0x4B000000  # 2**23 as f32: a code of 8 bits in its lowest bits makes 2**23 + code
+
+
+def left_factor(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int, m: int) -> Expr:
+    """The 8 bf16 numbers of this lane for product m of segment s; `words`: its loads of the chunk, 4 i32 each."""
+    if layout.bits == 16:
+        return words[2 * s + m].bitcast(VectorType(8, BF16))
+    if layout.bits == 8:
+        return k.join(*(_from_bytes(k, words[s].extract(2 * m + half)) for half in range(2)))
+    word = words[0].extract(2 * s + m)
+    return k.join(*(_from_nibbles(k, word, pair) for pair in range(4)))
+
+
+def add_scaled(k: GridBuilder, layout: Fragments, total: Expr, partial: Expr, scale: Expr, group: int) -> Expr:
+    """total + partial under the scales of rows g (elements 0, 1) and g + 8 (elements 2, 3)."""
+    low, high = scale.extract(group), scale.extract(layout.groups_of_unit + group)
+    return k.fma(partial, k.join(low, low, high, high), total)
+
+
+def _from_nibbles(k: GridBuilder, word: Expr, pair: int) -> Expr:
+    """Codes 2 * pair and 2 * pair + 1 of a word, less 8, as bf16."""
+    bits = (word.shifted_right(4 * pair) if pair else word) & 0x000F000F
+    pairs = VectorType(2, BF16)
+    one, offset = (k.constant(bits.type, number).bitcast(pairs) for number in (0x3F803F80, -0x3CF73CF8))
+    return k.fma_pairs((bits | _MAGIC_4).bitcast(pairs), one, offset)
+
+
+def _from_bytes(k: GridBuilder, word: Expr) -> Expr:
+    """The four codes of a word, less 128, as bf16."""
+    numbers = []
+    for i in range(4):
+        bits = (word.shifted_right(8 * i) if i else word) & 0xFF
+        numbers.append((bits | _MAGIC_8).bitcast(k.f32(0.0).type) - (2.0**23 + 128))
+    return k.join(*numbers).cast(BF16)

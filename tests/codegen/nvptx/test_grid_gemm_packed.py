@@ -1,0 +1,72 @@
+"""Products of many rows with weights of decoding: what gemm.matmul means, for every format, around the tiles' sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from ir.formats import BF16, F32, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
+from ir.grid_interpreter import interpret_grid
+from ir.ops.gemm import MatmulOp
+from tests.codegen.nvptx.test_grid_decode import FORMATS, weights
+from tests.samples.base import normal
+
+SHAPES = [PackedShape(32, 2, 16, 1, 2), PackedShape(16, 3, 16, 1, 3), PackedShape(32, 2, 32, 2, 3)]
+
+
+def product(
+    x: np.ndarray, w: np.ndarray | PackedArray, format: NumberFormat, shape: PackedShape, out: PlainFormat = F32
+) -> np.ndarray:
+    """y [m, n] of the interpreted kernel, which takes the bytes that decoding takes."""
+    (m, k), n = x.shape, w.shape[0]
+    layout = Fragments.of(n, k, format)
+    made = gemm_packed_kernel(layout, "product", shape, out)
+    arguments = [layout.codes(w), *([layout.scales(w)] if isinstance(w, PackedArray) else [])]
+    y = np.full((m, n), -1).astype(out.dtype)
+    blocks = shape.blocks(m, layout)
+    report = interpret_grid(made.func, [*arguments, x, y, m], blocks=blocks, threads=made.threads)
+    assert report.bank_conflicts == 0
+    return y
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from([1, 17, 40]), st.sampled_from([1, 32, 50]), st.integers(1, 4), st.sampled_from(FORMATS),
+    st.sampled_from(SHAPES), st.sampled_from([F32, BF16]),
+)  # fmt: skip
+def test_products(m: int, n: int, chunks: int, format: NumberFormat, shape: PackedShape, out: PlainFormat) -> None:
+    k = 64 * chunks
+    if isinstance(format, GroupedIntFormat) and format.group > 64:
+        k *= format.group // 64
+    x, w = normal(m, k, element=BF16), weights(n, k, format)
+    meant = MatmulOp.reference(x, w)
+    rounding = 2.0**-8 if out == BF16 else 1e-5
+    scale = np.sqrt(k) * (np.abs(np.asarray(w.scales, np.float32)).max() * 8 if isinstance(w, PackedArray) else 1)
+    got = product(x, w, format, shape, out).astype(np.float32)
+    np.testing.assert_allclose(got, meant, rtol=rounding, atol=rounding * scale)
+
+
+@pytest.mark.parametrize("format", FORMATS[:6], ids=str)
+def test_whole_numbers_are_exact(format: NumberFormat) -> None:
+    rng = np.random.default_rng(5)
+    m, n, k = 19, 40, 192 if not isinstance(format, GroupedIntFormat) or format.group < 128 else 256
+    x = rng.integers(-4, 5, (m, k)).astype(BF16.dtype)
+    if isinstance(format, GroupedIntFormat):
+        codes = rng.integers(0, 1 << format.bits, (n, k)).astype(np.uint8)
+        scales = 2.0 ** rng.integers(-2, 3, (n, format.groups(k)))
+        w = PackedArray.assemble(format, (n, k), codes, scales.astype(np.float16))
+    else:
+        w = rng.integers(-8, 8, (n, k)).astype(BF16.dtype)
+    np.testing.assert_array_equal(product(x, w, format, SHAPES[0]), MatmulOp.reference(x, w))
+
+
+def test_shapes_by_rows() -> None:
+    """Few rows take small tiles; every shape is whole warps and covers what it is for."""
+    for rows in (17, 32, 33, 64, 65, 4096):
+        shape = PackedShape.of(rows)
+        assert shape.rows >= min(rows, 128) and shape.threads in (128, 256)
+        assert shape.blocks(rows, Fragments(4096, 4096, 16)) == -(-rows // shape.rows) * 256 // shape.tiles

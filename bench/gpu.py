@@ -18,10 +18,12 @@ import numpy as np
 
 from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
-from bench.gpu_device import CudaDevice, DeviceArray, NoDeviceError, open_device
+from bench.gpu_device import DeviceArray, MeasuringDevice
 from bench.gpu_product_cases import real_products
 from bench.measure import median, table
 from codegen.nvptx.compile import compile_ptx
+from runtime.cuda.device import CudaDevice, open_device
+from runtime.cuda.driver import NoDevice
 
 BEHIND_CACHES = 256 << 20  # bytes of argument sets that are taken in turns: several times a second-level cache
 MOST_SETS = 32
@@ -41,12 +43,12 @@ class Measured:
     share: float | None
 
 
-def upload(device: CudaDevice, arguments: Sequence[Any]) -> list[DeviceArray | int]:
+def upload(device: MeasuringDevice, arguments: Sequence[Any]) -> list[DeviceArray | int]:
     return [device.upload(a) if isinstance(a, np.ndarray) else a for a in arguments]
 
 
 def measure(
-    device: CudaDevice, module: Any, case: GpuCase, *, timed: bool, copy: float, torch: dict[str, float]
+    device: MeasuringDevice, module: Any, case: GpuCase, *, timed: bool, copy: float, torch: dict[str, float]
 ) -> Measured:
     """Runs a case once on fresh numbers and compares; then, `timed`, in turns on several copies of its arguments."""
     arguments = case.make(np.random.default_rng(7))
@@ -75,7 +77,7 @@ def measure(
     return Measured(case.name, error, seconds, rate / 1e9, work / 1e12, share)
 
 
-def copy_bandwidth(device: CudaDevice, nbytes: int = COPY_BYTES) -> float:
+def copy_bandwidth(device: MeasuringDevice, nbytes: int = COPY_BYTES) -> float:
     """Bytes read and written in a second by a copy within the device."""
     source, target = device.allocate(nbytes), device.allocate(nbytes)
     seconds = device.seconds([lambda: device.copy(target, source)])
@@ -118,7 +120,7 @@ def _median_seconds(cuda: Any, action: Callable[[], object], rounds: int = 20) -
     return median(times)
 
 
-def report(device: CudaDevice, rows: Sequence[Measured], copy: float) -> str:
+def report(device: MeasuringDevice, rows: Sequence[Measured], copy: float) -> str:
     """The table, with what the device reached."""
     head = ["kernel", "error, of what is allowed", "us", "GB/s", "TFLOP/s", "share"]
     cells = [
@@ -147,8 +149,8 @@ def main(
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name begins so")
     options = parser.parse_args(arguments)
     try:
-        device = device_of()
-    except NoDeviceError as refusal:
+        device = MeasuringDevice(device_of())
+    except NoDevice as refusal:
         print(f"bench.gpu: {refusal}", file=sys.stderr)
         return 2
     chosen = [c for c in cases() if c.name.startswith(options.only)]

@@ -9,11 +9,12 @@ in different banks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
+from codegen.nvptx.kernels.gate import check_gate_up, gated
 from codegen.nvptx.kernels.weight_factors import add_scaled, left_factor
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F16, F32, I32, PlainFormat
@@ -47,34 +48,61 @@ class PackedShape:
         return -(-m // self.rows) * -(-layout.tiles // self.tiles)
 
 
+@dataclass(frozen=True)
+class PackedTile:
+    """What a block makes of y: rows from `row` to `end`, columns of the weights' tiles from `tile` on.
+
+    Row r of y is made of row `source(r)` of x, of row r without it.
+    """
+
+    row: Expr
+    end: Expr
+    tile: Expr
+    source: Callable[[Expr], Expr] | None = None
+
+
 def gemm_packed_kernel(
-    layout: Fragments, name: str, shape: PackedShape = PackedShape(), out: PlainFormat = F32
+    layout: Fragments,
+    name: str,
+    shape: PackedShape = PackedShape(),
+    out: PlainFormat = F32,
+    *,
+    gate_up: bool = False,
 ) -> GridKernel:
-    """A kernel (codes i32, [scales f16,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)`."""
-    assert shape.warp_rows % ROWS == 0 and shape.rows % shape.warp_rows == 0 and shape.tiles % shape.warp_tiles == 0
-    assert shape.stages >= 2
+    """A kernel (codes i32, [scales f16,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)` blocks.
+
+    With `gate_up` rows of w are in turns (`codegen.nvptx.kernels.gate`) and y [m, n / 2] is silu(gate) * up.
+    """
     b = GridBuilder(name, shape.threads)
     codes = b.buffer("codes", I32)
     scales = b.buffer("scales", F16) if layout.group else None
     x, y, m = b.buffer("x", BF16), b.buffer("y", out), b.size("rows")
-    return _PackedGemm(b, shape, layout, codes, scales, x, m).build(y)
+    block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
+    tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
+    PackedGemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).build()
+    return b.grid_kernel()
 
 
-class _PackedGemm:
-    """One thread's view: lane 4g + q of a warp."""
+class PackedGemm:
+    """Writes the product of one block, as lane 4g + q of a warp sees it."""
 
     def __init__(
         self,
         b: GridBuilder,
         shape: PackedShape,
         layout: Fragments,
-        codes: Buffer,
-        scales: Buffer | None,
-        x: Buffer,
-        m: Expr,
+        weights: tuple[Buffer, Buffer | None],
+        numbers: tuple[Buffer, Buffer],
+        tile: PackedTile,
+        gate_up: bool = False,
     ) -> None:
-        self.b, self.shape, self.layout = b, shape, layout
-        self.codes, self.scales, self.x, self.m = codes, scales, x, m
+        assert shape.warp_rows % ROWS == 0 and shape.rows % shape.warp_rows == 0 and shape.stages >= 2
+        assert shape.tiles % shape.warp_tiles == 0
+        if gate_up:
+            check_gate_up(layout.n)
+        self.b, self.shape, self.layout, self.gate_up = b, shape, layout, gate_up
+        (self.codes, self.scales), (self.x, self.y) = weights, numbers
+        self.row, self.m, self.tile = tile.row, tile.end, tile.tile
         self.code_words = layout.loads * WARP * 4  # of a tile and chunk
         self.scale_count = 8 * 2 * layout.groups_of_unit if layout.group else 0  # of a tile and unit
         stages = shape.stages
@@ -85,10 +113,14 @@ class _PackedGemm:
         self.lane, warp = b.lane_and_warp()
         across = shape.tiles // shape.warp_tiles
         self.warp_row, self.warp_tile = warp // across * shape.warp_rows, warp % across * shape.warp_tiles
-        block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
-        self.row, self.tile = block % down * shape.rows, block // down * shape.tiles
+        self.places = self._sources(tile.source)
 
-    def build(self, y: Buffer) -> GridKernel:
+    def _sources(self, source: Callable[[Expr], Expr] | None) -> list[Expr]:
+        """Where the rows of x begin that this thread copies. They are looked up once, before the loop."""
+        rows = [self.row + number // PIECES for number, _ in self._share(self.shape.rows * PIECES)]
+        return [(row if source is None else source(row.min(self.m - 1))) * self.layout.k for row in rows]
+
+    def build(self) -> None:
         b, shape = self.b, self.shape
         for stage in range(shape.stages - 1):
             self._fetch(b.index(stage), b.index(stage))
@@ -102,8 +134,7 @@ class _PackedGemm:
             self._fetch(loop.i + (shape.stages - 1), before)
             sums = self._multiply(stage, sums)
             loop.carry(b.select(stage.compare("eq", shape.stages - 1), zero, stage + 1), *sums)
-        self._write(loop.results[1:], y)
-        return b.grid_kernel()
+        self._write(loop.results[1:])
 
     # -- copies
 
@@ -124,9 +155,9 @@ class _PackedGemm:
         """Starts the copies of a chunk into a stage; zeros where x and w end."""
         b, shape, layout = self.b, self.shape, self.layout
         there = chunk.compare("lt", layout.chunks)
-        for number, here in self._share(shape.rows * PIECES):
+        for (number, here), first in zip(self._share(shape.rows * PIECES), self.places, strict=True):
             row, piece = number // PIECES, number % PIECES
-            source = (self.row + row) * layout.k + chunk * CHUNK + piece * PIECE
+            source = first + chunk * CHUNK + piece * PIECE
             inside = there & (self.row + row).compare("lt", self.m)
             self._copy(self.held_x, self._place(stage, row, piece), self.x, source, inside, here)
         self._fetch_tiles(self.held_codes, self.codes, self.code_words, 4, layout.chunks, chunk, stage, there)
@@ -192,14 +223,18 @@ class _PackedGemm:
             partial = b.mma(partial, factors[m], b.part(x, 4 * m, 4))
         return partial if scale is None else add_scaled(b, layout, total, partial, scale, s % layout.groups_of_unit)
 
-    def _write(self, sums: list[Expr], y: Buffer) -> None:
+    def _write(self, sums: list[Expr]) -> None:
         """Stores what lies inside of y: elements 0 and 1 are two rows of y at column g, 2 and 3 at g + 8."""
-        b, shape, n = self.b, self.shape, self.layout.n
+        b, shape = self.b, self.shape
         for number, total in enumerate(sums):
             part, t = divmod(number, shape.warp_tiles)
             first = self.row + self.warp_row + part * ROWS + self.lane % 4 * 2
-            for element in range(4):
-                row = first + element % 2
-                column = (self.tile + self.warp_tile + t) * TILE + self.lane // 4 + element // 2 * 8
-                with b.when(row.compare("lt", self.m) & column.compare("lt", n)):
-                    y.store(row * n + column, total.extract(element).cast(y.element))
+            tile = self.tile + self.warp_tile + t
+            if self.gate_up:
+                total = gated(b, b.part(total, 0, 2), b.part(total, 2, 2))
+            each = TILE // 2 if self.gate_up else TILE
+            width = self.layout.n * each // TILE
+            for element in range(2 * each // ROWS):
+                row, column = first + element % 2, tile * each + self.lane // 4 + element // 2 * 8
+                with b.when(row.compare("lt", self.m) & column.compare("lt", width)):
+                    self.y.store(row * width + column, total.extract(element).cast(self.y.element))

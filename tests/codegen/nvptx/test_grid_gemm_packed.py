@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.fragments import Fragments
-from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
-from ir.formats import BF16, F32, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
+from codegen.nvptx.kernels.gate import turns
+from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile, gemm_packed_kernel
+from ir.formats import BF16, F32, I32, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
 from ir.grid_interpreter import interpret_grid
 from ir.ops.gemm import MatmulOp
+from ir.ops.tensor import SwigluOp
 from tests.codegen.nvptx.test_grid_decode import FORMATS, weights
 from tests.samples.base import normal
 
@@ -62,6 +65,42 @@ def test_whole_numbers_are_exact(format: NumberFormat) -> None:
     else:
         w = rng.integers(-8, 8, (n, k)).astype(BF16.dtype)
     np.testing.assert_array_equal(product(x, w, format, SHAPES[0]), MatmulOp.reference(x, w))
+
+
+@pytest.mark.parametrize("format", [BF16, GroupedIntFormat(4, 32)], ids=str)
+def test_gate_and_up(format: NumberFormat) -> None:
+    m, n, k = 18, 48, 128
+    x, w = normal(m, k, element=BF16), normal(n, k, seed="w")
+    packed = format.pack(w[turns(n)]) if isinstance(format, GroupedIntFormat) else w[turns(n)].astype(BF16.dtype)
+    layout, shape = Fragments.of(n, k, format), SHAPES[0]
+    made = gemm_packed_kernel(layout, "product", shape, gate_up=True)
+    arguments = [layout.codes(packed), *([layout.scales(packed)] if isinstance(packed, PackedArray) else [])]
+    y = np.full((m, n // 2), np.nan, np.float32)
+    interpret_grid(made.func, [*arguments, x, y, m], blocks=shape.blocks(m, layout), threads=made.threads)
+    both = MatmulOp.reference(x, format.pack(w) if isinstance(format, GroupedIntFormat) else w.astype(BF16.dtype))
+    np.testing.assert_allclose(y, SwigluOp.reference(both), rtol=1e-4, atol=1e-3)
+
+
+def test_rows_of_a_grouped_product() -> None:
+    """Some rows of y from chosen rows of x, with one of several matrices."""
+    m, n, k = 24, 32, 128
+    x, w = normal(m, k, element=BF16), normal(2 * n, k, seed="w", element=BF16)
+    chosen = np.array([5, 0, 23, 7, 7, 11], np.int32)
+    layout, shape = Fragments.of(n, k, BF16), SHAPES[1]
+    b = GridBuilder("some", shape.threads)
+    codes, order, numbers, y, first = (
+        b.buffer(*a) for a in (("c", I32), ("o", I32), ("x", BF16), ("y", F32), ("f", I32))
+    )
+    start = first.load(0).to_index()
+    tile = PackedTile(start, start + 3, b.index(0), lambda row: order.load(row).to_index())
+    second = codes.at(layout.tiles * layout.chunks * layout.loads * 128)
+    PackedGemm(b, shape, layout, (second, None), (numbers, y), tile).build()
+    got = np.zeros((6, n), np.float32)
+    stack = np.concatenate([layout.codes(w[:n]), layout.codes(w[n:])])
+    arguments = [stack, chosen, x, got, np.array([2], np.int32)]
+    interpret_grid(b.grid_kernel().func, arguments, blocks=1, threads=shape.threads)
+    np.testing.assert_allclose(got[2:5], MatmulOp.reference(x[chosen[2:5]], w[n:]), rtol=1e-5, atol=1e-4)
+    assert not got[:2].any() and not got[5:].any()
 
 
 def test_shapes_by_rows() -> None:

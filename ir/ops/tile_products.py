@@ -57,7 +57,7 @@ def _fused64(a: Any, b: Any, c: Any) -> Any:
     """f64 arrays: by rational numbers, lane by lane."""
     plain = np.asarray(a * b + c)
     out = plain.copy()
-    for i, terms in enumerate(zip(np.atleast_1d(a), np.atleast_1d(b), np.atleast_1d(c), strict=True)):
+    for i, terms in enumerate(zip(*map(np.ravel, np.broadcast_arrays(a, b, c)), strict=True)):
         if np.isfinite(terms[0]) and np.isfinite(terms[1]) and np.isinf(terms[2]):
             out.reshape(-1)[i] = terms[2]  # the product is finite, also where f64 does not hold it
         elif all(np.isfinite(t) for t in terms):

@@ -1,4 +1,4 @@
-"""Rotation of heads by position, and appending keys and values to the cache, on GPUs. A block for each token.
+"""Tables of angles, rotation of heads by position, and appending to the cache, on GPUs. A block for each token.
 
 The cache of a layer is bf16 [slots, kv heads, ctx, d] for keys and again for values (`attention_rows`).
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from math import gcd
 
+from codegen.kernels.rope import sin_cos
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, I32, PlainFormat
+from ir.formats import BF16, F32, F64, I32, PlainFormat
 
 LANES = 8
 MAX_THREADS = 256
@@ -36,6 +37,21 @@ def rope_kernel(heads: int, width: int, element: PlainFormat, name: str) -> Grid
         first, second = x.load(at, lanes).cast(F32), x.load(at + half, lanes).cast(F32)
         y.store(at, (first * c - second * s).cast(element))
         y.store(at + half, (second * c + first * s).cast(element))
+    return k.grid_kernel()
+
+
+def rope_table_kernel(half: int, factor: float, name: str) -> GridKernel:
+    """A kernel (positions i32 [tokens], frequencies f64 [half], cos and sin f32 [tokens, half]): attn.rope_table with
+    `factor` times cosine and sine, a block for each token. Angles are formed and reduced in f64, as on CPUs."""
+    k = GridBuilder(name, _threads(half))
+    positions, frequencies = k.buffer("positions", I32), k.buffer("frequencies", F64)
+    cos, sin = k.buffer("cos", F32), k.buffer("sin", F32)
+    token = k.block_id()
+    position = positions.load(token).cast(F64)
+    with k.loop(k.thread_id(), half, k.threads) as loop:
+        s, c = sin_cos(k, position * frequencies.load(loop.i))
+        for table, value in ((cos, c), (sin, s)):
+            table.store(token * half + loop.i, value * factor)
     return k.grid_kernel()
 
 

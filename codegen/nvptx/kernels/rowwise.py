@@ -1,8 +1,9 @@
 """Kernels that work row by row on a GPU: the regions of `codegen.kernels.rowwise`, a block for each row.
 
 Takes an elementwise op or a fused region of kind "elementwise" (adds, products, SiLU, SwiGLU, clips, slices, casts, RMS
-norms, embedding and gathering of rows). A thread takes up to 8 neighbouring columns at a time, 16 bytes of bf16; a norm
-adds up its row over the block first. Refuses moe.combine, which orders rows over the whole grid.
+norms, embedding and gathering of rows, adding up the answers of experts). A thread takes up to 8 neighbouring columns
+at a time, 16 bytes of bf16; a norm adds up its row over the block first. Where the row of a pair lies in grouped order
+is known from dispatching (`moe_route`), and comes as one more argument.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.tile_builder import Buffer, Expr
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import F32
+from ir.formats import F32, I32
 from ir.ops.fused import FusedOp
 from ir.ops.moe import CombineOp
 from ir.ops.norm import RmsNormOp
@@ -29,10 +30,12 @@ MAX_THREADS = 256
 
 @dataclass(frozen=True)
 class RowKernel:
-    """A kernel launched with a block for each row. Its arguments are `inputs`, then a buffer for each result."""
+    """A kernel launched with a block for each row. Its arguments are `inputs`, then a buffer for each result, then, for
+    moe.combine (`combines`), the inverse i32 [pairs] of its order."""
 
     kernel: GridKernel
     inputs: tuple[Value, ...]
+    combines: bool = False
 
 
 class GridRowEvaluator(RowEvaluator):
@@ -86,13 +89,16 @@ def row_kernel(op: Op, name: str) -> RowKernel:
     buffers = {v: k.buffer(v.name_hint or "x", element_of(v)) for v in inputs}
     outputs = [k.buffer("out", element_of(v)) for v in results]
     evaluator = GridRowEvaluator(k, buffers, lanes)
+    combines = any(isinstance(inner, CombineOp) for inner in body)
+    if combines:
+        evaluator.inverse = k.buffer("inverse", I32)
     evaluator.prepare_row(k.block_id(), norms)
     for width in dict.fromkeys(map(width_of, results)):
         with k.loop(*evaluator.columns(width)) as loop:
             for value, out in zip(results, outputs, strict=True):
                 if width_of(value) == width:
                     out.store(evaluator.row * width + loop.i, evaluator.value(value, loop.i, lanes, None))
-    return RowKernel(k.grid_kernel(), tuple(inputs))
+    return RowKernel(k.grid_kernel(), tuple(inputs), combines)
 
 
 def _shape(value: Value) -> tuple[object, ...]:
@@ -113,9 +119,7 @@ def _region(op: Op) -> tuple[list[Op], list[Value], list[Value]]:
 def _refuse(op: Op) -> None:
     types = [v.type for v in op.operands if isinstance(v.type, TensorType)]
     message = ""
-    if isinstance(op, CombineOp):
-        message = "'moe.combine' has no kernel for GPUs yet: its order of rows is over the whole grid"
-    elif isinstance(op, SliceOp) and (op.axis != 1 or types[0].rank != 2):
+    if isinstance(op, SliceOp) and (op.axis != 1 or types[0].rank != 2):
         message = f"'tensor.slice' of {types[0]} along axis {op.axis} has no kernel; only columns of a matrix are cut"
     elif isinstance(op, RmsNormOp | SwigluOp) and types[0].rank != 2:
         message = f"'{op.name}' of {types[0]} has no kernel of its own; only rows of a matrix are taken"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
+from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
+from ir.attributes import Rope
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, PlainFormat
 from ir.grid_interpreter import interpret_grid
 from ir.kv_state import KVState
-from ir.ops.attention import RopeOp
+from ir.ops.attention import RopeOp, RopeTableOp
 from ir.ops.kv_cache import KVAppendOp
 from ir.tile_memory_model import KernelFault
 from tests.samples.base import normal
@@ -32,6 +36,19 @@ def test_rope(tokens: int, heads: int, width: int, element: PlainFormat) -> None
     rounding = 1e-6 if element == F32 else 2.0**-8
     want = RopeOp.reference(x, cos, sin).astype(np.float32)
     np.testing.assert_allclose(y.astype(np.float32), want, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("rope", [Rope(8), Rope(80, theta=5e5), Rope(128, scaling="linear", factor=4.0)], ids=str)
+def test_tables(rope: Rope) -> None:
+    positions = np.array([0, 1, 77, 4095, 131071], np.int32)
+    half = rope.dim // 2
+    made = rope_table_kernel(half, 1.25, "tables")
+    cos, sin = (np.full((len(positions), half), np.nan, np.float32) for _ in range(2))
+    arguments = [positions, rope.inverse_frequencies(), cos, sin]
+    interpret_grid(made.func, arguments, blocks=len(positions), threads=made.threads)
+    wanted: Any = RopeTableOp.reference(positions, rope=replace(rope, attention_factor=1.25))
+    for got, want in zip((cos, sin), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=3e-7)
 
 
 @settings(max_examples=6, deadline=None)

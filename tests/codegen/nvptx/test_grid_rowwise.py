@@ -17,8 +17,8 @@ from ir.grid_interpreter import interpret_grid
 from ir.interpreter import Environment
 from ir.ops.moe import CombineOp
 from ir.ops.norm import RmsNormOp
-from ir.ops.tensor import AddOp, CastOp, EmbedOp, MulOp, SiluOp, SliceOp, SwigluOp
-from ir.types import TensorType
+from ir.ops.tensor import AddOp, CastOp, EmbedOp, GatherRowsOp, MulOp, SiluOp, SliceOp, SwigluOp
+from ir.types import SymbolicDim, TensorType
 from tests.codegen.op_kernels import fused, single
 from tests.samples.base import TOKENS, normal, t
 
@@ -81,17 +81,33 @@ def test_tables_slices_and_rows_for_all() -> None:
     check(single([t(TOKENS, 40), t(40)], MulOp), normal(2, 40), normal(40, seed="w"))
 
 
+@settings(max_examples=5, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([6, 64, 264]), st.randoms())
+def test_answers_of_experts(tokens: int, top_k: int, width: int, random) -> None:  # type: ignore[no-untyped-def]
+    """moe.combine with a residual, and rows that are gathered."""
+    pairs = tokens * top_k
+    order = np.array(random.sample(range(pairs), pairs), np.int32)
+    types = [t(TOKENS * top_k, width), t(TOKENS, top_k), TensorType((TOKENS * top_k,), I32), t(TOKENS, width)]
+    op = fused("elementwise", types, lambda b, y, w, o, r: b(AddOp(b(CombineOp(y, w, o)), r)))
+    values = [normal(pairs, width), normal(tokens, top_k, seed="w"), order, normal(tokens, width, seed="r")]
+    made = row_kernel(op, "rows")
+    assert made.combines
+    (meant,) = Environment({}, {}).run_op(op, values)
+    got = np.full(meant.shape, np.nan, np.float32)
+    arguments = [*values, got, np.argsort(order).astype(np.int32)]
+    interpret_grid(made.kernel.func, arguments, blocks=tokens, threads=made.kernel.threads)
+    np.testing.assert_allclose(got, meant, rtol=1e-6, atol=1e-6)
+    rows = single([t(TOKENS, width), TensorType((SymbolicDim("rows"),), I32)], GatherRowsOp)
+    check(rows, values[0], order[:2])
+
+
 @pytest.mark.parametrize(
     ("op", "message"),
     [
-        (
-            lambda: single([t(TOKENS * 2, 8), t(TOKENS, 2), TensorType((TOKENS * 2,), I32)], CombineOp),
-            "'moe.combine' has no kernel for GPUs yet",
-        ),
         (lambda: single([t(3, 8)], lambda x: SliceOp(x, axis=0, start=0, size=1)), "along axis 0 has no kernel"),
         (lambda: single([t(TOKENS, 2, 8), t(8)], lambda x, w: RmsNormOp(x, w, eps=1e-5)), "rows of a matrix"),
     ],
-    ids=["combine", "slice", "norm of heads"],
+    ids=["slice", "norm of heads"],
 )
 def test_what_has_no_kernel(op, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DiagnosticError, match=message):

@@ -222,7 +222,7 @@ class KernelBuilder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.block = Block()
-        self.builder = Builder.at_end(self.block)
+        self.top = self.builder = Builder.at_end(self.block)
         self.scratch_count = 0
 
     # -- parameters and scratch
@@ -238,11 +238,14 @@ class KernelBuilder:
     def scratch(self, size: int, element: PlainFormat) -> Buffer:
         """Private memory of this thread: a fixed number of elements."""
         op = tile_memory.ScratchOp(size=size, element=element)
+        self.place_on_top(op)
+        return Buffer(self, op.out)
+
+    def place_on_top(self, op: Op) -> None:
+        """Inserts an op at the top of the kernel, wherever ops are added now, behind those that are there already."""
         self.block._insert(self.scratch_count, op)
         self.scratch_count += 1
-        if self.builder.point.block is self.block:
-            self.builder.point.index += 1
-        return Buffer(self, op.out)
+        self.top.point.index += 1
 
     def finish(self) -> FuncOp:
         """The kernel; nothing can be added any more."""

@@ -53,10 +53,7 @@ class GridBuilder(KernelBuilder):
     def shared(self, size: int, element: PlainFormat) -> Buffer:
         """Memory of this block: a fixed number of elements."""
         op = grid.SharedOp(size=size, element=element)
-        self.block._insert(self.scratch_count, op)
-        self.scratch_count += 1
-        if self.builder.point.block is self.block:
-            self.builder.point.index += 1
+        self.place_on_top(op)
         return Buffer(self, op.out)
 
     def block_id(self) -> Expr:

@@ -34,7 +34,7 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Projection:
-    """What is joined, and what happens to it. `clip`: limits of all three, after a norm of rows, before one of heads."""
+    """What is joined, and what happens to it. `clip`: limits of all, after a norm of rows and before one of heads."""
 
     heads: int
     kv: KvPlanes

@@ -1,4 +1,4 @@
-"""Routing and dispatching for GPUs: what moe.route and moe.dispatch mean, and tiles that cover every row once."""
+"""Experts on GPUs: what moe.route, moe.dispatch and moe.grouped_gemm mean, and tiles that cover every row once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.kernels.gate import turns
+from codegen.nvptx.kernels.gemm_packed import PackedShape
+from codegen.nvptx.kernels.moe_products import Experts, grouped_blocks, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
 from codegen.nvptx.kernels.wide import wide_blocks, wide_kernel
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, PlainFormat
+from ir.formats import BF16, F32, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
 from ir.grid_interpreter import interpret_grid
 from ir.ops.gemm import MatmulOp
-from ir.ops.moe import DispatchOp, RouteOp
+from ir.ops.low_bit import unpacked
+from ir.ops.moe import DispatchOp, GroupedGemmOp, RouteOp
+from ir.ops.tensor import SwigluOp
 from tests.samples.base import normal
 
 
@@ -92,3 +98,74 @@ def test_sizes_without_a_kernel() -> None:
             kernel()
     with pytest.raises(DiagnosticError, match="f32 weights of 6 columns"):
         wide_kernel(8, 6, "wide")
+
+
+# -- products of experts
+
+Q8, Q4 = GroupedIntFormat(8, 32), GroupedIntFormat(4, 64)
+SMALL = PackedShape(16, 2, 16, 1, 2)
+
+
+def stack(
+    experts: int, n: int, k: int, format: NumberFormat, gate_up: bool
+) -> tuple[list[np.ndarray], np.ndarray, int]:
+    """(codes and scales of all experts, the numbers [experts, n, k], bytes from one expert to the next)"""
+    layout = Fragments.of(n, k, format)
+    order = turns(n) if gate_up else np.arange(n)
+    stored, numbers = [], []
+    for e in range(experts):
+        w = normal(n, k, seed=f"w{e}")
+        packed = format.pack(w[order]) if isinstance(format, GroupedIntFormat) else w[order].astype(BF16.dtype)
+        scales = layout.scales(packed).view(np.uint8) if isinstance(packed, PackedArray) else np.zeros(0, np.uint8)
+        stored.append(np.concatenate([layout.codes(packed).view(np.uint8), scales]))
+        wide = unpacked(packed).astype(np.float32)
+        back = np.empty_like(wide)
+        back[order] = wide
+        numbers.append(back)
+    whole = np.concatenate(stored)
+    arguments: list[np.ndarray] = [whole.view(np.int32)]
+    if layout.group:
+        arguments.append(whole[layout.tiles * 16 * k * layout.bits // 8 :].copy().view(np.float16))
+    return arguments, np.stack(numbers), layout.nbytes
+
+
+def grouped(
+    ids: np.ndarray, experts: int, n: int, k: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int
+) -> None:
+    """One of the kernels for tiles of 8 or 16 rows, or of `SMALL` where rows is 0, against moe.grouped_gemm."""
+    tokens, top_k = ids.shape
+    order, offsets, _, tiles = dispatch(ids.reshape(-1), experts, rows or SMALL.rows)
+    weights, numbers, stride = stack(experts, n, k, format, gate_up)
+    x = normal(tokens if gather else tokens * top_k, k, element=BF16)
+    of = Experts(Fragments.of(n, k, format), stride, top_k if gather else 0, gate_up, BF16 if gate_up else F32)
+    y = np.full((tokens * top_k, n // 2 if gate_up else n), -1).astype(of.out.dtype)
+    made = grouped_decode_kernel(of, "few", rows=rows, warps=2) if rows else grouped_gemm_kernel(of, "many", SMALL)
+    blocks = len(tiles) * of.layout.tiles if rows else grouped_blocks(of, SMALL, len(tiles))
+    arguments = [*weights, x, order, tiles, y, len(tiles)]
+    report = interpret_grid(made.func, arguments, blocks=blocks, threads=made.threads)
+    assert report.bank_conflicts == 0
+    meant = GroupedGemmOp.reference(x, numbers, order, offsets, gather=of.gather)
+    if gate_up:
+        meant = SwigluOp.reference(meant)
+    near = 2.0**-8 if gate_up else 1e-5
+    np.testing.assert_allclose(y.astype(np.float32), meant, rtol=near, atol=near * np.sqrt(k))
+
+
+@settings(max_examples=9, deadline=None)
+@given(
+    st.integers(1, 12), st.integers(1, 3), st.sampled_from([1, 3, 7]), st.sampled_from([BF16, Q8, Q4]),
+    st.booleans(), st.booleans(), st.sampled_from([8, 16, 0]), st.randoms(),
+)  # fmt: skip
+def test_grouped_products(  # type: ignore[no-untyped-def]
+    tokens: int, top_k: int, experts: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int, random
+) -> None:
+    """Experts with many rows, with few and with none; scales behind the codes of their expert."""
+    top_k = min(top_k, experts)
+    ids = np.array([random.sample(range(experts), top_k) for _ in range(tokens)], np.int32)
+    grouped(ids, experts, 48 if gate_up else 40, 128, format, gather, gate_up, rows)
+
+
+def test_experts_that_lie_crooked() -> None:
+    of = Experts(Fragments.of(16, 64, BF16), 2056)
+    with pytest.raises(DiagnosticError, match="experts 2056 bytes apart"):
+        grouped_decode_kernel(of, "few")

@@ -1,0 +1,111 @@
+"""Products of experts on GPUs: y[j] = x[row of j] w[expert of j] for rows j in grouped order.
+
+Both kernels go by the tiles of `moe_route.dispatch_kernel`: a block has rows of one expert, and nothing to do where a
+tile has none. The experts' matrices lie in the order of `codegen.nvptx.fragments`, `stride` bytes apart, each with its
+scales behind its codes or elsewhere at the same distance. Only chosen experts are read.
+
+`grouped_decode_kernel` is for tiles of up to 8 or 16 rows, `grouped_gemm_kernel` for those of `shape.rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.kernels.decode import ROWS, WARPS, DecodePart, DecodeProduct, blocks_at_once
+from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.moe_route import TILE_WORDS
+from codegen.tile_builder import Buffer, Expr
+from ir.diagnostics import DiagnosticError
+from ir.formats import BF16, F16, F32, I32, PlainFormat
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Matrices [n, k] of experts, `stride` bytes from one to the next.
+
+    `gather` > 0: x has a row for each token, and row j of y is made of row order[j] // gather; 0: x is grouped already.
+    `gate_up`: y [pairs, n / 2] is silu(gate) * up.
+    """
+
+    layout: Fragments
+    stride: int
+    gather: int = 0
+    gate_up: bool = False
+    out: PlainFormat = F32
+
+    def check(self) -> None:
+        """Raises DiagnosticError unless every matrix begins where 16 bytes can be read."""
+        if self.stride % 16:
+            raise DiagnosticError(f"experts {self.stride} bytes apart on GPUs", expected="a multiple of 16")
+
+
+def grouped_decode_kernel(
+    of: Experts, name: str, *, rows: int = ROWS, warps: int = WARPS, ahead: int = 0
+) -> GridKernel:
+    """A kernel (codes i32, [scales f16,] x bf16, order i32 [pairs], tiles i32 [max tiles, 4], y `of.out`, max tiles),
+    launched with max tiles * `of.layout.tiles` blocks. Tiles have up to `rows` rows, 8 or 16."""
+    k = GridBuilder(name, warps * WARP)
+    launch = _Launch.of(k, of)
+    block = k.block_id()
+    expert, first, count = launch.entry(block // of.layout.tiles)
+    with k.when(count.compare("gt", 0)):
+        part = DecodePart(block % of.layout.tiles, count, first, lambda row: launch.source(first + row))
+        DecodeProduct(k, of.layout, launch.weights(expert), (launch.x, launch.y), part, rows, of.gate_up).build(ahead)
+    return k.grid_kernel(blocks_at_once=blocks_at_once(rows))
+
+
+def grouped_gemm_kernel(of: Experts, name: str, shape: PackedShape) -> GridKernel:
+    """A kernel with the arguments of `grouped_decode_kernel`, launched with `grouped_blocks` blocks. Tiles have up to
+    `shape.rows` rows."""
+    k = GridBuilder(name, shape.threads)
+    launch = _Launch.of(k, of)
+    block = k.block_id()
+    expert, first, count = launch.entry(block % launch.most)
+    with k.when(count.compare("gt", 0)):
+        tile = PackedTile(first, first + count, block // launch.most * shape.tiles, launch.source)
+        PackedGemm(k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up).build()
+    return k.grid_kernel()
+
+
+def grouped_blocks(of: Experts, shape: PackedShape, most: int) -> int:
+    """Blocks of a launch of `grouped_gemm_kernel` for so many tiles of rows."""
+    return most * -(-of.layout.tiles // shape.tiles)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The arguments of both kernels."""
+
+    experts: Experts
+    codes: Buffer
+    scales: Buffer | None
+    x: Buffer
+    order: Buffer
+    tiles: Buffer
+    y: Buffer
+    most: Expr
+
+    @classmethod
+    def of(cls, k: GridBuilder, of: Experts) -> _Launch:
+        of.check()
+        codes = k.buffer("codes", I32)
+        scales = k.buffer("scales", F16) if of.layout.group else None
+        x, order, tiles = k.buffer("x", BF16), k.buffer("order", I32), k.buffer("tiles", I32)
+        return cls(of, codes, scales, x, order, tiles, k.buffer("y", of.out), k.size("tiles"))
+
+    def entry(self, number: Expr) -> tuple[Expr, Expr, Expr]:
+        """(expert, first row in grouped order, rows) of a tile."""
+        words = self.tiles.load(number * TILE_WORDS, TILE_WORDS)
+        expert, first, count = (words.extract(i).to_index() for i in range(3))
+        return expert, first, count
+
+    def weights(self, expert: Expr) -> tuple[Buffer, Buffer | None]:
+        """The matrix of an expert."""
+        codes = self.codes.at(expert * (self.experts.stride // 4))
+        return codes, None if self.scales is None else self.scales.at(expert * (self.experts.stride // 2))
+
+    def source(self, row: Expr) -> Expr:
+        """The row of x that a row in grouped order is made of."""
+        return self.order.load(row).to_index() // self.experts.gather if self.experts.gather else row

@@ -16,9 +16,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from runtime import host
+from runtime.cuda.modules import Image
+from runtime.cuda.program import GpuStep
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import MAX_MANIFEST_BYTES, REBUILD_HINT, FileInfo, Manifest, TargetInfo, parse_manifest
 from runtime.memory import FileMapping
@@ -31,11 +34,32 @@ _MAX_CODE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact. `code` is the object file's bytes, the very bytes whose hash was checked."""
+    """A checked artifact. `code` is the object file's bytes, the very bytes whose hash was checked; none for a GPU."""
 
     path: Path
     manifest: Manifest
     code: bytes
+
+    @cached_property
+    def gpu(self) -> GpuStep | None:
+        """What a GPU runs, of an artifact that was built for one. Raises RuntimeDiagnostic for one that is damaged."""
+        if not self.manifest.target.is_gpu:
+            return None
+        values, weights = self.manifest.raw.get("gpu"), self.manifest.weights
+        where = str(self.path / MANIFEST_NAME)
+        if not isinstance(values, dict):
+            raise RuntimeDiagnostic("the artifact is for a GPU and has no program for one", where=where,
+                                    hint=REBUILD_HINT)  # fmt: skip
+        return GpuStep.from_json(values, where, weights.bytes, len(weights.pieces))
+
+    def gpu_images(self) -> list[Image]:
+        """The code for GPUs, checked again as it is read."""
+        found = []
+        for code in self.gpu.code if self.gpu is not None else ():
+            found.append(Image(code.architecture, self.read_bytes(code.ptx), is_ptx=True))
+            if code.cubin:
+                found.append(Image(code.architecture, self.read_bytes(code.cubin), is_ptx=False))
+        return found
 
     def read_bytes(self, name: str) -> bytes:
         """The content of one listed file, checked again; raises RuntimeDiagnostic when it is not listed or changed."""
@@ -66,7 +90,7 @@ def open_artifact(path: str | os.PathLike[str], *, verify: bool = False) -> Arti
     root = Path(path)
     manifest_path = root / MANIFEST_NAME
     manifest = parse_manifest(_read_manifest(root), str(manifest_path))
-    code_name = _code_file(manifest, str(manifest_path))
+    code_name = "" if manifest.target.is_gpu else _code_file(manifest, str(manifest_path))
     code = b""
     for name, info in manifest.files.items():
         _check_relative(name, str(manifest_path))
@@ -75,7 +99,8 @@ def open_artifact(path: str | os.PathLike[str], *, verify: bool = False) -> Arti
         elif name != manifest.weights.file:
             _check_file(root, name, info)
     _check_weights(root, manifest, verify)
-    check_target(manifest.target, str(root))
+    if not manifest.target.is_gpu:
+        check_target(manifest.target, str(root))
     return Artifact(root, manifest, code)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.sampling import Sampler, SamplingParams
-from runtime.session import Session
+from runtime.stepping import Stepper
 from runtime.stop_strings import StopStrings
 from runtime.stream_decoder import StreamDecoder
 
@@ -90,7 +90,7 @@ class GenerationRequest:
 
 
 def generate(
-    session: Session,
+    session: Stepper,
     prompt_ids: Sequence[int],
     params: GenerationParams | None = None,
     *,
@@ -111,7 +111,7 @@ def generate(
 
 
 def generate_batch(
-    session: Session,
+    session: Stepper,
     requests: Sequence[GenerationRequest],
     *,
     decode: Decode | None = None,
@@ -126,7 +126,7 @@ def generate_batch(
 
 def _run(
     requests: Sequence[GenerationRequest],
-    session: Session,
+    session: Stepper,
     decode: Decode | None,
     on_token: Callable[[TokenEvent], None] | None,
     slots: list[int],
@@ -138,7 +138,7 @@ def _run(
 
 def _events(
     waiting_sequences: list[_Sequence],
-    session: Session,
+    session: Stepper,
     on_token: Callable[[TokenEvent], None] | None,
     slots: list[int],
 ) -> Iterator[TokenEvent]:
@@ -160,7 +160,7 @@ def _events(
             yield event
 
 
-def _step(session: Session, active: list[_Sequence], most_tokens: int) -> list[tuple[_Sequence, np.ndarray]]:
+def _step(session: Stepper, active: list[_Sequence], most_tokens: int) -> list[tuple[_Sequence, np.ndarray]]:
     """One step for the active sequences; (sequence, its logits) of those that get a token from it.
 
     Generating sequences go first, so that a long prompt never delays them by more than one step; prompts share the
@@ -188,7 +188,7 @@ def _step(session: Session, active: list[_Sequence], most_tokens: int) -> list[t
 class _Sequence:
     """The state of one sequence: what is in the cache, what is to be written next, and what has been shown."""
 
-    def __init__(self, index: int, request: GenerationRequest, session: Session, decode: Decode | None) -> None:
+    def __init__(self, index: int, request: GenerationRequest, session: Stepper, decode: Decode | None) -> None:
         self.index = index
         self.slot = -1
         self.unwritten = [int(token) for token in request.prompt_ids]  # next into the cache
@@ -257,7 +257,7 @@ class _Sequence:
         return text
 
 
-def _check_prompt(prompt: list[int], session: Session) -> None:
+def _check_prompt(prompt: list[int], session: Stepper) -> None:
     if not prompt:
         raise RuntimeDiagnostic("the prompt is empty", expected="at least one token")
     if len(prompt) > session.max_context:

@@ -146,6 +146,11 @@ class TargetInfo:
     cpu: str
     features: tuple[str, ...]
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether a GPU runs it."""
+        return self.triple.startswith("nvptx")
+
 
 @dataclass(frozen=True)
 class FileInfo:

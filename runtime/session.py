@@ -40,6 +40,7 @@ from runtime.session_parts import (
     check_ring,
     checked_context,
     checked_count,
+    refuse_gpu,
     release_all,
 )
 from runtime.step_inputs import StepInputs, check_step
@@ -81,6 +82,7 @@ class Session:
         kv_stream: KVStreamOptions | None = None,
     ) -> None:
         self.artifact = open_artifact(path, verify=verify)
+        refuse_gpu(self.artifact.manifest, str(path))
         self.manifest: Manifest = self.artifact.manifest
         self.max_context = checked_context(max_context, self.manifest, str(path))
         self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)

@@ -34,8 +34,8 @@ class MemoryReport:
 
     def __str__(self) -> str:
         return (
-            f"weights {_mebibytes(self.weights)} (mapped), KV cache {_mebibytes(self.kv_committed)} of "
-            f"{_mebibytes(self.kv_reserved)} (on demand), activations {_mebibytes(self.arena)}"
+            f"weights {mebibytes(self.weights)} (mapped), KV cache {mebibytes(self.kv_committed)} of "
+            f"{mebibytes(self.kv_reserved)} (on demand), activations {mebibytes(self.arena)}"
         )
 
 
@@ -65,6 +65,16 @@ def release_all(resources: Resources) -> None:
         memory.close()
     if resources.native is not None:
         resources.native.close()
+
+
+def refuse_gpu(manifest: Manifest, where: str) -> None:
+    """Raises RuntimeDiagnostic for an artifact whose code is for GPUs."""
+    if manifest.target.is_gpu:
+        raise RuntimeDiagnostic(
+            f"the artifact was built for a GPU (target {manifest.target.name}), not for this CPU",
+            where=where,
+            hint="run it with --device cuda, or build it again with --target host",
+        )
 
 
 def checked_context(asked: int | None, manifest: Manifest, where: str) -> int:
@@ -121,5 +131,6 @@ def check_kv_waits(manifest: Manifest, where: str, *, spills: bool) -> None:
         )
 
 
-def _mebibytes(nbytes: int) -> str:
+def mebibytes(nbytes: int) -> str:
+    """`12.3 MiB`, `1.25 GiB`."""
     return f"{nbytes / (1 << 20):.1f} MiB" if nbytes < 1 << 30 else f"{nbytes / (1 << 30):.2f} GiB"

@@ -55,10 +55,17 @@ class OpRow:
 
 
 class Profile:
-    """Collects the records of a session while profiling is on; see `Session.profile`."""
+    """Collects the records of a session while profiling is on; see `Session.profile`.
 
-    def __init__(self, threads: int, counter: Callable[[], int]) -> None:
+    `place` says where steps ran, `tracks` names the threads, where they are not those of this process.
+    """
+
+    def __init__(
+        self, threads: int, counter: Callable[[], int], *, place: str = "", tracks: tuple[str, ...] = ()
+    ) -> None:
         self.threads = threads
+        self._place = place or f"on {threads} threads"
+        self._tracks = tracks or tuple(f"thread {thread}" for thread in range(threads))
         self.steps: list[StepRecord] = []
         self.reads: list[tuple[str, float, float, int]] = []  # what, start and end by perf_counter, bytes
         self.stalls: list[tuple[str, float, float]] = []  # what steps waited for
@@ -130,7 +137,7 @@ class Profile:
             rest = sum(row.seconds for row in rows[limit:])
             lines.append(f"... {len(rows) - limit} more rows, {rest * 1e3:.3f} ms")
         lines.append(
-            f"{len(self.steps)} native steps, {native_s * 1e3:.3f} ms on {self.threads} threads; "
+            f"{len(self.steps)} native steps, {native_s * 1e3:.3f} ms {self._place}; "
             f"{max(0.0, native_s - accounted_s) * 1e3:.3f} ms outside kernels"
         )
         return "\n".join(lines)
@@ -146,7 +153,7 @@ class Profile:
         yield _metadata("process_name", pid, 0, "stratum")
         yield _metadata("thread_name", pid, 0, "steps")
         for thread in range(self.threads):
-            yield _metadata("thread_name", pid, thread + 1, f"thread {thread}")
+            yield _metadata("thread_name", pid, thread + 1, self._tracks[thread])
         origin_s = self.steps[0].started_s if self.steps else 0.0
         for step in self.steps:
             sizes = {"tokens": step.tokens, "rows": step.rows}

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.cuda.driver import Driver, NoDevice, OutOfDeviceMemory, load_driver
+from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.modules import Image, load_module
 
 OLDEST_CAPABILITY = (8, 0)  # A100; kernels use its asynchronous copies and bf16 products
@@ -26,9 +27,13 @@ _GLOBAL_CAPTURE = "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"
 
 
 class Arguments:
-    """The arguments of one launch, kept where the driver reads them: addresses and whole numbers, floats as f32."""
+    """The arguments of one launch, kept where the driver reads them: addresses and whole numbers, floats as f32.
 
-    def __init__(self, values: Sequence[int | float]) -> None:
+    `extents`: how many bytes the kernel may touch behind each address, 0 for numbers; for who checks launches.
+    """
+
+    def __init__(self, values: Sequence[int | float], extents: Sequence[int] = ()) -> None:
+        self.extents = tuple(extents)
         self.values = np.zeros(max(1, len(values)), np.int64)
         for i, value in enumerate(values):
             if isinstance(value, float):
@@ -50,6 +55,8 @@ class Device(Protocol):
     capability: tuple[int, int]
     total_bytes: int
 
+    @property
+    def lost(self) -> bool: ...
     def enter(self) -> None: ...
     def close(self) -> None: ...
     def free_bytes(self) -> int: ...
@@ -114,10 +121,11 @@ class CudaDevice:
         self._handles: dict[int, Any] = {}  # of physical memory, by the address where it is mapped
         self._property: Any = None
         self._granularity = 0
-        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._closed = False
+        self._context: Any = None
         try:
-            self.enter()
+            with uninterrupted():
+                self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+                self.enter()
         except BaseException:
             self.close()
             raise
@@ -133,8 +141,8 @@ class CudaDevice:
 
     def close(self) -> None:
         """Lets the context go; all that was made must have been freed. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
+        if self._context is not None:
+            self._context = None
             self._call("cuDevicePrimaryCtxRelease", self._device)
 
     @property

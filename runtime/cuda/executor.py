@@ -1,0 +1,316 @@
+"""Runs the step of a GPU program: inputs in, launches in order, logits out.
+
+Takes a device, the program with its code, and the weights. Each call runs one program on at most its `max_tokens`
+tokens. A program that replays is captured once for each number of tokens and rows, its copies of inputs and logits
+included, and launched as one graph from then on; ids, positions, slots and rows lie at fixed places in device memory.
+Graphs and plain launches give the same bits: they are the same launches.
+
+A step is given to the stream and waited for as a whole; Ctrl-C comes through after it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.cuda.device import Arguments, Device, host_view
+from runtime.cuda.interrupts import uninterrupted
+from runtime.cuda.kv import GpuKV
+from runtime.cuda.modules import Image
+from runtime.cuda.program import (
+    ALIGNMENT,
+    PIECE_WORDS,
+    ArenaArgument,
+    GpuLaunch,
+    GpuProgram,
+    GpuStep,
+    InputArgument,
+    KVArgument,
+    SizeArgument,
+    WeightArgument,
+    prompt_pieces,
+)
+from runtime.cuda.weights import WeightStore
+
+MOST_LOGIT_BYTES = 64 << 20
+LEAST_ROWS = 64  # of logits at once, whatever a row takes
+KEPT_STEPS = 64  # prepared or captured, by their sizes
+_ARRAYS = ("ids", "positions", "slots", "rows", "pieces")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """When the launches of a step ran: seconds since its first, [launches, 2], by the GPU's clock; `started_s` by
+    perf_counter."""
+
+    started_s: float
+    ended_s: float
+    seconds: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A launch with all that the driver wants."""
+
+    function: Any
+    blocks: int
+    threads: int
+    dynamic_bytes: int
+    arguments: Arguments
+    launch: GpuLaunch
+    number: int
+
+
+class _Inputs:
+    """The arrays of one program's steps, one behind the other: in pinned memory, and at a fixed place on the device."""
+
+    def __init__(self, host: int, device: int, max_tokens: int) -> None:
+        self.host, self.device = host, device
+        self.offsets: dict[str, int] = {}
+        self.counts = {name: max_tokens * (PIECE_WORDS if name == "pieces" else 1) for name in _ARRAYS}
+        end = 0
+        for name in _ARRAYS:
+            self.offsets[name] = end
+            end += -(-4 * self.counts[name] // 16) * 16
+        self.nbytes = end
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Into the pinned memory; no copy of it may be under way."""
+        assert values.size <= self.counts[name]
+        if values.size:
+            view = host_view(self.host + self.offsets[name], 4 * values.size)
+            view.view(np.int32)[:] = values.reshape(-1)
+
+    @staticmethod
+    def bytes_for(max_tokens: int) -> int:
+        """Of one program, on the next multiple of `ALIGNMENT`."""
+        return -(-_Inputs(0, 0, max_tokens).nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def most_rows(step: GpuStep, vocab_size: int) -> int:
+    """Rows of logits that there is room for at once."""
+    return min(step.programs[-1].max_tokens, max(LEAST_ROWS, MOST_LOGIT_BYTES // (4 * vocab_size)))
+
+
+def scratch_bytes(step: GpuStep, vocab_size: int) -> int:
+    """What a step needs on the device beside weights and cache."""
+    inputs = sum(_Inputs.bytes_for(program.max_tokens) for program in step.programs)
+    return max(p.arena_bytes for p in step.programs) + inputs + 4 * vocab_size * most_rows(step, vocab_size)
+
+
+class Executor:
+    """Programs on a device. Whoever makes it closes it, with no step under way."""
+
+    def __init__(
+        self, device: Device, stream: Any, step: GpuStep, images: Sequence[Image], weights: WeightStore, *,
+        slots: int, max_context: int, vocab_size: int, where: str,
+    ) -> None:  # fmt: skip
+        self.step, self.weights, self.vocab_size = step, weights, vocab_size
+        self.most_rows = most_rows(step, vocab_size)
+        self.arena_bytes = scratch_bytes(step, vocab_size)
+        self.replayed = self.launched = 0  # steps
+        self._device, self._stream, self._slots = device, stream, slots
+        self._prepared: OrderedDict[tuple[str, int, int, int], list[_Ready]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
+        self._events: list[Any] = []
+        self._memory: list[int] = []
+        self._pinned: list[int] = []
+        self._module: Any = None
+        self.kv: GpuKV | None = None
+        try:
+            with uninterrupted():
+                self._module = device.load(images, where)
+            self._functions = {
+                kernel.name: device.function(self._module, kernel.name, kernel.dynamic_bytes) for kernel in step.kernels
+            }
+            arena = max(p.arena_bytes for p in step.programs)
+            self._arena = self._allocate(arena, "activations")
+            self._place_inputs()
+            logits = 4 * vocab_size * self.most_rows
+            self._logits, self._host_logits = self._allocate(logits, "logits"), self._allocate_pinned(logits, "logits")
+            with uninterrupted():
+                self.kv = GpuKV(device, stream, step.kv, slots, max_context)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, nbytes: int, what: str) -> int:
+        with uninterrupted():
+            self._memory.append(self._device.allocate(nbytes, what))
+        return self._memory[-1]
+
+    def _allocate_pinned(self, nbytes: int, what: str) -> int:
+        with uninterrupted():
+            self._pinned.append(self._device.allocate_pinned(nbytes, what))
+        return self._pinned[-1]
+
+    def _place_inputs(self) -> None:
+        sizes = [_Inputs.bytes_for(program.max_tokens) for program in self.step.programs]
+        device, host = self._allocate(sum(sizes), "inputs"), self._allocate_pinned(sum(sizes), "inputs")
+        self._inputs: dict[str, _Inputs] = {}
+        for program, nbytes in zip(self.step.programs, sizes, strict=True):
+            self._inputs[program.name] = _Inputs(host, device, program.max_tokens)
+            host, device = host + nbytes, device + nbytes
+
+    # -- one step
+
+    def run(
+        self, program: GpuProgram, ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray,
+        logits: np.ndarray, *, timed: bool = False,
+    ) -> StepTimes | None:  # fmt: skip
+        """One step. int32 [tokens] each, `rows` [rows] ascending; writes `logits`, f32 [rows, vocab].
+
+        The cache has memory behind every position. `timed` launches one by one and gives the times. Raises
+        DeviceFault.
+        """
+        assert 1 <= len(ids) <= program.max_tokens and len(rows) <= self.most_rows and self.kv is not None
+        inputs = self._inputs[program.name]
+        pieces = (
+            prompt_pieces(positions, slots, program.piece_tokens) if program.piece_tokens else np.empty(0, np.int32)
+        )
+        for name, values in zip(_ARRAYS, (ids, positions, slots, rows, pieces), strict=True):
+            inputs.write(name, values)
+        sizes = {
+            "tokens": len(ids), "rows": len(rows), "ctx": self.kv.capacity, "slots": self._slots,
+            "pieces": len(pieces),
+        }  # fmt: skip
+        times = None
+        with uninterrupted():
+            try:
+                if timed:
+                    times = self._run_timed(program, sizes)
+                elif program.replays and self.weights.captured:
+                    self._device.launch_graph(self._graph(program, sizes), self._stream)
+                    self.replayed += 1
+                else:
+                    self._give(program, sizes)
+                    self.launched += 1
+            finally:
+                if not self._device.lost:
+                    self._device.synchronize(self._stream)
+            nbytes = 4 * self.vocab_size * len(rows)
+            if nbytes:
+                logits[:] = host_view(self._host_logits, nbytes).view(np.float32).reshape(len(rows), -1)
+        return times
+
+    def _graph(self, program: GpuProgram, sizes: dict[str, int]) -> Any:
+        """The captured step of these sizes, captured now if it is the first."""
+        key = (program.name, sizes["tokens"], sizes["rows"])
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        self._device.begin_capture(self._stream)
+        try:
+            self._give(program, sizes)
+            self._graphs[key] = self._device.end_capture(self._stream)
+        except BaseException:
+            if not self._device.lost:
+                self._device.abandon_capture(self._stream)
+            raise
+        if len(self._graphs) > KEPT_STEPS:
+            self._device.free_graph(self._graphs.popitem(last=False)[1])
+        return self._graphs[key]
+
+    def _give(self, program: GpuProgram, sizes: dict[str, int], events: Sequence[Any] = ()) -> None:
+        """The whole step to the stream; event i + 1 behind launch i, event 0 before the first."""
+        inputs = self._inputs[program.name]
+        self._device.copy_in(inputs.device, inputs.host, inputs.nbytes, self._stream)
+        if events:
+            self._device.record(events[0], self._stream)
+        for ready in self._ready(program, sizes):
+            self.weights.before(ready.launch, sizes)
+            if ready.blocks:
+                self._device.launch(
+                    ready.function, ready.blocks, ready.threads, ready.dynamic_bytes, ready.arguments, self._stream
+                )
+            if events:
+                self._device.record(events[ready.number + 1], self._stream)
+        nbytes = 4 * self.vocab_size * sizes["rows"]
+        if nbytes:
+            self._device.copy_out(self._host_logits, self._logits, nbytes, self._stream)
+
+    def _run_timed(self, program: GpuProgram, sizes: dict[str, int]) -> StepTimes:
+        count = len(program.launches) + 1
+        while len(self._events) < count:
+            self._events.append(self._device.new_event(timed=True))
+        started_s = time.perf_counter()
+        self._give(program, sizes, self._events[:count])
+        self.launched += 1
+        self._device.synchronize(self._stream)
+        ended_s = time.perf_counter()
+        ends = [self._device.seconds_between(self._events[0], event) for event in self._events[:count]]
+        return StepTimes(started_s, ended_s, np.stack([ends[:-1], ends[1:]], axis=1).reshape(-1, 2))
+
+    # -- launches
+
+    def _ready(self, program: GpuProgram, sizes: dict[str, int]) -> list[_Ready]:
+        """The launches of a step of these sizes, kept for the next one."""
+        key = (program.name, sizes["tokens"], sizes["rows"], sizes["pieces"])
+        if key not in self._prepared:
+            self._prepared[key] = [
+                self._prepare(program, number, launch, sizes) for number, launch in enumerate(program.launches)
+            ]
+            if len(self._prepared) > KEPT_STEPS:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+    def _prepare(self, program: GpuProgram, number: int, launch: GpuLaunch, sizes: dict[str, int]) -> _Ready:
+        kernel = self.step.kernel(launch.kernel)
+        values, extents = [], []
+        for argument in launch.arguments:
+            value, extent = self._place(program, argument, sizes)
+            values.append(value)
+            extents.append(extent)
+        return _Ready(
+            self._functions[kernel.name], launch.grid.evaluate(sizes), kernel.threads, kernel.dynamic_bytes,
+            Arguments(values, extents), launch, number,
+        )  # fmt: skip
+
+    def _place(self, program: GpuProgram, argument: Any, sizes: dict[str, int]) -> tuple[int, int]:
+        """The value of an argument, and how many bytes are behind it."""
+        assert self.kv is not None
+        match argument:
+            case ArenaArgument(offset, nbytes):
+                return self._arena + offset, nbytes
+            case WeightArgument():
+                return self.weights.address(argument), argument.bytes
+            case KVArgument(layer, plane):
+                return self.kv.address(layer, plane), self.kv.plane_bytes(plane)
+            case InputArgument("logits"):
+                return self._logits, 4 * self.vocab_size * self.most_rows
+            case InputArgument(which):
+                inputs = self._inputs[program.name]
+                return inputs.device + inputs.offsets[which], 4 * inputs.counts[which]
+            case SizeArgument(size):
+                return size.evaluate(sizes), 0
+        raise AssertionError(argument)
+
+    def forget_places(self) -> None:
+        """After weights have moved: nothing that was prepared or captured is used any more."""
+        self._prepared.clear()
+        while self._graphs:
+            self._device.free_graph(self._graphs.popitem()[1])
+
+    def close(self) -> None:
+        """Gives back all that it made, not the weights."""
+        if self._device.lost:
+            return
+        with uninterrupted():
+            self.forget_places()
+            for event in self._events:
+                self._device.free_event(event)
+            if self.kv is not None:
+                self.kv.close()
+            for address in self._memory:
+                self._device.free(address)
+            for address in self._pinned:
+                self._device.free_pinned(address)
+            if self._module is not None:
+                self._device.free_module(self._module)
+            self._events, self._memory, self._pinned, self._module = [], [], [], None

@@ -1,0 +1,306 @@
+"""CudaSession: an artifact for GPUs on one of them, ready to step like `runtime.session.Session`.
+
+Takes an artifact's path, a context length and a number of sequences (slots), and a bound of the device memory that all
+of it together may take. `step` checks every index on the host, since kernels check nothing, makes room in the cache,
+and runs a step in pieces where it is longer than the program takes or wants more logits than there is room for.
+
+A session serves one step at a time, from any thread, and only in the process that made it. Ctrl-C comes through
+between steps: what a sequence holds is then what its finished steps wrote. After a fault that ends the GPU's context
+the session says so and can only be closed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.artifact import Artifact, open_artifact
+from runtime.cuda.device import Device, open_device
+from runtime.cuda.driver import OutOfDeviceMemory
+from runtime.cuda.executor import Executor, scratch_bytes
+from runtime.cuda.interrupts import uninterrupted
+from runtime.cuda.kv import capacity_of
+from runtime.cuda.profile import GpuProfile
+from runtime.cuda.program import GpuProgram, GpuStep
+from runtime.cuda.weights import LoadProgress, ResidentWeights, WeightStore
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import Manifest
+from runtime.session_parts import checked_context, checked_count, mebibytes
+from runtime.step_inputs import StepInputs, check_step
+
+MAX_SLOTS = 1 << 16
+SPARE_BYTES = 256 << 20  # beside what is counted: modules, and the driver's own
+
+
+@dataclass(frozen=True)
+class GpuMemoryReport:
+    """Bytes on the GPU by part. `arena` has activations, inputs and logits; the cache fills on demand."""
+
+    weights: int
+    kv_reserved: int
+    kv_committed: int
+    arena: int
+
+    def __str__(self) -> str:
+        return (
+            f"weights {mebibytes(self.weights)}, KV cache {mebibytes(self.kv_committed)} of "
+            f"{mebibytes(self.kv_reserved)} (on demand), activations {mebibytes(self.arena)}"
+        )
+
+
+class _Held:
+    """What a session holds, apart from it, so that dropping the session can release it."""
+
+    def __init__(self) -> None:
+        self.owner_pid = os.getpid()
+        self.device: Device | None = None
+        self.stream: Any = None
+        self.weights: WeightStore | None = None
+        self.executor: Executor | None = None
+
+
+def _release(held: _Held) -> None:
+    """In the order of use. A forked child has no part in the parent's context; a lost one has nothing to give back."""
+    device, held.device = held.device, None
+    if held.owner_pid != os.getpid() or device is None:
+        return
+    if not device.lost:
+        with uninterrupted():
+            device.enter()
+            if held.stream is not None:
+                device.synchronize(held.stream)
+            for part in (held.executor, held.weights):
+                if part is not None:
+                    part.close()
+            if held.stream is not None:
+                device.free_stream(held.stream)
+            device.close()
+
+
+MakeWeights = Callable[[Device, Any, Artifact], WeightStore]
+
+
+class CudaSession:
+    """An artifact on a GPU. `memory` bounds the device memory in bytes; `device` is one that is open, which the session
+    then closes; `weights` makes another store than one that has them all on the device.
+
+    Raises NoDevice without a usable GPU, OutOfDeviceMemory where something does not fit, RuntimeDiagnostic for whatever
+    is wrong with the artifact or the sizes.
+    """
+
+    streamer = kv_spill = kv_stream = None
+    threads = 1  # of the host, that give the GPU its work
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_context: int | None = None,
+        num_slots: int = 1,
+        verify: bool = False,
+        memory: int | None = None,
+        device: Device | None = None,
+        weights: MakeWeights | None = None,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        self._held = held = _Held()
+        held.device = device
+        self._finalizer = weakref.finalize(self, _release, held)
+        self._where = str(path)
+        self._lock = threading.Lock()
+        try:
+            self.artifact = open_artifact(path, verify=verify)
+            self.manifest: Manifest = self.artifact.manifest
+            self.gpu = gpu_step(self.artifact)
+            self.max_context = checked_context(max_context, self.manifest, self._where)
+            self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)
+            self.vocab_size = self.manifest.vocab_size
+            self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
+            if held.device is None:
+                held.device = open_device(limit_bytes=memory)
+            self._acquire(held.device, weights, progress)
+        except BaseException:
+            self.close()
+            raise
+        self._broken = False
+        self._profile: GpuProfile | None = None
+
+    def _acquire(self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None) -> None:
+        held = self._held
+        device.enter()
+        self._check_room(device, weights is None)
+        held.stream = device.new_stream()
+        make = weights or (lambda device, stream, artifact: ResidentWeights(device, stream, artifact, progress))
+        held.weights = make(device, held.stream, self.artifact)
+        self.executor = held.executor = Executor(
+            device, held.stream, self.gpu, self.artifact.gpu_images(), held.weights,
+            slots=self.num_slots, max_context=self.max_context, vocab_size=self.vocab_size, where=self._where,
+        )  # fmt: skip
+        self.device_name, self.architecture = device.name, f"sm_{device.capability[0]}{device.capability[1]}"
+
+    def _check_room(self, device: Device, whole: bool) -> None:
+        """Says at once what would else be found after gigabytes were copied."""
+        free, needed = device.free_bytes(), scratch_bytes(self.gpu, self.vocab_size)
+        needed += self.manifest.weights.bytes if whole else 0
+        if needed > free:
+            raise OutOfDeviceMemory(
+                f"the model does not fit: it needs {needed} bytes beside its KV cache",
+                2,
+                where=device.name,
+                expected=f"at most {free} bytes, which are free of the {device.total_bytes} of this GPU",
+                hint="quantize the weights (--recipe), allow more memory, or run on the CPU (--device cpu)",
+            )
+
+    def step(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        slots: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Runs one step over a ragged batch; see `runtime.session.Session.step`, whose meaning this has."""
+        inputs = check_step(ids, positions, slots, rows, self.vocab_size, self.max_context, self.num_slots)
+        logits = np.empty((len(inputs.rows), self.vocab_size), dtype=np.float32)
+        if len(inputs.ids) == 0:
+            return logits
+        order = np.argsort(inputs.rows, kind="stable")
+        in_order = bool(np.all(order == np.arange(len(order))))
+        target = logits if in_order else np.empty_like(logits)
+        with self._lock:
+            device = self._check_usable()
+            inputs.check_continues(self._filled)
+            device.enter()
+            self._make_room(inputs)
+            self._run_all(inputs, inputs.rows[order], target)
+        if not in_order:
+            logits[order] = target
+        return logits
+
+    def _make_room(self, inputs: StepInputs) -> None:
+        assert self.executor.kv is not None
+        for slot in np.unique(inputs.slots).tolist():
+            self.executor.kv.ensure(slot, int(inputs.positions[inputs.slots == slot].max()) + 1)
+
+    def _run_all(self, inputs: StepInputs, rows: np.ndarray, logits: np.ndarray) -> None:
+        """All tokens, in as few runs as they take; `rows` ascend."""
+        start = 0
+        while start < len(inputs.ids):
+            left = len(inputs.ids) - start
+            program = self.gpu.program(min(left, self.gpu.programs[-1].max_tokens))
+            stop = min(start + program.max_tokens, len(inputs.ids))
+            first, last = np.searchsorted(rows, (start, stop))
+            if last - first > self.executor.most_rows:
+                last = first + self.executor.most_rows
+                stop = int(rows[last - 1]) + 1
+            self._run(program, inputs, start, stop, rows[first:last] - start, logits[first:last])
+            start = stop
+
+    def _run(
+        self, program: GpuProgram, inputs: StepInputs, start: int, stop: int, rows: np.ndarray, logits: np.ndarray
+    ) -> None:
+        """Tokens start..stop, with what is known of their sequences before and after."""
+        ids, positions, slots = (a[start:stop] for a in (inputs.ids, inputs.positions, inputs.slots))
+        device, profile = self._held.device, self._profile
+        assert device is not None
+        with uninterrupted():
+            # Until the step is done, a sequence holds what was before its first token here.
+            self._filled[slots[::-1]] = positions[::-1]
+            try:
+                times = self.executor.run(program, ids, positions, slots, rows, logits, timed=profile is not None)
+            except BaseException:
+                self._broken = device.lost
+                raise
+            self._filled[slots] = positions + 1  # ascending by slot: the last wins
+        if profile is not None and times is not None:
+            profile.add_step(program, len(ids), len(rows), times)
+
+    def _check_usable(self) -> Device:
+        device = self._held.device
+        if not self._finalizer.alive or device is None:
+            raise RuntimeDiagnostic("the session is closed", where=self._where, hint="open a new one")
+        if self._held.owner_pid != os.getpid():
+            raise RuntimeDiagnostic(
+                "the session was opened before this process was forked, its GPU context exists only in the parent",
+                where=self._where,
+                hint="open the session in the child",
+            )
+        if self._broken:
+            raise RuntimeDiagnostic("the session stopped after a fault of the GPU", where=self._where,
+                                    hint="open a new one, in a new process")  # fmt: skip
+        return device
+
+    def filled(self, slot: int) -> int:
+        """How many positions of `slot` are written: the position the next token of that sequence takes."""
+        return int(self._filled[self._checked_slot(slot)])
+
+    def release(self, slot: int) -> int:
+        """Forgets the sequence in `slot`; returns the bytes of device memory that became free."""
+        slot = self._checked_slot(slot)
+        with self._lock:
+            self._check_usable().enter()
+            assert self.executor.kv is not None
+            with uninterrupted():
+                self._filled[slot] = 0
+                return self.executor.kv.release(slot)
+
+    def _checked_slot(self, slot: int) -> int:
+        if not 0 <= slot < self.num_slots:
+            raise RuntimeDiagnostic(f"slot {slot} does not exist", expected=f"0..{self.num_slots - 1}")
+        return slot
+
+    @contextmanager
+    def profile(self) -> Iterator[GpuProfile]:
+        """Records every step inside the `with` block, launched one by one; read the profile after it."""
+        with self._lock:
+            self._check_usable()
+            profile = self._profile = GpuProfile(self.manifest, self.gpu, f"{self.device_name} ({self.architecture})")
+        try:
+            yield profile
+        finally:
+            self._profile = None
+            profile.finish()
+
+    def memory(self) -> GpuMemoryReport:
+        """Where the device memory goes, now."""
+        self._check_usable()
+        kv, weights = self.executor.kv, self._held.weights
+        assert kv is not None and weights is not None
+        return GpuMemoryReport(
+            weights.device_bytes, kv.reserved_bytes, kv.committed_bytes(), self.executor.arena_bytes
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Gives the device memory back, after a step in progress. Closing twice is fine."""
+        with self._lock, uninterrupted():
+            self._finalizer()
+
+    def __enter__(self) -> CudaSession:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def gpu_step(artifact: Artifact) -> GpuStep:
+    """The program of an artifact for GPUs. Raises RuntimeDiagnostic for one that was built for a CPU."""
+    if artifact.gpu is None:
+        raise RuntimeDiagnostic(
+            f"the artifact was built for a CPU (target {artifact.manifest.target.name})",
+            where=str(artifact.path),
+            hint="build it for a GPU: compile-model build MODEL -o OUT --device cuda; or run it with --device cpu",
+        )
+    return artifact.gpu
+
+
+def device_bytes(artifact: Artifact, num_slots: int, positions: int) -> int:
+    """Device memory for so many sequences of so many positions, everything counted."""
+    step, manifest = gpu_step(artifact), artifact.manifest
+    kv = step.kv.nbytes(num_slots, capacity_of(step.kv, positions))
+    return manifest.weights.bytes + scratch_bytes(step, manifest.vocab_size) + kv + SPARE_BYTES

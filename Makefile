@@ -70,8 +70,11 @@ test-reference: $(VENV)/.installed-reference ## compare with torch and transform
 test-extras: $(VENV)/.installed-extras ## install ptxas and matplotlib, and run the tests that need them
 	$(PYTEST) -n $(WORKERS) --ignore=tests/reference -m extra $(ARGS)
 
-fuzz: $(VENV)/.installed ## the property tests with long random runs
-	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -n $(WORKERS) --ignore=tests/reference -m hypothesis $(ARGS)
+# A single test may take longer than what otherwise is a team of threads that hangs.
+EXAMPLES ?= 400
+fuzz: $(VENV)/.installed ## the property tests with EXAMPLES new random examples each; about an hour
+	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) -n $(WORKERS) --ignore=tests/reference -m hypothesis \
+	  -o faulthandler_timeout=14400 $(ARGS)
 
 mutants: $(VENV)/.installed ## plant known wrong changes and show that the suite catches each
 	$(PY) tools/mutants.py $(ARGS)

@@ -30,7 +30,10 @@ if threading.current_thread() is threading.main_thread():
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 # The same examples on every machine: a red run is a change in the code, never luck. `make fuzz` looks further.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=_RELAXED)
-settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=_RELAXED)
+_FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=_FUZZ_EXAMPLES, print_blob=True, suppress_health_check=_RELAXED
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _REFERENCE = Path(__file__).parent / "reference"

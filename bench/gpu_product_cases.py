@@ -1,7 +1,8 @@
-"""Cases of products of many rows with weights in the order of decoding, for `bench.gpu` and the tests."""
+"""Cases of products of many rows with weights in the order of decoding, and of int8, for `bench.gpu` and the tests."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,12 @@ import numpy as np
 from bench.gpu_cases import GpuCase, numbers, packed_weights, products_of
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from codegen.nvptx.kernels.int8 import (
+    ActivationScales,
+    decode_int8_kernel,
+    gemm_int8_kernel,
+    quantize_rows_kernel,
+)
 from ir.formats import BF16, GroupedIntFormat
 
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
@@ -20,7 +27,11 @@ def real_products() -> list[GpuCase]:
         _packed(f"gemm_{name}_m{m}", m, 14336, 4096, format, PackedShape.of(m))
         for name, format in (("w16", BF16), ("w8", Q8), ("w4", Q4))
         for m in (64, 4096)
-    ]
+    ] + [
+        _int8("decode_w8a8_m1", 1, 14336, 4096, Q8, 128), _int8("decode_w4a8_m16", 16, 14336, 4096, Q4, 128),
+        _int8("gemm_w8a8", 4096, 14336, 4096, GroupedIntFormat(8, 0), 0),
+        _int8("gemm_w4a8", 4096, 14336, 4096, Q4, 128), _rounding("quantize_rows", 8192, 4096, 128),
+    ]  # fmt: skip
 
 
 def small_products() -> list[GpuCase]:
@@ -30,7 +41,52 @@ def small_products() -> list[GpuCase]:
         _packed("gemm_w16", 20, 40, 192, BF16, shape),
         _packed("gemm_w8", 17, 32, 128, GroupedIntFormat(8, 128), shape),
         _packed("gemm_w4", 17, 40, 128, Q4, PackedShape(32, 2, 16, 2, 3)),
-    ]
+        _int8("decode_w8a8", 3, 40, 192, Q8, 64), _int8("decode_w4a8", 11, 16, 256, Q4, 128),
+        _int8("gemm_w8a8", 17, 40, 128, GroupedIntFormat(8, 0), 0, shape),
+        _int8("gemm_w4a8", 20, 32, 128, Q4, 64, shape),
+        _rounding("quantize_rows", 2, 192, 64), _rounding("quantize_whole_rows", 2, 2112, 0),
+    ]  # fmt: skip
+
+
+def _int8(
+    name: str, m: int, n: int, k: int, format: GroupedIntFormat, group: int, shape: PackedShape | None = None
+) -> GpuCase:
+    layout, of_x = Fragments.of(n, k, format), ActivationScales(k, group)
+    held: dict[str, np.ndarray] = {}
+
+    def make(rng: np.random.Generator) -> list[Any]:
+        weights, held["w"] = packed_weights(rng, layout, format)
+        scales = (rng.random(of_x.count(m), np.float32) + 1) / 128
+        x = rng.integers(-127, 128, (m, k)).astype(np.int8)
+        return [*weights, x, scales, np.full((m, n), np.nan, np.float32), m]
+
+    def meant(a: Sequence[Any]) -> list[np.ndarray]:
+        scales = a[3].reshape(of_x.groups, -1)[:, :m].T
+        return [products_of(a[2] * np.repeat(scales, k // of_x.groups, axis=1), held["w"])]
+
+    moved = layout.nbytes + m * (k + 4 * n) + 4 * of_x.count(m)
+    if name.startswith("decode"):
+        kernel, blocks = decode_int8_kernel(layout, of_x, name, rows=8 if m <= 8 else 16), layout.tiles
+    else:
+        shape = shape or PackedShape.of(m)
+        kernel, blocks = gemm_int8_kernel(layout, of_x, name, shape), shape.blocks(m, layout)
+    return GpuCase(name, kernel, blocks, make, meant, (4,), moved, 2 * m * n * k, 1e-4)
+
+
+def _rounding(name: str, rows: int, k: int, group: int) -> GpuCase:
+    of_x = ActivationScales(k, group)
+
+    def make(rng: np.random.Generator) -> list[Any]:
+        x = numbers(rng, (rows, k))
+        return [x, np.zeros((rows, k), np.int8), np.zeros(of_x.count(rows), np.float32), rows]
+
+    def meant(a: Sequence[Any]) -> list[np.ndarray]:
+        grouped = a[0].astype(np.float32).reshape(rows, of_x.groups, -1)
+        largest = np.abs(grouped).max(axis=-1, keepdims=True)
+        return [np.rint(grouped * (np.float32(127) / largest)).reshape(rows, k)]
+
+    kernel = quantize_rows_kernel(of_x, name, BF16)
+    return GpuCase(name, kernel, rows, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, 1 / 254)
 
 
 def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) -> GpuCase:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from codegen.llvm.lowering import LOWERINGS, llvm_element, llvm_type
 from codegen.nvptx.lowering import GridEmitter, grid_lowering
 from ir.core import Value
-from ir.formats import BF16, F32
+from ir.formats import BF16, F16, F32, I8
 from ir.ops import grid, grid_async, grid_matrix, tile_control, tile_convert, tile_memory
 from ir.ops.tile_types import element_of, lanes_of
 from ir.types import Type, VectorType
@@ -169,12 +169,12 @@ def _part(e: GridEmitter, op: grid.PartOp) -> None:
     e.define(op.out, f"shufflevector {e.typed(op.v)}, {kind} poison, <{op.lanes} x i32> <{picked}>")
 
 
-# -- matrices: pairs of 16-bit numbers in registers of 32 bits
+# -- matrices: numbers of 16 and 8 bits in registers of 32
 
 
 def _words(e: GridEmitter, value: Value) -> list[str]:
-    """The registers of a vector of 16-bit numbers."""
-    count = lanes_of(value.type) // 2
+    """The registers of a vector of narrow numbers."""
+    count = lanes_of(value.type) * element_of(value.type).bits // 32
     kind = f"<{count} x i32>"
     bits = e.assign(f"bitcast {e.typed(value)} to {kind}")
     return [e.assign(f"extractelement {kind} {bits}, i64 {i}") for i in range(count)]
@@ -191,17 +191,19 @@ def _gather(e: GridEmitter, struct: str, kind: str, made: str, count: int) -> st
 
 @grid_lowering(grid_matrix.MmaOp)
 def _mma(e: GridEmitter, op: grid_matrix.MmaOp) -> None:
-    sums = [e.assign(f"extractelement {e.typed(op.c)}, i64 {i}") for i in range(4)]
+    element = element_of(op.a.type)
+    number = "i32" if element == I8 else "float"
+    sums = [f"{number} {e.assign(f'extractelement {e.typed(op.c)}, i64 {i}')}" for i in range(4)]
     factors = [*_words(e, op.a), *_words(e, op.b)]
-    if element_of(op.a.type) == BF16:
-        name = "llvm.nvvm.mma.m16n8k16.row.col.bf16"
-        arguments = [f"i32 {w}" for w in factors]
-    else:
+    if element == F16:
         name = "llvm.nvvm.mma.m16n8k16.row.col.f32.f32"
         arguments = [f"<2 x half> {e.assign(f'bitcast i32 {w} to <2 x half>')}" for w in factors]
-    struct = "{float, float, float, float}"
-    made = e.assign(e.intrinsic(name, struct, *arguments, *(f"float {s}" for s in sums)))
-    e.names[op.out] = _gather(e, struct, "float", made, 4)
+    else:
+        name = f"llvm.nvvm.mma.{'m16n8k32.row.col.s8' if element == I8 else 'm16n8k16.row.col.bf16'}"
+        arguments = [f"i32 {w}" for w in factors]
+    struct = f"{{{', '.join([number] * 4)}}}"
+    made = e.assign(e.intrinsic(name, struct, *arguments, *sums))
+    e.names[op.out] = _gather(e, struct, number, made, 4)
 
 
 @grid_lowering(grid_matrix.LoadMatrixOp)

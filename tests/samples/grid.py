@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ir.formats import BF16, F16, F32, F64, I1, I32, PlainFormat
+from ir.formats import BF16, F16, F32, F64, I1, I8, I32, PlainFormat
 from ir.types import INDEX, BufferType, ScalarType, VectorType
 from tests.samples.base import Fault, Sample, Stored, fault, low_sample
 
@@ -18,6 +18,7 @@ def v(*numbers: float, element: PlainFormat = BF16) -> np.ndarray:
 
 ROWS = Stored(np.arange(64).astype(BF16.dtype), "shared")
 SOURCE = Stored(np.arange(64).astype(BF16.dtype))
+BYTES = np.array([127, -128, 5, -3] * 4, np.int8)
 SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.block_id", "first"),
     low_sample("grid.num_blocks", "one"),
@@ -38,6 +39,7 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.async_copy", "zeros", ROWS, 56, SOURCE, 800, np.bool_(False)),
     low_sample("grid.mma", "bf16", v(1, 2, 3, 4, element=F32), v(*range(8)), v(1, -1, 0.5, 2)),
     low_sample("grid.mma", "f16", v(*[0] * 4, element=F32), v(*range(8), element=F16), v(*range(4), element=F16)),
+    low_sample("grid.mma", "i8", v(7, 0, -7, 2**31 - 1, element=I32), BYTES, -BYTES[:8]),
     low_sample("grid.load_matrix", "one_row", ROWS, 8),
     low_sample("grid.load_matrix", "transposed", ROWS, 0, transposed=True),
 )
@@ -61,7 +63,8 @@ FAULTS: tuple[Fault, ...] = (
     fault("grid.async_copy", "expected an i1 condition, got f32", SHARED, INDEX, GLOBAL, INDEX, F),
     fault("grid.async_wait", "expected 0 or more groups, got -1", pending=-1),
     fault("grid.mma", "expected vector<4 x f32> to add to, got f32", F, VectorType(8, BF16), VectorType(4, BF16)),
-    fault("grid.mma", "expected bf16 or f16 factors", VectorType(4, F32), VectorType(8, F32), VectorType(4, F32)),
+    fault("grid.mma", "expected bf16, f16 or i8 factors", VectorType(4, F32), VectorType(8, F32), VectorType(4, F32)),
+    fault("grid.mma", "expected vector<4 x i32> to add to", VectorType(4, F32), VectorType(16, I8), VectorType(8, I8)),
     fault(
         "grid.mma",
         "expected vectors of 8 and 4 bf16, got vector<8 x bf16> and vector<4 x f16>",

@@ -20,8 +20,7 @@ from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F16, F32, I32, PlainFormat
 
 ROWS = 8  # of x that one product of the matrix unit takes
-PIECE = 8  # elements of x in a copy of 16 bytes
-PIECES = CHUNK // PIECE
+PIECE_BYTES = 16  # of a copy
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ def gemm_packed_kernel(
 
 
 class PackedGemm:
-    """Writes the product of one block, as lane 4g + q of a warp sees it."""
+    """Writes the product of one block, as lane 4g + q of a warp sees it. `element` is that of x."""
+
+    element = BF16
 
     def __init__(
         self,
@@ -106,7 +107,9 @@ class PackedGemm:
         self.code_words = layout.loads * WARP * 4  # of a tile and chunk
         self.scale_count = 8 * 2 * layout.groups_of_unit if layout.group else 0  # of a tile and unit
         stages = shape.stages
-        self.held_x = b.shared(stages * shape.rows * CHUNK, BF16)
+        self.piece = PIECE_BYTES // self.element.dtype.itemsize  # elements of x in a copy
+        self.pieces = CHUNK // self.piece
+        self.held_x = b.shared(stages * shape.rows * CHUNK, self.element)
         self.held_codes = b.shared(stages * shape.tiles * self.code_words, I32)
         self.held_scales = b.shared(stages * shape.tiles * self.scale_count, F16) if layout.group else None
         self.thread = b.thread_id()
@@ -117,7 +120,7 @@ class PackedGemm:
 
     def _sources(self, source: Callable[[Expr], Expr] | None) -> list[Expr]:
         """Where the rows of x begin that this thread copies. They are looked up once, before the loop."""
-        rows = [self.row + number // PIECES for number, _ in self._share(self.shape.rows * PIECES)]
+        rows = [self.row + number // self.pieces for number, _ in self._share(self.shape.rows * self.pieces)]
         return [(row if source is None else source(row.min(self.m - 1))) * self.layout.k for row in rows]
 
     def build(self) -> None:
@@ -155,9 +158,9 @@ class PackedGemm:
         """Starts the copies of a chunk into a stage; zeros where x and w end."""
         b, shape, layout = self.b, self.shape, self.layout
         there = chunk.compare("lt", layout.chunks)
-        for (number, here), first in zip(self._share(shape.rows * PIECES), self.places, strict=True):
-            row, piece = number // PIECES, number % PIECES
-            source = first + chunk * CHUNK + piece * PIECE
+        for (number, here), first in zip(self._share(shape.rows * self.pieces), self.places, strict=True):
+            row, piece = number // self.pieces, number % self.pieces
+            source = first + chunk * CHUNK + piece * self.piece
             inside = there & (self.row + row).compare("lt", self.m)
             self._copy(self.held_x, self._place(stage, row, piece), self.x, source, inside, here)
         self._fetch_tiles(self.held_codes, self.codes, self.code_words, 4, layout.chunks, chunk, stage, there)
@@ -165,7 +168,11 @@ class PackedGemm:
             units = layout.chunks // layout.chunks_of_unit
             unit = chunk // layout.chunks_of_unit
             self._fetch_tiles(self.held_scales, self.scales, self.scale_count, 8, units, unit, stage, there)
+        self._fetch_more(chunk, stage, there)
         b.async_commit()
+
+    def _fetch_more(self, chunk: Expr, stage: Expr, there: Expr) -> None:
+        """What x has besides its numbers: nothing."""
 
     def _fetch_tiles(
         self, held: Buffer, source: Buffer, size: int, piece: int, units: int, unit: Expr, stage: Expr, there: Expr
@@ -180,7 +187,7 @@ class PackedGemm:
 
     def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
         """Lanes read four pieces of each of two rows at once: halves of the banks that neighbours do not share."""
-        return ((stage * self.shape.rows + row) * PIECES + self.b.xor(piece, row % 2 * 4)) * PIECE
+        return ((stage * self.shape.rows + row) * self.pieces + self.b.xor(piece, row % 2 * 4)) * self.piece
 
     # -- products
 
@@ -197,7 +204,7 @@ class PackedGemm:
             factors = [[left_factor(b, self.layout, words, s, m) for m in range(2)] for words in tiles]
             for part in range(shape.warp_rows // ROWS):
                 row = self.warp_row + part * ROWS + self.lane // 4
-                x = self.held_x.load(self._place(stage, row, self.lane % 4 + s * (SEGMENT // PIECE)), PIECE)
+                x = self.held_x.load(self._place(stage, row, self.lane % 4 + s * (SEGMENT // self.piece)), self.piece)
                 for t in range(shape.warp_tiles):
                     at = part * shape.warp_tiles + t
                     made[at] = self._add_segment(factors[t], scales[t], s, x, made[at])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.fragments import Fragments
 from codegen.tile_builder import Expr
-from ir.formats import BF16
+from ir.formats import BF16, F32, I8, I32
 from ir.types import VectorType
 
 _MAGIC_4 = 0x43004300  # 128.0 twice, as bf16: a code of 4 bits in its lowest bits makes 128 + code
@@ -49,3 +49,54 @@ def _from_bytes(k: GridBuilder, word: Expr) -> Expr:
         bits = (word.shifted_right(8 * i) if i else word) & 0xFF
         numbers.append((bits | _MAGIC_8).bitcast(k.f32(0.0).type) - (2.0**23 + 128))
     return k.join(*numbers).cast(BF16)
+
+
+# -- products of bytes: columns of a segment are taken 4 by 4 of each lane, so that one product takes them all
+
+INT8_START = 0x4B400000  # 1.5 * 2**23 as f32: an i32 sum below 2**22 added to its bits is added to the number
+INT8_CODES = -0x7F7F7F80  # 128 in each byte of a word
+
+
+def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) -> Expr:
+    """The 16 codes of this lane for segment s as i8, without their zero point.
+
+    Codes of 4 bits come in the order 0, 2, 1, 3 of each four columns: `int8_right` takes x alike.
+    """
+    if layout.bits == 8:
+        low, high = [], []
+        for m in range(2):
+            first, second = words[s].extract(2 * m), words[s].extract(2 * m + 1)
+            low.append((first & 0xFFFF) | second.shifted_left(16))
+            high.append((first.shifted_right(16) & 0xFFFF) | (second & -0x10000))
+        parts = [k.xor(w, k.constant(w.type, INT8_CODES)) for w in (low[0], high[0], low[1], high[1])]
+    else:
+        nibbles = [words[0].extract(2 * s + m) for m in range(2)]
+        codes = [w & 0x0F0F0F0F for word in nibbles for w in (word, word.shifted_right(4))]
+        # 128 + code - 8 borrows from no other byte; then 128 is taken out of its highest bit
+        parts = [k.xor((w | INT8_CODES) - 0x08080808, k.constant(w.type, INT8_CODES)) for w in codes]
+    return k.join(*parts).bitcast(VectorType(16, I8))
+
+
+def int8_right(k: GridBuilder, layout: Fragments, pair: Expr) -> Expr:
+    """8 neighbouring codes of x, loaded as 2 i32, in the order in which `int8_left` has its columns."""
+    if layout.bits == 8:
+        return pair.bitcast(VectorType(8, I8))
+    words = []
+    for i in range(2):
+        w = pair.extract(i)
+        words.append((w & -0xFFFF01) | (w.shifted_right(8) & 0xFF00) | (w & 0xFF00).shifted_left(8))
+    return k.join(*words).bitcast(VectorType(8, I8))
+
+
+def int8_zero(k: GridBuilder) -> Expr:
+    """What sums of products of bytes begin with; `add_int8` takes it away again."""
+    return k.constant(VectorType(4, I32), INT8_START)
+
+
+def add_int8(
+    k: GridBuilder, layout: Fragments, total: Expr, partial: Expr, scale: Expr, group: int, x_scale: Expr
+) -> Expr:
+    """total + partial under the scales of rows g and g + 8 of w and of rows 2q and 2q + 1 of x (`x_scale`, 4 lanes)."""
+    low, high = scale.extract(group), scale.extract(layout.groups_of_unit + group)
+    exact = partial.bitcast(VectorType(4, F32)) - 1.5 * 2.0**23
+    return k.fma(exact, k.join(low, low, high, high) * x_scale, total)

@@ -12,9 +12,15 @@ from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from codegen.nvptx.kernels.int8 import (
+    ActivationScales,
+    decode_int8_kernel,
+    gemm_int8_kernel,
+    quantize_rows_kernel,
+)
 from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
-from ir.formats import BF16, F16, F32, GroupedIntFormat
+from ir.formats import BF16, F16, F32, I8, I32, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
 from ir.types import VectorType
@@ -42,6 +48,11 @@ def kernels() -> tuple[GridKernel, ...]:
         gemm_packed_kernel(Fragments.of(4096, 4096, Q8), "gemm_w8"),
         gemm_packed_kernel(Fragments.of(4096, 4096, Q4), "gemm_w4"),
         gemm_packed_kernel(Fragments.of(4096, 4096, Q4), "gemm_w4_64", PackedShape.of(64)),
+        decode_int8_kernel(Fragments.of(4096, 4096, Q8), ActivationScales(4096, 128), "decode_w8a8"),
+        decode_int8_kernel(Fragments.of(4096, 4096, Q4), ActivationScales(4096, 128), "decode_w4a8_16", rows=16),
+        gemm_int8_kernel(Fragments.of(4096, 4096, GroupedIntFormat(8, 0)), ActivationScales(4096), "gemm_w8a8"),
+        gemm_int8_kernel(Fragments.of(4096, 4096, Q4), ActivationScales(4096, 128), "gemm_w4a8"),
+        quantize_rows_kernel(ActivationScales(4096, 128), "quantize_rows", BF16),
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
         split_kernel(HEADS, 128**-0.5, 8, "split"),
         join_kernel(HEADS, 8, "join"),
@@ -67,6 +78,9 @@ def one_of_each() -> GridKernel:
     c = k.mma(k.f32(0.0, 4), a, k.part(b, 4, 4))
     half = VectorType(8, F16), VectorType(4, F16)
     c = k.mma(c, a.bitcast(half[0]), k.part(b, 0, 4).bitcast(half[1]))
+    whole = VectorType(16, I8), VectorType(8, I8)
+    d = k.mma(k.constant(VectorType(4, I32), 1), a.bitcast(whole[0]), k.part(b, 0, 4).bitcast(whole[1]))
+    c = k.fma(d.cast(F32), k.f32(2.0**-20, 4), c)
     total = k.warp_reduce(k.exp2(c).reduce("add"), lambda p, q: p + q)
     same = k.shuffle(lane.from_index(), 1).cast(F32)
     x.prefetch(at)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ir.ops.grid_matrix import MmaOp
+from ir.ops.grid_matrix import multiply_fragments
 from ir.ops.tile_products import FmaOp
 
 _TYPES: dict[str, Any] = {
@@ -261,6 +260,13 @@ class PtxMachine:
         first, count = int(operands[2]), int(operands[3])
         self.write(operands[0], (value >> value.dtype.type(first)) & value.dtype.type((1 << count) - 1), who)
 
+    def _prmt(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        chosen = int(operands[3].rstrip("U"), 0)
+        assert words[1] == "b32" and not chosen & 0x8888, operands
+        both = np.stack([self.read(o, "b32", who) for o in operands[1:3]], axis=1).view(np.uint8)
+        picked = np.ascontiguousarray(both[:, [chosen >> 4 * i & 7 for i in range(4)]])
+        self.write(operands[0], picked.view(np.uint32)[:, 0], who)
+
     def _cvt(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         if words[2] in _PAIRS:  # the first operand becomes the upper half
             upper, lower = (self.read(o, "f32", who).astype(_PAIRS[words[2]]) for o in operands[1:])
@@ -268,6 +274,8 @@ class PtxMachine:
             return
         to, source = (words[-2], words[-1])
         value = self.read(operands[1], source, who)
+        if words[1] == "rni":
+            value = np.rint(value)
         self.write(operands[0], value.astype(ml_dtypes.bfloat16 if to == "bf16" else _TYPES[to]), who)
 
     def _ld(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
@@ -322,11 +330,10 @@ class PtxMachine:
 
     def _mma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         self._warps(who)
-        element = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[words[7]]
+        element = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}[words[7]]
         factors = [np.stack([self.read(r, "b32", who) for r in group], axis=1).view(element) for group in operands[1:3]]
-        sums = np.stack([self.read(r, "f32", who) for r in operands[3]], axis=1)
-        everyone = SimpleNamespace(grid=SimpleNamespace(whole_warps=lambda op: None, spread=lambda v: v))
-        (made,) = MmaOp.interpret(None, [sums, *factors], everyone)  # type: ignore[arg-type]
+        sums = np.stack([self.read(r, words[-1], who) for r in operands[3]], axis=1)
+        made = multiply_fragments(*(v.reshape(-1, _WARP, v.shape[1]) for v in (sums, *factors))).reshape(-1, 4)
         for i, target in enumerate(operands[0]):
             self.write(target, np.ascontiguousarray(made[:, i]), who)
 

@@ -48,6 +48,7 @@ def test_one_of_each_has_every_op() -> None:
         "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group", "bar.sync",
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
         "ex2.approx.ftz.f32", "shfl.sync.bfly.b32", "%ctaid.x", "%nctaid.x", "%ntid.x", "cvt.rn.bf16x2.f32",
         "st.global.v2", "fma.rn.bf16x2",
     ],

@@ -1,0 +1,246 @@
+"""Products of int8 activations with weights of 8 or 4 bits: y[m, n] = x[m, k] w[n, k] with sums in i32, then f32.
+
+A row of x has a scale for `group` columns or for all (`ActivationScales`); `quantize_rows_kernel` makes both. The
+weights are those of `codegen.nvptx.fragments`, the same bytes as for products in bf16, as i8 in registers. A sum of at
+most 64 columns stays below 2**22: begun with the bits of 1.5 * 2**23 it is a number in f32 without a conversion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.fragments import CHUNK, SEGMENT, Fragments
+from codegen.nvptx.kernels.decode import ROWS, WARPS, DecodePart, DecodeProduct, blocks_at_once
+from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.weight_factors import add_int8, int8_left, int8_right, int8_zero
+from codegen.tile_builder import Buffer, Expr
+from ir.diagnostics import DiagnosticError
+from ir.formats import F16, F32, I8, I32, PlainFormat
+
+_MANY = PackedShape()
+_QUAD = 4  # scales of rows that are copied together
+
+
+@dataclass(frozen=True)
+class ActivationScales:
+    """Scales of x [m, k]: f32 [groups, m rounded up to a multiple of 4], so that those of a block are neighbours."""
+
+    k: int
+    group: int = 0  # columns that share a scale, 0 for whole rows
+
+    def __post_init__(self) -> None:
+        if self.group % CHUNK or (self.group and self.k % self.group):
+            raise DiagnosticError(
+                f"int8 activations of {self.k} columns in groups of {self.group} have no product on GPUs",
+                expected=f"groups of a multiple of {CHUNK} columns that divides {self.k}, or whole rows",
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.k // self.group if self.group else 1
+
+    def count(self, m: int) -> int:
+        """How many there are for m rows."""
+        return self.groups * -(-m // _QUAD) * _QUAD
+
+    def unit(self, chunk: Expr) -> Expr:
+        """The group of a chunk of columns."""
+        return chunk // (self.group // CHUNK) if self.group else chunk * 0
+
+
+def _stride(m: Expr) -> Expr:
+    return (m + (_QUAD - 1)) // _QUAD * _QUAD
+
+
+def check_int8(layout: Fragments) -> None:
+    """Raises DiagnosticError for weights that are no integers."""
+    if not layout.group:
+        raise DiagnosticError("int8 activations meet weights in bf16 on GPUs", expected="weights in q4_sym or q8_sym")
+
+
+def decode_int8_kernel(
+    layout: Fragments,
+    x_scales: ActivationScales,
+    name: str,
+    *,
+    rows: int = ROWS,
+    warps: int = WARPS,
+    ahead: int = 0,
+    out: PlainFormat = F32,
+    gate_up: bool = False,
+) -> GridKernel:
+    """A kernel (codes i32, scales f16, x i8 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for 8 or 16 rows at most.
+
+    It is launched with `layout.tiles` blocks, as that of bf16 (`codegen.nvptx.kernels.decode`).
+    """
+    check_int8(layout)
+    k = GridBuilder(name, warps * WARP)
+    codes, scales, x, held = k.buffer("codes", I32), k.buffer("scales", F16), k.buffer("x", I8), k.buffer("xs", F32)
+    y, count = k.buffer("y", out), k.size("rows")
+    part = DecodePart(k.block_id(), count, k.index(0))
+    product = _DecodeInt8(k, layout, (codes, scales), (x, y), part, rows, gate_up)
+    product.x_scales, product.of_x = x_scales, held
+    product.build(ahead)
+    return k.grid_kernel(blocks_at_once=blocks_at_once(rows))
+
+
+class _DecodeInt8(DecodeProduct):
+    x_scales: ActivationScales
+    of_x: Buffer
+
+    def _activations(self, chunk: Expr, part: int) -> list[Expr]:
+        """Of each segment 8 neighbours of this lane's row; then the scales of rows 2q and 2q + 1, twice."""
+        k, words = self.k, self.x.view(I32)
+        at = (self.places[part] + chunk * CHUNK + self.q * 8) // 4
+        right = [int8_right(k, self.layout, words.load(at + s * (SEGMENT // 4), 2)) for s in range(2)]
+        stride = _stride(self.count)
+        pair = (self.q * 2 + part * ROWS).min(stride - 2)
+        both = self.of_x.load(self.x_scales.unit(chunk) * stride + pair, 2)
+        return [*right, k.join(both, both)]
+
+    def _add_chunk(self, words: list[Expr], scale: Expr | None, xs: list[list[Expr]], sums: list[Expr]) -> list[Expr]:
+        assert scale is not None
+        left = [int8_left(self.k, self.layout, words, s) for s in range(2)]
+        return [_add_columns(self.k, self.layout, t, left, x[:2], scale, x[2]) for t, x in zip(sums, xs, strict=True)]
+
+
+def _add_columns(
+    k: GridBuilder, layout: Fragments, total: Expr, left: list[Expr], right: list[Expr], scale: Expr, x_scale: Expr
+) -> Expr:
+    """total and the products of a chunk."""
+    partial = int8_zero(k)
+    for s in range(2):
+        partial = k.mma(partial, left[s], right[s])
+        if layout.groups_of_unit == 2:
+            total, partial = add_int8(k, layout, total, partial, scale, s, x_scale), int8_zero(k)
+    return total if layout.groups_of_unit == 2 else add_int8(k, layout, total, partial, scale, 0, x_scale)
+
+
+def gemm_int8_kernel(
+    layout: Fragments,
+    x_scales: ActivationScales,
+    name: str,
+    shape: PackedShape = _MANY,
+    out: PlainFormat = F32,
+    *,
+    gate_up: bool = False,
+) -> GridKernel:
+    """A kernel (codes i32, scales f16, x i8 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for any number of rows.
+
+    It is launched with `shape.blocks(m, layout)` blocks, as that of bf16 (`codegen.nvptx.kernels.gemm_packed`).
+    """
+    check_int8(layout)
+    b = GridBuilder(name, shape.threads)
+    codes, scales, x, held = b.buffer("codes", I32), b.buffer("scales", F16), b.buffer("x", I8), b.buffer("xs", F32)
+    y, m = b.buffer("y", out), b.size("rows")
+    block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
+    tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
+    _Int8Gemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).with_scales(x_scales, held).build()
+    return b.grid_kernel()
+
+
+class _Int8Gemm(PackedGemm):
+    element = I8
+    x_scales: ActivationScales
+    of_x: Buffer
+
+    def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> _Int8Gemm:
+        self.x_scales, self.of_x = x_scales, of_x
+        self.held_of_x = self.b.shared(self.shape.stages * self.shape.rows, F32)
+        return self
+
+    def _fetch_more(self, chunk: Expr, stage: Expr, there: Expr) -> None:
+        """The scales of the block's rows of x."""
+        stride = _stride(self.m)
+        first = self.x_scales.unit(chunk) * stride + self.row
+        for number, here in self._share(self.shape.rows // _QUAD):
+            inside = there & (self.row + number * _QUAD).compare("lt", stride)
+            at = stage * self.shape.rows + number * _QUAD
+            self._copy(self.held_of_x, at, self.of_x, first + number * _QUAD, inside, here)
+
+    def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
+        """Lanes read half of each of four rows of 64 bytes at once: rows 2 and 3 change their halves."""
+        return ((stage * self.shape.rows + row) * self.pieces + self.b.xor(piece, row // 2 % 2 * 2)) * self.piece
+
+    def _multiply(self, stage: Expr, sums: list[Expr]) -> list[Expr]:
+        b, shape, layout = self.b, self.shape, self.layout
+        left, scales = [], []
+        for t in range(shape.warp_tiles):
+            words, scale = self._words(stage, t), self._scales(stage, t)
+            assert scale is not None
+            left.append([int8_left(b, layout, words, s) for s in range(2)])
+            scales.append(scale)
+        words_of_x, made = self.held_x.view(I32), list(sums)
+        for part in range(shape.warp_rows // ROWS):
+            row = self.warp_row + part * ROWS + self.lane // 4
+            right = []
+            for s in range(2):
+                at = self._place(stage, row, self.lane % 4 // 2 + s * 2) // 4 + self.lane % 2 * 2
+                right.append(int8_right(b, layout, words_of_x.load(at, 2)))
+            of_rows = stage * shape.rows + self.warp_row + part * ROWS + self.lane % 4 * 2
+            both = self.held_of_x.load(of_rows, 2)
+            x_scale = b.join(both, both)
+            for t in range(shape.warp_tiles):
+                at = part * shape.warp_tiles + t
+                made[at] = _add_columns(b, layout, made[at], left[t], right, scales[t], x_scale)
+        return made
+
+
+LANES = 8  # neighbouring columns of a thread
+_THREADS = 256
+
+
+def quantize_rows_kernel(x_scales: ActivationScales, name: str, element: PlainFormat = F32) -> GridKernel:
+    """A kernel (x [m, k] of `element`, codes i8 [m, k], scales f32, m), a block for each row.
+
+    A scale is the largest magnitude of its group / 127; codes are the nearest whole numbers of scales.
+    """
+    group = x_scales.group
+    if group & (group - 1) or group > WARP * LANES:
+        message = f"activations are rounded in groups of {group} columns"
+        raise DiagnosticError(message, expected=f"a power of two of at most {WARP * LANES}, or whole rows")
+    k = GridBuilder(name, _THREADS)
+    x, codes, scales, m = k.buffer("x", element), k.buffer("codes", I8), k.buffer("scales", F32), k.size("rows")
+    work = k.shared(_THREADS // WARP, F32)
+    row, width = k.block_id(), x_scales.k
+    stride, own = _stride(m), k.thread_id() * LANES
+
+    def load(column: Expr) -> Expr:
+        return x.load(row * width + column.min(width - LANES), LANES).cast(F32)
+
+    def largest(values: Expr) -> Expr:
+        return values.max(k.f32(0.0, LANES) - values).reduce("max")
+
+    def store(column: Expr, values: Expr, most: Expr) -> None:
+        """A row of zeros has scale 0 and codes 0."""
+        factor = k.select(most.compare("gt", 0.0), 127.0 / most, 0.0)
+        with k.when(column.compare("lt", width)):
+            codes.store(row * width + column, k.round(values * factor).cast(I8))
+
+    def combine(a: Expr, b: Expr) -> Expr:
+        return a.max(b)
+
+    if group:
+        with k.loop(0, -(-width // (_THREADS * LANES))) as loop:
+            column = own + loop.i * (_THREADS * LANES)
+            values = load(column)
+            most = k.warp_reduce(largest(values), combine, group // LANES)
+            store(column, values, most)
+            with k.when((column % group).compare("eq", 0) & column.compare("lt", width)):
+                scales.store(column // group * stride + row, most * (1.0 / 127.0))
+        return k.grid_kernel()
+    with k.loop(own, width, _THREADS * LANES, [k.f32(0.0)]) as loop:
+        loop.carry(loop.carried[0].max(largest(load(loop.i))))
+    lane, warp = k.lane_and_warp()
+    most = k.warp_reduce(loop.results[0], combine)
+    with k.when(lane.compare("eq", 0)):
+        work.store(warp, most)
+    k.barrier()
+    for other in range(_THREADS // WARP):
+        most = most.max(work.load(other))
+    with k.loop(own, width, _THREADS * LANES) as loop:
+        store(loop.i, load(loop.i), most)
+    with k.when(k.thread_id().compare("eq", 0)):
+        scales.store(row, most * (1.0 / 127.0))
+    return k.grid_kernel()

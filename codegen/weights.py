@@ -20,6 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from codegen.constant_reader import Box, ConstantReader, TensorSource, fixed_shape
+from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.stored_fragments import fragment_pieces, load_fragments
 from codegen.packed_reader import PackedReader
 from codegen.packed_strips import PackedStrips
 from codegen.packed_weights import load_packed, packed_pieces
@@ -86,6 +88,8 @@ def stored_bytes(shape: tuple[int, ...], element: NumberFormat, layout: Layout |
         if not isinstance(element, PlainFormat):
             raise DiagnosticError(f"a weight in {element} needs a layout", hint="run choose-layouts")
         return math.prod(shape) * element.dtype.itemsize
+    if layout.lanes > 1:
+        return math.prod(shape[:-2]) * Fragments.of(shape[-2], shape[-1], element).nbytes
     if not isinstance(element, PlainFormat):
         return math.prod(shape[:-2]) * PackedStrips.of(TensorType(shape, element, layout)).matrix_bytes
     rows, columns = layout.padded(shape[-2], shape[-1])
@@ -149,6 +153,9 @@ def stored_pieces(
     """
     layout = layout_of(value)
     assert isinstance(value.type, TensorType)
+    if layout is not None and layout.lanes > 1:
+        yield from fragment_pieces(value, layout, source, piece_bytes, matrix)
+        return
     if layout is not None and not isinstance(value.type.element, PlainFormat):
         chosen = None if matrix is None else [(matrix,)]
         yield from packed_pieces(PackedReader(value, source), layout, piece_bytes, chosen)
@@ -233,6 +240,8 @@ class _Ahead:
 def load_stored(data: memoryview | bytes, tensor: StoredTensor) -> np.ndarray:
     """The logical array of one stored tensor; `data` is the whole weights file. f32 numbers of a low-bit one."""
     raw = _stored_matrices(np.frombuffer(data, np.uint8), tensor)
+    if tensor.layout is not None and tensor.layout.lanes > 1:
+        return load_fragments(raw, parse_format(tensor.format), tensor.shape, tensor.layout)
     if tensor.format not in PLAIN_FORMATS:
         format = parse_format(tensor.format)
         assert tensor.layout is not None and isinstance(format, ScaledFormat | FP8Format)

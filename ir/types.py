@@ -40,16 +40,19 @@ class Layout:
 
     Element (r, c) of strip s is at `((s * K/pack + c // pack) * rows + r % rows) * pack + c % pack` with
     s = r // rows. Both n and k are padded by zeros to whole strips. `interleave` = 2 alternates strips of the first
-    and the second half of the rows (gate | up), so that a kernel meets both halves of a pair in one tile.
-    Text: `strips<rows=64, pack=2>`.
+    and the second half of the rows (gate | up), so that a kernel meets both halves of a pair in one tile. `lanes` = 32
+    puts the elements of 16 rows and `pack` columns into the order in which the lanes of a GPU's warp want them
+    (`codegen.nvptx.fragments`). Text: `strips<rows=64, pack=2>`.
     """
 
     rows: int
     pack: int = 1
     interleave: int = 1
+    lanes: int = 1
 
     def __str__(self) -> str:
         extra = f", interleave={self.interleave}" if self.interleave != 1 else ""
+        extra += f", lanes={self.lanes}" if self.lanes != 1 else ""
         return f"strips<rows={self.rows}, pack={self.pack}{extra}>"
 
     def padded(self, n: int, k: int) -> tuple[int, int]:

@@ -88,8 +88,16 @@ def cpu_f32_pipeline() -> Pipeline:
     return cpu_pipeline("f32", "f32", "f32")
 
 
+def gpu_pipeline(weights: FloatName = "bf16", recipe: Sequence[str] = ()) -> Pipeline:
+    """That of GPU targets: as for CPUs, with weights as the lanes of a warp want them. The cache is bf16 at least."""
+    kv = "bf16" if weights == "f32" else weights
+    passes = cpu_pipeline(weights, weights, kv, recipe=recipe)
+    return tuple(ChooseLayoutsPass(grid=True) if isinstance(made, ChooseLayoutsPass) else made for made in passes)
+
+
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "simplify": simplify,
     "cpu": cpu_pipeline,
     "cpu-f32": cpu_f32_pipeline,
+    "gpu": gpu_pipeline,
 }

@@ -81,10 +81,15 @@ class Fragments:
         return max(1, self.group // CHUNK)
 
     @property
+    def code_bytes(self) -> int:
+        """Where scales begin when they lie behind the codes."""
+        return self.tiles * TILE * self.k * self.bits // 8
+
+    @property
     def nbytes(self) -> int:
         """Codes and scales."""
         scales = self.tiles * TILE * self.k // self.group * 2 if self.group else 0
-        return self.tiles * TILE * self.k * self.bits // 8 + scales
+        return self.code_bytes + scales
 
     # -- packing
 
@@ -96,7 +101,7 @@ class Fragments:
         padded = np.full((self.tiles * TILE, self.k), zero, numbers.dtype)
         padded[: self.n] = numbers
         tiles = padded.reshape(self.tiles, TILE, self.chunks, CHUNK).swapaxes(1, 2)
-        rows, columns = _places()
+        rows, columns = fragment_places()
         lanes = tiles[:, :, rows, columns]  # [tile, chunk, segment, product, lane, i]
         return self._words(lanes.astype(np.uint32)).reshape(-1).view(np.int32)
 
@@ -123,7 +128,7 @@ class Fragments:
         return np.ascontiguousarray(padded.reshape(shape).transpose(0, 3, 2, 1, 4)).reshape(-1)
 
 
-def _places() -> tuple[np.ndarray, np.ndarray]:
+def fragment_places() -> tuple[np.ndarray, np.ndarray]:
     """Row in the tile and column in the chunk of [segment, product, lane, i]."""
     s, m, lane, i = np.indices((2, 2, 32, 8))
     pair = i // 2

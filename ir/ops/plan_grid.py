@@ -22,31 +22,22 @@ from ir.types import INDEX, BufferType, Type
 
 @register_op
 class KVPlaneOp(PlaceOp):
-    """One plane of the KV cache of one layer. A layer has its planes one after another; all layers are of one size.
+    """One plane of the KV cache of one layer: every slot, every kv head. All layers are of one size.
 
-    %keys = plan.kv_plane {layer = 1, plane = 0, position_bytes = 512, before = 0, layer_bytes = 1024}
-        : () -> buffer<bf16>
+    %keys = plan.kv_plane {layer = 1, plane = 0, position_bytes = 512} : () -> buffer<bf16>
     """
 
     name = "plan.kv_plane"
     traits = (Pure,)
     layer = attr(int, "which layer")
     plane = attr(int, "which plane")
-    position_bytes = attr(int, "bytes of a position, all kv heads")
-    before = attr(int, "bytes of a position in the planes before it")
-    layer_bytes = attr(int, "bytes of a position in all planes")
-    least: ClassVar[dict[str, int]] = {"layer": 0, "plane": 0, "position_bytes": 1, "before": 0, "layer_bytes": 1}
-
-    def verify(self, diag: DiagnosticSink) -> None:
-        super().verify(diag)
-        if self.before + self.position_bytes > self.layer_bytes:
-            message = f"'{self.name}' of bytes {self.before}..{self.before + self.position_bytes} of a position"
-            diag.error(self.location, f"{message} that has {self.layer_bytes}")
+    position_bytes = attr(int, "bytes of a position, all kv heads; 0 where a plane does not grow", default=0)
+    slot_bytes = attr(int, "bytes of a slot that do not grow with its positions", default=0)
+    least: ClassVar[dict[str, int]] = {"layer": 0, "plane": 0, "position_bytes": 0, "slot_bytes": 0}
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
-        places = context.sizes["slots"] * context.sizes["ctx"]
-        start = places * (self.layer * self.layer_bytes + self.before)
-        return (context.place("kv cache", self.element, start, places * self.position_bytes),)
+        size = context.sizes["slots"] * (context.sizes["ctx"] * self.position_bytes + self.slot_bytes)
+        return (context.place(f"kv plane {self.plane}", self.element, self.layer * size, size),)
 
 
 @register_op

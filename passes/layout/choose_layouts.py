@@ -12,6 +12,10 @@ fewer rows than a strip, or one that would grow by more than `max_padding`, gets
 that a kernel sums. The gate | up pair in front of a swiglu is interleaved, half a strip of each (but no fewer than 16
 rows), so that one tile holds both halves of a pair.
 
+With `grid` the strips are those of GPUs: 16 rows and 64 columns in the order of a warp's lanes, or 8 rows of gate and 8
+of up where a swiglu follows the product. f32 weights, and bf16 ones of columns that are no multiple of 64, stay
+row-major.
+
 Options left at 0 follow `vector_bits`; that option left at 0 follows `PassContext.options["vector_bits"]`, else 512.
 Takes bare products and those in fused regions, dense and grouped; refuses weights computed from step inputs.
 """
@@ -33,6 +37,13 @@ from passes.fuse.forms import PRODUCTS, describe_gemm
 from passes.pass_base import FunctionPass, PassContext, register_pass
 
 MIN_ROWS = 16  # rows of the smallest strip: the matrix kernels sum 16 outputs at a time
+GRID_ROWS, GRID_COLUMNS, GRID_LANES = 16, 64, 32  # of a tile of the matrix unit, a chunk of it, and a warp
+
+
+def _columns(type: TensorType) -> int:
+    k = type.shape[-1]
+    assert isinstance(k, int), f"{type} has no fixed columns"
+    return k
 
 
 @register_pass
@@ -51,6 +62,7 @@ class ChooseLayoutsPass(FunctionPass):
     low_bit_rows: int = 0
     small_rows: int = 0
     max_padding: float = 0.1
+    grid: bool = False
 
     def __post_init__(self) -> None:
         rows = (self.bf16_rows, self.f16_rows, self.f32_rows, self.low_bit_rows, self.small_rows)
@@ -84,7 +96,15 @@ class ChooseLayoutsPass(FunctionPass):
         if not is_constant_expression(weight):
             rewriter.no_match(op, "the weight is computed from step inputs")
             return
+        if (
+            self.grid
+            and isinstance(type.element, PlainFormat)
+            and (type.element != BF16 or _columns(type) % GRID_COLUMNS)
+        ):
+            return  # row-major
         pairs = form.has_swiglu or any(isinstance(user, SwigluOp) for user in op.results[0].users)
+        if self.grid:
+            pairs = bool(form.epilogue) and isinstance(form.epilogue[0], SwigluOp)
         layout = self.layout_of(type, tensor_type(form.product.x).element, lanes, interleave=2 if pairs else 1)
         if layout is None:
             rewriter.no_match(op, f"there is no layout for weights of {type.element} and this activation")
@@ -101,6 +121,9 @@ class ChooseLayoutsPass(FunctionPass):
     def layout_of(self, type: TensorType, activation: NumberFormat, lanes: int, interleave: int = 1) -> Layout | None:
         """The layout of a weight [.., n, k] of `type` on registers of `lanes` f32; None for other formats."""
         n = type.shape[-2]
+        if self.grid:
+            pairs = interleave == 2 and isinstance(n, int) and n % GRID_ROWS == 0
+            return Layout(GRID_ROWS // 2 if pairs else GRID_ROWS, GRID_COLUMNS, 2 if pairs else 1, GRID_LANES)
         chosen = self._strip(type.element, activation, lanes)
         if chosen is None or not isinstance(n, int):
             return None

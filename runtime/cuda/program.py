@@ -134,11 +134,12 @@ class GpuProgram:
 
 @dataclass(frozen=True)
 class KVPlane:
-    """One plane of a layer's cache: [slots, heads, ctx] places of `bytes` each."""
+    """One plane of a layer's cache: [slots, heads, ctx] places of `bytes` each; a ring has `positions`, not ctx."""
 
     name: str
     heads: int
     bytes: int
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,17 @@ class KVPlan:
     @property
     def bytes_per_position(self) -> int:
         """Of one slot, all layers."""
-        return self.layers * sum(plane.heads * plane.bytes for plane in self.planes)
+        return self.layers * sum(plane.heads * plane.bytes for plane in self.planes if not plane.positions)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """What does not grow with the positions, all layers."""
+        return self.layers * sum(plane.heads * plane.bytes * plane.positions for plane in self.planes)
 
     def plane_bytes(self, plane: int, slots: int, ctx: int) -> int:
         """Of one plane of one layer."""
-        return slots * self.planes[plane].heads * ctx * self.planes[plane].bytes
+        found = self.planes[plane]
+        return slots * found.heads * (found.positions or ctx) * found.bytes
 
     def offset(self, layer: int, plane: int, slots: int, ctx: int) -> int:
         """Where a plane begins when layers lie one after another, each plane on a multiple of `ALIGNMENT`."""
@@ -213,7 +220,10 @@ class GpuStep:
             "kv": {
                 "layers": self.kv.layers,
                 "block": self.kv.block,
-                "planes": [{"name": p.name, "heads": p.heads, "bytes": p.bytes} for p in self.kv.planes],
+                "planes": [
+                    {"name": p.name, "heads": p.heads, "bytes": p.bytes, "positions": p.positions}
+                    for p in self.kv.planes
+                ],
             },
         }
 
@@ -324,7 +334,12 @@ class _Reader:
 
     def _kv(self, fields: Fields) -> KVPlan:
         planes = tuple(
-            KVPlane(plane.text("name"), plane.integer("heads", 1, 1 << 16), plane.integer("bytes", 1, 1 << 20))
+            KVPlane(
+                plane.text("name"),
+                plane.integer("heads", 1, 1 << 16),
+                plane.integer("bytes", 1, 1 << 20),
+                plane.integer("positions", 0, 1 << 30, 0),
+            )
             for plane in fields.children("planes", 16)
         )
         return KVPlan(fields.integer("layers", 0, 1 << 16), planes, fields.integer("block", 1, 1 << 16))

@@ -152,7 +152,7 @@ def low_level_environment() -> ProgramEnvironment:
     ids, logits, work = np.arange(4, dtype=np.int32), np.zeros(8, np.float32), np.zeros(4096, np.uint8)
     memories = {name: Memory(ids.copy(), name) for name in ("ids", "positions", "slots", "rows")}
     memories["logits"] = Memory(logits, "logits")
-    memories |= {name: Memory(work.copy(), name) for name in ("weights", "arena", "kv cache", "pieces")}
+    memories |= {name: Memory(work.copy(), name) for name in ("weights", "arena", "kv cache", "kv plane 1", "pieces")}
     kernel = FuncOp.create("nothing", [BufferType(F32), BufferType(F32), INDEX])
     Builder.at_end(kernel.block).insert(ReturnOp())
     alone = FuncOp.create("alone", [BufferType(F32), INDEX])

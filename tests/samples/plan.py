@@ -39,7 +39,8 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample(
         "plan.launch", "of_a_grid", stored(), 4, kernel=ALONE, writes=(0,), reads=(), grid="ceil(tokens, 4) * 2"
     ),
-    place("kv_plane", "values", HALVES, layer=1, plane=1, position_bytes=16, before=16, layer_bytes=32),
+    place("kv_plane", "values", HALVES, layer=1, plane=1, position_bytes=16),
+    place("kv_plane", "ring", HALVES, layer=0, plane=1, slot_bytes=64),
     place("pieces", "all", I_BUFFER),
     low_sample("plan.count", "tiles", size="min(tokens * 2, tokens + 7) + max(rows, 3)"),
     low_sample("plan.barrier", "one"),
@@ -48,7 +49,6 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("plan.await_kv", "first", number=0, layer=0),
     low_sample("plan.await_experts", "pairs", Stored(np.arange(8).astype(np.int32)), 8, number=1, piece=3, done=(2,)),
 )
-_PLANE = {"layer": 0, "plane": 0, "position_bytes": 16, "before": 16, "layer_bytes": 32}
 _LAUNCH = {"kernel": NOTHING, "writes": (1,), "reads": (0,)}
 _GLOBAL = "expected to give a global buffer of machine numbers, got"
 FAULTS: tuple[Fault, ...] = (
@@ -101,7 +101,6 @@ FAULTS: tuple[Fault, ...] = (
     fault("plan.count", "'tokens / 2' is no size; expected whole numbers, tokens, rows", size="tokens / 2"),
     fault("plan.count", "'ceil(4, 0)' divides by 0", size="ceil(4, 0)"),
     fault("plan.pieces", "expected to give buffer<i32>, got buffer<f32>", result_types=(F_BUFFER,)),
-    fault("plan.kv_plane", "expected plane >= 0, got -1", result_types=(HALVES,), **_PLANE | {"plane": -1}),
-    fault("plan.kv_plane", "bytes 24..40 of a position that has 32", result_types=(HALVES,), **_PLANE | {"before": 24}),
+    fault("plan.kv_plane", "expected plane >= 0, got -1", layer=0, plane=-1, result_types=(HALVES,)),
     fault("plan.launch", "argument 2 is neither in reads nor in writes", F_BUFFER, F_BUFFER, I_BUFFER, **_LAUNCH),
 )  # fmt: skip

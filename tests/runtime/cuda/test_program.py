@@ -49,7 +49,7 @@ def example() -> GpuStep:
         (CodeFiles("sm_90", "code/sm_90.ptx", "code/sm_90.cubin"), CodeFiles("sm_90a", "code/sm_90a.ptx")),
         (KernelInfo("decode_w4", 256, 4096, 65536),),
         (GpuProgram("decode", 16, 1024, (launch, plain), replays=True), GpuProgram("prefill", 512, 768, (plain,), 64)),
-        KVPlan(2, (KVPlane("keys", 2, 128), KVPlane("values", 2, 128))),
+        KVPlan(2, (KVPlane("keys", 2, 128), KVPlane("recent_keys", 2, 128, 96))),
     )
 
 
@@ -150,3 +150,6 @@ def test_planes_lie_one_after_another() -> None:
     assert kv.offset(0, 1, 2, 48) == 2 * 2 * 48 * 128
     assert kv.offset(1, 0, 2, 48) == kv.offset(0, 1, 2, 48) + 512  # 384 bytes, on a multiple of 256
     assert kv.nbytes(2, 48) == 3 * kv.offset(1, 0, 2, 48)
+    ring = KVPlan(3, (KVPlane("keys", 2, 128), KVPlane("recent_keys", 2, 64, 96)))
+    assert (ring.bytes_per_position, ring.bytes_per_slot) == (3 * 2 * 128, 3 * 2 * 64 * 96)
+    assert ring.plane_bytes(1, slots=2, ctx=48) == 2 * 2 * 96 * 64

@@ -19,6 +19,7 @@ import numpy as np
 from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
 from bench.gpu_device import DeviceArray, MeasuringDevice
+from bench.gpu_moe_cases import real_experts
 from bench.gpu_product_cases import real_products
 from bench.measure import median, table
 from codegen.nvptx.compile import compile_ptx
@@ -135,7 +136,7 @@ def report(device: MeasuringDevice, rows: Sequence[Measured], copy: float) -> st
 
 def all_cases() -> list[GpuCase]:
     """Every kernel at sizes of a real model."""
-    return [*real_cases(), *real_products(), *real_attention()]
+    return [*real_cases(), *real_products(), *real_attention(), *real_experts()]
 
 
 def main(

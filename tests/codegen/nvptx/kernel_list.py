@@ -18,12 +18,17 @@ from codegen.nvptx.kernels.int8 import (
     gemm_int8_kernel,
     quantize_rows_kernel,
 )
-from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
+from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
+from codegen.nvptx.kernels.moe_route import dispatch_kernel, route_kernel
+from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
+from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
+from codegen.nvptx.kernels.wide import wide_kernel
+from codegen.nvptx.kv_planes import KvPlanes
 from ir.formats import BF16, F16, F32, I8, I32, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
-from ir.types import VectorType
+from ir.types import KVCacheType, VectorType
 from tests.codegen.op_kernels import single
 from tests.samples.base import TOKENS, t
 
@@ -58,7 +63,25 @@ def kernels() -> tuple[GridKernel, ...]:
         join_kernel(HEADS, 8, "join"),
         rope_kernel(32, 128, BF16, "rope"),
         append_kernel(8, 128, BF16, "append"),
+        *_model_kernels(),
     )
+
+
+def _model_kernels() -> list[GridKernel]:
+    """What a step needs besides: caches in one go with rope, routers, products of 128 experts."""
+    low = GroupedIntFormat(4, 0)
+    caches = [("", KVCacheType(8, 128, BF16)), ("_kv8", KVCacheType(8, 128, GroupedIntFormat(8, 0)))]
+    caches.append(("_kv4", KVCacheType(8, 128, low, rotate=64, recent=16)))
+    forms = [(f"rope_append{end}", Projection(32, KvPlanes.of(c), HeadNorm(1e-6, False))) for end, c in caches]
+    made = [rope_table_kernel(64, 1.0, "rope_table"), *(rope_append_kernel(form, name) for name, form in forms)]
+    made += [wide_kernel(128, 2048, "router"), wide_kernel(128, 2048, "router_8", rows=8)]
+    made += [route_kernel(128, 8, True, F32, "route"), dispatch_kernel(128, 8, "dispatch")]
+    for end, format in (("w16", BF16), ("w8", Q8), ("w4", Q4)):
+        layout = Fragments.of(1536, 2048, format)
+        up = Experts(layout, layout.nbytes, 8, True, BF16)
+        made.append(grouped_decode_kernel(up, f"experts_{end}"))
+        made.append(grouped_gemm_kernel(up, f"experts_many_{end}", PackedShape.of(64)))
+    return made
 
 
 def one_of_each() -> GridKernel:

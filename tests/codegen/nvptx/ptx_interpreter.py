@@ -23,7 +23,7 @@ _TYPES: dict[str, Any] = {
         f"{kind}{bits}": np.dtype(f"{code}{bits // 8}")
         for kind, code in (("b", "u"), ("u", "u"), ("s", "i")) for bits in (16, 32, 64)
     },
-    "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "pred": np.dtype(bool),
+    "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "pred": np.dtype(bool),
 }  # fmt: skip
 _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
 _WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1}  # bytes of registers by their names
@@ -150,7 +150,9 @@ class PtxMachine:
             if operand in special:
                 return special[operand].astype(dtype)
             bits = self.registers[operand][who]
-            return bits if bits.dtype == bool else bits.view(dtype)
+            if bits.dtype == bool:
+                return bits
+            return bits.astype(f"u{min(bits.itemsize, dtype.itemsize)}").view(dtype)  # a wide register's low part
         if operand.startswith(("0f", "0d")):
             return np.full(len(who), np.array([int(operand[2:], 16)], f"u{dtype.itemsize}").view(dtype)[0])
         if re.fullmatch(r"-?\d+", operand):
@@ -199,12 +201,19 @@ class PtxMachine:
             made = values[0] * values[1] + (values[2] if name == "mad" else 0)
         elif name == "mul" and words[1] == "wide":
             made = values[0].astype(f"{values[0].dtype.kind}8") * values[1].astype(f"{values[0].dtype.kind}8")
+        elif name == "mul" and words[1:] in (("hi", "s32"), ("hi", "u32")):
+            kind = f"{values[0].dtype.kind}8"
+            made = (values[0].astype(kind) * values[1].astype(kind)) >> np.array(32, kind)
         elif name == "fma":
             made = np.asarray(FmaOp.reference(*values))
         elif name in ("div", "rcp"):
             made = self._quotient(*(values if name == "div" else (np.ones_like(values[0]), values[0])))
         elif name == "sqrt":
             made = np.sqrt(values[0])
+        elif name == "neg":
+            made = -values[0]
+        elif name == "abs":
+            made = np.abs(values[0])
         elif name == "ex2":
             made = np.exp2(values[0].astype(np.float64)).astype(np.float32)
             made[made < np.float32(2.0**-126)] = 0

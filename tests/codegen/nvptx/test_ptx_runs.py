@@ -11,21 +11,41 @@ import pytest
 
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
+from bench.gpu_moe_cases import small_experts
 from bench.gpu_product_cases import small_products
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.kernels.attention_decode import join_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
-from codegen.nvptx.kernels.rope import append_kernel, rope_kernel
+from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
+from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
+from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.lowering import shared_bytes
-from ir.formats import BF16, F16
+from ir.formats import BF16, F16, GroupedIntFormat
 from ir.grid_interpreter import interpret_grid
+from ir.types import KVCacheType
 from tests.codegen.nvptx.kernel_list import one_of_each
 from tests.codegen.nvptx.ptx_interpreter import run_ptx
 from tests.samples.base import normal
 
-CASES = [*small_cases(), *small_products(), *small_attention()]
+CASES = [*small_cases(), *small_products(), *small_attention(), *small_experts()]
+Q8, Q4 = GroupedIntFormat(8, 0), GroupedIntFormat(4, 0)
 TOKENS = np.array([1, 0], np.int32)
+
+
+def rope_append(name: str, cache: KVCacheType, norm: HeadNorm | None) -> tuple[GridKernel, int, list[Any]]:
+    kv = KvPlanes.of(cache)
+    form = Projection(2 * kv.heads, kv, norm, (-1.0, 1.0))
+    wide = norm is not None and norm.over_rows
+    gains = [normal(n * kv.width if wide else kv.width) for n in (form.heads, kv.heads)] if norm is not None else []
+    planes = [np.zeros((2, kv.heads, p.positions or 16, p.row), p.element.dtype) for p in kv.planes]
+    arguments = [
+        normal(2, form.columns), normal(2, kv.width // 2, seed="c"), normal(2, kv.width // 2, seed="s"), TOKENS, TOKENS,
+        *gains, np.zeros((2, form.heads, kv.stored), kv.element.dtype), *planes, 2, 16,
+    ]  # fmt: skip
+    return rope_append_kernel(form, name), form.blocks(2), arguments
+
+
 # Kernel, blocks, arguments: what the cases have not.
 OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (
     (one_of_each(), 2, [normal(2 * 64 * 8, element=BF16, scale=0.1), np.zeros(8 * 128, np.float32), 2 * 64 * 8 - 4]),
@@ -39,6 +59,14 @@ OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (
         [*(normal(2, 2, 16, seed=s, element=BF16) for s in "kv"), TOKENS, TOKENS,
          *(np.zeros((2, 2, 4, 16)).astype(BF16.dtype) for _ in "kv"), 4],
     ),
+    (
+        rope_table_kernel(12, 1.25, "rope_table"), 3,
+        [np.array([0, 77, 131071], np.int32), 1e4 ** (np.arange(12) / -12),
+         *(np.zeros((3, 12), np.float32) for _ in "cs")],
+    ),
+    rope_append("rope_append", KVCacheType(2, 24, BF16), HeadNorm(1e-6, True)),
+    rope_append("rope_append8", KVCacheType(2, 80, Q8), None),
+    rope_append("rope_append4", KVCacheType(1, 128, Q4, rotate=64, recent=16), HeadNorm(1e-5, False)),
     (
         join_kernel(AttentionShape(2, 1, 64), 3, "join"), 2,
         [normal(2, 3, 64), np.abs(normal(2, 3, 2, seed="sums")), np.zeros((2, 64), np.float32)],

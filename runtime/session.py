@@ -67,6 +67,8 @@ class Session:
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
     """
 
+    device_name = architecture = ""  # of a GPU
+
     def __init__(
         self,
         path: str | os.PathLike[str],

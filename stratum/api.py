@@ -111,7 +111,7 @@ def load(
     threads: int | None = None,
     max_context: int | None = None,
     verify: bool = False,
-    target: str = "host",
+    target: str | None = None,
     dtype: str = "bf16",
     pipeline: str | None = None,
     recipe: str | None = None,
@@ -122,6 +122,8 @@ def load(
     plan: str | os.PathLike[str] | None = None,
     routing: RoutingListener | None = None,
     kv_dir: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    device_memory: int | str | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
@@ -136,14 +138,30 @@ def load(
     `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
     budget has no room for. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
     too small.
+
+    `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
+    `stratum.device_choice`; the model's `device_choice` says what was chosen. `device_memory` bounds what may be used
+    of the GPU's. `target` defaults to host, or to any GPU.
     """
     from runtime.artifact import is_artifact, open_artifact
+    from stratum.device_choice import GPU_TARGET, choose_device
     from stratum.model import Model
 
-    options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline, "recipe": recipe}
+    choice = choose_device(
+        Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
+        target=target, threads=threads, memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing,
+    )  # fmt: skip
+    on_gpu = choice.device == "cuda"
+    options: dict[str, Any] = {
+        "target": target or (GPU_TARGET if on_gpu else "host"),
+        "dtype": dtype,
+        "pipeline": pipeline,
+        "recipe": recipe,
+    }
     options |= {"progress": progress, "warn": warn}
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
+    opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 
@@ -171,13 +189,13 @@ def load(
         return Model(artifact, **opened)
 
 
-def memory_bytes(memory: int | str | None) -> int | None:
+def memory_bytes(memory: int | str | None, where: str = "--memory") -> int | None:
     """Bytes of a budget given as a number or a text ("2GiB", "1500MB"). Raises DiagnosticError for other texts."""
     if memory is None or isinstance(memory, int):
         return memory
     from hw_targets.quantities import parse_quantity
 
-    return int(parse_quantity(memory, "bytes", where="--memory"))
+    return int(parse_quantity(memory, "bytes", where=where))
 
 
 def _target_key(target: str) -> list[str]:

@@ -19,6 +19,7 @@ from ir.diagnostics import DiagnosticError
 
 if TYPE_CHECKING:
     from hw_targets.calibrate import Calibration
+    from runtime.cuda.session import CudaSession
     from runtime.manifest import Manifest, ProgramInfo
     from runtime.session import Session
 
@@ -54,13 +55,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """Nanoseconds of every repetition, and the work done in each. `ttft_ns`: the first step of a pp or tg test."""
+    """Nanoseconds of every repetition, and the work done in each. `first_step_ns`: of a test's first step."""
 
     test: BenchTest
     threads: int
     samples_ns: tuple[int, ...]
     first_step_ns: tuple[int, ...]
     work: Work
+    backend: str = "stratum CPU"
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
@@ -119,7 +121,7 @@ def check_context(tests: list[BenchTest], max_context: int, where: str) -> int:
     return needed
 
 
-def measure(session: Session, test: BenchTest, repetitions: int) -> Result:
+def measure(session: Session | CudaSession, test: BenchTest, repetitions: int) -> Result:
     """Runs one test in slot 0: the depth is filled once, then every repetition goes back to it."""
     ids = _token_ids(test.depth + test.tokens, session.vocab_size)
     session.release(0)
@@ -131,10 +133,11 @@ def measure(session: Session, test: BenchTest, repetitions: int) -> Result:
         if repetition:  # the first run touches memory for the first time
             samples.append(total)
             firsts.append(first)
-    return Result(test, session.threads, tuple(samples), tuple(firsts), work_of(session.manifest, test))
+    backend = f"stratum {session.device_name or 'CPU'}"
+    return Result(test, session.threads, tuple(samples), tuple(firsts), work_of(session.manifest, test), backend)
 
 
-def _once(session: Session, test: BenchTest, ids: np.ndarray) -> tuple[int, int]:
+def _once(session: Session | CudaSession, test: BenchTest, ids: np.ndarray) -> tuple[int, int]:
     """(nanoseconds of the test, of its first step)."""
     start = time.perf_counter_ns()
     if test.num_prompt:
@@ -149,7 +152,7 @@ def _once(session: Session, test: BenchTest, ids: np.ndarray) -> tuple[int, int]
     return time.perf_counter_ns() - start, first
 
 
-def _step(session: Session, ids: np.ndarray, start: int) -> None:
+def _step(session: Session | CudaSession, ids: np.ndarray, start: int) -> None:
     """One step of consecutive positions of slot 0; the logits of the last are wanted."""
     count = len(ids)
     positions = np.arange(start, start + count, dtype=np.int32)
@@ -214,7 +217,7 @@ def markdown(manifest: Manifest, results: list[Result], calibration: Calibration
         latency = result.ttft_ms if result.ttft_ms is not None else result.tpot_ms
         rows.append(
             [
-                f"{facts.get('name')} {manifest.dtype}", size, params, "stratum CPU", str(result.threads),
+                f"{facts.get('name')} {manifest.dtype}", size, params, result.backend, str(result.threads),
                 result.test.name, f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}", f"{latency:.2f}",
                 _percent(bandwidth), _percent(peak),
             ]
@@ -247,7 +250,7 @@ def json_fields(manifest: Manifest, result: Result, calibration: Calibration | N
     return {
         "build_commit": manifest.stratum_version,
         "cpu_info": cpu_model(),
-        "backends": "stratum CPU",
+        "backends": result.backend,
         "model_filename": str(manifest.model.get("name")),
         "model_type": f"{manifest.model.get('family')} {manifest.dtype}",
         "model_size": manifest.weights.bytes,

@@ -24,14 +24,17 @@ from runtime.generation import generate as generate_tokens
 from runtime.kv_stream import KVStreamOptions
 from runtime.sampling import SamplingParams
 from runtime.session import Session
+from stratum.device_choice import DeviceChoice, refuse_cpu_options, refused_on_gpus
 
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
     from frontends.tokenizer import Tokenizer
+    from runtime.cuda.session import CudaSession
     from runtime.prompt_cache import CachedGeneration
     from runtime.step_reader import RoutingListener
     from runtime.trace import Profile
     from stratum.memory_plan import MemoryPlan
+    from stratum.progress import Progress
 
 Message = Mapping[str, Any]
 
@@ -114,7 +117,10 @@ class Model:
 
     `memory`: bytes that the process may use; weights that do not fit are read as they are needed. `plan`: a file of
     `compile-model plan` that says what stays and what is read, by default as much as fits its own budget. `kv_dir`: a
-    folder for what a budget has no room for of the KV cache of `max_context` positions.
+    folder for what a budget has no room for of the KV cache of `max_context` positions. None of the three is for GPUs.
+
+    `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
+    bytes. `progress` is told of weights on their way there.
     """
 
     def __init__(
@@ -129,8 +135,17 @@ class Model:
         plan: str | os.PathLike[str] | None = None,
         routing: RoutingListener | None = None,
         kv_dir: str | os.PathLike[str] | None = None,
+        device: str | DeviceChoice = "cpu",
+        device_memory: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.path = Path(path)
+        self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
+        if self.device_choice.device == "cuda":
+            refuse_cpu_options(memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads)
+            self.session: Session | CudaSession = _on_gpu(path, max_context, verify, device_memory, progress)
+            self.manifest = self.session.manifest
+            return
         stream = kv_stream = None
         if memory is not None or plan is not None:
             planned = self._plan(memory, max_context, expert_policy, plan)
@@ -267,6 +282,8 @@ class Model:
             return Generation(ids, generate_tokens(self.session, ids, params, **ends))
         from runtime.prompt_cache import CachedGeneration, PromptCache
 
+        if not isinstance(self.session, Session):
+            raise refused_on_gpus(["--prompt-cache"])
         cached = CachedGeneration(PromptCache(prompt_cache, self.session), ids, params, **ends)
         return Generation(ids, cached.events(), cached)
 
@@ -283,3 +300,11 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _on_gpu(
+    path: str | os.PathLike[str], max_context: int | None, verify: bool, memory: int | None, progress: Progress | None
+) -> CudaSession:
+    from runtime.cuda.session import CudaSession
+
+    return CudaSession(path, max_context=max_context, verify=verify, memory=memory, progress=progress)

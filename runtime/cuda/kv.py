@@ -103,9 +103,11 @@ class GpuKV:
         for layer in range(plan.layers):
             for number, plane in enumerate(plan.planes):
                 first = plan.offset(layer, number, self.slots, self.capacity)
-                rows = first + (slot * plane.heads + np.arange(plane.heads)) * self.capacity * plane.bytes
+                room = plane.positions or self.capacity
+                used = plane.positions or positions  # of a ring all
+                rows = first + (slot * plane.heads + np.arange(plane.heads)) * room * plane.bytes
                 starts.append(rows // self._granule)
-                ends.append((rows + positions * plane.bytes - 1) // self._granule)
+                ends.append((rows + used * plane.bytes - 1) // self._granule)
         if not starts or positions == 0:
             return np.empty(0, np.int64)
         spans = zip(np.concatenate(starts).tolist(), np.concatenate(ends).tolist(), strict=True)

@@ -32,7 +32,7 @@ from runtime.cuda.program import GpuProgram, GpuStep
 from runtime.cuda.weights import LoadProgress, ResidentWeights, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
-from runtime.session_parts import checked_context, checked_count, mebibytes
+from runtime.session_parts import check_ring, checked_context, checked_count, mebibytes
 from runtime.step_inputs import StepInputs, check_step
 
 MAX_SLOTS = 1 << 16
@@ -123,6 +123,7 @@ class CudaSession:
             self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)
             self.vocab_size = self.manifest.vocab_size
             self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
+            self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
             if held.device is None:
                 held.device = open_device(limit_bytes=memory)
             self._acquire(held.device, weights, progress)
@@ -176,6 +177,7 @@ class CudaSession:
         with self._lock:
             device = self._check_usable()
             inputs.check_continues(self._filled)
+            check_ring(self.manifest.kv, inputs, self._newest, self._where)
             device.enter()
             self._make_room(inputs)
             self._run_all(inputs, inputs.rows[order], target)
@@ -218,6 +220,7 @@ class CudaSession:
                 self._broken = device.lost
                 raise
             self._filled[slots] = positions + 1  # ascending by slot: the last wins
+            np.maximum.at(self._newest, slots, positions)
         if profile is not None and times is not None:
             profile.add_step(program, len(ids), len(rows), times)
 
@@ -247,7 +250,7 @@ class CudaSession:
             self._check_usable().enter()
             assert self.executor.kv is not None
             with uninterrupted():
-                self._filled[slot] = 0
+                self._filled[slot], self._newest[slot] = 0, -1
                 return self.executor.kv.release(slot)
 
     def _checked_slot(self, slot: int) -> int:

@@ -9,10 +9,13 @@ import click
 
 from stratum.cli.bench_formats import bench_formats, formats_options, refuse_without_formats
 from stratum.cli.options import DTYPES, NumberList, recipe_option
+from stratum.device_choice import DEVICES, GPU_TARGET, choose_device
 
 if TYPE_CHECKING:
     from hw_targets.calibrate import Calibration
+    from runtime.cuda.session import CudaSession
     from runtime.manifest import Manifest
+    from runtime.session import Session
     from stratum.benchmark import BenchTest, Result
 
 DISTURBED = 0.1  # spread of a calibration above which the machine was busy meanwhile
@@ -29,6 +32,8 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 @click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
+@click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
@@ -46,6 +51,8 @@ def bench(
     threads: tuple[int, ...] | None,
     memory: str | None,
     plan_file: Path | None,
+    device: str,
+    device_memory: str | None,
     output: str,
     jsonl: Path | None,
     no_calibration: bool,
@@ -61,14 +68,17 @@ def bench(
 ) -> None:
     """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
     from runtime.artifact import open_artifact
+    from runtime.cuda.session import CudaSession
     from stratum import api, benchmark
     from stratum.cli.run import refuse_build_options
     from stratum.progress import make_reporter
 
     table = {"recipes": recipes, "text": text, "chunks": chunks, "as_json": as_json}
     if formats:
-        if recipe is not None or output != "md" or jsonl is not None or no_calibration:
-            raise click.UsageError("--formats goes with neither --recipe, --output, --jsonl nor --no-calibration")
+        if recipe is not None or output != "md" or jsonl is not None or no_calibration or device != "cpu":
+            raise click.UsageError(
+                "--formats goes with none of --recipe, --output, --jsonl, --no-calibration, --device"
+            )
         bench_formats(
             model, n_prompt=n_prompt, n_gen=n_gen, n_depth=n_depth, threads=threads, repetitions=repetitions,
             dtype=dtype, target=target, quiet=quiet, **table,
@@ -76,11 +86,19 @@ def bench(
         return
     refuse_without_formats(table)
     refuse_build_options(model, dtype=dtype, target=target, recipe=recipe)
+    limit = api.memory_bytes(device_memory, "--device-memory")
+    choice = choose_device(
+        model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
+        threads=threads, memory=memory, plan=plan_file,
+    )  # fmt: skip
+    on_gpu = choice.device == "cuda"
+    if choice.why and not quiet:
+        click.echo(f"device: {choice.device}, since {choice.why}", err=True)
     with make_reporter(quiet=quiet) as reporter:
         path = api.ensure_built(
             model,
             dtype=dtype or "bf16",
-            target=target or "host",
+            target=target or (GPU_TARGET if on_gpu else "host"),
             recipe=recipe,
             progress=reporter,
             warn=lambda m: click.echo(m, err=True),
@@ -93,10 +111,15 @@ def bench(
     results: list[Result] = []
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
-        measured = _measure(path, tests, count, context, repetitions, quiet, api.memory_bytes(memory), plan_file)
+        if on_gpu:
+            opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit)
+        else:
+            opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file)
+        with opened as session:
+            measured = _measure(session, tests, repetitions, quiet)
         results += measured
         used = measured[0].threads
-        calibrations[used] = None if no_calibration else _calibration(used)
+        calibrations[used] = None if no_calibration or on_gpu else _calibration(used)
         _emit_records(manifest, measured, calibrations[used], output, jsonl)
     if output == "md":
         for count, calibration in calibrations.items():
@@ -118,34 +141,32 @@ def _limits_text(calibration: Calibration) -> str:
     return text
 
 
-def _measure(
-    path: Path,
-    tests: list[BenchTest],
-    count: int | None,
-    context: int,
-    repetitions: int,
-    quiet: bool,
-    memory: int | None = None,
-    plan_file: Path | None = None,
-) -> list[Result]:
+def _on_cpu(path: Path, count: int | None, context: int | None, memory: int | None, plan_file: Path | None) -> Session:
+    """A session of `count` threads, with what a budget or a plan leaves in memory."""
     from runtime.session import Session
-    from stratum import benchmark
     from stratum.memory_plan import plan_for
     from stratum.stream_placement import stream_for
 
-    results, plan = [], None
+    plan = None
     if plan_file is not None:
         plan = stream_for(path, plan_file, memory, context).stream
     elif memory is not None:
         plan = plan_for(path, memory, context).stream
-    with Session(path, threads=count, max_context=context, stream=plan) as session:
-        for test in tests:
-            if not quiet:
-                click.echo(f"{test.name}, {session.threads} threads", err=True)
-            before = session.streamer.report() if session.streamer else None
-            results.append(benchmark.measure(session, test, repetitions))
-            if session.streamer is not None and before is not None and not quiet:
-                click.echo(str(session.streamer.report().since(before)), err=True)
+    return Session(path, threads=count, max_context=context, stream=plan)
+
+
+def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions: int, quiet: bool) -> list[Result]:
+    from stratum import benchmark
+
+    results = []
+    where = session.device_name or f"{session.threads} threads"
+    for test in tests:
+        if not quiet:
+            click.echo(f"{test.name}, {where}", err=True)
+        before = session.streamer.report() if session.streamer else None
+        results.append(benchmark.measure(session, test, repetitions))
+        if session.streamer is not None and before is not None and not quiet:
+            click.echo(str(session.streamer.report().since(before)), err=True)
     return results
 
 

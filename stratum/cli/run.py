@@ -14,14 +14,18 @@ from ir.diagnostics import DiagnosticError
 from runtime.eviction import POLICIES
 from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import DTYPES, output_options, recipe_option
+from stratum.device_choice import DEVICES
 
 if TYPE_CHECKING:
+    from runtime.cuda.session import CudaSession
     from runtime.manifest import Manifest
     from runtime.sampling import SamplingParams
     from runtime.session import Session
     from stratum.model import Generation, Model
     from stratum.progress import Reporter
     from stratum.routing_recorder import RoutingRecorder
+
+    AnySession = Session | CudaSession
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -54,6 +58,8 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option(
     "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="With --memory: for KV it has no room for."
 )
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
+@click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
 @click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="FILE", help="Keep the prompt's KV there.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
@@ -78,6 +84,8 @@ def run(
     plan_file: Path | None,
     expert_policy: str | None,
     kv_dir: Path | None,
+    device: str,
+    device_memory: str | None,
     prompt_cache: Path | None,
     record_routing: Path | None,
     trace: Path | None,
@@ -106,6 +114,7 @@ def run(
         shown = {"reporter": reporter, "as_json": as_json, "quiet": quiet}
         recorder = RoutingRecorder() if record_routing is not None else None
         options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown)}
+        options["target"] = target
         loaded = api.load(
             model,
             threads=threads,
@@ -118,6 +127,8 @@ def run(
             plan=plan_file,
             routing=recorder,
             kv_dir=kv_dir,
+            device=device,
+            device_memory=device_memory,
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
@@ -178,9 +189,10 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
     """What was chosen, in two lines: the code, and the memory and sampling."""
     from stratum.progress import format_bytes, format_count
 
-    manifest, session = model.manifest, model.session
+    manifest, session, choice = model.manifest, model.session, model.device_choice
     memory = session.memory()
-    instructions = instruction_set(frozenset(manifest.target.features))
+    on_gpu = choice.device == "cuda"
+    instructions = "GPU" if on_gpu else instruction_set(frozenset(manifest.target.features))
     if as_json:
         reporter.event(
             "chosen",
@@ -188,6 +200,9 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
             model=manifest.model.get("name"),
             target=manifest.target.name,
             instructions=instructions,
+            device=choice.device,
+            device_name=session.device_name,
+            device_why=choice.why,
             threads=session.threads,
             dtype=manifest.dtype,
             recipe=manifest.raw.get("recipe", ""),
@@ -199,10 +214,15 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
             streaming=json.loads(session.streamer.plan.to_json()) if session.streamer else None,
         )
         return
+    if choice.why:
+        click.echo(f"device: {choice.device}, since {choice.why}", err=True)
+    runs = f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}"
+    if on_gpu:
+        runs = f"on {session.device_name} ({session.architecture})"
     parameters = f"{format_count(manifest.model.get('parameters') or 0)} parameters in {formats_of(manifest)}"
     click.echo(
         f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "
-        f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}\n"
+        f"{runs}\n"
         f"memory: weights {format_bytes(memory.weights)} {_kept(session)}, "
         f"KV cache up to {format_bytes(memory.kv_reserved)} {_kv_kept(session)}for "
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
@@ -210,12 +230,12 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
     )
 
 
-def _kept(session: Session) -> str:
+def _kept(session: AnySession) -> str:
     """How the weights are held, in a few words."""
     from stratum.progress import format_bytes
 
     if session.streamer is None:
-        return "mapped"
+        return "on the GPU" if session.device_name else "mapped"
     plan, report = session.streamer.plan, session.streamer.report()
     parts = [f"{format_bytes(report.resident_bytes)} of them stay"]
     if plan.window_bytes:
@@ -225,7 +245,7 @@ def _kept(session: Session) -> str:
     return f"under {format_bytes(plan.budget_bytes)}: {', '.join(parts)}"
 
 
-def _kv_kept(session: Session) -> str:
+def _kv_kept(session: AnySession) -> str:
     """What of the KV cache stays in memory, where that is not all."""
     from stratum.progress import format_bytes
 
@@ -234,7 +254,7 @@ def _kv_kept(session: Session) -> str:
     return f"({format_bytes(session.kv_stream.options.limit_bytes)} of it in memory) "
 
 
-def _tell_streaming(session: Session, reporter: Reporter, quiet: bool, as_json: bool) -> None:
+def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_json: bool) -> None:
     """What was read, and what it cost."""
     if session.streamer is None:
         return

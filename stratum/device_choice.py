@@ -1,0 +1,112 @@
+"""Which device runs a model: the CPU, a GPU, or whichever can.
+
+`choose_device` turns what was asked for (`cpu`, `cuda`, `auto`) into `cpu` or `cuda` and says why. `auto` takes what an
+artifact was built for; a directory goes to a GPU when one is there and the model fits into its free memory, else to the
+CPU. Options that only one of the two has decide too, and are refused with the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ir.diagnostics import DiagnosticError
+from runtime.cuda.driver import NoDevice, OutOfDeviceMemory
+
+DEVICES = ("cpu", "cuda", "auto")
+GPU_TARGET = "cuda"  # any NVIDIA GPU that kernels are made for
+FITS_WITH = 0.9  # of the free memory: the rest is for cache and activations
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """`device` is cpu or cuda; `why` is a line where the choice was ours, else empty."""
+
+    device: str
+    why: str = ""
+
+
+def choose_device(
+    model: Path,
+    asked: str,
+    *,
+    device_memory: int | None = None,
+    dtype: str = "bf16",
+    recipe: str | None = None,
+    target: str | None = None,
+    **only_cpu: object,
+) -> DeviceChoice:
+    """Where `model`, an artifact or a directory, runs. `only_cpu`: options, by name, that GPUs do not have; None where
+    not given. Raises DiagnosticError for options that go with another device than the one asked for."""
+    from runtime.artifact import is_artifact
+
+    if asked not in DEVICES:
+        raise DiagnosticError(f"unknown device {asked!r}", expected=", ".join(DEVICES))
+    if asked == "cuda":
+        refuse_cpu_options(**only_cpu)
+    if asked == "cpu" and device_memory is not None:
+        raise DiagnosticError("--device-memory goes with --device cuda or auto", hint="--memory bounds the CPU's")
+    if asked != "auto":
+        return DeviceChoice(asked)
+    if is_artifact(model):
+        return _as_built(model)
+    given = _given(only_cpu)
+    if given:
+        return DeviceChoice("cpu", f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} not for GPUs")
+    if target is not None:
+        return DeviceChoice("cuda" if is_gpu_target(target) else "cpu", f"built for {target}")
+    return _as_it_fits(model, device_memory, dtype, recipe)
+
+
+def _as_built(model: Path) -> DeviceChoice:
+    from runtime.artifact import open_artifact
+
+    name = open_artifact(model).manifest.target
+    return DeviceChoice("cuda" if name.is_gpu else "cpu", f"the artifact was built for {name.name}")
+
+
+def _as_it_fits(model: Path, device_memory: int | None, dtype: str, recipe: str | None) -> DeviceChoice:
+    """By asking the GPU what it has free, and the passes how many bytes the weights take."""
+    from passes.quantize.recipe import load_recipe
+    from runtime.cuda.device import open_device
+    from stratum.progress import format_bytes
+    from stratum.weights_file import weights_file_bytes
+
+    try:
+        device = open_device(limit_bytes=device_memory)
+    except (NoDevice, OutOfDeviceMemory) as fault:
+        return DeviceChoice("cpu", fault.message)
+    name, free = device.name, device.free_bytes()
+    device.close()
+    needed = weights_file_bytes(model, load_recipe(recipe or "none"), dtype=dtype)
+    if needed > FITS_WITH * free:
+        return DeviceChoice(
+            "cpu", f"the weights take {format_bytes(needed)}, {name} has {format_bytes(free)} that may be used"
+        )
+    return DeviceChoice("cuda", f"{name} has {format_bytes(free)} free, the weights take {format_bytes(needed)}")
+
+
+def is_gpu_target(target: str) -> bool:
+    """Whether code for that target is for GPUs. Raises DiagnosticError for an unknown name."""
+    import hw_targets
+
+    return hw_targets.load(target).llvm_triple.startswith("nvptx")
+
+
+def refuse_cpu_options(**options: object) -> None:
+    """Raises DiagnosticError for the options given (not None) that GPUs do not have."""
+    given = _given(options)
+    if given:
+        raise refused_on_gpus(given)
+
+
+def refused_on_gpus(names: list[str]) -> DiagnosticError:
+    """For options that GPUs do not have."""
+    verb = "is" if len(names) == 1 else "are"
+    return DiagnosticError(
+        f"{', '.join(names)} {verb} not for GPUs", hint="run on the CPU (--device cpu), or leave it out"
+    )
+
+
+def _given(options: dict[str, object]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]

@@ -1,0 +1,114 @@
+"""Where models run: `--device`, what `auto` takes and why, and what goes with one device only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stratum
+from ir.diagnostics import DiagnosticError
+from runtime.cuda import driver as cuda_driver
+from runtime.cuda.driver import NoDevice
+from runtime.cuda.session import CudaSession
+from stratum.cli import main
+from stratum.device_choice import choose_device
+from stratum.model import Model
+from tests.runtime.cuda.emulated_driver import EmulatedDriver
+from tests.runtime.cuda.toy_model import emulated_driver, write_toy
+from tests.runtime.fake_artifact import greedy_tokens, write_artifact
+from tests.stratum.tiny_model import write_model
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EmulatedDriver]:
+    """Makes a GPU that is found as a real one would be."""
+
+    def make(**options: Any) -> EmulatedDriver:
+        made = emulated_driver(**options)
+        monkeypatch.setattr(cuda_driver, "import_driver", lambda: made)
+        return made
+
+    return make
+
+
+def test_auto_takes_what_an_artifact_was_built_for(toy: Path, tmp_path: Path) -> None:
+    found = choose_device(toy, "auto")
+    assert (found.device, found.why) == ("cuda", "the artifact was built for h100")
+    built = write_artifact(tmp_path / "fake")
+    assert choose_device(built, "auto").device == "cpu"
+
+
+def test_auto_asks_the_gpu(checkpoint: Path, gpu: Callable[..., EmulatedDriver], monkeypatch: Any) -> None:
+    driver = gpu()
+    found = choose_device(checkpoint, "auto")
+    assert found.device == "cuda" and "emulated GPU has 1 GiB free" in found.why
+    found = choose_device(checkpoint, "auto", device_memory=1000)
+    assert found.device == "cpu" and "emulated GPU has 0.977 KiB that may be used" in found.why
+    assert driver.leaks() == []
+    gpu(devices=0)
+    assert choose_device(checkpoint, "auto").why == "the NVIDIA driver finds no GPU"
+
+    def missing() -> None:
+        raise NoDevice("the package cuda-bindings is not installed")
+
+    monkeypatch.setattr(cuda_driver, "import_driver", missing)
+    found = choose_device(checkpoint, "auto")
+    assert (found.device, found.why) == ("cpu", "the package cuda-bindings is not installed")
+
+
+def test_options_decide_too(checkpoint: Path) -> None:
+    assert choose_device(checkpoint, "auto", memory="1GiB", threads=None).why == "--memory is not for GPUs"
+    assert choose_device(checkpoint, "auto", target="host").device == "cpu"
+    with pytest.raises(DiagnosticError, match="--kv-dir, --plan are not for GPUs"):
+        choose_device(checkpoint, "cuda", kv_dir="x", plan="y")
+    with pytest.raises(DiagnosticError, match="--device-memory goes with --device cuda"):
+        choose_device(checkpoint, "cpu", device_memory=5)
+    with pytest.raises(DiagnosticError, match="unknown device 'tpu'"):
+        choose_device(checkpoint, "tpu")
+
+
+def test_a_model_on_a_gpu(toy: Path, gpu: Callable[..., EmulatedDriver]) -> None:
+    driver = gpu()
+    with stratum.load(toy, device="cuda", max_context=100) as model:
+        assert isinstance(model.session, CudaSession) and model.session.max_context == 100
+        assert [event.token for event in stratum_tokens(model, [1, 2, 3], 5)] == greedy_tokens([1, 2, 3], 5)
+    assert driver.leaks() == []
+    with pytest.raises(DiagnosticError, match="--threads is not for GPUs"):
+        stratum.load(toy, device="cuda", threads=2)
+
+
+def stratum_tokens(model: Model, prompt: list[int], count: int) -> list[Any]:
+    """Greedy tokens; the toy has no tokenizer."""
+    from runtime.generation import GenerationParams, generate
+
+    return list(generate(model.session, prompt, GenerationParams(max_tokens=count)))
+
+
+def test_bench_on_a_gpu(toy: Path, gpu: Callable[..., EmulatedDriver], capsys: pytest.CaptureFixture[str]) -> None:
+    driver = gpu()
+    arguments = ["bench", str(toy), "--device", "cuda", "-p", "20", "-n", "3", "-r", "1", "--device-memory", "64MiB"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "| stratum emulated GPU |" in out and "tg3, emulated GPU" in err
+    assert driver.leaks() == []
+
+
+def test_a_machine_without_gpu_says_so(
+    toy: Path, gpu: Callable[..., EmulatedDriver], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu(capability=75)
+    assert main(["run", str(toy), "hello", "--device", "cuda"]) == 2
+    assert "emulated GPU is sm_75" in capsys.readouterr().err

@@ -113,7 +113,7 @@ class _RowQuantizer:
         assert out.scales is not None and out.starts is not None
         groups = self.stride // self.group
         segments = self.group // self.segment
-        values = out.values.at(row * self.stride)
+        values = out.values.at(row * (out.pitch or self.stride))
         scales = out.scales.at(row * groups)
         starts = out.starts.at(row * (groups * segments))
         each = groups // pieces

@@ -26,6 +26,7 @@ from codegen.kernels.call import (
 )
 from codegen.kernels.math import clip, silu
 from codegen.kernels.micro import LANES
+from codegen.kernels.packed import ASKING, Ahead
 from codegen.kernels.products import Product, product_of
 from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
 from ir.core import Op, Value
@@ -228,13 +229,16 @@ class _TileEmitter:
                 with k.when(size.compare("eq", count)):
                     self.tile(strips, column, source_row, start, count, self.ahead(tile.i, count))
 
-    def ahead(self, tile: Expr, count: int) -> Expr | None:
-        """How far behind the bytes in use those lie that a tile asks memory for: its strip while it is read for the
-        first time, the next one while it is read again. A single row needs its bytes too soon for that to help."""
-        if not self.gemm.few or count == 1:
-            return None
+    def ahead(self, tile: Expr, count: int) -> Ahead | None:
+        """What a tile asks memory for: its strip while it is read for the first time, the next one while it is read
+        again. A single row needs its bytes too soon for that to help. Rows of an expert in a prompt are tiles enough
+        to share asking for the next strip; those of a dense product so many that one strip's reading counts nothing."""
         k, step = self.k, self.product.strip_bytes * self.halves
-        return k.select(tile.compare("eq", 0), k.index(PREFETCH_BYTES), k.index(step))
+        if self.gemm.few:
+            if count == 1:
+                return None
+            return Ahead(k.select(tile.compare("eq", 0), k.index(PREFETCH_BYTES), k.index(step)))
+        return Ahead(k.index(step), tile % ASKING) if self.gemm.grouped is not None else None
 
     def tile(
         self,
@@ -243,7 +247,7 @@ class _TileEmitter:
         source_row: Callable[[Expr], Expr],
         row: Expr,
         count: int,
-        ahead: Expr | None,
+        ahead: Ahead | None,
     ) -> None:
         """`count` rows times one strip (or pair of strips), a few vectors of columns at a time."""
         k, product = self.k, self.product

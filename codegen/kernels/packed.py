@@ -22,13 +22,14 @@ from ir.types import VectorType
 
 LONGEST_SEGMENT = (2**31 - 1) // (2 * 255 * 127) // BLOCK * BLOCK
 _LINE = 64  # bytes that come together
+ASKING = 5  # tiles of rows that share asking for a strip, where many meet it
 _UNROLLED_STEPS = 16  # inner products of a segment that are written out; longer segments loop over their blocks
 _UNROLLED_SEGMENTS = 4  # of a group
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows of a product as a kernel stores them: [rows, stored_k], and for int8 scales and sums of their segments.
+    """Rows of a product as a kernel stores them: [rows, pitch], and for int8 scales and sums of their segments.
 
     `starts` are the values that i32 sums begin with: minus the bias of the weights times the sum of the segment; with
     zero points, the sum itself.
@@ -38,6 +39,18 @@ class Activations:
     scales: Buffer | None = None  # f32 [rows, groups]
     starts: Buffer | None = None  # i32 [rows, segments]
     group: int = 0  # columns that share a scale of activations; 0: all
+    pitch: int = 0  # elements from one row to the next; 0: as many as a row has
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a tile asks memory for while it computes: the bytes that lie `distance` behind those in use.
+
+    With `turn` only a part of them: one of `ASKING` tiles that meet a strip one after another.
+    """
+
+    distance: Expr
+    turn: Expr | None = None
 
 
 def segment_of(w: PackedStrips, group: int, integer: bool) -> int:
@@ -58,12 +71,9 @@ def multiply_packed(
     vectors: list[tuple[Buffer, int]],
     w: PackedStrips,
     decoder: WeightDecoder,
-    ahead: Expr | None = None,
+    ahead: Ahead | None = None,
 ) -> list[list[Expr]]:
-    """f32 sums [len(rows)][len(vectors)] of 16 lanes. `rows` are row numbers of x, a vector is a strip and 16 rows.
-
-    The bytes `ahead` of those in use are asked for meanwhile.
-    """
+    """f32 sums [len(rows)][len(vectors)] of 16 lanes. `rows` are row numbers of x, a vector is a strip and 16 rows."""
     product = _PackedProduct(k, x, rows, vectors, w, decoder, ahead)
     zeros = [k.f32(0.0, LANES)] * (len(rows) * len(vectors))
     together = product.together
@@ -88,14 +98,14 @@ class _PackedProduct:
         vectors: list[tuple[Buffer, int]],
         w: PackedStrips,
         decoder: WeightDecoder,
-        ahead: Expr | None,
+        ahead: Ahead | None,
     ) -> None:
         self.k, self.x, self.rows, self.vectors, self.w, self.decoder = k, x, rows, vectors, w, decoder
         self.ahead = ahead if vectors[0][1] == 0 else None  # once for all registers of a strip
         self.integer = x.scales is not None
         self.segment = segment_of(w, x.group, self.integer)
         self.segments = w.group // self.segment  # of a group of weights
-        words_per_row = w.stored_k // w.layout.pack
+        words_per_row = (x.pitch or w.stored_k) // w.layout.pack
         self.words = x.values.view(I32) if w.layout.pack > 1 else x.values
         self.row_words = [row * words_per_row for row in rows]
         self.row_segments = [row * (w.stored_k // self.segment) for row in rows]
@@ -110,9 +120,7 @@ class _PackedProduct:
         d = self.decoder
         groups = [strip.at(number * self.w.group_bytes) for strip, _ in self.vectors]
         if self.ahead is not None:
-            later = groups[0].at(self.ahead)
-            for line in range(0, self.w.group_bytes, _LINE):
-                later.prefetch(line, level=2)
+            self._ask(groups[0], self.ahead)
         scales = [d.scales(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
         zeros = [d.zeros(g, j) for g, (_, j) in zip(groups, self.vectors, strict=True)]
         if self.segments <= _UNROLLED_SEGMENTS:
@@ -122,6 +130,15 @@ class _PackedProduct:
         with self.k.loop(0, self.segments, 1, sums) as loop:
             loop.carry(*self._segment(number, loop.i, groups, scales, zeros, loop.carried))
         return loop.results
+
+    def _ask(self, group: Buffer, ahead: Ahead) -> None:
+        """Asks for the lines of a group, or for those whose turn it is."""
+        later, lines = group.at(ahead.distance), -(-self.w.group_bytes // _LINE)
+        if ahead.turn is not None:
+            lines = -(-lines // ASKING)
+            later = later.at(ahead.turn * (lines * _LINE))
+        for line in range(lines):
+            later.prefetch(line * _LINE, level=2)
 
     def _segment(
         self,

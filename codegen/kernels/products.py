@@ -12,7 +12,7 @@ from codegen.kernels.activations import RowSource, quantize_rows, write_rows
 from codegen.kernels.call import Temporary
 from codegen.kernels.decode import WeightDecoder
 from codegen.kernels.micro import LANES, StripMatrix, TileShape, multiply_rows
-from codegen.kernels.packed import Activations, multiply_packed, segment_of
+from codegen.kernels.packed import Activations, Ahead, multiply_packed, segment_of
 from codegen.packed_strips import PackedStrips
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
@@ -24,6 +24,7 @@ from passes.analysis.value_types import tensor_type
 PACKS: dict[NumberFormat, int] = {BF16: 2, F32: 1}  # pairs for `tile.dot2`, single numbers for `tile.fma`
 PIECES = 4  # of a row, for threads that have none of their own
 INT8_PACK = 4  # bytes for `tile.dot4`
+APART = 64  # bytes behind a row of int8: rows at multiples of 2 KiB cannot be loaded from two at a time
 
 
 class Product(Protocol):
@@ -62,11 +63,11 @@ class Product(Protocol):
         ...
 
     def sums(
-        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Ahead | None = None
     ) -> list[list[Expr]]:
         """f32 sums [len(rows)][len(vectors)] of 16 lanes; a vector is a strip and the number of its register.
 
-        `ahead`: how many bytes behind those in use lie those to ask memory for.
+        `ahead`: what to ask memory for meanwhile.
         """
         ...
 
@@ -106,7 +107,7 @@ class PlainProduct:
         return self.shape.vectors
 
     def sums(
-        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Ahead | None = None
     ) -> list[list[Expr]]:
         places = [(self.x, row * self.matrix.stored_k) for row in rows]
         return multiply_rows(k, places, vectors, self.matrix, self.shape)
@@ -131,12 +132,13 @@ class PackedProduct:
         self.integer = isinstance(x, GroupedIntFormat)
         self.element = I8 if self.integer else x
         self.segment = segment_of(matrix, self.group, self.integer)
+        self.pitch = matrix.stored_k + APART * self.integer
         self.most = max(1, shape.rows * shape.vectors // 2)
 
     def temporaries(self, rows: Dim) -> list[Temporary]:
         k = self.matrix.stored_k
         assert isinstance(self.element, PlainFormat)
-        values = Temporary(TensorType((rows, k), self.element))
+        values = Temporary(TensorType((rows, self.pitch), self.element))
         if not self.integer:
             return [values]
         scales = Temporary(TensorType((rows, k // (self.group or k)), F32))
@@ -149,10 +151,15 @@ class PackedProduct:
             return
         factor = 1 if self.matrix.has_zeros else -WeightDecoder.bias_of(self.matrix)
         pieces = PIECES if few else 1
-        quantize_rows(k, source, Activations(*memory, group=self.group), self.segment, factor, stored, rows, pieces)
+        quantize_rows(k, source, self._activations(memory), self.segment, factor, stored, rows, pieces)
 
     def use_rows(self, memory: list[Buffer]) -> None:
-        self.x = Activations(*memory, group=self.group) if self.integer else Activations(memory[0])
+        self.x = self._activations(memory)
+
+    def _activations(self, memory: list[Buffer]) -> Activations:
+        if not self.integer:
+            return Activations(memory[0])
+        return Activations(*memory, group=self.group, pitch=self.pitch)
 
     def use_matrix(self, k: KernelBuilder, weights: Buffer) -> None:
         self.decoder = WeightDecoder(k, self.matrix, weights if self.matrix.learned else None)
@@ -165,7 +172,7 @@ class PackedProduct:
         return max(1, self.most // count)
 
     def sums(
-        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Expr | None = None
+        self, k: KernelBuilder, rows: list[Expr], vectors: list[tuple[Buffer, int]], ahead: Ahead | None = None
     ) -> list[list[Expr]]:
         return multiply_packed(k, self.x, rows, vectors, self.matrix, self.decoder, ahead)
 

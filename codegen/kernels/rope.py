@@ -31,6 +31,7 @@ from ir.types import KVCacheType, SymbolicDim, TensorType, VectorType
 
 _SIN = (1.0, -1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4)  # of r, odd powers, |r| <= pi/4 (Cephes sinf)
 _COS = (1.0, -0.5, 4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5)  # even powers (Cephes cosf)
+ROW_BLOCK = 16  # rows of a prompt that go through the heads together, where norms span heads
 
 
 def sin_cos(k: KernelBuilder, angle: Expr) -> tuple[Expr, Expr]:
@@ -104,6 +105,14 @@ class _RopeAppend:
         heads, dim = q.shape[1:]
         assert isinstance(heads, int) and isinstance(dim, int)
         self.q_heads, self.kv_heads, self.dim = heads, cache.num_kv_heads, dim
+        self.width = (heads + 2 * cache.num_kv_heads) * dim  # of a row of qkv
+        # Norms over the heads of a whole row, by the name of their gain: (norm, first column, columns).
+        wide = {"q_gain": (self.q_norm, 0, heads * dim), "k_gain": (self.k_norm, heads * dim, self.kv_heads * dim)}
+        self.normed_rows = {
+            name: (norm, start, width)
+            for name, (norm, start, width) in wide.items()
+            if norm is not None and norm.gain.type.shape[0] != dim
+        }
 
 
 def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
@@ -127,9 +136,12 @@ def emit_rope_append(op: Op, context: EmitContext) -> KernelSpec:
         rows, ctx = k.size("rows"), k.size("ctx")
         writer = _RopeWriter(k, parts, buffers, out, ctx)
         first, last = k.thread_share(rows * parts.kv_heads)
-        # Head by head: the rows of a prompt fill a few blocks of one head, which then stay in the nearest cache.
-        with k.loop(first, last) as unit:
-            writer.unit(unit.i % rows, unit.i // rows)
+        if parts.normed_rows:
+            writer.row_blocks(first, last, rows)
+        else:
+            # Head by head: the rows of a prompt fill a few blocks of one head, which then stay in the nearest cache.
+            with k.loop(first, last) as unit:
+                writer.unit(unit.i % rows, unit.i // rows)
         blocks = parts.kv.blocks
         if isinstance(blocks, CodeBlocks) and blocks.key_group:
             k.barrier()  # a group may have rows of several threads
@@ -160,13 +172,32 @@ class _RopeWriter:
         self.writer = kv_writer(k, parts.kv, parts.dim, buffers["cache"], ctx)
         half = parts.dim // 2
         self.lanes = next(n for n in (16, 8, 4, 2) if half % n == 0)
+        self.scales = {name: k.scratch(ROW_BLOCK, F32) for name in parts.normed_rows}
 
-    def unit(self, row: Expr, head: Expr) -> None:
-        """Token `row`, kv head `head`: its query heads, its key, its value."""
+    def row_blocks(self, first: Expr, last: Expr, rows: Expr) -> None:
+        """Units first .. last, counted by blocks of rows, in a block head by head. A row's norm is formed once a
+        block, not once a head."""
+        k, p = self.k, self.parts
+        size = p.kv_heads * ROW_BLOCK
+        with k.loop(first // size, (last + (size - 1)) // size) as block:
+            start = block.i * ROW_BLOCK
+            count = (rows - start).min(k.index(ROW_BLOCK))
+            with k.loop(0, count) as row:
+                source = self.buffers["qkv"].at((start + row.i) * p.width)
+                for name, (norm, column, width) in p.normed_rows.items():
+                    part = source.at(column)
+                    scale = row_scale(k, lambda at, lanes, mask, part=part: part.load(at, lanes, mask), width, norm.eps)
+                    self.scales[name].store(row.i, scale)
+            before = block.i * size
+            with k.loop(first.max(before) - before, last.min(before + size) - before) as unit:
+                inside = unit.i % count
+                self.unit(start + inside, unit.i // count, inside)
+
+    def unit(self, row: Expr, head: Expr, inside: Expr | None = None) -> None:
+        """Token `row`, kv head `head`: its query heads, its key, its value. `inside`: its place in a block of rows."""
         k, p = self.k, self.parts
         group, dim = p.q_heads // p.kv_heads, p.dim
-        width = (p.q_heads + 2 * p.kv_heads) * dim
-        source = self.buffers["qkv"].at(row * width)
+        source = self.buffers["qkv"].at(row * p.width)
         position = self.buffers["positions"].load(row).to_index()
         slot = self.buffers["slots"].load(row).to_index()
         self.writer.begin(slot, head, position)
@@ -178,10 +209,10 @@ class _RopeWriter:
             def store_q(column: Expr, value: Expr) -> None:
                 self.out.store(row * (p.q_heads * dim) + start + column, value)
 
-            self._rope(source, first_column, start, row, p.q_norm, "q_gain", p.q_heads * dim, store_q)
+            self._rope(source, first_column, start, row, p.q_norm, "q_gain", inside, store_q)
         k_columns = p.q_heads * dim
         columns = k.index(k_columns)
-        self._rope(source, columns, head * dim, row, p.k_norm, "k_gain", p.kv_heads * dim, self.writer.key)
+        self._rope(source, columns, head * dim, row, p.k_norm, "k_gain", inside, self.writer.key)
         v_start = head * dim + (p.q_heads + p.kv_heads) * dim
         with k.loop(0, dim, self.lanes) as loop:
             value = self._clip(source.load(v_start + loop.i, self.lanes))
@@ -200,7 +231,7 @@ class _RopeWriter:
         row: Expr,
         norm: RmsNormOp | None,
         gain_name: str,
-        full_width: int,
+        inside: Expr | None,
         store: Callable[[Expr, Expr], None],
     ) -> None:
         """Norm, clip and rotate the head that begins at column base + start of `source`."""
@@ -211,14 +242,14 @@ class _RopeWriter:
         clip_first = self._clip if of_heads else lambda value: value  # a clip stands between row norm and head norm
         if norm is not None:
             gain = self.buffers[gain_name]
-            per_head = norm.gain.type.shape[0] == dim
-            norm_start, norm_width = (base + start, dim) if per_head else (base, full_width)
-            gain_offset = k.index(0) if per_head else start
+            if gain_name in self.scales and inside is not None:
+                scale, gain_offset = self.scales[gain_name].load(inside), start
+            else:
 
-            def load_all(column: Expr, lanes: int, mask: Expr | None) -> Expr:
-                return clip_first(source.load(norm_start + column, lanes, mask))
+                def load_all(column: Expr, lanes: int, mask: Expr | None) -> Expr:
+                    return clip_first(source.load(base + start + column, lanes, mask))
 
-            scale = row_scale(k, load_all, norm_width, norm.eps)
+                scale, gain_offset = row_scale(k, load_all, dim, norm.eps), k.index(0)
         angles = row * half
 
         def head(column: Expr) -> Expr:

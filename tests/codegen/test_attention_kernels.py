@@ -303,6 +303,16 @@ def test_rope_append_at_every_border(kernels: NativeKernels, key: tuple[Any, ...
         agree_on_append(made.native(kernels, values), made.meant(values), places, key)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("key", [key for key in ROPE_APPEND if "row" in key], ids=lambda key: "-".join(map(str, key)))
+def test_norms_over_heads_of_long_prompts(kernels: NativeKernels, key: tuple[Any, ...], threads: int) -> None:
+    """Their rows go through the heads in blocks of 16."""
+    made = rope_append(key)
+    for seed, places in enumerate((chunk(0, 3, 17), chunk(1, 0, 32), [*chunk(0, 0, 20), *chunk(1, 60, 19)])):
+        values = rope_append_values(made, places, seed)
+        agree_on_append(made.native(kernels, values, threads), made.meant(values), places, key)
+
+
 @settings(max_examples=20)
 @given(st.sampled_from(ROPE_APPEND), ragged(), st.integers(0, 99), st.integers(1, 3))
 def test_rope_append_of_any_batch(

@@ -268,7 +268,7 @@ class Executor:
             values.append(value)
             extents.append(extent)
         return _Ready(
-            self._functions[kernel.name], launch.grid.evaluate(sizes), kernel.threads, kernel.dynamic_bytes,
+            self._functions[kernel.name], launch.blocks(sizes), kernel.threads, kernel.dynamic_bytes,
             Arguments(values, extents), launch, number,
         )  # fmt: skip
 

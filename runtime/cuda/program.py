@@ -19,6 +19,7 @@ every launch names a kernel that is there. Refuses with one RuntimeDiagnostic th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,9 @@ class Wait:
 class GpuLaunch:
     """One launch of `grid` blocks. `writes` numbers the arguments that are written; the other buffers are read.
 
+    It is left out where the grid is 0, and where it works on the rows of logits (its grid or a number names `rows`) and
+    none is wanted.
+
     `waits` come before it where weights are streamed. `origin` is the place in the model, for reports.
     """
 
@@ -117,6 +121,13 @@ class GpuLaunch:
     writes: tuple[int, ...]
     origin: str = ""
     waits: tuple[Wait, ...] = ()
+
+    def blocks(self, sizes: Mapping[str, int]) -> int:
+        """How many blocks a step of these sizes launches; 0 for none."""
+        numbers = [self.grid, *(a.size for a in self.arguments if isinstance(a, SizeArgument))]
+        if not sizes["rows"] and any("rows" in number.names() for number in numbers):
+            return 0
+        return self.grid.evaluate(sizes)
 
 
 @dataclass(frozen=True)

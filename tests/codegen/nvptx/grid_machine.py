@@ -81,7 +81,7 @@ class GridMachine:
         kernel, info = self.kernels[launch.kernel], self.step.kernel(launch.kernel)
         assert info.threads == kernel.threads
         arguments = [self._argument(argument, inputs, sizes) for argument in launch.arguments]
-        blocks = launch.grid.evaluate(sizes)
+        blocks = launch.blocks(sizes)
         if blocks:
             interpret_grid(kernel.func, arguments, blocks=blocks, threads=kernel.threads)
         self.launches += 1

@@ -16,11 +16,15 @@ from typing import Any, Protocol
 
 from codegen.artifact import ArtifactWriter
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
-from codegen.compile_step import CodegenTarget, CompiledStep, LoweredStep, compile_lowered, lower_step
+from codegen.compile_step import CodegenTarget, compile_lowered, lower_step
 from codegen.format_report import FormatUse, bits_per_weight, format_uses
 from codegen.garbage import rare_collections
 from codegen.lower_to_plan import Lowering
+from codegen.nvptx.compile import TRIPLE as GPU_TRIPLE
+from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures
+from codegen.nvptx.lower_to_grid import lower_grid_step
 from codegen.object_cache import ObjectCache
+from codegen.programs import WeightsFile
 from codegen.weights import write_weights
 from frontends.huggingface import ImportedModel
 from ir import print_module
@@ -30,7 +34,7 @@ from ir.ops.quant import DequantizeOp
 from passes.pass_base import Pass, PassContext
 from passes.pass_manager import PassManager, PipelineReport
 from passes.pipeline_text import parse_pipeline, print_pipeline
-from passes.pipelines import cpu_pipeline
+from passes.pipelines import cpu_pipeline, gpu_pipeline
 from passes.quantize.quantize import QuantizePass
 from passes.quantize.recipe import load_recipe
 
@@ -59,12 +63,14 @@ class BuildResult:
 
 
 def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = ()) -> tuple[Pass, ...]:
-    """The passes for a CPU target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats.
+    """The passes for a target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats.
 
     Raises DiagnosticError for other dtypes.
     """
     if dtype not in DTYPES:
         raise DiagnosticError(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
+    if gpu_architectures(target):
+        return gpu_pipeline(dtype, recipe)
     wide = "avx512f" in target.llvm_features
     passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)
     if wide:
@@ -93,7 +99,7 @@ def build_artifact(
     unless another recipe or a pipeline is given.
     """
     tell = progress or (lambda stage, fraction: None)
-    module = imported.module
+    module, architectures = imported.module, gpu_architectures(target)
     parts = recipe_parts(recipe, pipeline, module)
     passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts)
     text = print_pipeline([_without_paths(p) for p in passes])
@@ -104,17 +110,14 @@ def build_artifact(
     roles = {name: spec.role for name, spec in imported.weights.items()}
     report = PassManager(passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
     tell("code", 0.0)
-    bundle = load_bundle(cache, key)
-    cached = bundle is not None
-    step = module.function("step")
-    # Ops without a kernel are refused here, before a byte is written.
-    lowered = lower_step(step, frozenset(target.llvm_features)) if bundle is None or dump_dir is not None else None
-    weights = lowered.file if lowered is not None else Lowering(step).weights_file()
-    total = weights.nbytes
+    maker = (
+        _gpu_code(module, architectures, cache) if architectures else _cpu_code(module, target, key, cache, dump_dir)
+    )
+    weights = maker.file
     formats = format_uses(weights.roots)
-    with ArtifactWriter(out, expected_bytes=total) as writer, ThreadPoolExecutor(1, "build-code") as pool:
+    with ArtifactWriter(out, expected_bytes=weights.nbytes) as writer, ThreadPoolExecutor(1, "build-code") as pool:
         # LLVM runs in a process of its own: it works while the weights stream.
-        pending = pool.submit(_compile, module, lowered, target, cache, dump_dir) if lowered is not None else None
+        pending = pool.submit(maker.make)
         with writer.open("weights/weights.bin") as file:
             write_weights(
                 weights.roots,
@@ -123,19 +126,19 @@ def build_artifact(
                 bundles=weights.stacks,
                 progress=lambda done, all: tell("weights", done / max(1, all)),
             )
-        if pending is not None:
-            bundle = pending.result()
-            store_bundle(cache, key, bundle)
-        assert bundle is not None
-        writer.add("graph.ir", bundle.graph_text)
-        writer.add("plan.ir", bundle.plan_text)
-        writer.add("tile.ir", bundle.tile_text)
-        writer.add("code/step.o", bundle.object_code)
+            file.write(maker.tables)
+        code = pending.result()
+        for name, content in code.files.items():
+            writer.add(name, content)
+        if dump_dir is not None:
+            for name in ("plan.ir", "tile.ir"):
+                (dump_dir / name).write_text(str(code.files[name]))
         if recipe_text:
             writer.add("recipe.toml", recipe_text)
         for name, path in sorted(imported.files.items()):
             writer.copy(name, path)
         record = writer.files["weights/weights.bin"]
+        cpu, features = (architectures[0], []) if architectures else (target.llvm_cpu, list(target.required_features()))
         writer.finish(
             {
                 "stratum_version": version,
@@ -144,13 +147,12 @@ def build_artifact(
                 "recipe": ",".join(r.name for r in recipes),
                 "target": {
                     "name": target.name,
-                    "triple": target.llvm_triple,
-                    "cpu": target.llvm_cpu,
-                    "features": list(target.required_features()),
+                    "triple": GPU_TRIPLE if architectures else target.llvm_triple,
+                    "cpu": cpu,
+                    "features": features,
                 },
                 "pipeline": text,
-                "programs": bundle.programs,
-                "kv": bundle.kv,
+                **code.entries,
                 "weights": {
                     "file": "weights/weights.bin",
                     "bytes": record.nbytes,
@@ -161,7 +163,60 @@ def build_artifact(
                 },
             }
         )
-    return BuildResult(Path(out), cached, total, report, formats, _notes(report))
+    return BuildResult(Path(out), maker.was_cached, weights.nbytes, report, formats, _notes(report))
+
+
+@dataclass(frozen=True)
+class _Code:
+    """Files of an artifact (IR texts, code), and the manifest's entries about them."""
+
+    files: dict[str, str | bytes]
+    entries: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _CodeMaker:
+    """The weights file of a lowered step (`tables` at its end), and how its code comes about."""
+
+    file: WeightsFile
+    make: Callable[[], _Code]
+    was_cached: bool = False
+    tables: bytes = b""
+
+
+def _cpu_code(
+    module: ModuleOp, target: Target, key: str, cache: ObjectCache | None, dump_dir: Path | None
+) -> _CodeMaker:
+    """Ops without a kernel are refused here, before a byte is written."""
+    bundle, step = load_bundle(cache, key), module.function("step")
+    lowered = lower_step(step, frozenset(target.llvm_features)) if bundle is None or dump_dir is not None else None
+
+    def make() -> _Code:
+        made = bundle
+        if lowered is not None:
+            compiled = compile_lowered(lowered, target, cache=cache)
+            made = CodeBundle.of(module, compiled)
+            store_bundle(cache, key, made)
+            if dump_dir is not None:
+                (dump_dir / "step.ll").write_text(compiled.llvm_text)
+        assert made is not None
+        texts = {"graph.ir": made.graph_text, "plan.ir": made.plan_text, "tile.ir": made.tile_text}
+        return _Code(texts | {"code/step.o": made.object_code}, {"programs": made.programs, "kv": made.kv})
+
+    file = lowered.file if lowered is not None else Lowering(step).weights_file()
+    return _CodeMaker(file, make, bundle is not None)
+
+
+def _gpu_code(module: ModuleOp, architectures: Sequence[str], cache: ObjectCache | None) -> _CodeMaker:
+    """Ops without a kernel for GPUs are refused here, before a byte is written."""
+    lowered = lower_grid_step(module.function("step"))
+
+    def make() -> _Code:
+        code = compile_gpu_step(lowered, architectures, cache)
+        levels = {"graph.ir": module, "plan.ir": lowered.plan_module(), "tile.ir": lowered.tile_module()}
+        return _Code({name: print_module(level) for name, level in levels.items()} | code.files(), code.entries())
+
+    return _CodeMaker(lowered.file, make, tables=lowered.tables)
 
 
 def recipe_parts(recipe: str | None, pipeline: str | None, module: ModuleOp) -> tuple[str, ...]:
@@ -218,21 +273,3 @@ def model_facts(imported: ImportedModel) -> dict[str, Any]:
         "num_experts": config.moe.num_experts if config.moe else 0,
         "experts_per_token": config.moe.top_k if config.moe else 0,
     }
-
-
-def _compile(
-    module: ModuleOp, lowered: LoweredStep, target: CodegenTarget, cache: ObjectCache | None, dump_dir: Path | None
-) -> CodeBundle:
-    """The bundle of a lowered step; its levels below the graph are dumped when asked for."""
-    compiled = compile_lowered(lowered, target, cache=cache)
-    bundle = CodeBundle.of(module, compiled)
-    if dump_dir is not None:
-        _dump(dump_dir, bundle, compiled)
-    return bundle
-
-
-def _dump(directory: Path, bundle: CodeBundle, compiled: CompiledStep) -> None:
-    """The levels below the graph, beside the files that the pass manager numbered."""
-    (directory / "plan.ir").write_text(bundle.plan_text)
-    (directory / "tile.ir").write_text(bundle.tile_text)
-    (directory / "step.ll").write_text(compiled.llvm_text)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stratum.progress import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from runtime.manifest import Manifest
 
 MAX_MANIFEST_BYTES = 256 << 20
 
@@ -94,6 +97,7 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
         "max_context": manifest.max_context,
         "dtype": manifest.dtype,
         "target": manifest.raw["target"],
+        "gpu_code": _gpu_code(manifest),
         "pipeline": manifest.raw.get("pipeline", ""),
         "programs": {
             program.name: {
@@ -155,6 +159,21 @@ def _ring_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def _gpu_code(manifest: Manifest) -> dict[str, bool]:
+    """Architecture -> whether there is machine code beside the PTX; nothing for CPUs."""
+    found = manifest.raw.get("gpu") if manifest.target.is_gpu else None
+    code = found.get("code", ()) if isinstance(found, dict) else ()
+    return {str(entry.get("architecture")): bool(entry.get("cubin")) for entry in code if isinstance(entry, dict)}
+
+
+def _code_line(facts: dict[str, Any]) -> str:
+    """What the code needs: features of a CPU, architectures of GPUs."""
+    if not facts["gpu_code"]:
+        return f"  features    {' '.join(facts['target']['features']) or '(the baseline)'}"
+    made = [f"{name} (PTX{' and machine code' if whole else ''})" for name, whole in facts["gpu_code"].items()]
+    return f"  GPU code    {', '.join(made)}; newer GPUs take the newest PTX; run with --device cuda"
+
+
 def artifact_text(facts: dict[str, Any]) -> str:
     """`describe_artifact` for people."""
     target = facts["target"]
@@ -168,7 +187,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"context {facts['max_context']}",
         *_ring_lines(facts),
         f"  target      {target['name']} ({target['triple']}, {target['cpu']})",
-        f"  features    {' '.join(target['features']) or '(the baseline)'}",
+        _code_line(facts),
         f"  pipeline    {facts['pipeline']}",
     ]
     for name, program in facts["programs"].items():

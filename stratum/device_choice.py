@@ -89,8 +89,9 @@ def _as_it_fits(model: Path, device_memory: int | None, dtype: str, recipe: str 
 def is_gpu_target(target: str) -> bool:
     """Whether code for that target is for GPUs. Raises DiagnosticError for an unknown name."""
     import hw_targets
+    from codegen.nvptx.gpu_code import gpu_architectures
 
-    return hw_targets.load(target).llvm_triple.startswith("nvptx")
+    return bool(gpu_architectures(hw_targets.load(target)))
 
 
 def refuse_cpu_options(**options: object) -> None:

@@ -92,6 +92,7 @@ class LoweredGridStep:
     file: WeightsFile
     tables: bytes
     kv: KvPlanes
+    kv_format: str
     num_layers: int
 
     def plan_module(self) -> ModuleOp:
@@ -110,9 +111,11 @@ class GridLowering(Lowering):
     options: GridOptions = field(default_factory=GridOptions)
     grid_kernels: dict[Any, GridKernel] = field(default_factory=dict)
     tables: dict[Table, int] = field(default_factory=dict)  # where each begins
+    kv_format: str = ""
 
     def kv_layout(self, cache: KVCacheType, op: Op) -> KvPlanes:
         """The planes. Raises DiagnosticError for formats that GPUs have no kernels for."""
+        self.kv_format = cache.format_text
         try:
             return KvPlanes.of(cache)
         except DiagnosticError as fault:
@@ -165,7 +168,7 @@ def lower_grid_step(
         check_awaits(program.func, places).raise_if_errors()
     kernels = tuple(lowering.grid_kernels.values())
     check_launches([p.func for p in lowered], [k.func for k in kernels]).raise_if_errors()
-    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, len(lowering.layers))
+    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, lowering.kv_format, len(lowering.layers))
 
 
 def program_specs(options: GridOptions) -> tuple[GridSpec, ...]:

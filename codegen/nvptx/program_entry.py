@@ -49,7 +49,7 @@ def programs_entry(step: LoweredGridStep) -> dict[str, Any]:
     }
 
 
-def kv_entry(step: LoweredGridStep, format: str) -> dict[str, Any]:
+def kv_entry(step: LoweredGridStep) -> dict[str, Any]:
     """The manifest's `kv`; bytes count all layers."""
     planes = step.kv.planes
     row = {p.name: step.kv.heads * p.row_bytes for p in planes}
@@ -57,7 +57,7 @@ def kv_entry(step: LoweredGridStep, format: str) -> dict[str, Any]:
         "layers": step.num_layers,
         "num_kv_heads": step.kv.heads,
         "head_dim": step.kv.stored if not step.kv.bits else step.kv.width,
-        "format": format,
+        "format": step.kv_format,
         "bytes_per_position": step.num_layers * sum(row[p.name] for p in planes if not p.positions),
         "bytes_per_slot": step.num_layers * sum(row[p.name] * p.positions for p in planes),
         "recent": step.kv.recent,

@@ -19,6 +19,7 @@ from stratum.cli.options import compile_options, output_options
 )
 @compile_options
 @bit_options
+@click.option("--device", type=click.Choice(["cuda"]), help="For any NVIDIA GPU: the same as --target cuda.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the IR after every pass.")
 @output_options
 def build(
@@ -29,6 +30,7 @@ def build(
     recipe: str | None,
     pipeline: str | None,
     budget: BitRequest,
+    device: str | None,
     dump_ir: Path | None,
     quiet: bool,
     as_json: bool,
@@ -42,6 +44,7 @@ def build(
     from stratum.progress import format_bytes, make_reporter
 
     started = time.monotonic()
+    target = _for_device(target, device)
     results: list[BuildResult] = []
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
         options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline}
@@ -60,3 +63,19 @@ def build(
         for note in result.notes:
             click.echo(f"note: {note}", err=True)
         click.echo(f"{out}: {format_bytes(size)} in {seconds:.1f} s; {format_text(result.formats)}", err=True)
+
+
+def _for_device(target: str, device: str | None) -> str:
+    """The target for a device; raises DiagnosticError where the two contradict each other."""
+    if device is None or target == "cuda":
+        return target
+    if target == "host":
+        return "cuda"
+    from ir.diagnostics import DiagnosticError
+    from stratum.device_choice import is_gpu_target
+
+    if not is_gpu_target(target):
+        raise DiagnosticError(
+            f"--device {device} with --target {target}, which is no NVIDIA GPU", expected="one of them"
+        )
+    return target

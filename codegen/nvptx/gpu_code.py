@@ -1,0 +1,104 @@
+"""The code of a step for GPUs, and what an artifact says of it.
+
+PTX for each architecture, which a driver assembles when it is loaded; and machine code where NVIDIA's assembler is at
+hand. Neither needs a GPU. Text and machine code depend on the kernels and the versions of LLVM and ptxas only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codegen.compile_worker import CODEGEN_VERSION
+from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for
+from codegen.nvptx.lower_to_grid import LoweredGridStep
+from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
+from codegen.nvptx.ptxas import assemble, find_ptxas
+from codegen.object_cache import ObjectCache, content_key
+from hw_targets.target import Target
+from ir.diagnostics import DiagnosticError
+
+ANY = "cuda"  # the target that stands for every GPU there are kernels for
+
+
+def gpu_architectures(target: Any) -> tuple[str, ...]:
+    """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs.
+
+    A machine is a GPU's where its first unit is one of NVIDIA. Raises DiagnosticError for GPUs older than the kernels.
+    """
+    if target.llvm_triple == TRIPLE:
+        return ARCHITECTURES
+    first = target.units[0] if isinstance(target, Target) and target.units else None
+    if first is None or first.kind != "gpu" or not first.arch.startswith("sm_"):
+        return ()
+    number = _number(first.arch)
+    known = [name for name in ARCHITECTURES if _number(name) <= number]
+    if not known:
+        raise DiagnosticError(
+            f"there are no kernels for the GPU of {target.name} ({first.arch})",
+            expected=f"a GPU of {ARCHITECTURES[0]} or newer",
+            hint="build for the CPU beside it: --target x86-64-v3",
+        )
+    return (known[-1],)
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_").rstrip("af"))
+
+
+@dataclass(frozen=True)
+class GpuCode:
+    """A lowered step with its code by architecture; `cubins` has those that were assembled."""
+
+    lowered: LoweredGridStep
+    ptx: dict[str, str]
+    cubins: dict[str, bytes]
+
+    def files(self) -> dict[str, str | bytes]:
+        """Path in the artifact -> content."""
+        made: dict[str, str | bytes] = {f"code/{name}.ptx": text for name, text in self.ptx.items()}
+        return made | {f"code/{name}.cubin": data for name, data in self.cubins.items()}
+
+    def entries(self) -> dict[str, Any]:
+        """What the manifest says of code, programs and cache."""
+        code = [
+            {
+                "architecture": name,
+                "ptx": f"code/{name}.ptx",
+                "cubin": f"code/{name}.cubin" if name in self.cubins else "",
+            }
+            for name in self.ptx
+        ]
+        return {
+            "gpu": gpu_entry(self.lowered, code),
+            "programs": programs_entry(self.lowered),
+            "kv": kv_entry(self.lowered),
+        }
+
+
+def compile_gpu_step(
+    lowered: LoweredGridStep, architectures: Sequence[str], cache: ObjectCache | None = None
+) -> GpuCode:
+    """PTX of all kernels for each architecture, machine code where there is ptxas. Raises DiagnosticError."""
+    ptx = compile_ptx_for(lowered.kernels, architectures, cache)
+    program = find_ptxas()
+    cubins = {} if program is None else {name: _cubin(text, name, program, cache) for name, text in ptx.items()}
+    return GpuCode(lowered, ptx, cubins)
+
+
+def _cubin(ptx: str, architecture: str, program: Path, cache: ObjectCache | None) -> bytes:
+    key = content_key(["cubin", str(CODEGEN_VERSION), _version(program), architecture, ptx])
+    found = cache.get(key) if cache else None
+    if found is None:
+        found = assemble(ptx, architecture, program).cubin
+        if cache:
+            cache.put(key, found)
+    return found
+
+
+def _version(program: Path) -> str:
+    """What tells two assemblers apart without running them."""
+    status = program.stat()
+    return f"{program} {status.st_size} {status.st_mtime_ns}"

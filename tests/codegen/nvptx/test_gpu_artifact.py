@@ -1,0 +1,80 @@
+"""Artifacts for GPUs: what is in them, the same bytes each time, what the CPU says to them, for which targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import hw_targets
+from codegen.build import build_artifact
+from codegen.nvptx import gpu_code
+from codegen.nvptx.ptxas import Assembled
+from codegen.object_cache import ObjectCache
+from frontends.huggingface import import_model
+from ir.diagnostics import DiagnosticError
+from runtime.artifact import open_artifact
+from runtime.errors import RuntimeDiagnostic
+from runtime.session import Session
+from stratum.checkpoint_report import artifact_text, describe_artifact
+from tests.goldens import GOLDENS
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same build twice: without an assembler, and with one that knows little."""
+    folder = tmp_path_factory.mktemp("gpu")
+    cache = ObjectCache(folder / "cache")
+    with pytest.MonkeyPatch.context() as patched:
+        for name, program in (("plain", None), ("assembled", Path(__file__))):
+            patched.setattr(gpu_code, "find_ptxas", lambda program=program: program)
+            patched.setattr(gpu_code, "assemble", lambda ptx, architecture, program: Assembled(b"machine code", {}))
+            imported = import_model(GOLDENS / "llama")
+            with imported.checkpoint:
+                build_artifact(imported, folder / name, target=hw_targets.load("h100-sxm"), cache=cache)
+    return folder / "plain", folder / "assembled"
+
+
+def test_what_is_in_it(built: tuple[Path, Path]) -> None:
+    plain, assembled = (open_artifact(path) for path in built)
+    assert (plain.manifest.target.triple, plain.manifest.target.cpu) == ("nvptx64-nvidia-cuda", "sm_90")
+    assert plain.gpu is not None and assembled.gpu is not None
+    assert [(c.architecture, c.ptx, c.cubin) for c in plain.gpu.code] == [("sm_90", "code/sm_90.ptx", "")]
+    assert assembled.read_bytes(assembled.gpu.code[0].cubin) == b"machine code"
+    ptx = plain.read_bytes("code/sm_90.ptx").decode()
+    assert ".target sm_90" in ptx
+    assert all(f".entry {kernel.name}(" in ptx for kernel in plain.gpu.kernels)
+    for ours, theirs in zip(plain.gpu.programs, plain.manifest.programs, strict=True):
+        assert (ours.name, len(ours.launches)) == (theirs.name, len(theirs.launches))
+    assert plain.gpu.kv.bytes_per_position == plain.manifest.kv.bytes_per_position
+
+
+def test_the_bytes_depend_on_the_model_alone(built: tuple[Path, Path]) -> None:
+    files = [{p.relative_to(path): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()} for path in built]
+    own = {Path("manifest.json"), Path("code/sm_90.cubin")}
+    assert {k: v for k, v in files[0].items() if k not in own} == {k: v for k, v in files[1].items() if k not in own}
+    assert set(files[1]) - set(files[0]) == {Path("code/sm_90.cubin")}
+
+
+def test_the_cpu_says_what_it_is(built: tuple[Path, Path]) -> None:
+    with pytest.raises(RuntimeDiagnostic) as caught:
+        Session(built[0])
+    assert "was built for a GPU (target h100-sxm)" in str(caught.value) and "--device cuda" in str(caught.value)
+    text = artifact_text(describe_artifact(built[1]))
+    assert "GPU code    sm_90 (PTX and machine code)" in text and "decode_16   up to 16 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "architectures"),
+    [
+        ("cuda", ("sm_80", "sm_89", "sm_90")), ("h200-sxm", ("sm_90",)), ("a100-40gb", ("sm_80",)),
+        ("rtx-3090", ("sm_80",)), ("rtx-4090", ("sm_89",)), ("b200", ("sm_90",)), ("x86-64-v3", ()), ("mi300x", ()),
+    ],
+)  # fmt: skip
+def test_which_gpus_code_is_for(target: str, architectures: tuple[str, ...]) -> None:
+    assert gpu_code.gpu_architectures(hw_targets.load(target)) == architectures
+
+
+def test_old_gpus_are_refused() -> None:
+    with pytest.raises(DiagnosticError, match=r"no kernels for the GPU of t4-gcp \(sm_75\)"):
+        gpu_code.gpu_architectures(hw_targets.load("t4-gcp"))

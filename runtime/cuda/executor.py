@@ -5,7 +5,8 @@ tokens. A program that replays is captured once for each number of tokens and ro
 included, and launched as one graph from then on; ids, positions, slots and rows lie at fixed places in device memory.
 Graphs and plain launches give the same bits: they are the same launches.
 
-A step is given to the stream and waited for as a whole; Ctrl-C comes through after it.
+A step is given to the stream and waited for. Where Ctrl-C or a fault ends the call before that, the next one waits for
+what is still under way before it touches anything.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from runtime.cuda.weights import WeightStore
 MOST_LOGIT_BYTES = 64 << 20
 LEAST_ROWS = 64  # of logits at once, whatever a row takes
 KEPT_STEPS = 64  # prepared or captured, by their sizes
+_NONE = np.empty(0, np.int32)
 _ARRAYS = ("ids", "positions", "slots", "rows", "pieces")
 
 
@@ -78,13 +80,12 @@ class _Inputs:
             self.offsets[name] = end
             end += -(-4 * self.counts[name] // 16) * 16
         self.nbytes = end
+        whole = host_view(host, end).view(np.int32) if host else np.empty(0, np.int32)
+        self._views = {name: whole[at // 4 : at // 4 + self.counts[name]] for name, at in self.offsets.items()}
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Into the pinned memory; no copy of it may be under way."""
-        assert values.size <= self.counts[name]
-        if values.size:
-            view = host_view(self.host + self.offsets[name], 4 * values.size)
-            view.view(np.int32)[:] = values.reshape(-1)
+        self._views[name][: values.size] = values.reshape(-1)
 
     @staticmethod
     def bytes_for(max_tokens: int) -> int:
@@ -114,6 +115,7 @@ class Executor:
         self.most_rows = most_rows(step, vocab_size)
         self.arena_bytes = scratch_bytes(step, vocab_size)
         self.replayed = self.launched = 0  # steps
+        self._under_way = False  # of a step, maybe, that nobody has waited for
         self._device, self._stream, self._slots = device, stream, slots
         self._prepared: OrderedDict[tuple[str, int, int, int], list[_Ready]] = OrderedDict()
         self._graphs: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
@@ -133,6 +135,7 @@ class Executor:
             self._place_inputs()
             logits = 4 * vocab_size * self.most_rows
             self._logits, self._host_logits = self._allocate(logits, "logits"), self._allocate_pinned(logits, "logits")
+            self._logits_view = host_view(self._host_logits, logits).view(np.float32).reshape(-1, vocab_size)
             with uninterrupted():
                 self.kv = GpuKV(device, stream, step.kv, slots, max_context)
         except BaseException:
@@ -169,34 +172,37 @@ class Executor:
         DeviceFault.
         """
         assert 1 <= len(ids) <= program.max_tokens and len(rows) <= self.most_rows and self.kv is not None
+        self.settle()
         inputs = self._inputs[program.name]
-        pieces = (
-            prompt_pieces(positions, slots, program.piece_tokens) if program.piece_tokens else np.empty(0, np.int32)
-        )
+        pieces = _NONE
+        if program.piece_tokens:
+            pieces = prompt_pieces(positions, slots, program.piece_tokens)
         for name, values in zip(_ARRAYS, (ids, positions, slots, rows, pieces), strict=True):
             inputs.write(name, values)
         sizes = {
             "tokens": len(ids), "rows": len(rows), "ctx": self.kv.capacity, "slots": self._slots,
             "pieces": len(pieces),
         }  # fmt: skip
+        self._under_way = True
         times = None
-        with uninterrupted():
-            try:
-                if timed:
-                    times = self._run_timed(program, sizes)
-                elif program.replays and self.weights.captured:
-                    self._device.launch_graph(self._graph(program, sizes), self._stream)
-                    self.replayed += 1
-                else:
-                    self._give(program, sizes)
-                    self.launched += 1
-            finally:
-                if not self._device.lost:
-                    self._device.synchronize(self._stream)
-            nbytes = 4 * self.vocab_size * len(rows)
-            if nbytes:
-                logits[:] = host_view(self._host_logits, nbytes).view(np.float32).reshape(len(rows), -1)
+        if timed:
+            times = self._run_timed(program, sizes)
+        elif program.replays and self.weights.captured:
+            self._device.launch_graph(self._graph(program, sizes), self._stream)
+            self.replayed += 1
+        else:
+            self._give(program, sizes)
+            self.launched += 1
+        self.settle()
+        if len(rows):
+            logits[:] = self._logits_view[: len(rows)]
         return times
+
+    def settle(self) -> None:
+        """Waits for what a step has left under way."""
+        if self._under_way:
+            self._device.synchronize(self._stream)
+            self._under_way = False
 
     def _graph(self, program: GpuProgram, sizes: dict[str, int]) -> Any:
         """The captured step of these sizes, captured now if it is the first."""
@@ -204,16 +210,17 @@ class Executor:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        self._device.begin_capture(self._stream)
-        try:
-            self._give(program, sizes)
-            self._graphs[key] = self._device.end_capture(self._stream)
-        except BaseException:
-            if not self._device.lost:
-                self._device.abandon_capture(self._stream)
-            raise
-        if len(self._graphs) > KEPT_STEPS:
-            self._device.free_graph(self._graphs.popitem(last=False)[1])
+        with uninterrupted():
+            self._device.begin_capture(self._stream)
+            try:
+                self._give(program, sizes)
+                self._graphs[key] = self._device.end_capture(self._stream)
+            except BaseException:
+                if not self._device.lost:
+                    self._device.abandon_capture(self._stream)
+                raise
+            if len(self._graphs) > KEPT_STEPS:
+                self._device.free_graph(self._graphs.popitem(last=False)[1])
         return self._graphs[key]
 
     def _give(self, program: GpuProgram, sizes: dict[str, int], events: Sequence[Any] = ()) -> None:
@@ -236,8 +243,9 @@ class Executor:
 
     def _run_timed(self, program: GpuProgram, sizes: dict[str, int]) -> StepTimes:
         count = len(program.launches) + 1
-        while len(self._events) < count:
-            self._events.append(self._device.new_event(timed=True))
+        with uninterrupted():
+            while len(self._events) < count:
+                self._events.append(self._device.new_event(timed=True))
         started_s = time.perf_counter()
         self._give(program, sizes, self._events[:count])
         self.launched += 1

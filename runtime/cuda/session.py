@@ -187,8 +187,11 @@ class CudaSession:
 
     def _make_room(self, inputs: StepInputs) -> None:
         assert self.executor.kv is not None
-        for slot in np.unique(inputs.slots).tolist():
-            self.executor.kv.ensure(slot, int(inputs.positions[inputs.slots == slot].max()) + 1)
+        ends: dict[int, int] = {}
+        for slot, position in zip(inputs.slots.tolist(), inputs.positions.tolist(), strict=True):
+            ends[slot] = position + 1  # ascending by slot: the last counts
+        for slot, end in ends.items():
+            self.executor.kv.ensure(slot, end)
 
     def _run_all(self, inputs: StepInputs, rows: np.ndarray, logits: np.ndarray) -> None:
         """All tokens, in as few runs as they take; `rows` ascend."""
@@ -211,16 +214,15 @@ class CudaSession:
         ids, positions, slots = (a[start:stop] for a in (inputs.ids, inputs.positions, inputs.slots))
         device, profile = self._held.device, self._profile
         assert device is not None
-        with uninterrupted():
-            # Until the step is done, a sequence holds what was before its first token here.
-            self._filled[slots[::-1]] = positions[::-1]
-            try:
-                times = self.executor.run(program, ids, positions, slots, rows, logits, timed=profile is not None)
-            except BaseException:
-                self._broken = device.lost
-                raise
-            self._filled[slots] = positions + 1  # ascending by slot: the last wins
-            np.maximum.at(self._newest, slots, positions)
+        # Until the step is done, and where it never is, a sequence holds what was before its first token here.
+        self._filled[slots[::-1]] = positions[::-1]
+        np.maximum.at(self._newest, slots, positions)
+        try:
+            times = self.executor.run(program, ids, positions, slots, rows, logits, timed=profile is not None)
+        except BaseException:
+            self._broken = device.lost
+            raise
+        self._filled[slots] = positions + 1  # ascending by slot: the last wins
         if profile is not None and times is not None:
             profile.add_step(program, len(ids), len(rows), times)
 
@@ -249,6 +251,7 @@ class CudaSession:
         with self._lock:
             self._check_usable().enter()
             assert self.executor.kv is not None
+            self.executor.settle()
             with uninterrupted():
                 self._filled[slot], self._newest[slot] = 0, -1
                 return self.executor.kv.release(slot)

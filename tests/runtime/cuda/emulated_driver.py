@@ -10,77 +10,34 @@ wrong raises an EmulationFault. `plant` makes a function fail; `leaks` says what
 from __future__ import annotations
 
 import ctypes
-import re
 import signal
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from tests.runtime.cuda.emulated_calls import (
+    BEFORE_CONTEXT,
+    COPY_BYTES_PER_S,
+    INVALID,
+    KERNEL_SECONDS,
+    OK,
+    RESULTS,
+    Constants,
+    Node,
+    Planted,
+    Status,
+    load_image,
+)
 from tests.runtime.cuda.emulated_kernels import Runner
 from tests.runtime.cuda.emulated_memory import POISON, EmulatedMemory, EmulationFault
 from tests.runtime.cuda.emulated_streams import Operation, Ranges, Streams
 
 
-class Status(IntEnum):
-    """CUresult, as far as anything here gives it."""
-
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_INVALID_VALUE = 1
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_NO_DEVICE = 100
-    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
-    CUDA_ERROR_INVALID_PTX = 218
-    CUDA_ERROR_JIT_COMPILER_NOT_FOUND = 221
-    CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
-    CUDA_ERROR_NOT_FOUND = 500
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-    CUDA_ERROR_LAUNCH_FAILED = 719
-    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
-
-
-OK = Status.CUDA_SUCCESS
-INVALID = Status.CUDA_ERROR_INVALID_VALUE
-KERNEL_SECONDS, COPY_BYTES_PER_S = 4e-6, 1e10
-
-
-@dataclass
-class Node:
-    """What a stream was given: how to make the work of it, again at each replay of a graph."""
-
-    name: str
-    make: Callable[[], Callable[[], tuple[Ranges, Ranges]]]
-    seconds: float
-
-
-@dataclass
-class Planted:
-    """`status` instead of the work, in the calls number `skip` to `skip + times - 1` from now on."""
-
-    status: Status
-    skip: int
-    times: int
-
-
-class EmulatedDriver:
+class EmulatedDriver(Constants):
     """One GPU. `order` as in `emulated_streams.Streams`; `memory_bytes` is all that it has."""
-
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
-    )
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    CUjit_option = SimpleNamespace(CU_JIT_ERROR_LOG_BUFFER=5, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES=6)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
-    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
-    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
-    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
-    CUmemAllocationProp = CUmemLocation = CUmemAccessDesc = SimpleNamespace
 
     def __init__(
         self,
@@ -135,11 +92,11 @@ class EmulatedDriver:
             self.calls[name] += 1
             if self.interrupt_at == sum(self.calls.values()):
                 signal.raise_signal(signal.SIGINT)
-            width = _RESULTS.get(name, 0)
+            width = RESULTS.get(name, 0)
             failed = self._fails(name) or self._lost
             if failed and name != "cuGetErrorName":
                 return (failed, *([None] * width))
-            if name not in _BEFORE_CONTEXT and not self.contexts:
+            if name not in BEFORE_CONTEXT and not self.contexts:
                 raise EmulationFault(f"{name} without a context")
             return function(*arguments)
 
@@ -389,25 +346,8 @@ class EmulatedDriver:
         self, image: int, count: int, options: list[int], values: list[Any]
     ) -> tuple[Status, Any]:
         assert count == len(options) == len(values)
-        content = ctypes.string_at(image) if ctypes.string_at(image, 4) != b"\x7fELF" else b""
-        if not content:  # machine code: "\x7fELF sm_90", of a length that it says itself
-            length = int(ctypes.string_at(image, 64).split(b" ")[2])
-            content = ctypes.string_at(image, length)
-            made_for = int(content.split(b" ")[1][3:])
-            if (made_for // 10, made_for <= self.capability) != (self.capability // 10, True):
-                return Status.CUDA_ERROR_NO_BINARY_FOR_GPU, None
-            return OK, self._keep("module", content)
-        found = re.search(rb"\.version (\d+)\.(\d+)", content)
-        assert found is not None
-        needs = {7: 11000, 8: 12000}[int(found[1])] + 10 * int(found[2])  # the CUDA that a PTX version came with
-        if needs > self.version:
-            return Status.CUDA_ERROR_UNSUPPORTED_PTX_VERSION, None
-        if self.jit_log:
-            log = self.jit_log.encode() + b"\0"
-            assert isinstance(values[0], bytes) and len(log) <= values[1] == len(values[0])
-            ctypes.memmove(ctypes.c_char_p(values[0]), log, len(log))
-            return Status.CUDA_ERROR_INVALID_PTX, None
-        return OK, self._keep("module", content)
+        status, content = load_image(image, self.capability, self.version, self.jit_log, values)
+        return status, self._keep("module", content) if status == OK else None
 
     def cuModuleUnload(self, module: int) -> tuple[Status]:  # noqa: N802
         self._drop("module", module)
@@ -489,18 +429,3 @@ class EmulatedDriver:
     def cuGraphExecDestroy(self, graph: int) -> tuple[Status]:  # noqa: N802
         self._drop("executable graph", graph)
         return (OK,)
-
-
-_BEFORE_CONTEXT = frozenset(
-    {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute",
-     "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain"}
-)  # fmt: skip
-_RESULTS = {
-    "cuMemGetInfo": 2,
-    **dict.fromkeys(
-        ("cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute",
-         "cuDeviceTotalMem", "cuDevicePrimaryCtxRetain", "cuMemAlloc", "cuMemHostAlloc", "cuMemAddressReserve",
-         "cuMemGetAllocationGranularity", "cuMemCreate", "cuStreamCreate", "cuEventCreate", "cuEventElapsedTime",
-         "cuModuleLoadDataEx", "cuModuleGetFunction", "cuStreamEndCapture", "cuGraphInstantiate"), 1,
-    ),
-}  # fmt: skip

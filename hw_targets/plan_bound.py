@@ -45,6 +45,8 @@ def _work(tasks: Program) -> dict[str, float]:
     work: dict[str, float] = {}
     met: set[int] = set()
     for task, demand in tasks.demands.items():
+        if not tasks.takes_place(task, {}):
+            continue
         if tasks.kinds[task] == MEET:
             if tasks.meetings[task] in met:
                 continue  # counted with the first member
@@ -72,7 +74,7 @@ def _chain(tasks: Program) -> float:
     for task, kind in enumerate(tasks.kinds):
         unit = tasks.unit_of[task]
         if kind == COMPUTE:
-            unit_time[unit] += tasks.demands[task].seconds
+            unit_time[unit] += tasks.demands[task].seconds if tasks.takes_place(task, {}) else 0.0
             done[task] = unit_time[unit]
         elif kind == WAIT:
             unit_time[unit] = max([unit_time[unit], *(done.get(t, 0.0) for t in tasks.tokens[task])])

@@ -5,6 +5,7 @@ A task is an op of the plan, known by its number; its demand says what it takes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hw_targets.fair_share import Resource
@@ -23,6 +24,11 @@ OTHER, SLOT, EVICT, WAIT, COMPUTE, TRANSFER, MEET = range(7)
 class Program:
     """`kinds[task]` is one of the numbers above. What only some kinds have is in a dictionary by task."""
 
+    def takes_place(self, task: int, missing: Mapping[str, int]) -> bool:
+        """Whether a task is done when so many experts are missing, by cache; all are in a cache that is not named."""
+        cache, rank, lacking = self.caches.get(task, ("", 0, True))
+        return not cache or (missing.get(cache, rank) >= rank) == lacking
+
     ops: list[Op] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     units: list[str] = field(default_factory=list)
@@ -31,7 +37,7 @@ class Program:
     demands: dict[int, Demand] = field(default_factory=dict)
     tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of a wait: the tasks waited for
     memory: dict[int, tuple[str, int]] = field(default_factory=dict)  # tier, bytes taken (negative: given back)
-    caches: dict[int, tuple[str, int]] = field(default_factory=dict)
+    caches: dict[int, tuple[str, int, bool]] = field(default_factory=dict)  # cache, rank, whether so many are missing
     queues: dict[int, int] = field(default_factory=dict)
     meetings: dict[int, int] = field(default_factory=dict)
     meeting_size: list[int] = field(default_factory=list)
@@ -103,6 +109,8 @@ class _Reader:
             case stream.ComputeOp():
                 made.demands[task] = self.demands.compute(op)
                 made.labels[task] = (op.kernel.name, op.unit)
+                if op.cache:
+                    made.caches[task] = (op.cache, op.rank, op.missing)
                 return COMPUTE
             case stream.TransferOp():
                 self.transfer(op, task)
@@ -137,7 +145,7 @@ class _Reader:
         track = f"{a['over']} {way}" + (f" {a['stream']}" if a["stream"] else "")
         made.labels[task] = (f"{way} {name}", track)
         if a.get("cache"):
-            made.caches[task] = (a["cache"], a["rank"])
+            made.caches[task] = (a["cache"], a["rank"], True)
 
     def meeting(self, task: int, key: tuple[str, ...], size: int) -> int:
         made = self.made

@@ -9,8 +9,8 @@ the same unit, link, direction and stream; different queues share links, drives 
 (`hw_targets.fair_share`). A drive is as fast as the requests in flight on it allow. A message flows when both sides
 have begun, a collective when all have.
 
-A prefetch with a `cache` takes place when at least `rank` of the experts asked for are missing: `missing` says by cache
-how many are; one that is not named misses all, the worst case. Time only depends on plan, target and `missing`.
+A prefetch or computation with a `cache` takes place when at least `rank` of the experts asked for are missing (a
+computation maybe when fewer are): `missing` says by cache how many are; one that is not named misses all. Time only depends on plan, target and `missing`.
 Memory is counted, not enforced: `passes.schedule.check_stream` proves that a plan fits.
 
 Raises DiagnosticError for places and rates the target lacks, and for plans whose units wait for each other for ever.
@@ -116,10 +116,12 @@ class _Run:
         while self.next_op[unit] < len(tasks):
             task = tasks[self.next_op[unit]]
             kind = kinds[task]
-            if kind == COMPUTE:
+            if kind == COMPUTE and program.takes_place(task, self.missing):
                 self.cause[task] = self.unit_cause[unit]
                 self.begin(task)
                 return  # goes on when it is finished
+            if kind == COMPUTE:
+                self.skip(task)
             if kind == WAIT:
                 pending = next((t for t in program.tokens[task] if not self.done[t]), None)
                 if pending is not None:
@@ -137,11 +139,9 @@ class _Run:
 
     def issue(self, task: int, unit: int) -> None:
         """Starts a transfer, or puts it behind the others of its queue."""
-        cache, rank = self.program.caches.get(task, ("", 0))
         self.cause[task] = self.unit_cause[unit]
-        if cache and rank > self.missing.get(cache, rank):
-            self.start[task] = self.flow_end[task] = self.end[task] = self.now
-            self.done[task] = True
+        if not self.program.takes_place(task, self.missing):
+            self.skip(task)
             return
         queue = self.program.queues[task]
         if queue in self.queues:
@@ -149,6 +149,14 @@ class _Run:
         else:
             self.queues[queue] = deque()
             self.begin(task)
+
+    def skip(self, task: int) -> None:
+        """What does not take place is over at once."""
+        self.start[task] = self.flow_end[task] = self.end[task] = self.now
+        self.done[task] = True
+        for unit in self.waiting.pop(task, ()):
+            self.unit_cause[unit] = task
+            self.ready.append(unit)
 
     def join(self, task: int, unit: int) -> None:
         """One side of a message, or one member of a collective, has begun."""
@@ -310,7 +318,7 @@ class _Run:
             name, track = program.labels[task]
             limits = self.limits.get(task)
             if limits is None:
-                continue  # a cache had it
+                continue  # it did not take place
             limit = max(limits, key=limits.__getitem__) if limits else program.demands[task].label
             ops.append(OpTime(name, track, self.start[task], self.end[task], limit))
         busy = {name: r.used for name, r in program.resources.items() if r.used > 0.0}

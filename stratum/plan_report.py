@@ -150,7 +150,8 @@ def _groups(plan: Placement) -> list[str]:
 
 def _where(group: Placed) -> str:
     if group.mode == "cached":
-        return f"{group.tier}, {group.slots} slots a layer"
+        missed = ", missing there" if group.missed == "there" else ""
+        return f"{group.tier}, {group.slots} slots a layer{missed}"
     if group.mode == "split":
         return f"{group.slots} by {group.unit}, others {group.tier}"
     return f"{group.tier}, {group.mode}"

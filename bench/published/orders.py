@@ -24,8 +24,8 @@ from bench.published.rooflines import (
     streamed,
 )
 from frontends.shape_library import load_shape
+from passes.place.expert_options import option_with
 from passes.place.formats import formats_of
-from passes.place.options import option_with
 from passes.place.parallel import search
 from passes.place.placement import Degrees
 from passes.place.problem import Session

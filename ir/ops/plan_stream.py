@@ -225,6 +225,9 @@ class ComputeOp(StreamOp):
     """Priced work of a unit: a kernel or a run of them. It reads its operands; those numbered in `writes` it writes.
 
     `work` counts floating-point operations on numbers of `element`; `moved[i]` are the bytes touched in `tiers[i]`.
+    With `cache` it is the work on the `rank`-th expert that an expert cache may lack, which one of two units does: it
+    takes place when at least `rank` are missing, or with `missing = false` when fewer are. A plan means what it does
+    when all are missing; it is checked for both.
 
     %t = plan.compute %s {unit = "gpu", kernel = @mlp, work = 2000, element = "f16", tiers = ["hbm"], moved = [8192],
         writes = []} : (slot) -> token
@@ -241,13 +244,22 @@ class ComputeOp(StreamOp):
     launches = attr(int, "kernels that are started", default=1)
     rows = attr(int, "tokens that each matrix meets; 0: many", default=0)
     writes = attr(tuple, "numbers of the operands that are written", default=())
+    cache = attr(str, 'the expert cache that decides whether it takes place, "" for always', default="")
+    rank = attr(int, "how many must be missing for that", default=0)
+    missing = attr(bool, "whether so many must be missing, or fewer", default=True)
     data = operand("slots and segments, read unless they are only written", variadic=True)
     token = result("the work under way")
     least: ClassVar[dict[str, int]] = {"work": 0, "launches": 0, "rows": 0}
 
     @staticmethod
     def infer_types(
-        *data: Type, tiers: tuple[str, ...], moved: tuple[int, ...], writes: tuple[int, ...], **_: Any
+        *data: Type,
+        tiers: tuple[str, ...],
+        moved: tuple[int, ...],
+        writes: tuple[int, ...],
+        cache: str,
+        rank: int,
+        **_: Any,
     ) -> Type:
         for value in data:
             expect(value in (SEGMENT, SLOT), f"expected slots and segments, got {value}")
@@ -257,6 +269,7 @@ class ComputeOp(StreamOp):
         expect(len(set(tiers)) == len(tiers), "expected each tier once")
         for i in writes:
             expect(type(i) is int and 0 <= i < len(data), f"operand {i} in writes is not one of {len(data)}")
+        expect((rank >= 1) if cache else rank == 0, f"expected rank >= 1 with a cache and 0 without, got {rank}")
         return TOKEN
 
     def flops(self, sizes: dict[str, int]) -> int:
@@ -267,6 +280,8 @@ class ComputeOp(StreamOp):
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         memory, read = context.stream, []
+        if self.cache and not self.missing:
+            return (memory.done(),)  # all are missing: another unit has this one
         for i, handle in enumerate(values):
             if i in self.writes and int(handle) in memory.slots:
                 slot = memory.idle_slot(handle, "writing")

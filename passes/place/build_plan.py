@@ -15,9 +15,11 @@ from collections.abc import Iterable
 
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.machine import Machine
-from passes.place.options import CACHED, RESIDENT, SPLIT, Option, option_with, options_of
+from passes.place.option import CACHED, RESIDENT, SPLIT, Option
+from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, PhaseOutcome, by_part
 from passes.place.parallel import Spread
 from passes.place.parts import Part, parts_of, span
@@ -77,7 +79,7 @@ def groups_of(problem: Problem, choice: Choice) -> tuple[Placed, ...]:
             groups.append(
                 Placed(
                     part.group, span(layers), option.home, _mode(option), option.unit, part.format, nbytes,
-                    option.slots, option.helper, at_prefill, part.recipe,
+                    option.slots, option.helper, at_prefill, part.recipe, option.missed,
                 )
             )  # fmt: skip
     return tuple(groups)
@@ -192,7 +194,9 @@ def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
 
 def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) -> Option:
     if entry.mode in (CACHED, SPLIT):
-        option = option_with(problem, part, entry.mode, entry.unit, entry.tier, entry.slots)
+        option = option_with(
+            problem, part, entry.mode, entry.unit, entry.tier, entry.slots, entry.rest_unit, entry.missed
+        )
         if option is not None:
             return option
     for option in options_of(problem, part):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from passes.place.options import Option
+from passes.place.option import Option
 from passes.place.outcome import Choice, objective, tier_use, workspaces
 from passes.place.problem import Problem
 

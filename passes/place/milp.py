@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from passes.place.options import Option
+from passes.place.option import Option
 from passes.place.outcome import Choice, crossing, tier_use, workspaces
 from passes.place.problem import Problem
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from passes.place.options import Option, PhaseCost, cross
+from passes.place.option import Option, PhaseCost, cross
 from passes.place.problem import Problem
 
 Choice = tuple[tuple[Option, int], ...]

@@ -17,7 +17,7 @@ from frontends.model_shape import ModelShape
 from ir.diagnostics import DiagnosticError
 from ir.spelling import did_you_mean
 from passes.place.machine import Machine
-from passes.place.options import CACHED, RESIDENT, SPLIT, STREAMED
+from passes.place.option import CACHED, RESIDENT, SPLIT, STREAMED
 from passes.place.parts import GROUPS
 from passes.place.problem import Pin
 

@@ -27,8 +27,9 @@ class Placed:
     """One group of layers that is kept and computed alike. `nbytes` is of all its layers, at `tier`.
 
     `group`: embedding, attention, mlp, experts or head; `layers`: `0-3,8`, "" for embedding and head. `slots` is the
-    cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others). `recipe` is
-    the one of `quality.formats` that `format` comes from, "" for that of the plan.
+    cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others). Of what a cache
+    lacks `rest_unit` computes all (`missed` is `there`), or what it has done before it could be brought (`sooner`).
+    `recipe` is the one of `quality.formats` that `format` comes from, "" for that of the plan.
     """
 
     group: str
@@ -42,6 +43,7 @@ class Placed:
     rest_unit: str = ""
     prefill_unit: str = ""
     recipe: str = ""
+    missed: Literal["", "sooner", "there"] = ""
 
 
 @dataclass(frozen=True)

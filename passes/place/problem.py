@@ -98,6 +98,7 @@ class Problem:
     cached: HitRate = field(default=hit_rate, compare=False)
     popular: HitRate = field(default=fixed_share, compare=False)
     move_for_prompts: bool = True  # whether weights by a slow unit may be moved to another one for prompts
+    compute_missed: bool = True  # whether experts that a cache lacks may be computed where they lie
     menu: Menu | None = None  # formats to choose among; None: `formats` throughout
 
     def parts(self) -> tuple[Part, ...]:

@@ -5,8 +5,9 @@
 The closed form lets streams run beside everything else. In a plan they wait for slots, and for units that take turns,
 so that a plan that streams less, or with more slots, can be faster than the one with the lowest bound. Tried are the
 solved plan, the best without streamed weights, the best with twice the slots, and where prompts are computed on another
-unit than decode steps, the best that computes them where the weights lie. What cannot be simulated keeps its bound and
-stays as it is.
+unit than decode steps, the best that computes them where the weights lie. Where a GPU and a CPU share the work, also
+plans of one kind: experts in a cache throughout, everything by the CPU, everything streamed to the GPU; so that no plan
+is slower than these, as simulated. What cannot be simulated keeps its bound and stays as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
+from passes.place.build_plan import to_placement
 from passes.place.milp import FEW_NODES
-from passes.place.outcome import objective
+from passes.place.outcome import evaluate, objective
 from passes.place.problem import Pin, Problem, Slo
-from passes.place.solve import Solution, solve
+from passes.place.solve import Solution, choices_of, solve
+from passes.place.tidy import experts_whole
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -61,10 +64,11 @@ def refine(solution: Solution) -> Refined:
 
 
 def simulated(solution: Solution) -> float | None:
-    """Seconds of a decode step, simulated; never below the closed form. None for micro-batches and shared buffers."""
+    """Seconds of a decode step, simulated; never below the closed form. None for devices that work as one, and where
+    the streams of two units need one tier's buffers at once."""
     from passes.schedule.placed_plan import step_seconds
 
-    if solution.problem.session.micro_batches > 1 or solution.problem.together_decode:
+    if solution.problem.together_decode:
         return None
     try:
         found = step_seconds(solution.problem, solution.choice, samples=_SAMPLES)
@@ -92,21 +96,48 @@ def _late(candidate: Solution, seconds: float, slo: Slo) -> bool:
 
 
 def _candidates(solution: Solution) -> Iterator[Solution]:
-    """The solution itself, then others where it streams weights, or moves them for prompts."""
-    yield solution
+    """The solution itself (with experts whole where that is the same), then others where it streams weights, or moves
+    them for prompts."""
     problem = solution.problem
-    variants = []
+    choice = experts_whole(problem, choices_of(problem), solution.choice) if _caches(solution) else solution.choice
+    if choice != solution.choice:
+        outcome = evaluate(problem, choice)
+        made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
+        yield dataclasses.replace(solution, choice=choice, outcome=outcome, placement=made)
+    yield solution
+    variants = [dataclasses.replace(problem, pins=(*problem.pins, *pins)) for pins in _of_one_kind(solution)]
     if any(option.mode == "streamed" for option, _ in solution.choice):
         still = Pin("weights=resident", "weights", "resident")
         deeper = dataclasses.replace(problem.session, depth=2 * problem.session.depth)
         variants.append(dataclasses.replace(problem, pins=(*problem.pins, still)))
         variants.append(dataclasses.replace(problem, session=deeper))
+    if any(option.missed for option, _ in solution.choice):
+        variants.append(dataclasses.replace(problem, compute_missed=False))
     if any(option.prefill_unit != option.unit for option, _ in solution.choice):
         variants.append(dataclasses.replace(problem, move_for_prompts=False))
     for variant in variants:
         found = _solved(variant)
         if found is not None:
             yield dataclasses.replace(found, problem=dataclasses.replace(found.problem, pins=problem.pins))
+
+
+def _caches(solution: Solution) -> bool:
+    return any(option.mode == "cached" for option, _ in solution.choice)
+
+
+def _of_one_kind(solution: Solution) -> Iterator[tuple[Pin, ...]]:
+    """Pins of plans that are simpler than one that divides its work between a GPU and the CPU."""
+    units = {o.unit for o, _ in solution.choice} | {o.helper for o, _ in solution.choice if o.helper}
+    used = [u for u in solution.problem.machine.units if u.name in units]
+    gpu, cpu = (next((u.name for u in used if u.kind == kind), "") for kind in ("gpu", "cpu"))
+    if not gpu or not cpu:
+        return
+    if any(o.part.experts and o.mode != "cached" for o, _ in solution.choice):
+        yield (Pin("experts=cached", "experts", "cached"),)
+    groups = ("attention", "mlp", "experts", "head", "kv")
+    yield tuple(Pin(f"{group}={cpu}", group, cpu) for group in groups)
+    streams = tuple(Pin(f"{group}=streamed", group, "streamed") for group in ("attention", "mlp", "experts"))
+    yield (*streams, *(Pin(f"{group}={gpu}", group, gpu) for group in groups))
 
 
 def _solved(problem: Problem) -> Solution | None:

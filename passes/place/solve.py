@@ -22,7 +22,8 @@ from passes.place.build_plan import from_placement, groups_of, quality_plan, to_
 from passes.place.greedy import greedy
 from passes.place.machine import UNLIMITED
 from passes.place.milp import MANY_NODES, Found, solve_counts
-from passes.place.options import Option, options_of
+from passes.place.option import Option
+from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, evaluate, tier_use
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Slo

@@ -1,6 +1,7 @@
 """A choice without needless moves: caches go to the memory of the unit that attends, where that costs nothing.
 
     choice = tidied(problem, options, choice)
+    choice = experts_whole(problem, options, choice)     # of a cache of nearly all experts: all of them
 
 A plan is as good as its slowest resource, so the program of `passes.place.milp` may leave keys and values on a drive
 whose time nothing waits for, though memory is free. Each such run of layers takes, as many layers as fit, the option
@@ -9,18 +10,30 @@ that is the same but for its cache, when no phase gets longer by that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from passes.place.options import Option
+from passes.place.option import CACHED, RESIDENT, Option
 from passes.place.outcome import Choice, evaluate
 from passes.place.problem import Problem
 
 
 def tidied(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
     """The same choice with fewer bytes moved, or itself."""
+    return _with(problem, choice, {id(o): _nearer(problem, options, o) for o, _ in choice}, 1e-9)
+
+
+def experts_whole(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
+    """Layers whose experts fit whole where a cache has nearly all of them, as many as cost less than the solver's gap:
+    what a plan expects of a helper with hardly anything to do is no reason for a cache."""
+    better = {id(o): _resident(options, o) for o, _ in choice if o.mode == CACHED}
+    return _with(problem, choice, better, 5e-4)
+
+
+def _with(problem: Problem, choice: Choice, better_of: Mapping[int, Option | None], slack: float) -> Choice:
+    """The choice with as many layers moved to better options as make no phase longer by a share of `slack`."""
     now = evaluate(problem, choice)
     for option, _ in choice:
-        better = _nearer(problem, options, option)
+        better = better_of.get(id(option))
         count = next((n for o, n in choice if o is option), 0)
         if better is None or not count:
             continue
@@ -30,7 +43,7 @@ def tidied(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice
             trial = _moved(choice, option, better, middle)
             found = evaluate(problem, trial)
             phases = ((found.decode, now.decode), (found.prefill, now.prefill))
-            same = found.fits and all(a.seconds <= b.seconds * (1 + 1e-9) for a, b in phases)
+            same = found.fits and all(a.seconds <= b.seconds * (1 + slack) for a, b in phases)
             low, high = (middle, high) if same else (low, middle - 1)
         if low:
             choice = _moved(choice, option, better, low)
@@ -51,6 +64,13 @@ def _nearer(problem: Problem, options: Sequence[Sequence[Option]], option: Optio
             ):
                 return other
     return None
+
+
+def _resident(options: Sequence[Sequence[Option]], option: Option) -> Option | None:
+    """The option with all experts in the memory of the unit that has some of them in a cache."""
+    same = (option.part, option.unit, RESIDENT, option.prefill_unit)
+    ways = (other for found in options for other in found)
+    return next((o for o in ways if (o.part, o.unit, o.mode, o.prefill_unit) == same), None)
 
 
 def _moved(choice: Choice, option: Option, better: Option, count: int) -> Choice:

@@ -3,6 +3,7 @@
 Checked for every order of events that the waits of the plan allow, not only for the order of the text:
 - nothing is read before it has arrived: some wait of the reading unit, or one it has heard of, lies in between;
 - nothing is overwritten or evicted while it is read or under way, and no two transfers write one place at once;
+- what a computation writes that may not take place does not count as written, what it reads must be there;
 - every slot is evicted exactly once, by the unit that reserved it, and not used after;
 - no tier holds more than it has room for: what is at home there plus the most that each unit ever reserves;
 - every message sent is received once, with the same size and over the same link, every collective is joined by its
@@ -156,7 +157,14 @@ class _Checker:
         for value in writes:
             if value in self.held:
                 held = self.held[value]
-                held.writer, held.filled, held.readers = op, True, []
+                held.writer, held.readers = op, []
+                held.filled = held.filled or not self.conditional(op)
+
+    @staticmethod
+    def conditional(op: Op) -> bool:
+        """Whether what an op writes may not be written. A prefetch with a cache that does not take place has put it
+        there before."""
+        return isinstance(op, stream.ComputeOp) and bool(op.cache)
 
     def evict(self, op: stream.EvictOp) -> None:
         held = self.held.get(op.slot)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hw_targets.cost_model import Work
 from hw_targets.expert_outcomes import LATE
@@ -19,7 +20,7 @@ from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import FuncOp
 from passes.place.problem import Problem
 from passes.schedule.placed_stages import KV_BLOCK_BYTES, Kept, Stage
-from passes.schedule.placed_streams import Item, Streams, Unit, storable
+from passes.schedule.placed_streams import Hops, Item, Streams, Unit, storable
 from passes.schedule.stream_problem import Piece
 from passes.schedule.stream_writer import StreamWriter
 
@@ -109,9 +110,14 @@ class Emitter(Streams):
             small = self.batches * self.act_bytes
             mine = [s for s in self.every if s.unit == unit.name]
             small += max((3 * s.new_bytes + (2 * s.new.nbytes if s.new is not None else 0) for s in mine), default=0)
+            asked = max((s.beside.entry_bytes for s in mine if s.fetches and s.beside is not None), default=0)
+            small += 2 * self.batches * asked
             small += 2 * max((c.nbytes for s in mine if s.name == "embedding" for c in s.chunks), default=0)
             for k in range(self.batches):
                 unit.act.append(self.writer.slot(unit.name, unit.tier, self.act_bytes, f"{unit.name}.activations.{k}"))
+                if asked:
+                    unit.asked.append(self.writer.slot(unit.name, unit.tier, asked, f"{unit.name}.asked.{k}"))
+                    unit.answer.append(self.writer.slot(unit.name, unit.tier, asked, f"{unit.name}.answer.{k}"))
             left = self.problem.workspace_bytes() // sharing[unit.tier] - small
             if left > 0:
                 unit.workspace = self.writer.slot(unit.name, unit.tier, left, f"{unit.name}.workspace")
@@ -125,19 +131,21 @@ class Emitter(Streams):
             return
         count = max(1, len(stage.chunks))
         resident = [self.writer.segments[kept.name] for kept in stage.kept if kept.home == unit.tier]
+        beside: dict[int, Unit | None] = {}
         for i in range(count):
             item = self.bring(unit, (step, number, i)) if stage.chunks else None
             for k in range(batches):
                 self.enter(stage, k)
-                work = _part(stage.work, count, first=i == 0)
+                work = one_of(stage.work, count, first=i == 0)
                 reads = [*resident, *(item.slots if item else [])]
                 if stage.cache_home:
                     self.attend(stage, unit, k, self.bring(unit, (step, number, k)), work)
                 else:
-                    far = self.start_beside(stage, k)
+                    far = self.start_beside(stage, k) if i == 0 else None
                     new = self.new_slot(stage, unit) if i == count - 1 else None
                     self.compute(unit, stage.name, work, reads, k, new)
-                    self.join(unit, far, k)
+                    beside[k] = far if i == 0 else beside[k]
+                    self.join(unit, beside[k] if i == count - 1 else None, k)
                     if new is not None and stage.new is not None:
                         self.send_home(unit, stage.new, new, keep=0)
             if item is not None:
@@ -149,12 +157,19 @@ class Emitter(Streams):
             return None
         return self.writer.slot(unit.name, unit.tier, stage.new.nbytes, stage.new.name)
 
-    def compute(self, unit: Unit, name: str, work: Work, reads: list[Value], k: int, new: Value | None = None) -> None:
+    def compute(
+        self, unit: Unit, name: str, work: Work, reads: list[Value], k: int, new: Value | None = None,
+        unless: tuple[str, int] = ("", 0),
+    ) -> None:  # fmt: skip
+        """A computation on the activations of a micro-batch; `unless` so many experts of a cache are missing."""
         self.sent(unit, k)
         source = self.units[self.where[k]]
         from_other = [source.act[k]] if source is not unit and source.tier == unit.tier else []
         writes = [unit.act[k], *([new] if new is not None else [])]
-        self.last[k] = self.writer.compute(unit.name, name, work, [*reads, *from_other], writes)
+        cache, rank = unless
+        self.last[k] = self.writer.compute(
+            unit.name, name, work, [*reads, *from_other], writes, cache=cache, rank=rank, missing=not cache
+        )
         self.where[k] = unit.name
 
     def enter(self, stage: Stage, k: int) -> None:
@@ -171,15 +186,23 @@ class Emitter(Streams):
         self.where[k] = unit.name
 
     def message(self, source: Unit, unit: Unit, nbytes: int, k: int) -> None:
+        tag, link = self.tag(), self.link(source, unit)
+        self.sent(source, k)
+        self.sent(unit, k)
+        source.sending[k] = self.writer.send(source.name, unit.name, link, nbytes, tag, source.act[k])
+        self.writer.wait(unit.name, self.writer.receive(unit.name, source.name, link, nbytes, tag, unit.act[k]))
+
+    def tag(self) -> str:
+        """A name for a message that no other has."""
+        self.messages += 1
+        return f"{self.messages - 1}"
+
+    def link(self, source: Unit, unit: Unit) -> str:
+        """What messages go over; of two links the last."""
         hops = self.way(source.tier, unit.tier)
         link = self.machine.target.link_between(*hops[-1])
         assert link is not None, f"no link between {hops[-1][0]} and {hops[-1][1]}"
-        tag = f"{self.messages}"
-        self.messages += 1
-        self.sent(source, k)
-        self.sent(unit, k)
-        source.sending[k] = self.writer.send(source.name, unit.name, link.name, nbytes, tag, source.act[k])
-        self.writer.wait(unit.name, self.writer.receive(unit.name, source.name, link.name, nbytes, tag, unit.act[k]))
+        return link.name
 
     def sent(self, unit: Unit, k: int) -> None:
         """Waits until what was sent from a unit's activations has left."""
@@ -217,41 +240,84 @@ class Emitter(Streams):
             self.send_home(unit, kept, new, keep=0 if pending else 1)
 
     def cached(self, stage: Stage, unit: Unit, k: int) -> None:
-        """The experts of a layer: those in the cache first, missing ones as they come, as many at once as fit."""
+        """The experts of a layer: those in the cache first, missing ones as they come, as many at once as fit.
+
+        A rank that `there` says so of is the helper's when so many are missing, else the unit's."""
+        self.drop_later(unit)
         cache, hops = f"{stage.name}.{LATE}", self.way(stage.chunk_home, unit.tier)
         held = self.writer.segments[f"{stage.name}.cache"]
-        coming: deque[tuple[int, Item]] = deque()
-        waiting = deque(range(stage.fetches, 0, -1))
-        while waiting or coming:
-            while waiting:
-                rank = waiting[0]
-                kept = Kept(f"{stage.name}.missing.{rank - 1}", stage.chunk_home, stage.expert_bytes)
-                item = Item((-1, rank), kept.name, kept, hops)
-                if coming and any(unit.room.get(goal, 0) < stage.expert_bytes for _, goal in hops):
-                    break
-                waiting.popleft()
-                for _, goal in hops:
-                    unit.room[goal] = unit.room.get(goal, 0) - stage.expert_bytes
-                self.hop(unit, item, 0, cache, rank)
-                coming.append((rank, item))
-            rank, item = coming.popleft()
+        answer = self.ask_helper(stage, unit, cache, k)
+        there = [rank for rank in range(1, stage.fetches + 1) if answer and stage.there[rank - 1]]
+        coming: deque[Item] = deque()
+        waiting = deque(rank for rank in range(stage.fetches, 0, -1) if rank not in there)
+        for rank in range(stage.fetches, 0, -1):
+            while waiting and (not coming or self.has_room(unit, stage, hops)):
+                if rank in there and not self.has_room(unit, stage, hops):
+                    break  # it can wait: this one is no fetch
+                coming.append(self.fetch_missing(stage, unit, waiting.popleft(), cache, hops))
+            if stage.later in there and unit.later is None and not waiting and self.has_room(unit, stage, hops):
+                unit.later = self.fetch_missing(stage, unit, stage.later, cache, hops), cache, stage.later
+            work = one_of(stage.work, stage.fetches, first=rank == stage.fetches)
+            if rank in there:
+                self.compute(unit, stage.name, work, [held], k, unless=(cache, rank))
+                continue
+            item = coming.popleft()
             self.arrive(unit, item, cache, rank)
-            work = _part(stage.work, stage.fetches, first=rank == stage.fetches)
             self.compute(unit, stage.name, work, [held, *item.slots], k)
             self.free(unit, item, item.slots[0], item.hops[-1][1])
+        if answer:
+            self.writer.wait(unit.name, *answer)
+            self.compute(unit, f"{stage.name}.sum", Work(), [unit.answer[k]], k)
+
+    def ask_helper(self, stage: Stage, unit: Unit, cache: str, k: int) -> tuple[Value, ...]:
+        """Sends what missing experts are computed from to the unit that has them; the tokens of question and answer.
+
+        Both have slots of their own, so that the unit goes on in the meantime."""
+        far = stage.beside
+        if far is None:
+            return ()
+        writer, helper = self.writer, self.units[far.unit]
+        writer.compute(unit.name, f"{stage.name}.router", Work(), [unit.act[k]], [unit.asked[k]])
+        self.sent(helper, k)
+        question, link = self.tag(), self.link(unit, helper)
+        asked = writer.send(unit.name, helper.name, link, far.entry_bytes, question, unit.asked[k])
+        received = writer.receive(helper.name, unit.name, link, far.entry_bytes, question, helper.act[k])
+        writer.wait(helper.name, received)
+        work = far.work
+        for rank, there in enumerate(stage.there, 1):
+            if there:
+                expert = self.writer.segments[f"{stage.name}.missing.{rank - 1}"]
+                writer.compute(helper.name, far.name, work, [expert], [helper.act[k]], cache=cache, rank=rank)
+                work = replace(work, launches=0)
+        reply, link = self.tag(), self.link(helper, unit)
+        helper.sending[k] = writer.send(helper.name, unit.name, link, far.entry_bytes, reply, helper.act[k])
+        return asked, writer.receive(unit.name, helper.name, link, far.entry_bytes, reply, unit.answer[k])
+
+    def fetch_missing(self, stage: Stage, unit: Unit, rank: int, cache: str, hops: Hops) -> Item:
+        kept = Kept(f"{stage.name}.missing.{rank - 1}", stage.chunk_home, stage.expert_bytes)
+        item = Item((-1, rank), kept.name, kept, hops)
+        for _, goal in hops:
+            unit.room[goal] = unit.room.get(goal, 0) - stage.expert_bytes
+        self.hop(unit, item, 0, cache, rank)
+        return item
+
+    def has_room(self, unit: Unit, stage: Stage, hops: Hops) -> bool:
+        return all(unit.room.get(goal, 0) >= stage.expert_bytes for _, goal in hops)
 
     def end(self) -> None:
         for unit in self.units.values():
             for k in list(unit.sending):
                 self.sent(unit, k)
             self.let_go(unit)
+            self.drop_later(unit)
             for other in self.last:
                 if other is not None:
                     self.writer.wait(unit.name, other)
-            self.writer.evict(unit.name, *unit.act, *([unit.workspace] if unit.workspace is not None else []))
+            workspace = [unit.workspace] if unit.workspace is not None else []
+            self.writer.evict(unit.name, *unit.act, *unit.asked, *unit.answer, *workspace)
 
 
-def _part(work: Work, count: int, first: bool) -> Work:
+def one_of(work: Work, count: int, first: bool) -> Work:
     """One of `count` equal parts of some work: the kernels are started once, with the first."""
     traffic = tuple((tier, nbytes / count) for tier, nbytes in work.traffic)
     return Work(work.flops / count, work.element, traffic, launches=work.launches if first else 0, rows=work.rows)

@@ -11,11 +11,14 @@ beside them. Only the last chunk passes the head, with one row a prompt. As in t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 from hw_targets.cost_model import Work
-from passes.place.options import CACHED, RESIDENT, SPLIT, Option, attended_pairs
+from passes.place.expert_options import missed_experts
+from passes.place.option import CACHED, RESIDENT, SPLIT, Option
+from passes.place.options import attended_pairs
 from passes.place.outcome import Choice
 from passes.place.parts import Part
 from passes.place.problem import Problem
@@ -125,14 +128,23 @@ class _PromptReader(StageReader):
         )  # fmt: skip
 
     def cached(self, name: str, part: Part, option: Option) -> Stage:
-        """Of the experts that are touched, those come that the slots do not hold."""
+        """Of the experts that are touched, those come that the slots do not hold, or the helper computes them."""
         tier = self.problem.machine.unit(option.unit).tier
-        touched = self.touched(part)
-        work = self.work(part, option.unit, touched, self.rows, part.launches)
-        moved = math.ceil(touched * max(0.0, 1.0 - option.slots / part.experts))
-        stage = self.streamed(name, part, option, option.unit, work, moved)
+        needed = self.needed(part, self.rows)
+        lacking = needed * max(0.0, 1.0 - option.slots / part.experts)
+        share, away, far = 0.0, 0.0, None
+        if option.helper:
+            count = max(1, math.ceil(lacking - 1e-9))
+            there = missed_experts(self.problem, option, self.rows, (lacking / count,) * count).there
+            away = lacking * sum(there) / len(there)
+            share = away / needed
+            far = self.far(name, part, option, share, away * part.expert_bytes, ()) if away else None
+        nbytes = math.ceil(self.touched(part) * (1.0 - share))
+        work = self.work(part, option.unit, nbytes, self.rows * (1.0 - share), part.launches)
+        work = dataclasses.replace(work, rows=self.rows * part.top_k / part.experts)
+        stage = self.streamed(name, part, option, option.unit, work, math.ceil((lacking - away) * part.expert_bytes))
         slots = Kept(f"{name}.cache", tier, option.slots * part.expert_bytes)
-        return Stage(name, stage.unit, work, stage.entry_bytes, (*stage.kept, slots), stage.chunk_home, stage.chunks)
+        return dataclasses.replace(stage, kept=(*stage.kept, slots), beside=far)
 
     def share_here(self, part: Part, option: Option) -> float:
         return option.slots / part.experts

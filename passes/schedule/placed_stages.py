@@ -11,12 +11,14 @@ placement, not a copy of it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from hw_targets.cost_model import Work
 from passes.place.build_plan import numbered, sensitive_first
-from passes.place.options import CACHED, SPLIT, STREAMED, Option
+from passes.place.expert_options import missed_experts, missing_chances
+from passes.place.option import CACHED, SPLIT, STREAMED, Option
 from passes.place.outcome import Choice, by_part
 from passes.place.parts import Part
 from passes.place.problem import Problem
@@ -48,7 +50,8 @@ class Stage:
     of keys and values for each of them (from `cache_home`, with `new_bytes` that go back). `new` is what a chunk of a
     prompt adds to a cache elsewhere. Of an expert cache at most
     `fetches` experts of `expert_bytes` are missing, each with the probability `1 - hit`. `beside`: a stage that another
-    unit computes at the same time.
+    unit computes at the same time; of missing experts those that `there` says so of, by rank, `work` being that of
+    one. The one of rank `later` is then fetched as well, for later steps.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Stage:
     fetches: int = 0
     expert_bytes: int = 0
     hit: float = 1.0
+    there: tuple[bool, ...] = ()
+    later: int = 0
     beside: Stage | None = None
     new: Kept | None = None
 
@@ -174,21 +179,31 @@ class StageReader:
             Kept(f"{name}.cache", tier, option.slots * part.expert_bytes),
         )
         work = self.work(part, option.unit, math.ceil(needed * part.expert_bytes), self.rows, part.launches)
+        there: tuple[bool, ...] = ()
+        later, far = 0, None
+        if option.helper:
+            divided = missed_experts(self.problem, option, self.rows, missing_chances(needed, option.hit))
+            there, later = divided.there, divided.later
+            far = self.far(name, part, option, 1.0 / needed, part.expert_bytes, ()) if any(there) else None
         return Stage(
             name, option.unit, work, self.hidden_bytes, kept, option.home,
-            fetches=fetches, expert_bytes=part.expert_bytes, hit=option.hit,
+            fetches=fetches, expert_bytes=part.expert_bytes, hit=option.hit, there=there, later=later, beside=far,
         )  # fmt: skip
+
+    def far(self, name: str, part: Part, option: Option, share: float, nbytes: float, kept: tuple[Kept, ...]) -> Stage:
+        """What the helper of an option computes: a share of the experts' work, `nbytes` of them."""
+        helper = option.helper
+        each = self.rows * part.top_k / part.experts
+        work = self.work(part, helper, math.ceil(nbytes), self.rows * share, part.launches)
+        return Stage(f"{name}.far", helper, dataclasses.replace(work, rows=each), self.hidden_bytes, kept)
 
     def split(self, name: str, part: Part, option: Option) -> Stage:
         """Some experts on the unit, the others computed by the helper where they lie."""
         tier, helper = self.problem.machine.unit(option.unit).tier, self.problem.machine.unit(option.helper)
         needed, here = self.needed(part, self.rows), option.slots * part.expert_bytes
         near = self.share_here(part, option)
-        far_rows, far_bytes = self.rows * (1 - near), needed * (1 - near) * part.expert_bytes
-        far = Stage(
-            f"{name}.far", helper.name, self.work(part, helper.name, math.ceil(far_bytes), far_rows, part.launches),
-            self.hidden_bytes, (Kept(f"{name}.far", helper.tier, part.nbytes - here),),
-        )  # fmt: skip
+        kept = Kept(f"{name}.far", helper.tier, part.nbytes - here)
+        far = self.far(name, part, option, 1 - near, needed * (1 - near) * part.expert_bytes, (kept,))
         near_rows, near_bytes = self.rows * near, needed * near * part.expert_bytes
         work = self.work(part, option.unit, math.ceil(near_bytes), near_rows, part.launches)
         return Stage(name, option.unit, work, self.hidden_bytes, (Kept(name, tier, here),), beside=far)

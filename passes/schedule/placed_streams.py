@@ -46,6 +46,9 @@ class Unit:
     leaving: list[tuple[Kept, Value, Value]] = field(default_factory=list)  # what goes home: what, slot, token
     stored: set[str] = field(default_factory=set)  # what has gone home: `Kept.made` of each
     workspace: Value | None = None
+    later: tuple[Item, str, int] | None = None  # a missing expert that is fetched for later steps, its cache and rank
+    asked: list[Value] = field(default_factory=list)  # what a helper is sent of each micro-batch
+    answer: list[Value] = field(default_factory=list)  # and what it sends back
 
 
 class Streams:
@@ -64,6 +67,8 @@ class Streams:
         while key not in unit.active:
             if not self.is_made(unit, unit.todo[0]):
                 self.let_go(unit)
+            if not self.fits(unit, unit.todo[0]):
+                self.drop_later(unit)
             self.start(unit, unit.todo.popleft())
         self.fill(unit)
         item = unit.active[key]
@@ -136,6 +141,13 @@ class Streams:
         if following is not None and following.token is not None and len(following.hops) > len(following.slots):
             self.writer.wait(unit.name, following.token)
             self.hop(unit, following, 1)
+
+    def drop_later(self, unit: Unit) -> None:
+        """Waits for the expert that was fetched for later; its slot is the cache's now, that of another one is free."""
+        if unit.later is not None:
+            (item, cache, rank), unit.later = unit.later, None
+            self.arrive(unit, item, cache, rank)
+            self.free(unit, item, item.slots[0], item.hops[-1][1])
 
     def send_home(self, unit: Unit, kept: Kept, slot: Value, keep: int) -> None:
         """Starts to store a slot; of the earlier stores `keep` may still be under way."""

@@ -67,8 +67,19 @@ class StreamWriter:
         if tokens:
             self.build(WaitOp(*tokens, unit=unit))
 
-    def compute(self, unit: str, name: str, work: Work, reads: Sequence[Value], writes: Sequence[Value] = ()) -> Value:
-        """The token of a computation that reads `reads` and writes `writes`."""
+    def compute(
+        self,
+        unit: str,
+        name: str,
+        work: Work,
+        reads: Sequence[Value],
+        writes: Sequence[Value] = (),
+        *,
+        cache: str = "",
+        rank: int = 0,
+        missing: bool = True,
+    ) -> Value:
+        """The token of a computation that reads `reads` and writes `writes`; with `cache` it may not take place."""
         op = ComputeOp(
             *reads,
             *writes,
@@ -81,6 +92,9 @@ class StreamWriter:
             launches=work.launches,
             rows=0 if work.rows is None else max(1, round(work.rows)),
             writes=tuple(range(len(reads), len(reads) + len(writes))),
+            cache=cache,
+            rank=rank,
+            missing=missing,
         )
         return self.build(op, f"{name}.done")
 

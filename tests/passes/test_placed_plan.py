@@ -78,7 +78,7 @@ def solved(model: str, machine: str, batch: int = 1, **budgets: int) -> Solution
     [
         ("Llama-3.1-8B", "rtx-4090", {}),  # all of it in one memory
         ("Llama-3.1-8B", "ddr5-laptop", {"dram": 3 * GIB}),  # half of it streamed from a drive
-        ("Qwen3-30B-A3B", "rtx-4090", {}),  # experts in a cache
+        ("Qwen3-30B-A3B", "rtx-4090", {"vram": 16 * GIB}),  # experts in a cache
     ],
 )
 def test_simulated_and_closed_form_agree(model: str, machine: str, budgets: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ from hw_targets import load
 from passes.place import milp
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
-from passes.place.options import Option
+from passes.place.option import Option
 from passes.place.outcome import evaluate
 from passes.place.problem import Problem, Session
 from passes.place.solve import choices_of, solve

@@ -52,8 +52,8 @@ def test_caches_are_simulated_with_their_misses() -> None:
 
 def test_what_cannot_be_simulated_stays() -> None:
     first = solved(Problem(dense(4), machine_of(target()), formats_of(""), dataclasses.replace(USE, batch=2)))
-    turns = dataclasses.replace(first.problem, session=dataclasses.replace(first.problem.session, micro_batches=2))
-    other = dataclasses.replace(first, problem=turns)
+    talking = dataclasses.replace(first.problem, together_decode=(("nvlink", 1e-6),))
+    other = dataclasses.replace(first, problem=talking)
     assert simulated(other) is None and refine(other).solution is other
     late = dataclasses.replace(first.problem, slo=Slo(tpot=1e-12))
     assert refine(dataclasses.replace(first, problem=late)).solution.choice == first.choice

@@ -18,7 +18,7 @@ from ir.diagnostics import DiagnosticError
 from passes.place.formats import formats_of, next_down
 from passes.place.machine import machine_of
 from passes.place.milp import solve_counts
-from passes.place.options import Option
+from passes.place.option import Option
 from passes.place.outcome import Choice, evaluate
 from passes.place.parallel import spreads
 from passes.place.pins import parse_pin

@@ -1,0 +1,131 @@
+"""One way to keep and compute a part, and how its seconds are counted.
+
+`path` is what tokens wait for, in turn; `streams` run beside it. Both are kept by resource, so that a sum over parts
+says what bounds a phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hw_targets.cost_model import Work, price, transfer_time
+from hw_targets.target import ComputeUnit
+from passes.place.parts import Part
+from passes.place.problem import Problem
+
+RESIDENT, STREAMED, CACHED, SPLIT = "resident", "streamed", "cached", "split"
+Missed = Literal["", "sooner", "there"]  # who has missing experts: whoever is sooner, or always the helper
+SOONER: Missed = "sooner"
+THERE: Missed = "there"
+
+
+@dataclass
+class PhaseCost:
+    """Seconds by resource. `unit_seconds` is the path by unit (what micro-batches overlap)."""
+
+    path: dict[str, float] = field(default_factory=dict)
+    streams: dict[str, float] = field(default_factory=dict)
+    unit_seconds: dict[str, float] = field(default_factory=dict)
+
+    def wait(self, unit: str, resource: str, seconds: float) -> None:
+        """Time on the path of tokens, at `unit`."""
+        if seconds:
+            self.path[resource] = self.path.get(resource, 0.0) + seconds
+            self.unit_seconds[unit] = self.unit_seconds.get(unit, 0.0) + seconds
+
+    def beside(self, resource: str, seconds: float) -> None:
+        """Time of a resource beside the path."""
+        if seconds:
+            self.streams[resource] = self.streams.get(resource, 0.0) + seconds
+
+    @property
+    def waited(self) -> float:
+        return sum(self.path.values())
+
+
+@dataclass(eq=False)
+class Option:
+    """One way for one part. `holds` is ((tier or storage, category, bytes), ...) of one layer, `buffer` one piece of a
+    stream ((tier, bytes), ...), of which the plan keeps `depth`, shared by all layers."""
+
+    part: Part
+    unit: str
+    home: str
+    mode: str
+    slots: int = 0
+    kv_home: str = ""
+    kv_unit: str = ""
+    helper: str = ""  # the unit that computes the rest of a split, or experts that a cache lacks
+    missed: Missed = ""  # of a cache with a helper
+    prefill_unit: str = ""
+    holds: tuple[tuple[str, str, int], ...] = ()
+    buffer: tuple[tuple[str, int], ...] = ()
+    decode: PhaseCost = field(default_factory=PhaseCost)
+    prefill: PhaseCost = field(default_factory=PhaseCost)
+    hit: float = 1.0
+
+    def unit_at(self, prefill: bool) -> str:
+        """Who computes it: decode steps or prompts."""
+        return self.prefill_unit if prefill and self.prefill_unit else self.unit
+
+    @property
+    def label(self) -> str:
+        """All that tells it from the others of its part."""
+        kv = f" kv={self.kv_home}@{self.kv_unit}" if self.kv_home else ""
+        slots = f" slots={self.slots}" if self.slots else ""
+        rest = f" rest@{self.helper}" if self.helper else ""
+        rest += f" {self.missed}" if self.missed else ""
+        prefill = f" prefill@{self.prefill_unit}" if self.prefill_unit != self.unit else ""
+        return f"{self.mode} {self.home}->{self.unit}{slots}{kv}{rest}{prefill}"
+
+
+def keep_weights(option: Option, unit: ComputeUnit, nbytes: int, problem: Problem) -> None:
+    """The bytes at home, and one piece of the stream where it passes through."""
+    option.holds = ((option.home, "weights", nbytes),)
+    part = option.part
+    goals = dict.fromkeys(
+        goal
+        for u in dict.fromkeys((unit.name, option.prefill_unit))
+        for _, goal in problem.machine.way(option.home, problem.machine.unit(u).tier) or ()
+    )
+    piece = nbytes if not part.experts else min(nbytes, part.expert_bytes * max(1, part.top_k))
+    option.buffer = tuple((goal, piece) for goal in goals)
+
+
+def compute_part(
+    problem: Problem,
+    cost: PhaseCost,
+    unit: ComputeUnit,
+    part: Part,
+    nbytes: float,
+    rows: float,
+    passes: int,
+    share: float = 1.0,
+) -> None:
+    """The work of `rows` tokens, `passes` times over, on the path; of experts maybe a `share` of them."""
+    each = rows / share * part.top_k / part.experts if part.experts else rows
+    work = Work(part.flops_per_token * rows, part.element, ((unit.tier, nbytes),), launches=part.launches, rows=each)
+    paid = price(work, unit, problem.machine.target)
+    parts = dict(paid.parts)
+    dispatch = parts.pop("dispatch", 0.0)
+    bound = max(parts, key=lambda name: parts[name], default="dispatch")
+    cost.wait(unit.name, bound, (paid.seconds - dispatch) * passes)
+    cost.wait(unit.name, "dispatch", dispatch * passes)
+
+
+def move_part(problem: Problem, cost: PhaseCost, home: str, tier: str, nbytes: float, part: Part) -> None:
+    """Moving bytes beside the path."""
+    block = part.expert_bytes or part.nbytes
+    for source, goal in problem.machine.way(home, tier) or ():
+        resource, seconds = transfer_time(problem.machine.target, source, goal, nbytes, block)
+        cost.beside(resource, seconds)
+
+
+def cross(problem: Problem, cost: PhaseCost, unit: str, first: str, second: str, nbytes: float) -> None:
+    """Activations of `nbytes` together go from one memory to another and come back: waited for."""
+    target = problem.machine.target
+    for source, goal in problem.machine.way(first, second) or ():
+        link = target.link_between(source, goal)
+        resource, seconds = transfer_time(target, source, goal, nbytes)
+        cost.wait(unit, resource, seconds + 2 * ((link.latency_seconds if link else None) or 0.0))

@@ -11,7 +11,10 @@ from bench.gpu_cases import GpuCase, numbers
 from codegen.nvptx.kernels.attention import prefill_kernel
 from codegen.nvptx.kernels.attention_decode import split_kernel
 from codegen.nvptx.kernels.attention_rows import LOG2_E, AttentionShape
-from ir.formats import BF16
+from codegen.nvptx.kernels.kv_codes import code_place
+from codegen.nvptx.kv_planes import KvPlanes
+from ir.formats import BF16, F16, GroupedIntFormat
+from ir.types import KVCacheType
 
 _TILE = 64  # positions by which a split is cut
 
@@ -19,6 +22,25 @@ _TILE = 64  # positions by which a split is cut
 def _cache(rng: np.random.Generator, slots: int, shape: AttentionShape, ctx: int) -> list[np.ndarray]:
     """Keys and values [slots, kv heads, ctx, d]."""
     return [numbers(rng, (slots, shape.kv_heads, ctx, shape.width), BF16) for _ in range(2)]
+
+
+def _packed_cache(rng: np.random.Generator, slots: int, planes: KvPlanes, ctx: int) -> list[np.ndarray]:
+    """Words of any codes, scales around those of normal numbers."""
+    made: list[np.ndarray] = []
+    for plane in planes.planes:
+        shape = (slots, planes.heads, ctx, plane.row)
+        if plane.element == F16:
+            made.append((rng.random(shape, np.float32) / (1 << planes.bits) + 2.0**-planes.bits).astype(np.float16))
+        else:
+            made.append(rng.integers(-(2**31), 2**31, shape, dtype=np.int64).astype(np.int32))
+    return made
+
+
+def _numbers(words: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """What the codes of a plane stand for."""
+    places = np.array([code_place(i, bits) for i in range(32 // bits)], np.uint32)
+    codes = (words.view(np.uint32)[..., None] >> places & np.uint32((1 << bits) - 1)).reshape(*words.shape[:-1], -1)
+    return (codes.astype(np.float32) - (1 << (bits - 1))) * scales.astype(np.float32)
 
 
 def _weighted(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> tuple[float, float, np.ndarray]:
@@ -57,9 +79,12 @@ def prompt_case(name: str, tokens: int, shape: AttentionShape, *, checked: int =
     )  # fmt: skip
 
 
-def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits: int) -> GpuCase:
-    """One token of each slot at the end of `ctx` positions; what the parts of `split_kernel` are."""
+def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits: int, bits: int = 0) -> GpuCase:
+    """One token of each slot at the end of `ctx` positions; what the parts of `split_kernel` are. With `bits` the cache
+    is codes with a scale for each position."""
     scale = shape.width**-0.5
+    element = GroupedIntFormat(bits, 0) if bits else BF16
+    planes = KvPlanes.of(KVCacheType(shape.kv_heads, shape.width, element))
 
     def make(rng: np.random.Generator) -> list[Any]:
         q = numbers(rng, (tokens, shape.heads, shape.width), BF16)
@@ -67,7 +92,7 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
         parts = np.full((tokens, shape.heads, splits, shape.width), np.nan, np.float32)
         return [
             q,
-            *_cache(rng, tokens, shape, ctx),
+            *(_packed_cache(rng, tokens, planes, ctx) if bits else _cache(rng, tokens, shape, ctx)),
             *where,
             parts,
             np.full((*parts.shape[:3], 2), np.nan, np.float32),
@@ -77,7 +102,9 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
     def meant(arguments: Sequence[Any]) -> list[np.ndarray]:
         """Parts and sums are relative to the part's largest score: compared as they are."""
         q, keys, values = arguments[:3]
-        parts, sums = np.zeros_like(arguments[5]), np.zeros_like(arguments[6])
+        if bits:
+            keys, values = (_numbers(arguments[1 + i], arguments[3 + i], bits) for i in range(2))
+        parts, sums = np.zeros_like(arguments[outputs[0]]), np.zeros_like(arguments[outputs[1]])
         count = -(-ctx // _TILE)
         for t, h, s in np.ndindex(parts.shape[:3]):
             seen = slice(count * s // splits * _TILE, min(ctx, count * (s + 1) // splits * _TILE))
@@ -86,10 +113,11 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
             parts[t, h, s], sums[t, h, s] = weighted, (top, total)
         return [parts, sums]
 
-    kernel = split_kernel(shape, scale, splits, name)
-    moved = 4 * tokens * ctx * shape.kv_heads * shape.width
+    outputs = (7, 8) if bits else (5, 6)
+    kernel = split_kernel(shape, scale, splits, name, planes=planes)
+    moved = 2 * tokens * ctx * shape.kv_heads * sum(p.row_bytes for p in planes.planes[::2])
     return GpuCase(
-        name, kernel, tokens * shape.kv_heads * splits, make, meant, (5, 6), moved,
+        name, kernel, tokens * shape.kv_heads * splits, make, meant, outputs, moved,
         4 * tokens * ctx * shape.heads * shape.width, 2.0**-7,
     )  # fmt: skip
 
@@ -101,10 +129,15 @@ def real_attention() -> list[GpuCase]:
         prompt_case("prefill", 8192, shape),
         tokens_case("split_m1", 1, 8192, shape, 32),
         tokens_case("split_m16", 16, 8192, shape, 8),
+        tokens_case("split_kv8_m16", 16, 8192, shape, 8, 8),
+        tokens_case("split_kv4_m16", 16, 8192, shape, 8, 4),
     ]
 
 
 def small_attention() -> list[GpuCase]:
     """The same, a few blocks each."""
     shape = AttentionShape(2, 1, 64)
-    return [prompt_case("prefill", 70, shape, checked=8), tokens_case("split", 2, 200, shape, 2)]
+    return [
+        prompt_case("prefill", 70, shape, checked=8), tokens_case("split", 2, 200, shape, 2),
+        tokens_case("split_kv8", 2, 104, shape, 2, 8), tokens_case("split_kv4", 1, 80, shape, 1, 4),
+    ]  # fmt: skip

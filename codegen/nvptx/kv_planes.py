@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS
+from codegen.tile_builder import Expr
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, I32, GroupedIntFormat, PlainFormat
 from ir.types import KV_BLOCK, KVCacheType
@@ -63,9 +64,9 @@ class KvPlanes:
             raise refused
         made = cls(cache.num_kv_heads, cache.head_dim, BF16, element.bits, cache.rotate, cache.recent)
         half, each = made.width // 2, 32 // made.bits
-        if half % each:
+        if half % each or made.stored % (128 // made.bits):
             message = f"no KV cache of heads of {made.width} in {made.bits} bits on GPUs"
-            raise DiagnosticError(message, expected=f"a multiple of {2 * each} columns")
+            raise DiagnosticError(message, expected=f"a multiple of {128 // made.bits} columns")
         if made.rotate and half & (half - 1):
             raise DiagnosticError(f"no rotated KV cache of heads of {made.width} on GPUs", expected="a power of two")
         return made
@@ -74,6 +75,10 @@ class KvPlanes:
     def stored(self) -> int:
         """Columns of a row with what it is padded by."""
         return -(-self.width // 16) * 16
+
+    def recent_start(self, position: Expr) -> Expr:
+        """The first position that a row at `position` reads as it came (`KVCacheType.recent_start`)."""
+        return (position - (self.recent - 1)).max(0) // KV_BLOCK * KV_BLOCK
 
     @property
     def ring(self) -> int:

@@ -8,16 +8,19 @@ what the blocks have by the second kernel. All parts of a sum of softmax are kep
 from __future__ import annotations
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.kernels.attention_packed import ring_of, tiles_of
 from codegen.nvptx.kernels.attention_rows import (
     LOG2_E,
     NEVER,
     AttentionShape,
     KvTiles,
     Rows,
+    Sight,
     load_queries,
     masked,
     scores_of,
 )
+from codegen.nvptx.kv_planes import KvPlanes
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32, PlainFormat
@@ -27,43 +30,57 @@ POSITIONS = 16  # of a tile that one warp takes
 ROWS = 16
 
 
-def split_kernel(shape: AttentionShape, scale: float, splits: int, name: str) -> GridKernel:
+def split_kernel(
+    shape: AttentionShape, scale: float, splits: int, name: str, *, planes: KvPlanes | None = None
+) -> GridKernel:
     """A kernel (q [tokens, heads, stored d], keys and values [slots, kv heads, ctx, stored d] in `shape.element`,
     positions and slots i32 [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx),
     launched with tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the sum of
-    weights."""
+    weights. With `planes` those of the cache come in the place of keys and values; parts stay rotated."""
     shape.check()
+    cache = planes or KvPlanes(shape.kv_heads, shape.width, shape.element)
     if shape.group > ROWS:
         raise DiagnosticError(f"{shape.group} query heads share a kv head", expected=f"at most {ROWS}")
     k = GridBuilder(name, WARPS * WARP)
-    q, keys, values = (k.buffer(name, shape.element) for name in ("q", "keys", "values"))
+    q, held = k.buffer("q", shape.element), [k.buffer(p.name, p.element) for p in cache.planes]
     positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
     parts, sums, ctx = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx")
     width, tile, block = shape.stored, WARPS * POSITIONS, k.block_id()
     split, kv_head, token = block % splits, block // splits % shape.kv_heads, block // (splits * shape.kv_heads)
     position, slot = positions.load(token).to_index(), slots.load(token).to_index()
-    base = (slot * shape.kv_heads + kv_head) * ctx * width
-    tiles = KvTiles(k, (keys, values), tile, width, base, position + 1)
+    line = slot * shape.kv_heads + kv_head
+    tiles = tiles_of(k, cache, held, tile, line, ctx, position + 1)
     lane, warp = k.lane_and_warp()
     heads = [(lane // 4 + half * 8).min(shape.group - 1) + kv_head * shape.group for half in range(2)]
     queries = load_queries(k, q, [(token * shape.heads + head) * width for head in heads], width)
 
     lowest = (position + (1 - shape.window)).max(0) // tile if shape.window else k.index_value(0)
-    count = (position + tile) // tile - lowest  # tiles that hold something to see
+    end = cache.recent_start(position) if cache.recent else position + 1
+    count = ((end + (tile - 1)) // tile - lowest).max(0)  # tiles that hold something to see
     lower, upper = lowest + count * split // splits, lowest + count * (split + 1) // splits
     with k.when(lower.compare("lt", upper)):
         tiles.fetch(lower)
     own = warp * POSITIONS
-    with k.loop(lower, upper, 1, Rows.empty(k, width).flat()) as loop:
-        tiles.arrive(loop.i)
-        tiles.fetch(loop.i + 1)
-        scores = scores_of(k, queries, tiles, loop.i, own, POSITIONS)
-        scores = masked(k, scores, loop.i * tile + own, [position, position], shape)
-        made, weights = Rows.of(k, loop.carried).add(scores, scale * LOG2_E)
-        made.add_values(weights, tiles, loop.i, own)
-        loop.carry(*made.flat())
+
+    def walk(tiles: KvTiles, lower: Expr, upper: Expr, state: list[Expr], sight: Sight) -> list[Expr]:
+        with k.loop(lower, upper, 1, state) as loop:
+            tiles.arrive(loop.i)
+            tiles.fetch(loop.i + 1)
+            scores = scores_of(k, queries, tiles, loop.i, own, POSITIONS)
+            scores = masked(k, scores, loop.i * tile + own, sight, shape)
+            made, weights = Rows.of(k, loop.carried).add(scores, scale * LOG2_E)
+            made.add_values(weights, tiles, loop.i, own)
+            loop.carry(*made.flat())
+        return loop.results
+
+    state = walk(tiles, lower, upper, Rows.empty(k, width).flat(), Sight([end] * 2, [position] * 2))
+    if cache.recent:  # the last split has the newest positions too
+        newest, after = ring_of(tiles, held, line), position + 1
+        last = (after + (tile - 1)) // tile
+        first = k.select(split.compare("eq", splits - 1), lowest.max(end // tile), last)
+        state = walk(newest, first, last, state, Sight([after] * 2, [position] * 2, [end] * 2))
     k.async_wait(0)
-    rows = Rows.of(k, loop.results)
+    rows = Rows.of(k, state)
     outs = parts.at((token * shape.heads + kv_head * shape.group) * (splits * shape.width))
     ends = sums.at((token * shape.heads + kv_head * shape.group) * (splits * 2))
     _join_warps(k, rows, shape, splits, split, scale * LOG2_E, outs, ends)
@@ -108,9 +125,12 @@ def _join_warps(
             ends.store((row * splits + split) * 2, k.join(top, total))
 
 
-def join_kernel(shape: AttentionShape, splits: int, name: str, *, out: PlainFormat = F32) -> GridKernel:
+def join_kernel(
+    shape: AttentionShape, splits: int, name: str, *, out: PlainFormat = F32, rotate: int = 0
+) -> GridKernel:
     """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 or bf16 [rows, d]) for rows = tokens *
-    heads, launched with a block for each row."""
+    heads, launched with a block for each row. Values of a cache that is rotated in blocks of `rotate` are rotated back.
+    """
     shape.check()
     k = GridBuilder(name, -(-shape.width // WARP) * WARP)
     parts, sums, y = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", out)
@@ -125,6 +145,27 @@ def join_kernel(shape: AttentionShape, splits: int, name: str, *, out: PlainForm
         value = parts.load((row * splits + loop.i) * shape.width + column)
         loop.carry(k.fma(value, share, loop.carried[0]), k.fma(pair.extract(1), share, loop.carried[1]))
     value, total = loop.results
+    if rotate:
+        value = _rotated_back(k, value, rotate)
     with k.when(k.thread_id().compare("lt", shape.width)):
         y.store(row * shape.width + column, (value / total).cast(out))
     return k.grid_kernel()
+
+
+def _rotated_back(k: GridBuilder, value: Expr, block: int) -> Expr:
+    """A row of which every thread has a column, times Hadamard's matrix in blocks of columns."""
+    thread = k.thread_id()
+    work = k.shared(k.threads, F32) if block > WARP else None
+    distance = 1
+    while distance < block:
+        if distance < WARP:
+            other = k.shuffle(value, distance)
+        else:
+            assert work is not None
+            k.barrier()
+            work.store(thread, value)
+            k.barrier()
+            other = work.load(k.xor(thread, k.index_value(distance)))
+        value = k.select((thread // distance % 2).compare("eq", 1), other - value, value + other)
+        distance *= 2
+    return value * block**-0.5

@@ -8,6 +8,7 @@ columns of zeros behind it: `AttentionShape.stored`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from codegen.nvptx.builder import GridBuilder
@@ -62,6 +63,8 @@ class AttentionShape:
 class KvTiles:
     """Tiles of `rows` positions of one slot and kv head, which begin at element `base`; positions end below `end`."""
 
+    stages = STAGES
+
     def __init__(
         self, k: GridBuilder, sources: tuple[Buffer, Buffer], rows: int, width: int, base: Expr, end: Expr
     ) -> None:
@@ -77,19 +80,23 @@ class KvTiles:
 
     def fetch(self, tile: Expr) -> None:
         """Starts the copies of a tile into its stage; positions from `end` on become zeros."""
+        self.copy(tile, lambda position: position)
+
+    def copy(self, tile: Expr, place: Callable[[Expr], Expr]) -> None:
+        """Starts the copies of a tile; a position lies at `place` of it."""
         k, pieces = self.k, self.width // PIECE
         for first in range(0, self.rows * pieces, k.threads):
             number = self.thread + first
             row, piece = number // pieces, number % pieces
             position = tile * self.rows + row
-            source = self.base + position.min(self.end - 1).max(0) * self.width + piece * PIECE
+            source = self.base + place(position.min(self.end - 1).max(0)) * self.width + piece * PIECE
             at = self._place(tile, row, piece)
             for memory, whole in zip(self.memories, self.sources, strict=True):
                 k.async_copy(memory, at, whole, source, position.compare("lt", self.end))
         k.async_commit()
 
     def _place(self, tile: Expr, row: Expr, piece: Expr) -> Expr:
-        stage = tile % STAGES
+        stage = tile % self.stages if self.stages > 1 else self.k.index(0)
         return (stage * self.rows + row) * self.width + self._swizzled(piece, row) * PIECE
 
     def _swizzled(self, piece: Expr, row: Expr) -> Expr:
@@ -111,9 +118,13 @@ class KvTiles:
         both = self.k.load_matrix(self.memories[1], place, transposed=True)
         return self.k.part(both, 0, 4), self.k.part(both, 4, 4)
 
+    def scaled(self, scores: list[Expr], tile: Expr, first: Expr | int) -> list[Expr]:
+        """Products with the stored keys of positions from `first` on become scores."""
+        return scores
+
     def weighted(self, weights: list[Expr], tile: Expr, first: Expr | int) -> list[Expr]:
         """Weights of positions from `first` on as left factors, one for 16 positions."""
-        element = self.sources[1].element
+        element = self.memories[1].element
         return [self.k.join(a, b).cast(element) for a, b in zip(weights[::2], weights[1::2], strict=True)]
 
 
@@ -203,20 +214,55 @@ def scores_of(
         for pair in range(count // 16):
             for i, b in enumerate(tiles.keys(tile, k.index(first) + 16 * pair, step)):
                 made[2 * pair + i] = k.mma(made[2 * pair + i], a, b)
-    return made
+    return tiles.scaled(made, tile, first)
 
 
-def masked(k: GridBuilder, scores: list[Expr], first: Expr, positions: list[Expr], shape: AttentionShape) -> list[Expr]:
-    """Scores of positions from `first` on; NEVER where the rows at `positions` (g and g + 8) do not see them."""
+@dataclass(frozen=True)
+class Sight:
+    """What rows g and g + 8 see: positions below `until`, from `since` on, of a window that ends at `positions`."""
+
+    until: list[Expr]
+    positions: list[Expr]
+    since: list[Expr] | None = None
+
+
+def masked(k: GridBuilder, scores: list[Expr], first: Expr, sight: Sight, shape: AttentionShape) -> list[Expr]:
+    """Scores of positions from `first` on; NEVER where the rows do not see them."""
     lane, _ = k.lane_and_warp()
     made = []
     for number, s in enumerate(scores):
         numbers = []
         for i in range(4):
             at = first + (8 * number + i % 2) + lane % 4 * 2
-            seen = at.compare("le", positions[i // 2])
+            seen = at.compare("lt", sight.until[i // 2])
             if shape.window:
-                seen = seen & (at + shape.window).compare("gt", positions[i // 2])
+                seen = seen & (at + shape.window).compare("gt", sight.positions[i // 2])
+            if sight.since is not None:
+                seen = seen & at.compare("ge", sight.since[i // 2])
             numbers.append(k.select(seen, s.extract(i), k.constant(ScalarType(F32), NEVER)))
         made.append(k.join(*numbers))
     return made
+
+
+def rotated_back(k: GridBuilder, outputs: list[Expr], block: int) -> list[Expr]:
+    """Outputs of rows (4 numbers of a lane for every 8 columns) times Hadamard's matrix in blocks of columns."""
+    lane, _ = k.lane_and_warp()
+    made, distance = outputs, 1
+    while distance < block:
+        if distance == 1:
+            numbers = [[o.extract(i) for i in range(4)] for o in made]
+            made = [k.join(a + b, a - b, c + d, c - d) for a, b, c, d in numbers]
+        elif distance < 8:
+            made = [_with_lane(k, o, lane, distance // 2) for o in made]
+        else:
+            step = distance // 8
+            made = [made[i ^ step] - o if i & step else o + made[i ^ step] for i, o in enumerate(made)]
+        distance *= 2
+    return [o * block**-0.5 for o in made]
+
+
+def _with_lane(k: GridBuilder, x: Expr, lane: Expr, mask: int) -> Expr:
+    """Sums and differences with the lane that is `mask` away."""
+    upper = (lane // mask % 2).compare("eq", 1)
+    pairs = [(x.extract(i), k.shuffle(x.extract(i), mask)) for i in range(4)]
+    return k.join(*(k.select(upper, other - own, own + other) for own, other in pairs))

@@ -23,9 +23,9 @@ def left_factor(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int
     if layout.bits == 16:
         return words[2 * s + m].bitcast(VectorType(8, BF16))
     if layout.bits == 8:
-        return k.join(*(_from_bytes(k, words[s].extract(2 * m + half)) for half in range(2)))
+        return k.join(*(from_bytes(k, words[s].extract(2 * m + half)) for half in range(2)))
     word = words[0].extract(2 * s + m)
-    return k.join(*(_from_nibbles(k, word, pair) for pair in range(4)))
+    return k.join(*(from_nibbles(k, word, pair) for pair in range(4)))
 
 
 def add_scaled(k: GridBuilder, layout: Fragments, total: Expr, partial: Expr, scale: Expr, group: int) -> Expr:
@@ -34,7 +34,7 @@ def add_scaled(k: GridBuilder, layout: Fragments, total: Expr, partial: Expr, sc
     return k.fma(partial, k.join(low, low, high, high), total)
 
 
-def _from_nibbles(k: GridBuilder, word: Expr, pair: int) -> Expr:
+def from_nibbles(k: GridBuilder, word: Expr, pair: int) -> Expr:
     """Codes 2 * pair and 2 * pair + 1 of a word, less 8, as bf16."""
     bits = (word.shifted_right(4 * pair) if pair else word) & 0x000F000F
     pairs = VectorType(2, BF16)
@@ -42,7 +42,7 @@ def _from_nibbles(k: GridBuilder, word: Expr, pair: int) -> Expr:
     return k.fma_pairs((bits | _MAGIC_4).bitcast(pairs), one, offset)
 
 
-def _from_bytes(k: GridBuilder, word: Expr) -> Expr:
+def from_bytes(k: GridBuilder, word: Expr) -> Expr:
     """The four codes of a word, less 128, as bf16."""
     numbers = []
     for i in range(4):

@@ -81,7 +81,10 @@ def _model_kernels() -> list[GridKernel]:
         up = Experts(layout, layout.nbytes, 8, True, BF16)
         made.append(grouped_decode_kernel(up, f"experts_{end}"))
         made.append(grouped_gemm_kernel(up, f"experts_many_{end}", PackedShape.of(64)))
-    return made
+    eight, four = (form.kv for _, form in forms[1:])
+    made += [prefill_kernel(HEADS, 128**-0.5, f"prefill_kv{kv.bits}", planes=kv) for kv in (eight, four)]
+    made += [split_kernel(HEADS, 128**-0.5, 8, f"split_kv{kv.bits}", planes=kv) for kv in (eight, four)]
+    return [*made, join_kernel(HEADS, 8, "join_rotated", rotate=64)]
 
 
 def one_of_each() -> GridKernel:

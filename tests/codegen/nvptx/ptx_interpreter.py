@@ -34,7 +34,7 @@ _COMPARE = {
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "min": np.minimum, "max": np.maximum,
+    "min": np.fmin, "max": np.fmax,  # of a number and no number the number
 }  # fmt: skip
 _GLOBAL_BASE = 1 << 20
 
@@ -201,9 +201,9 @@ class PtxMachine:
             made = values[0] * values[1] + (values[2] if name == "mad" else 0)
         elif name == "mul" and words[1] == "wide":
             made = values[0].astype(f"{values[0].dtype.kind}8") * values[1].astype(f"{values[0].dtype.kind}8")
-        elif name == "mul" and words[1:] in (("hi", "s32"), ("hi", "u32")):
-            kind = f"{values[0].dtype.kind}8"
-            made = (values[0].astype(kind) * values[1].astype(kind)) >> np.array(32, kind)
+        elif name == "mul" and words[1] == "hi":
+            exact = values[0].astype(object) * values[1].astype(object)  # whole numbers without an end
+            made = (exact >> 8 * values[0].dtype.itemsize).astype(values[0].dtype)
         elif name == "fma":
             made = np.asarray(FmaOp.reference(*values))
         elif name in ("div", "rcp"):

@@ -72,7 +72,7 @@ def run(form: Projection) -> tuple[list[Any], np.ndarray, list[np.ndarray]]:
 
 CACHES = [
     *(KVCacheType(2, width, element) for width, element in ((8, BF16), (24, F16), (64, BF16), (128, F16), (80, BF16))),
-    KVCacheType(2, 8, Q8), KVCacheType(1, 128, Q8), KVCacheType(2, 80, Q4), KVCacheType(1, 128, Q4, rotate=64),
+    KVCacheType(2, 8, Q8), KVCacheType(1, 128, Q8), KVCacheType(2, 96, Q4), KVCacheType(1, 128, Q4, rotate=64),
     KVCacheType(2, 64, Q4, rotate=64, recent=16), KVCacheType(1, 16, Q8, rotate=8),
 ]  # fmt: skip
 NEAR = 2.0**-8

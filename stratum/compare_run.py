@@ -26,7 +26,7 @@ from stratum.measure_run import Measured, Phase, measure_apart
 from stratum.memory_plan import PROCESS_BYTES
 from stratum.plan_report import seconds_text, table
 from stratum.planning import Planned, PlanRequest, expected_hits
-from stratum.run_prediction import PhaseTimes, predict, problem_for
+from stratum.run_prediction import RIGHT_GUESSES, PhaseTimes, predict, problem_for
 
 SCHEMA = "stratum.compare/1"
 
@@ -77,7 +77,9 @@ def rows_of(planned: Planned, artifact: Path, measured: Measured) -> tuple[Compa
     manifest = open_artifact(artifact).manifest
     stream = StreamPlan.from_json(measured.stream) if measured.stream else None
     hits = expected_hits(planned, stream)
-    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits)
+    guesses = measured.decode.guesses_read  # how many come true is the model's, like its routing
+    right = measured.decode.guesses_right / guesses if guesses else RIGHT_GUESSES
+    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits, right)
     rows = [
         *_phase("prefill", times.prefill, measured.prefill, stream),
         *_phase("decode", times.decode, measured.decode, stream),

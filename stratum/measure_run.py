@@ -52,7 +52,8 @@ _GROUPS = (
 @dataclass(frozen=True)
 class Phase:
     """Of one prompt or decode step: seconds, those of its parts, seconds waited for reads, bytes read, and their rate
-    while a read was under way; experts found among those looked up (0 of 0 without a budget)."""
+    while a read was under way; experts found among those looked up, and experts read on a guess with those of them that
+    were wanted (0 of 0 without a budget)."""
 
     seconds: float
     parts: dict[str, float]
@@ -61,6 +62,8 @@ class Phase:
     read_rate: float = 0.0
     lookups: int = 0
     hits: int = 0
+    guesses_read: int = 0
+    guesses_right: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -125,6 +128,8 @@ class MeasuredRun:
                 "read_rate": 1e9 * done.gigabytes_per_s,
                 "lookups": done.expert_lookups,
                 "hits": done.expert_hits,
+                "guesses_read": done.guesses_read,
+                "guesses_right": done.guesses_right,
             }
         seconds = statistics.median(statistics.median(one) for one in times)
         if streamer is not None:

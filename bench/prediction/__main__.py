@@ -2,34 +2,36 @@
 
     python -m bench.prediction [--quick] [--work DIR] [--only TEXT] [--no-page]
 
-Nothing else may run meanwhile. Missing models and builds are made under --work first (--prepare: nothing else). The
-read bandwidth and the peaks of this machine are measured right before and after each case, since a shared machine's
-change by the second; the means are what its prediction is made from. The drive's rate is the one that it had while it
-read for the case. Predicted is the very plan that was executed (`stratum.run_prediction`).
+Nothing else may run meanwhile. Missing models and builds are made under --work first (--prepare: nothing else). A
+case is run in turns of a few tokens; between them the machine is measured (`bench.prediction.machine`), since a shared
+one's rates change by the second, and only from these figures its prediction is made. Predicted is the very plan that
+was executed (`stratum.run_prediction`). All samples are kept in WORK/samples.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
 import json
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from bench.measure import ROOT, machine
+from bench.peers.child import Engine
 from bench.peers.models import OPTIONS
-from bench.prediction.configurations import RUNS, STEPS, Case, Run
-from bench.prediction.report import Row, figures, put
-from hw_targets import load as load_target
-from hw_targets.calibrate import Calibration, calibrate
+from bench.prediction.configurations import PROMPT_TURNS, RUNS, STEPS, TURNS, Case, Run
+from bench.prediction.machine import LEAST_HUGE, Machine, Moment, between, host_of, usual
+from bench.prediction.report import InTurns, Row, figures, put
+from hw_targets.calibrate import calibrate
 from hw_targets.quantities import parse_quantity
 from runtime.artifact import open_artifact
 from runtime.stream_plan import StreamPlan
 from stratum.planning import PlanRequest, expected_hits, make_plan
-from stratum.run_prediction import predict, problem_for
+from stratum.run_prediction import RIGHT_GUESSES, predict, problem_for
 
 
 def main() -> None:
@@ -49,16 +51,20 @@ def main() -> None:
         artifact(options.work, run)
     if options.prepare:
         return
+    samples: list[dict[str, Any]] = []
     calibrate()  # once: with it the target `host` states what kernels reach
     rows: list[Row] = []
     for run in runs:
         rows += compared(options.work, run)
         for row in rows[-len(run.cases) :]:
+            samples.append({"run": f"{run.model} {run.recipe} {run.memory}", "case": row.name, **row.samples})
             print(f"{run.model} {run.recipe} {run.memory} {row.name}: {row.predicted * 1e3:.2f} ms predicted, "
                   f"{row.measured * 1e3:.2f} measured, {row.error:+.1%}, {row.bound}, "
-                  f"{row.measured_bytes or 0:.3g} bytes at {row.read_rate or 0:.3g}/s, "
+                  f"memory {row.memory_rate or 0:.3g}/s, {row.measured_bytes or 0:.3g} bytes, drive "
+                  f"{row.read_rate or 0:.3g}/s, "
                   f"hits {row.predicted_hits} {row.measured_hits}",
                   file=sys.stderr, flush=True)  # fmt: skip
+    (options.work / "samples.json").write_text(json.dumps(samples, indent=1) + "\n")
     text = figures(rows, machine())
     print(text)
     if not (options.quick or options.only or options.no_page):
@@ -80,79 +86,70 @@ def artifact(work: Path, run: Run) -> Path:
 
 
 def compared(work: Path, run: Run) -> list[Row]:
-    """Measures a run, then predicts every case from what the machine could do around it."""
+    """Runs every case in turns with measurements of the machine, then predicts it from those."""
     budget = int(parse_quantity(run.memory, "bytes", where=run.model)) if run.memory else 0
-    request = {
-        "artifact": str(artifact(work, run)), "memory": budget, "batch": run.batch, "context": run.context,
-        "steps": STEPS,
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "routing.csv" if budget and run.model.startswith("olmoe") else None
-        request["record"] = str(trace) if trace is not None else ""
-        command = [sys.executable, "-m", "bench.prediction.child", json.dumps(request)]
-        found: list[dict[str, Any]] = []
-        limits = [_limits()]
-        with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-            assert child.stdin is not None and child.stdout is not None
-            for case in run.cases:
-                child.stdin.write(json.dumps((case.phase, case.depth, case.batch)) + "\n")
-                child.stdin.flush()
-                answer = child.stdout.readline()
-                if not answer:
-                    raise SystemExit(f"{run.model} {run.recipe} {run.memory}: the run ended early")
-                found.append(json.loads(answer))
-                limits.append(_limits())
-            child.stdin.close()
-        targets = [host_of(*pair) for pair in itertools.pairwise(limits)]
-        return [row_of(work, run, *three, trace) for three in zip(run.cases, found, targets, strict=True)]
-
-
-def row_of(work: Path, run: Run, case: Case, found: dict[str, Any], target: str, trace: Path | None) -> Row:
-    """One case's prediction beside what was found: of the very plan that was executed."""
     path = artifact(work, run)
-    store = load_target("host").store()
-    if found["read_rate"] and store is not None:  # the drive as fast as it was meanwhile
-        target = f"{target[:-1]},{store.name}.read={found['read_rate'] / 1e9:.3f}GB/s}}"
+    records = bool(budget) and run.model.startswith("olmoe")
+    request = {
+        "artifact": str(path), "memory": budget, "batch": run.batch, "context": run.context, "record": records,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        command = [sys.executable, "-m", "bench.prediction.child", json.dumps(request)]
+        engine = stack.enter_context(Engine(path.name, command))
+        threads = int(engine.about["threads"])
+        machine = stack.enter_context(Machine(threads))
+        if machine.huge_share < LEAST_HUGE:
+            print(f"only {machine.huge_share:.0%} of the memory that is read lies in huge pages: rates are too low",
+                  file=sys.stderr)  # fmt: skip
+        found = [in_turns(engine, machine, case) for case in run.cases]
+        trace = Path(folder) / "routing.csv" if records else None
+        if trace is not None:
+            engine.ask({"do": "routing", "path": str(trace)})
+        return [row_of(path, run, case, one, threads, trace) for case, one in zip(run.cases, found, strict=True)]
+
+
+def in_turns(engine: Engine, machine: Machine, case: Case) -> InTurns:
+    """A case, measured: turns of a few tokens, the machine between them."""
+    engine.ask({"do": "begin", "phase": case.phase, "depth": case.depth, "batch": case.batch, "steps": STEPS})
+    turns, before, moments = [], _now(engine, machine), []
+    for _ in range(TURNS if case.phase == "decode" else PROMPT_TURNS):
+        turns.append(engine.ask({"do": "turn", "steps": STEPS})["seconds"])
+        after = _now(engine, machine)
+        moments.append(between(before, after))
+        before = after
+    return InTurns(turns, moments, engine.ask({"do": "end"}))
+
+
+def _now(engine: Engine, machine: Machine) -> Moment:
+    """Memory and products first: what the session reads ahead is there then."""
+    moment = machine.now()
+    return dataclasses.replace(moment, drive=float(engine.ask({"do": "drive"})["rate"]))
+
+
+def row_of(path: Path, run: Run, case: Case, found: InTurns, threads: int, trace: Path | None) -> Row:
+    """One case's prediction beside what was found: of the very plan that was executed."""
+    moment, counts = usual(found.moments), found.counts
     planned = make_plan(
         PlanRequest(
-            str(path), target, context=run.context, batch=case.batch, prompt=case.depth,
+            str(path), host_of(moment, threads), context=run.context, batch=case.batch, prompt=case.depth,
             generate=STEPS if case.phase == "decode" else 1, trace=trace, what_if=False, simulate=False,
         )
     )  # fmt: skip
     assert planned.solution is not None
     manifest = open_artifact(path).manifest
-    stream = StreamPlan.from_json(found["stream"]) if found["stream"] else None
+    stream = StreamPlan.from_json(counts["stream"]) if counts["stream"] else None
     hits = expected_hits(planned, stream)
-    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits)
+    guesses = counts.get("guesses_read", 0)
+    right = counts["guesses_right"] / guesses if guesses else RIGHT_GUESSES
+    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits, right)
     phase = times.decode if case.phase == "decode" else times.prefill
-    lookups = found["lookups"] if case.phase == "decode" else 0
+    lookups = counts.get("lookups", 0) if case.phase == "decode" else 0
+    streamed = stream is not None
     return Row(
-        run, case, phase.seconds, found["seconds"], phase.bound, hits if lookups else None,
-        found["hits"] / lookups if lookups else None, found["read_bytes"] if stream is not None else None,
-        phase.read_bytes if stream is not None else None, found["read_rate"] or None,
+        run, case, phase.seconds, found.seconds, phase.bound, hits if lookups else None,
+        counts["hits"] / lookups if lookups else None, counts["read_bytes"] if streamed else None,
+        phase.read_bytes if streamed else None, moment.drive or None, moment.read, dataclasses.asdict(found),
     )  # fmt: skip
-
-
-def host_of(before: Calibration, after: Calibration) -> str:
-    """The target `host` with the means of two measurements."""
-    figures_of = {
-        "dram.read": (before.read_bandwidth, after.read_bandwidth, 1, "GB/s"),
-        **{
-            f"cores.peak.{element}": (first, second, before.threads, "GFLOP/s")
-            for element, first, second in (
-                ("f32", before.f32_peak, after.f32_peak),
-                ("bf16", before.bf16_peak, after.bf16_peak),
-                ("i8", before.i8_peak, after.i8_peak),
-            )
-            if first and second
-        },
-    }
-    texts = (f"{name}={(a + b) / 2 / share / 1e9:.3f}{unit}" for name, (a, b, share, unit) in figures_of.items())
-    return f"host{{{','.join(texts)}}}"
-
-
-def _limits() -> Calibration:
-    return calibrate(nbytes=1 << 28, seconds=0.01, repeats=5)
 
 
 if __name__ == "__main__":

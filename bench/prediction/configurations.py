@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STEPS = 16
+STEPS = 6  # of a decode turn
+TURNS = 16
+PROMPT_TURNS = 8
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.measure import table
 from bench.prediction.configurations import Case, Run
+from bench.prediction.machine import Moment
 
 PAGE = Path(__file__).parents[2] / "docs" / "prediction.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+@dataclass(frozen=True)
+class InTurns:
+    """A case measured: `turns` are the seconds of the steps of each turn, `moments` what the machine had around each,
+    `counts` what was read and found in all of them."""
+
+    turns: list[list[float]]
+    moments: list[Moment]
+    counts: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the mean over the turns, whose steps all count alike where reads of one serve the next, else of
+        each turn the median one."""
+        middle = statistics.fmean if self.counts["stream"] else statistics.median
+        return statistics.fmean(middle(turn) for turn in self.turns)
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,9 @@ class Row:
     measured_hits: float | None = None
     measured_bytes: float | None = None
     predicted_bytes: float | None = None
-    read_rate: float | None = None  # of the drive while it reads, measured
+    read_rate: float | None = None  # of the drive between the turns, bytes/s
+    memory_rate: float | None = None  # of memory between the turns, bytes/s
+    samples: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def error(self) -> float:
@@ -58,12 +79,13 @@ def figures(rows: Sequence[Row], machine: str) -> str:
     cells = [
         (
             row.run.model, row.run.recipe, row.run.memory or "-", row.name, _ms(row.predicted), _ms(row.measured),
-            f"{row.error:+.1%}", row.bound, _hits(row), _reads(row),
+            f"{row.error:+.1%}", row.bound,
+            f"{row.memory_rate / 1e9:.1f}" if row.memory_rate else "", _hits(row), _reads(row),
         )
         for row in rows
     ]  # fmt: skip
     heads = ["model", "format", "budget", "phase", "predicted ms", "measured ms", "error", "bound",
-             "hits predicted / measured", "MB read predicted / measured"]  # fmt: skip
+             "memory GB/s", "hits predicted / measured", "MB read predicted / measured"]  # fmt: skip
     return "\n".join([*lines, table(heads, cells)])
 
 

@@ -13,7 +13,8 @@ from frontends.shape_library import load_shape
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
 from passes.place.problem import Problem, Session
-from runtime.manifest import Manifest
+from runtime.expert_guess import LEAST_SHARE
+from runtime.manifest import Manifest, RouterInfo
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from stratum import planning
 from stratum.planning import PlanRequest, make_plan
@@ -86,6 +87,37 @@ def test_a_stream_is_as_long_as_the_longer_of_reads_and_arithmetic() -> None:
     step = predict(problem_for(problem, manifest, narrow), manifest, narrow).decode
     arithmetic = sum(seconds for _, seconds in step.parts)
     assert every / RATE < step.seconds <= every / RATE + arithmetic * (1 + 1e-9)
+
+
+def _with_routers(manifest: Manifest) -> Manifest:
+    """It says how routers work, so that experts can be guessed."""
+    router = RouterInfo(hidden=0, weights=0, experts=8, columns=8, strip=1)
+    kinds = [piece.kind for piece in manifest.weights.pieces]
+    programs = tuple(
+        dataclasses.replace(program, awaits=tuple(
+            dataclasses.replace(wait, router=router) if kinds[wait.piece] == "experts" else wait
+            for wait in program.awaits
+        ))
+        for program in manifest.programs
+    )  # fmt: skip
+    return dataclasses.replace(manifest, programs=programs)
+
+
+@settings(max_examples=6, deadline=None)
+@given(hit=st.floats(0, 1), right=st.floats(0, 1), better=st.floats(0, 1))
+def test_wrong_guesses_cost_reads(hit: float, right: float, better: float) -> None:
+    """The fewer come true the more is read; where too few do, none is read on a guess."""
+    problem, manifest = PREPARED[MODELS[1], 8]
+    manifest = _with_routers(manifest)
+    one = plan(manifest, tuple(dense(manifest)), 0, 1 << 30)
+    guessing = dataclasses.replace(one, guesses=2)
+    right, better = sorted((max(LEAST_SHARE, right), max(LEAST_SHARE, better)))
+    played = problem_for(problem, manifest, one)
+    worse, good = (predict(played, manifest, guessing, hit, share).decode for share in (right, better))
+    assert good.read_bytes <= worse.read_bytes * (1 + 1e-9) and good.seconds <= worse.seconds * (1 + 1e-9)
+    none = predict(played, manifest, one, hit).decode
+    assert predict(played, manifest, guessing, hit, 0.9 * LEAST_SHARE).decode == none
+    assert predict(played, manifest, guessing, hit, 1.0).decode.read_bytes == pytest.approx(none.read_bytes)
 
 
 def test_prompts_read_what_the_cache_does_not_hold() -> None:

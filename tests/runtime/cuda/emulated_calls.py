@@ -88,6 +88,8 @@ RESULTS = {
 def load_image(image: int, capability: int, version: int, jit_log: str, values: list[Any]) -> tuple[Status, bytes]:
     """The content of PTX or of machine code ("\\x7fELF sm_90 LENGTH ..."); faults go into the log."""
     if ctypes.string_at(image, 4) == b"\x7fELF":
+        if ctypes.string_at(image, 8) != b"\x7fELF sm_":  # for a real GPU
+            return Status.CUDA_ERROR_NO_BINARY_FOR_GPU, b""
         head = ctypes.string_at(image, 64).split(b" ")
         made_for, length = int(head[1][3:]), int(head[2])
         if made_for // 10 != capability // 10 or made_for > capability:

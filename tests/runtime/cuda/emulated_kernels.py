@@ -1,10 +1,11 @@
-"""What launches of an emulated GPU do: functions of Python, or kernels by the meaning of their tile IR.
+"""What launches of an emulated GPU do: functions of Python, kernels by the meaning of their tile IR, or their PTX.
 
 A `Runner` has the kernels of one module by name; `run` changes memory in place and says which bytes it read and wrote.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -15,8 +16,10 @@ from ir.formats import PlainFormat
 from ir.grid_interpreter import Grid, GridEnvironment, _unit
 from ir.grid_memory_model import GridBuffer, GridMemory
 from ir.types import BufferType
+from tests.codegen.nvptx.ptx_interpreter import PtxKernel, run_ptx
 from tests.runtime.cuda.emulated_streams import Ranges
 
+MOST_SHARED = 100 << 10
 Reach = Callable[[int, int], np.ndarray]  # address, bytes (0: to the end of the memory there) -> u8 [bytes]
 Arguments = Sequence[int]  # as the driver has them: 64 bits each
 
@@ -69,6 +72,34 @@ class GridRunner:
         for address, memory in memories:
             reads += _ranges(memory.reader_block != -1, address, memory.unit)
             writes += _ranges(memory.writer != -1, address, memory.unit)
+        return reads, writes
+
+
+class PtxRunner:
+    """Kernels as the PTX `text` says, instruction by instruction (`tests.codegen.nvptx.ptx_interpreter`).
+
+    Which bytes were touched it does not say: all behind an address count as read, those that changed as written.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def parameters(self, name: str) -> int:
+        return len(PtxKernel.of(self.text, name).parameters)
+
+    def run(
+        self, name: str, blocks: int, threads: int, arguments: Arguments, extents: Sequence[int], reach: Reach
+    ) -> tuple[Ranges, Ranges]:
+        values = [reach(v, n) if n else v for v, n in zip(arguments, extents, strict=True)]
+        before = [v.copy() if isinstance(v, np.ndarray) else v for v in values]
+        found = re.search(rf"{name}_shared\[(\d*)\]", self.text)
+        shared = int(found[1] or MOST_SHARED) if found else 0
+        run_ptx(self.text, name, values, blocks=blocks, threads=threads, shared=shared)
+        reads: Ranges = [(v, v + n) for v, n in zip(arguments, extents, strict=True) if n]
+        writes: Ranges = []
+        for address, old, new in zip(arguments, before, values, strict=True):
+            if isinstance(old, np.ndarray):
+                writes += _ranges(old != new, address, 1)
         return reads, writes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep, lower_grid_step
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
@@ -23,7 +24,7 @@ from tests.codegen.harness import Batch
 from tests.codegen.models import Model, Shape, build_model
 from tests.codegen.nvptx.grid_machine import NO_CODE, stored_weights
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
-from tests.runtime.cuda.emulated_kernels import GridRunner
+from tests.runtime.cuda.emulated_kernels import GridRunner, PtxRunner, Runner
 from tests.runtime.cuda.toy_model import open_checked
 from tests.runtime.fake_artifact import write_artifact
 
@@ -44,11 +45,12 @@ def lowered(case: str) -> tuple[Model, LoweredGridStep]:
     return model, lower_grid_step(model.step, GridOptions(splits=2, prefill_tokens=32))
 
 
-def write_lowered(root: Path, case: str) -> Path:
-    """An artifact of it; its code holds the names of the kernels only."""
+def write_lowered(root: Path, case: str, code: str = ".version 7.8\n") -> Path:
+    """An artifact of it; beside `code` it holds the names of the kernels only."""
     model, step = lowered(case)
     weights = stored_weights(step, model)
-    ptx = b".version 7.8\n" + b"".join(b".entry %s(\n" % k.name.encode() for k in step.kernels)
+    names = [f".entry {k.name}(\n" for k in step.kernels]
+    ptx = (code + "".join(name for name in names if name.strip() not in code)).encode()
     files = {"code/sm_90.ptx": ptx, "weights/weights.bin": weights}
 
     def describe(manifest: dict) -> None:
@@ -65,8 +67,8 @@ def write_lowered(root: Path, case: str) -> Path:
     return write_artifact(root, files=files, change=describe)
 
 
-def open_lowered(path: Path, case: str, order: str) -> tuple[EmulatedDriver, CudaSession]:
-    driver = EmulatedDriver(GridRunner(lowered(case)[1].kernels), order=order, seed=1)
+def open_lowered(path: Path, case: str, order: str, runner: Runner | None = None) -> tuple[EmulatedDriver, CudaSession]:
+    driver = EmulatedDriver(runner or GridRunner(lowered(case)[1].kernels), order=order, seed=1)
     return driver, CudaSession(path, device=open_checked(driver), num_slots=SLOTS)
 
 
@@ -117,3 +119,18 @@ def test_texts_of_several_sequences_are_those_of_each_alone(tmp_path: Path) -> N
         return made
 
     assert texts(prompts) == [texts([prompt])[0] for prompt in prompts]
+
+
+def test_the_ptx_of_a_step_gives_the_bits_of_its_tile_ir(tmp_path: Path) -> None:
+    """The text that a GPU's driver would assemble, run instruction by instruction."""
+    _, step = lowered("dense")
+    used = {launch.kernel for launch in step.programs[0].launches}
+    text = compile_ptx([k for k in step.kernels if k.name in used], "sm_90")
+    path = write_lowered(tmp_path / "artifact", "dense", text)
+    logits = []
+    for runner in (None, PtxRunner(text)):
+        driver, session = open_lowered(path, "dense", "lazy", runner)
+        with session:
+            logits.append([step_of(session, one) for one in (batch((0, 0, 2)), batch((0, 2, 1), (1, 0, 1)))])
+        assert driver.leaks() == []
+    np.testing.assert_array_equal(np.concatenate(logits[0]), np.concatenate(logits[1]))

@@ -32,7 +32,7 @@ CONTEXT, SLOTS, VOCAB = 64, 2, 70
 SMALL = Shape(hidden=64, ffn=64, vocab=VOCAB, dim=16)
 CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "dense": (replace(SMALL, layers=1, q_heads=2, kv_heads=1), ()),
-    "experts": (replace(SMALL, layers=1, experts=5, top_k=2), ("w4a16-gpu",)),
+    "experts": (replace(SMALL, layers=1, experts=5, top_k=2), ("w4a16-g32",)),
 }
 TOLERANCE = 0.01  # of the largest logit, as where the program is tested
 

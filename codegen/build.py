@@ -36,7 +36,7 @@ from passes.pass_manager import PassManager, PipelineReport
 from passes.pipeline_text import parse_pipeline, print_pipeline
 from passes.pipelines import cpu_pipeline, gpu_pipeline
 from passes.quantize.quantize import QuantizePass
-from passes.quantize.recipe import load_recipe
+from passes.quantize.recipe import is_path, load_recipe
 
 DTYPES = ("bf16", "f32")
 Progress = Callable[[str, float], None]  # stage, fraction of it that is done
@@ -62,8 +62,11 @@ class BuildResult:
     notes: tuple[str, ...]
 
 
-def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = ()) -> tuple[Pass, ...]:
-    """The passes for a target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats.
+def default_pipeline(
+    target: CodegenTarget, dtype: str, recipe: Sequence[str] = (), stand_ins: Sequence[str] = ()
+) -> tuple[Pass, ...]:
+    """The passes for a target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats,
+    `stand_ins` what decides those of experts' copies.
 
     Raises DiagnosticError for other dtypes.
     """
@@ -72,7 +75,7 @@ def default_pipeline(target: CodegenTarget, dtype: str, recipe: Sequence[str] = 
     if gpu_architectures(target):
         return gpu_pipeline(dtype, recipe)
     wide = "avx512f" in target.llvm_features
-    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe)
+    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe, stand_ins=stand_ins)
     if wide:
         return passes
     narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 low-bit-rows=16 small-rows=16}")[0]
@@ -88,6 +91,7 @@ def build_artifact(
     dtype: str = "bf16",
     pipeline: str | None = None,
     recipe: str | None = None,
+    stand_ins: str | None = None,
     progress: Progress | None = None,
     dump_dir: Path | None = None,
     cache: ObjectCache | None = None,
@@ -96,16 +100,22 @@ def build_artifact(
     """Builds `out`. Raises DiagnosticError for pipelines that fail, models without kernels and full disks.
 
     `recipe` names recipes by commas (`passes.quantize.recipe`); a checkpoint that is quantized stays as it is stored
-    unless another recipe or a pipeline is given.
+    unless another recipe or a pipeline is given. `stand_ins` names those of copies of the experts in fewer bits.
     """
     tell = progress or (lambda stage, fraction: None)
     module, architectures = imported.module, gpu_architectures(target)
     parts = recipe_parts(recipe, pipeline, module)
-    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts)
+    copies = stand_in_parts(stand_ins, pipeline, imported)
+    if copies and architectures:
+        raise DiagnosticError(
+            "stand-ins are for runs on the CPU, under a budget", expected="a CPU target, or no stand-ins"
+        )
+    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts, copies)
     text = print_pipeline([_without_paths(p) for p in passes])
     recipes = [load_recipe(p.recipe) for p in passes if isinstance(p, QuantizePass)]  # files may change
     recipe_text = "\n".join(r.to_toml() for r in recipes)
-    key = bundle_key(print_module(module), text, target, [recipe_text])
+    copies_text = load_recipe(copies).to_toml() if copies else ""
+    key = bundle_key(print_module(module), text, target, [recipe_text, *filter(None, [copies_text])])
     tell("passes", 0.0)
     roles = {name: spec.role for name, spec in imported.weights.items()}
     report = PassManager(passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
@@ -114,7 +124,8 @@ def build_artifact(
         _gpu_code(module, architectures, cache) if architectures else _cpu_code(module, target, key, cache, dump_dir)
     )
     weights = maker.file
-    formats = format_uses(weights.roots)
+    extra = [value for bundle in weights.bundles if bundle.stand_in for value in bundle.weights]
+    formats = format_uses([(name, value) for name, value in weights.roots if value not in extra])
     with ArtifactWriter(out, expected_bytes=weights.nbytes) as writer, ThreadPoolExecutor(1, "build-code") as pool:
         # LLVM runs in a process of its own: it works while the weights stream.
         pending = pool.submit(maker.make)
@@ -135,6 +146,8 @@ def build_artifact(
                 (dump_dir / name).write_text(str(code.files[name]))
         if recipe_text:
             writer.add("recipe.toml", recipe_text)
+        if copies_text:
+            writer.add("stand_ins.toml", copies_text)
         for name, path in sorted(imported.files.items()):
             writer.copy(name, path)
         record = writer.files["weights/weights.bin"]
@@ -145,6 +158,7 @@ def build_artifact(
                 "model": model_facts(imported),
                 "dtype": dtype,
                 "recipe": ",".join(r.name for r in recipes),
+                **({"stand_ins": load_recipe(copies).name} if copies else {}),
                 "target": {
                     "name": target.name,
                     "triple": GPU_TRIPLE if architectures else target.llvm_triple,
@@ -233,12 +247,33 @@ def recipe_parts(recipe: str | None, pipeline: str | None, module: ModuleOp) -> 
     return tuple(part.strip() for part in recipe.split(","))
 
 
+def stand_in_parts(stand_ins: str | None, pipeline: str | None, imported: ImportedModel) -> tuple[str, ...]:
+    """What `--stand-ins` names, each part by itself. Refuses models without experts, and pipelines of the caller."""
+    if stand_ins is None:
+        return ()
+    if pipeline is not None:
+        raise DiagnosticError(
+            "stand-ins and a pipeline are given, and each decides the passes",
+            expected="one of them",
+            hint=f"the pipeline may have them: add-stand-ins first, and quantize{{stand-ins={stand_ins}}}",
+        )
+    if imported.config.moe is None:
+        raise DiagnosticError(
+            "this model has no experts that others could stand in for", expected="a mixture of experts, or no stand-ins"
+        )
+    load_recipe(stand_ins)
+    return tuple(part.strip() for part in stand_ins.split(","))
+
+
 def _without_paths(made: Pass) -> Pass:
     """The pass as the manifest names it: a recipe from a file by the artifact's own copy, so that equal recipes give
     equal artifacts wherever they lay.
     """
-    if isinstance(made, QuantizePass) and any("/" in part or part.endswith(".toml") for part in made.recipe):
-        return replace(made, recipe=("recipe.toml",))
+    if isinstance(made, QuantizePass):
+        if any(is_path(part) for part in made.recipe):
+            made = replace(made, recipe=("recipe.toml",))
+        if any(is_path(part) for part in made.stand_ins):
+            made = replace(made, stand_ins=("stand_ins.toml",))
     return made
 
 

@@ -78,7 +78,9 @@ def programs_entry(compiled: CompiledStep) -> dict[str, Any]:
             "max_tokens": p.max_tokens,
             "arena_bytes": p.arena_bytes,
             "awaits": [
-                {"piece": piece, "done": list(done)} | ({"router": asdict(p.routers[n])} if n in p.routers else {})
+                {"piece": piece, "done": list(done)}
+                | ({"router": asdict(p.routers[n])} if n in p.routers else {})
+                | ({"stand_ins": asdict(p.stand_ins[n])} if n in p.stand_ins else {})
                 for n, (piece, done) in enumerate(p.awaits())
             ],
             "kv_awaits": p.kv_awaits(),

@@ -15,8 +15,9 @@ import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
 from codegen.kernels.call import EMITTERS, KernelSpec, SizeArgument, Temporary
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
+from codegen.pending import Pending
 from codegen.programs import Launch, Program, ProgramSpec, WeightsFile
-from codegen.router_places import RouterPlace, router_of
+from codegen.router_places import RouterPlace, StandInPlace, route_of, router_of
 from codegen.weight_pieces import ExpertBundle, expert_bundles, plan_pieces
 from codegen.weights import plan_weights
 from ir.attributes import SymbolRef
@@ -27,6 +28,7 @@ from ir.formats import F32, U8, PlainFormat
 from ir.ops import plan, plan_await
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.kv_cache import KVStateOp
+from ir.ops.moe import DispatchOp, JoinRowsOp, StandInsOp
 from ir.ops.tensor import ReshapeOp
 from ir.ops.tile_control import TicketOp
 from ir.sizes import num_bytes
@@ -127,6 +129,8 @@ class ProgramBuilder:
         self.alias: dict[Value, Value] = {}
         self.calls: list[_Call] = []
         self.sizes = {"tokens": spec.max_tokens, "rows": spec.max_tokens, "ctx": 1, "slots": 1}
+        experts = {bundle.ids: bundle for bundle in file.bundles if not bundle.stand_in}
+        self.partner = {experts[bundle.ids]: bundle for bundle in file.bundles if bundle.stand_in}
 
     def build(self) -> Program:
         for op in self.lowering.step.block.ops[:-1]:
@@ -136,8 +140,9 @@ class ProgramBuilder:
         arena, lifetimes = self._assign()
         func = self._emit(arena.offsets, lifetimes)
         launches = [self._launch(call) for call in self.calls]
-        routers = self._routers(arena.offsets, lifetimes)
-        return Program(self.spec.name, self.spec.max_tokens, func, max(64, arena.total_bytes), launches, routers)
+        routers, stand_ins = self._routers(arena.offsets, lifetimes), self._stand_ins(arena.offsets, lifetimes)
+        nbytes = max(64, arena.total_bytes)
+        return Program(self.spec.name, self.spec.max_tokens, func, nbytes, launches, routers, stand_ins)
 
     def root(self, value: Value) -> Value:
         """The value whose buffer `value` shares."""
@@ -150,6 +155,13 @@ class ProgramBuilder:
             return
         if isinstance(op, ReshapeOp):
             self.alias[op.results[0]] = op.x
+            return
+        if isinstance(op, StandInsOp):
+            self._only_reader(op, op.ids)  # the wait for the experts changes them where they lie
+            self.alias[op.used] = op.ids
+            return
+        if isinstance(op, JoinRowsOp):
+            self._join(op)
             return
         for result in op.results:
             if isinstance(result.type, KVCacheType):
@@ -169,6 +181,22 @@ class ProgramBuilder:
         kernel = self.lowering.kernel(spec)
         buffers = [(len(self.calls), i) if isinstance(a, Temporary) else a for i, a in enumerate(spec.arguments)]
         self.calls.append(_Call(op, spec, kernel.sym_name, buffers))
+
+    def _join(self, op: JoinRowsOp) -> None:
+        """The two products write different rows of one buffer."""
+        self._only_reader(op, op.y)
+        self._only_reader(op, op.stand_ins)
+        made = {result: step for step, call in enumerate(self.calls) for result in call.op.results}
+        if op.y not in made or op.stand_ins not in made or made[op.y] > made[op.stand_ins]:
+            raise DiagnosticError.of(
+                Diagnostic("error", "stand-ins are not computed behind what they stand in for", op.location)
+            )
+        self.alias[op.stand_ins] = self.alias[op.joined] = op.y
+
+    def _only_reader(self, op: Op, value: Value) -> None:
+        if len(value.uses) != 1:
+            message = f"'{op.name}' shares the place of a value with other readers"
+            raise DiagnosticError.of(Diagnostic("error", message, op.location))
 
     def _write_logits_directly(self) -> None:
         end = self.lowering.step.block.terminator
@@ -212,14 +240,21 @@ class ProgramBuilder:
 
     def _waits(self) -> list[list[tuple[int, ExpertBundle | None, tuple[int, ...]]]]:
         """By launch: the pieces it is the first to read, with the experts' bundle, and pieces read for the last time
-        before. Rows are not waited for: who runs the step knows its ids.
+        before. Rows are not waited for: who runs the step knows its ids. Stand-ins come with the experts they stand in
+        for, and these before they are grouped: the wait may change which are used.
         """
         pieces = self.file.pieces
-        bundles = {self.file.piece_of[self.lowering.weights[b.weights[0]]]: b for b in self.file.bundles}
+        bundles = {self._piece(b): b for b in self.file.bundles}
+        chosen = {b.ids: self._piece(b) for b in self.partner}
+        whole = {self._piece(stand_ins): self._piece(b) for b, stand_ins in self.partner.items()}
         read = [
             [self.file.piece_of[name] for b in call.buffers if (name := self._weight(b)) is not None]
             for call in self.calls
         ]
+        read = [[whole.get(piece, piece) for piece in found] for found in read]
+        for found, call in zip(read, self.calls, strict=True):
+            if isinstance(call.op, DispatchOp) and call.op.ids in chosen:
+                found.append(chosen[call.op.ids])
         last = {piece: step for step, found in enumerate(read) for piece in found}
         waits: list[list[tuple[int, ExpertBundle | None, tuple[int, ...]]]] = []
         ready: dict[int, None] = {}
@@ -246,6 +281,28 @@ class ProgramBuilder:
             found[number] = RouterPlace(at, stored, router.experts, router.columns, router.strip)
         return found
 
+    def _stand_ins(self, offsets: dict[Any, int], lifetimes: dict[Any, Lifetime]) -> dict[int, StandInPlace]:
+        """By the number of the wait for their experts: the piece of the stand-ins, and the router's weights."""
+        found: dict[int, StandInPlace] = {}
+        waits = [(step, bundle) for step, waits in enumerate(self.waits) for _, bundle, _ in waits]
+        for number, (step, bundle) in enumerate(waits):
+            if bundle is None or bundle not in self.partner:
+                continue
+            route = route_of(bundle)
+            lifetime = lifetimes.get(self._key(route.weights)) if route is not None else None
+            if lifetime is None or not lifetime.first < step <= lifetime.last:
+                raise DiagnosticError.of(
+                    Diagnostic(
+                        "error", "the weights of the router's choice are not there", self.calls[step].op.location
+                    )
+                )
+            found[number] = StandInPlace(self._piece(self.partner[bundle]), offsets[lifetime.buffer])
+        return found
+
+    def _piece(self, bundle: ExpertBundle) -> int:
+        """Its number in the weights file."""
+        return self.file.piece_of[self.lowering.weights[bundle.weights[0]]]
+
     def _weight(self, buffer: Any) -> str | None:
         """The name of the weight behind a launch's buffer."""
         key = self._key(buffer)
@@ -269,7 +326,7 @@ class ProgramBuilder:
         ends: dict[int, list[Any]] = {}
         for key, lifetime in lifetimes.items():
             ends.setdefault(lifetime.last, []).append(key)
-        pending = _Pending()
+        pending = Pending()
         number = kv_number = 0
         kv_layer: int | None = None
         for step, call in enumerate(self.calls):
@@ -285,11 +342,13 @@ class ProgramBuilder:
                     if pairs not in places:
                         places[pairs] = self._place(b, pairs, offsets, lifetimes)
                     ids, where = places[self._key(bundle.ids)], call.op.location
+                    stand_ins = self._piece(self.partner[bundle]) if bundle in self.partner else -1
                     b(
                         plan_await.AwaitExpertsOp(
-                            ids, places[pairs], number=number, piece=piece, done=done, location=where
+                            ids, places[pairs], number=number, piece=piece, done=done, stand_ins=stand_ins,
+                            location=where,
                         )
-                    )
+                    )  # fmt: skip
                 number += 1
             arguments, regions = [], []
             for buffer in call.buffers:
@@ -370,27 +429,3 @@ def _pairs(bundle: ExpertBundle) -> SizeArgument:
     tokens, top_k = type.shape
     assert isinstance(tokens, SymbolicDim) and isinstance(top_k, int)
     return SizeArgument(SymbolicDim(tokens.name, tokens.scale * top_k))
-
-
-class _Pending:
-    """Memory touched since the last barrier, as (name, start, end)."""
-
-    def __init__(self) -> None:
-        self.writes: list[tuple[Any, int, int]] = []
-        self.reads: list[tuple[Any, int, int]] = []
-
-    def conflicts(self, writes: list[tuple[Any, int, int]], reads: list[tuple[Any, int, int]]) -> bool:
-        return any(_overlap(a, b) for a in self.writes for b in (*writes, *reads)) or any(
-            _overlap(a, b) for a in self.reads for b in writes
-        )
-
-    def add(self, writes: list[tuple[Any, int, int]], reads: list[tuple[Any, int, int]]) -> None:
-        self.writes += writes
-        self.reads += reads
-
-    def clear(self) -> None:
-        self.writes, self.reads = [], []
-
-
-def _overlap(a: tuple[Any, int, int], b: tuple[Any, int, int]) -> bool:
-    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]

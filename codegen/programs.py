@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from codegen.kernels.call import EmitContext
-from codegen.router_places import RouterPlace
+from codegen.router_places import RouterPlace, StandInPlace
 from codegen.weight_pieces import ExpertBundle, WeightPiece
 from codegen.weights import StoredTensor
 from ir.core import Value
@@ -46,6 +46,7 @@ class Program:
     arena_bytes: int
     launches: list[Launch]
     routers: dict[int, RouterPlace] = field(default_factory=dict)  # by the number of the wait for their experts
+    stand_ins: dict[int, StandInPlace] = field(default_factory=dict)  # likewise
 
     def awaits(self) -> list[tuple[int, tuple[int, ...]]]:
         """(piece, pieces done) of the program's waits for weights, in order."""

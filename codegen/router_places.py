@@ -12,7 +12,7 @@ from codegen.weight_pieces import ExpertBundle
 from ir.core import Value
 from ir.formats import F32
 from ir.ops.gemm import MatmulOp
-from ir.ops.moe import RouteOp
+from ir.ops.moe import RouteOp, StandInsOp
 from ir.types import TensorType
 
 
@@ -38,10 +38,27 @@ class RouterPlace:
     strip: int
 
 
+@dataclass(frozen=True)
+class StandInPlace:
+    """The piece of the stand-ins of a layer, and where the weights f32 [tokens, top_k] of the router's choice lie in
+    the arena while the program waits for its experts."""
+
+    piece: int
+    weights: int
+
+
+def route_of(bundle: ExpertBundle) -> RouteOp | None:
+    """The choice among these experts."""
+    maker = bundle.ids.defining_op()
+    if isinstance(maker, StandInsOp):
+        maker = maker.ids.defining_op()
+    return maker if isinstance(maker, RouteOp) else None
+
+
 def router_of(bundle: ExpertBundle) -> Router | None:
     """The router that chooses among these experts."""
-    route = bundle.ids.defining_op()
-    product = route.logits.defining_op() if isinstance(route, RouteOp) else None
+    route = route_of(bundle)
+    product = route.logits.defining_op() if route is not None else None
     if not isinstance(product, MatmulOp):
         return None
     hidden, weight = product.x.type, product.w.type

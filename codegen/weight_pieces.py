@@ -4,6 +4,7 @@ Takes the weights of a step and where they lie; gives pieces that cover the file
 
     rows      a table of which a token reads one row (the embedding)
     experts   the experts of one layer: every matrix of expert 0, then of expert 1, ...; experts begin on a page
+    stand_ins the same experts in fewer bits, for those that are missing
     dense     what every token reads: a large matrix and the small tensors before it
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from codegen.weights import PAGE_BYTES, StoredTensor, matrix_extent
 from ir.core import Op, Value
+from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.ops.builtin import FuncOp
 from ir.ops.fused import FusedOp
 from ir.ops.moe import DispatchOp, GroupedGemmOp
@@ -26,10 +28,14 @@ DENSE_BYTES = 1 << 20  # a dense piece ends behind the tensor that makes it this
 
 @dataclass(frozen=True)
 class ExpertBundle:
-    """The stacks [E, n, k] of one layer's experts, in the order they are read, and the router's choice, i32."""
+    """The stacks [E, n, k] of one layer's experts, in the order they are read, and the router's choice, i32.
+
+    `stand_in`: whether these are copies in fewer bits, which stand in for missing ones.
+    """
 
     weights: tuple[Value, ...]
     ids: Value
+    stand_in: bool = False
 
     @property
     def stride(self) -> int:
@@ -55,8 +61,11 @@ class WeightPiece:
 
 
 def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBundle, ...]:
-    """The layers' experts: products of tokens grouped by the same dispatch."""
-    found: dict[Value, tuple[Value, list[Value]]] = {}  # offsets -> ids, stacks
+    """The layers' experts, and their stand-ins: products of tokens grouped by the same dispatch.
+
+    Raises DiagnosticError for stand-ins that are not smaller than what they stand in for.
+    """
+    found: dict[tuple[Value, int], ExpertBundle] = {}  # by offsets and first group
     for op in step.block.ops:
         if not isinstance(op, GroupedGemmOp) and not (isinstance(op, FusedOp) and op.kind == "gemm"):
             continue
@@ -68,9 +77,23 @@ def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBu
             continue
         offsets, stack = op.operands[form.offsets], op.operands[form.weight]
         dispatch = offsets.defining_op()
+        first = form.product.first if isinstance(form.product, GroupedGemmOp) else 0
+        if first and len(stack.users) > 1:
+            raise _too_large(op)
         if isinstance(dispatch, DispatchOp) and stack in weights and len(stack.users) == 1:
-            found.setdefault(offsets, (dispatch.ids, []))[1].append(stack)
-    return tuple(ExpertBundle(tuple(stacks), ids) for ids, stacks in found.values())
+            known = found.get((offsets, first))
+            stacks = (*(known.weights if known is not None else ()), stack)
+            found[offsets, first] = ExpertBundle(stacks, dispatch.ids, first > 0)
+            whole = found.get((offsets, 0))
+            if first and (whole is None or found[offsets, first].stride >= whole.stride):
+                raise _too_large(op)
+    return tuple(found.values())
+
+
+def _too_large(op: Op) -> DiagnosticError:
+    hint = Diagnostic("hint", "choose a recipe of fewer bits for the stand-ins")
+    message = "the stand-ins of these experts are no smaller than the experts themselves"
+    return DiagnosticError.of(Diagnostic("error", message, op.location, notes=(hint,)))
 
 
 def row_tables(weights: Iterable[Value]) -> tuple[Value, ...]:
@@ -133,7 +156,8 @@ def plan_pieces(
         piece_of.update((names[value], len(pieces)) for value in bundle.weights)
         nbytes = bundle.stride * tensor.shape[0]
         origin = tensor.name.rsplit(".", 1)[0]
-        pieces.append(WeightPiece("experts", tensor.offset, nbytes, origin, bundle.stride))
+        kind = "stand_ins" if bundle.stand_in else "experts"
+        pieces.append(WeightPiece(kind, tensor.offset, nbytes, origin, bundle.stride))
     end_run()
     return tuple(pieces), piece_of
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hw_targets.simulator import Simulator
 
-EARLY, LATE = "early", "late"
+EARLY, LATE, LOW = "early", "late", "low"
 
 
 def from_misses(
@@ -25,8 +25,12 @@ def from_misses(
     accuracy: float = 0.0,
     distance: int = 1,
     absent: float | None = None,
+    stand_ins: np.ndarray | None = None,
 ) -> list[dict[str, int]]:
     """For each step what is missing, by `NAME.early` and `NAME.late`. `misses` is int [steps, layers], >= 0.
+
+    `stand_ins`, of the same shape, are those that are read in fewer bits instead, by `NAME.low`; they are not among
+    `misses`.
 
     The first `distance` layers have none before them that could ask early. Of the `ahead` experts that are guessed for
     a layer the share 1 - `accuracy` is wrong; of these the share `absent` is not in the cache, and is read in vain
@@ -39,10 +43,14 @@ def from_misses(
         raise ValueError("expected misses >= 0, ahead >= 0, distance >= 0 and an accuracy from 0 to 1")
     if absent is not None and not 0.0 <= absent <= 1.0:
         raise ValueError("expected a share of wrong guesses from 0 to 1")
+    if stand_ins is not None and (stand_ins.shape != misses.shape or (stand_ins.size and stand_ins.min() < 0)):
+        raise ValueError(f"expected stand-ins >= 0 of shape {list(misses.shape)}, got {list(stand_ins.shape)}")
     owed, vain = np.zeros(len(names)), np.zeros(len(names))
     found = []
-    for row in misses.tolist():
+    for number, row in enumerate(misses.tolist()):
         step: dict[str, int] = {}
+        if stand_ins is not None:
+            step |= {f"{name}.{LOW}": int(n) for name, n in zip(names, stand_ins[number], strict=True)}
         for layer, (name, missing) in enumerate(zip(names, row, strict=True)):
             early = min(ahead, missing) if layer >= distance else 0
             owed[layer] += early * accuracy

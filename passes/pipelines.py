@@ -19,6 +19,7 @@ from passes.fuse.fuse_qkv import FuseQKVPass
 from passes.fuse.fuse_rope_append import FuseRopeAppendPass
 from passes.layout.choose_layouts import ChooseLayoutsPass
 from passes.pass_base import Pass
+from passes.quantize.add_stand_ins import AddStandInsPass
 from passes.quantize.quantize import QuantizePass
 from passes.quantize.set_precision import FloatName, SetPrecisionPass
 from passes.simplify.canonicalize import CanonicalizePass
@@ -43,12 +44,12 @@ def set_precision(weights: FloatName, activations: FloatName, kv: FloatName) -> 
     return SetPrecisionPass(weights, activations, kv), CanonicalizePass()
 
 
-def quantize(recipe: Sequence[str], floats: FloatName) -> Pipeline:
+def quantize(recipe: Sequence[str], floats: FloatName, stand_ins: Sequence[str] = ()) -> Pipeline:
     """What takes the place of `set_precision` when there is a recipe.
 
     The canonicalize in front joins what a quantized checkpoint stores, so that a fused product has one low-bit weight.
     """
-    return CanonicalizePass(), QuantizePass(tuple(recipe), floats), CanonicalizePass()
+    return CanonicalizePass(), QuantizePass(tuple(recipe), floats, tuple(stand_ins)), CanonicalizePass()
 
 
 def fuse_within_kernels() -> Pipeline:
@@ -67,14 +68,20 @@ def cpu_pipeline(
     kv: FloatName = "bf16",
     vector_bits: int = 0,
     recipe: Sequence[str] = (),
+    stand_ins: Sequence[str] = (),
 ) -> Pipeline:
     """The graph-level pipeline of CPU targets. Layouts come last: they need to know which gate | up pairs there are.
 
-    With a `recipe` (names or paths) that decides the formats, and `weights` is what it leaves open.
+    With a `recipe` (names or paths) that decides the formats, and `weights` is what it leaves open. With `stand_ins`,
+    a recipe too, experts get copies in its formats; before the fusions, which then see both alike.
     """
-    precision = quantize(recipe, weights) if recipe else set_precision(weights, activations, kv)
+    low_bit = recipe or stand_ins
+    precision = (
+        quantize(recipe or ("none",), weights, stand_ins) if low_bit else set_precision(weights, activations, kv)
+    )
     return (
         *simplify(),
+        *((AddStandInsPass(),) if stand_ins else ()),
         *fuse_across_kernels(),
         *precision,
         *fuse_within_kernels(),

@@ -45,14 +45,15 @@ class EvictionPolicy(Protocol):
     def victim(self, busy: Container[Entry]) -> Entry | None: ...
 
 
-def make_policy(name: str, entry_bytes: Sequence[int]) -> EvictionPolicy:
-    """A new policy of that name, for layers whose entries have these sizes; RuntimeDiagnostic for another name."""
+def make_policy(name: str, entry_bytes: Sequence[int], stand_in_bytes: Sequence[int] = ()) -> EvictionPolicy:
+    """A new policy of that name, for layers whose entries have these sizes, and stand-ins (entries below 0) those;
+    RuntimeDiagnostic for another name."""
     if name == "lru":
         return LeastRecentlyUsed()
     if name == "lfu":
         return LeastFrequentlyUsed()
     if name == "lrfu":
-        return FadingCount(entry_bytes)
+        return FadingCount(entry_bytes, stand_in_bytes)
     if name == "score":
         return RoutingScore()
     if name == "least_stale":
@@ -168,8 +169,8 @@ class FadingCount:
 
     uses_weights = False
 
-    def __init__(self, entry_bytes: Sequence[int]) -> None:
-        self._bytes = entry_bytes
+    def __init__(self, entry_bytes: Sequence[int], stand_in_bytes: Sequence[int] = ()) -> None:
+        self._bytes, self._stand_in_bytes = entry_bytes, stand_in_bytes
         self._layers = [_LayerCounts() for _ in entry_bytes]
         self._held = [0] * len(entry_bytes)
         self._step, self._layer = 0, 0
@@ -184,11 +185,14 @@ class FadingCount:
 
     def add(self, entry: Entry) -> None:
         self._layers[entry[0]].add(entry)
-        self._held[entry[0]] += self._bytes[entry[0]]
+        self._held[entry[0]] += self._size(entry)
 
     def remove(self, entry: Entry) -> None:
         self._layers[entry[0]].remove(entry)
-        self._held[entry[0]] -= self._bytes[entry[0]]
+        self._held[entry[0]] -= self._size(entry)
+
+    def _size(self, entry: Entry) -> int:
+        return (self._bytes if entry[1] >= 0 else self._stand_in_bytes)[entry[0]]
 
     def victim(self, busy: Container[Entry]) -> Entry | None:
         best: tuple[float, int] | None = None

@@ -6,17 +6,19 @@ the batch. An entry that the batch in progress uses is never given up; a batch t
 leaves the cache over its budget until the next one, unless it is worked off in pieces (`finish`).
 
 With `scope="layer"` every layer has its own share of the budget and gives up only its own entries.
+Copies of experts in fewer bits (`runtime.stand_ins`) are entries of the same budget, with the numbers -1, -2, ...
 Policies are in `runtime.eviction`. The compiler predicts hit rates with its own implementation of the same rules
 (`hw_targets.expert_cache`); a test holds the two together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import EvictionPolicy, make_policy
+from runtime.stand_ins import stand_in
 
 Entry = tuple[int, int]  # (layer, expert)
 
@@ -33,6 +35,8 @@ class CacheCounters:
     peak_bytes: int = 0
     layer_lookups: list[int] = field(default_factory=list)
     layer_hits: list[int] = field(default_factory=list)
+    stand_ins: int = 0  # lookups of stand-ins
+    stand_in_hits: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -54,9 +58,10 @@ class ExpertCache:
     """Decides which experts are resident.
 
     `entry_bytes[layer]`: bytes of one expert of that layer (all 1, to count slots); layers are those with experts,
-    numbered from 0 in the order in which a pass visits them. `capacity`: for all layers together, or with
-    `scope="layer"` the sum of equal shares. `pinned`: entries that are there from the start and never leave; they count
-    against the capacity. RuntimeDiagnostic when the pinned entries alone exceed it, or for an unknown policy or scope.
+    numbered from 0 in the order in which a pass visits them; `stand_in_bytes` those of a stand-in. `capacity`: for all
+    layers together, or with `scope="layer"` the sum of equal shares. `pinned`: entries that are there from the start
+    and never leave; they count against the capacity. RuntimeDiagnostic when the pinned entries alone exceed it, or for
+    an unknown policy or scope.
     """
 
     def __init__(
@@ -67,16 +72,19 @@ class ExpertCache:
         policy: str = "lru",
         scope: str = "global",
         pinned: Iterable[Entry] = (),
+        stand_in_bytes: Sequence[int] = (),
     ) -> None:
         if scope not in ("global", "layer"):
             raise RuntimeDiagnostic(f"the scope of an expert cache is {scope!r}", expected="global or layer")
         if not entry_bytes or min(entry_bytes) <= 0 or capacity < 0:
             raise RuntimeDiagnostic("an expert cache needs entries of a positive size and a budget of at least 0")
-        self._bytes = tuple(entry_bytes)
+        self._bytes, self._stand_in_bytes = tuple(entry_bytes), tuple(stand_in_bytes)
         self.policy_name, self.scope = policy, scope
         layers = len(self._bytes)
         count = layers if scope == "layer" else 1
-        self._partitions = [_Partition(capacity // count, make_policy(policy, self._bytes)) for _ in range(count)]
+        self._partitions = [
+            _Partition(capacity // count, make_policy(policy, self._bytes, self._stand_in_bytes)) for _ in range(count)
+        ]
         self._pinned = dict.fromkeys(pinned)
         self._busy: dict[Entry, None] = {}  # entries of the batch in progress
         self._ahead: dict[Entry, None] = {}  # read ahead: no policy knows of them, so they stay until they are used
@@ -109,6 +117,13 @@ class ExpertCache:
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._partition(layer).resident or (layer, expert) in self._pinned
 
+    def with_stand_ins(self, layer: int, experts: Sequence[int], light: Container[int]) -> list[int]:
+        """The entries that are used for `experts`: of those in `light` that are missing, their stand-ins."""
+        return [
+            stand_in(expert) if expert in light and not self.is_resident(layer, expert) else expert
+            for expert in experts
+        ]
+
     def lookup(
         self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None
     ) -> tuple[list[int], list[int]]:
@@ -136,6 +151,8 @@ class ExpertCache:
         self.counters.lookups += len(self._busy)
         found = len(hits) - sum(entry in self._busy for entry in early)
         self.counters.hits += found
+        self.counters.stand_ins += sum(entry[1] < 0 for entry in self._busy)
+        self.counters.stand_in_hits += sum(entry < 0 for entry in hits)
         self.counters.layer_lookups[layer] += len(self._busy)
         self.counters.layer_hits[layer] += found
         strength = _weight_shares(experts, weights) if policy.uses_weights else {}
@@ -169,9 +186,9 @@ class ExpertCache:
                 partition.policy.add(entry)
             else:
                 self._ahead[entry] = None
-            partition.used += self._bytes[layer]
+            partition.used += self._size(entry)
             self.counters.admitted += 1
-            self.counters.admitted_bytes += self._bytes[layer]
+            self.counters.admitted_bytes += self._size(entry)
         evicted = self._shrink(partition)
         self.counters.peak_bytes = max(self.counters.peak_bytes, self.used_bytes)
         return evicted
@@ -188,7 +205,7 @@ class ExpertCache:
         """Bytes that experts of this layer may take ahead of their use: what is neither in use, ahead, nor pinned."""
         partition = self._partition(layer)
         fixed = dict.fromkeys((*self._busy, *self._ahead, *self._pinned))
-        return partition.capacity - sum(self._bytes[e[0]] for e in fixed if self._partition(e[0]) is partition)
+        return partition.capacity - sum(self._size(e) for e in fixed if self._partition(e[0]) is partition)
 
     def finish(self, layer: int, experts: Iterable[int]) -> list[Entry]:
         """Experts of the batch in progress that have been used up; returns entries given up while over the budget."""
@@ -201,6 +218,9 @@ class ExpertCache:
         partition = self._partition(layer)
         if (layer, expert) in partition.resident:
             self._remove(partition, (layer, expert))
+
+    def _size(self, entry: Entry) -> int:
+        return (self._bytes if entry[1] >= 0 else self._stand_in_bytes)[entry[0]]
 
     def _partition(self, layer: int) -> _Partition:
         return self._partitions[layer if self.scope == "layer" else 0]
@@ -222,7 +242,7 @@ class ExpertCache:
             del self._ahead[entry]
         else:
             partition.policy.remove(entry)
-        partition.used -= self._bytes[entry[0]]
+        partition.used -= self._size(entry)
 
 
 def _weight_shares(experts: Sequence[int], weights: Sequence[float] | None) -> dict[int, float]:

@@ -17,7 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from runtime.manifest import AwaitInfo, Manifest, ProgramInfo, RouterInfo
+from runtime.await_info import AwaitInfo, RouterInfo
+from runtime.manifest import Manifest, ProgramInfo
 
 MOST_TOKENS = 16  # of a step; with more, most experts are used anyway
 LEAST_SHARE = 0.6  # of guesses that come true, from which on they are read
@@ -63,8 +64,13 @@ class ExpertGuess:
         """Whether the artifact says enough, and routers stay in memory."""
         return any(self._next.values())
 
-    def guess(self, program: ProgramInfo, number: int, tokens: int, arena: np.ndarray) -> list[int]:
-        """Experts of the layer behind that of wait `number`, the likeliest first; none where nothing is known."""
+    def guess(
+        self, program: ProgramInfo, number: int, tokens: int, arena: np.ndarray, least_share: float = 0.0
+    ) -> list[int]:
+        """Experts of the layer behind that of wait `number`, the likeliest first; none where nothing is known.
+
+        Those that would have less than `least_share` of their token's routing weight are left out.
+        """
         pair = self._next[program.name].get(number)
         if pair is None or not 0 < tokens <= MOST_TOKENS:
             return []
@@ -73,7 +79,11 @@ class ExpertGuess:
         rows = arena[at : at + tokens * columns * 4].view(np.float32).reshape(tokens, columns)
         scores = np.concatenate([rows @ strip for strip in matrix], axis=1)[:, :experts]
         best = np.argsort(-scores, axis=1, kind="stable")[:, : self._top_k]
-        return list(dict.fromkeys(best.T.ravel().tolist()))
+        if not least_share:
+            return list(dict.fromkeys(best.T.ravel().tolist()))
+        odds = np.exp(np.take_along_axis(scores, best, axis=1) - scores.max(axis=1, keepdims=True))
+        heavy = odds >= least_share * odds.sum(axis=1, keepdims=True)
+        return list(dict.fromkeys(best.T[heavy.T].tolist()))
 
     def worth_reading(self, layer: int, missing: Sequence[int]) -> bool:
         """Notes a guess of experts that are not in memory; whether guesses are right often enough to read them."""

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.await_info import AwaitInfo, check_await, read_await
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest_fields import REBUILD_HINT, Fields, short
 
@@ -37,38 +38,6 @@ class LaunchInfo:
     origin: str
     bytes: float
     flops_per_token: float
-
-
-@dataclass(frozen=True)
-class RouterInfo:
-    """The router of a layer's experts: its input and its matrix, both f32.
-
-    `hidden`: where the input [tokens, columns] lies in the arena while the program waits for the experts. `weights`:
-    where the matrix [strips, columns, strip] begins in the weights file; the last strip may have rows of no expert.
-    """
-
-    hidden: int
-    weights: int
-    experts: int
-    columns: int
-    strip: int
-
-    @property
-    def bytes(self) -> int:
-        """Of the matrix."""
-        return -(-self.experts // self.strip) * self.strip * self.columns * 4
-
-
-@dataclass(frozen=True)
-class AwaitInfo:
-    """A place in a program where it waits for a piece of the weights, and pieces that it is done with there.
-
-    `router`: of a wait for experts, where the artifact says it.
-    """
-
-    piece: int
-    done: tuple[int, ...]
-    router: RouterInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -115,9 +84,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class PieceInfo:
-    """Whole pages of the weights file that are read together: `rows`, `experts` or `dense`.
+    """Whole pages of the weights file that are read together: `rows`, `experts`, `stand_ins` or `dense`.
 
-    `unit` is the bytes of a row or of an expert, 0 for dense ones.
+    `unit` is the bytes of a row, of an expert or of one that stands in for it, 0 for dense ones.
     """
 
     kind: str
@@ -277,10 +246,7 @@ def _programs(fields: Fields) -> tuple[ProgramInfo, ...]:
             )
             for launch in program.children("launches", 1 << 20)
         )
-        awaits = tuple(
-            AwaitInfo(wait.integer("piece", 0, 1 << 20), tuple(wait.integers("done", 0, 1 << 20)), _router(wait))
-            for wait in program.children("awaits", 1 << 20, ())
-        )
+        awaits = tuple(read_await(wait) for wait in program.children("awaits", 1 << 20, ()))
         arena = program.integer("arena_bytes", 0, 1 << 44)
         tokens = program.integer("max_tokens", 1, 1 << 20)
         kv_awaits = tuple(program.integers("kv_awaits", 0, 1 << 16)) if "kv_awaits" in program.values else ()
@@ -288,17 +254,6 @@ def _programs(fields: Fields) -> tuple[ProgramInfo, ...]:
     if not programs:
         fields.fail("", "at least one program", fields.values)
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
-
-
-def _router(wait: Fields) -> RouterInfo | None:
-    if "router" not in wait.values:
-        return None
-    router = wait.child("router")
-    return RouterInfo(
-        router.integer("hidden", 0, 1 << 44), router.integer("weights", 0, 1 << 50),
-        router.integer("experts", 1, 1 << 16), router.integer("columns", 1, 1 << 24),
-        router.integer("strip", 1, 1 << 16),
-    )  # fmt: skip
 
 
 def _weights(fields: Fields) -> WeightsInfo:
@@ -324,11 +279,13 @@ def _pieces(fields: Fields, total: int) -> tuple[PieceInfo, ...]:
             piece.text("kind"), piece.integer("offset", end, total), piece.integer("bytes", 1, total),
             piece.integer("unit", 0, total), piece.text("origin", ""),
         )  # fmt: skip
-        if info.kind not in ("rows", "experts", "dense"):
-            piece.fail("kind", "rows, experts or dense", info.kind)
+        if info.kind not in ("rows", "experts", "stand_ins", "dense"):
+            piece.fail("kind", "rows, experts, stand_ins or dense", info.kind)
         if info.offset % PAGE_BYTES or info.bytes % PAGE_BYTES or info.offset + info.bytes > total:
             piece.fail("offset", "whole pages inside of the weights", info.offset)
-        if info.kind == "experts" and (not info.unit or info.unit % PAGE_BYTES or info.bytes % info.unit):
+        if info.kind in ("experts", "stand_ins") and (
+            not info.unit or info.unit % PAGE_BYTES or info.bytes % info.unit
+        ):
             piece.fail("unit", "whole pages, of which the piece is a multiple", info.unit)
         if info.kind == "rows" and not 0 < info.unit <= info.bytes:
             piece.fail("unit", f"1 to {info.bytes}, the bytes of a row", info.unit)
@@ -368,10 +325,9 @@ def _check_consistent(manifest: Manifest, top: Fields) -> None:
     pieces = manifest.weights.pieces
     for program in manifest.programs:
         for wait in program.awaits:
-            if any(p >= len(pieces) or pieces[p].kind == "rows" for p in (wait.piece, *wait.done)):
+            if any(p >= len(pieces) or pieces[p].kind in ("rows", "stand_ins") for p in (wait.piece, *wait.done)):
                 top.fail(f"programs.{program.name}.awaits", "numbers of dense and expert pieces", wait.piece)
-            if wait.router is not None:
-                _check_router(program, wait.piece, wait.router, manifest.weights, top)
+            check_await(wait, program, manifest, top)
         if any(layer >= kv.layers for layer in program.kv_awaits) or len(program.kv_awaits) > 1 << 20:
             top.fail(f"programs.{program.name}.kv_awaits", f"layers of the KV cache, 0..{kv.layers - 1}", "another")
     if any(piece.kind == "experts" for piece in pieces) and not manifest.experts_per_token:
@@ -381,17 +337,6 @@ def _check_consistent(manifest: Manifest, top: Fields) -> None:
         top.fail("weights.file", "a file listed under 'files'", manifest.weights.file)
     if listed.bytes != manifest.weights.bytes:
         top.fail("weights.bytes", f"{listed.bytes}, the size listed under 'files'", manifest.weights.bytes)
-
-
-def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights: WeightsInfo, top: Fields) -> None:
-    """What a router is said to read lies in the arena and in the file, and it has the experts of its piece."""
-    where, info = f"programs.{program.name}.awaits.router", weights.pieces[piece]
-    if router.hidden % 4 or router.hidden + program.max_tokens * router.columns * 4 > program.arena_bytes:
-        top.fail(f"{where}.hidden", f"f32 rows inside of the arena of {program.arena_bytes} bytes", router.hidden)
-    if router.weights % 4 or router.weights + router.bytes > weights.bytes:
-        top.fail(f"{where}.weights", f"an f32 matrix inside of the {weights.bytes} bytes of weights", router.weights)
-    if info.kind != "experts" or router.experts * info.unit != info.bytes:
-        top.fail(f"{where}.experts", "as many as the piece has", router.experts)
 
 
 def _kind(value: object) -> str:

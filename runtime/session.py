@@ -148,7 +148,9 @@ class Session:
         self._reader: StepReader | None = None
         self._most_tokens = 1 << 62
         if self.streamer is not None or self._routing is not None or self.kv_stream is not None:
-            self._reader = StepReader(self.manifest, arguments, self.streamer, self._routing, self.kv_stream)
+            self._reader = StepReader(
+                self.manifest, arguments, self.streamer, self._routing, self.kv_stream, self._arena
+            )
         self._own_cpu: int | None = None
         streams = self.streamer is not None or self.kv_stream is not None
         if streams and self.threads > 1 and hasattr(os, "sched_setaffinity"):

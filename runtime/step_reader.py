@@ -15,8 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.await_info import AwaitInfo
 from runtime.kv_stream import KVStreamer
 from runtime.manifest import Manifest, ProgramInfo
+from runtime.memory import Reservation
+from runtime.stand_ins import choice_weights
 from runtime.weight_streamer import WeightStreamer
 
 READER_WORD, ANSWER_WORD, WANTED_WORD = 15, 16, 17
@@ -25,15 +28,16 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 
 class RoutingListener(Protocol):
-    """Is told of every native call and the experts of its layers: `choices` i32 [tokens, top_k]; `layer` counts those
-    with experts."""
+    """Is told of every native call and the experts of its layers: `choices` i32 [tokens, top_k], and the router's
+    `weights` f32 where the artifact says where they lie; `layer` counts those with experts."""
 
     def begins(self, positions: np.ndarray, slots: np.ndarray) -> None: ...
-    def chosen(self, layer: int, choices: np.ndarray) -> None: ...
+    def chosen(self, layer: int, choices: np.ndarray, weights: np.ndarray | None = None) -> None: ...
 
 
 class StepReader:
-    """Serves the waits of a session's programs, by streamers, a listener or both. `arguments`: the step's words."""
+    """Serves the waits of a session's programs, by streamers, a listener or both. `arguments`: the step's words,
+    `arena` its activations."""
 
     def __init__(
         self,
@@ -42,8 +46,9 @@ class StepReader:
         streamer: WeightStreamer | None,
         listener: RoutingListener | None,
         kv: KVStreamer | None = None,
+        arena: Reservation | None = None,
     ) -> None:
-        self._arguments = arguments
+        self._arguments, self._arena = arguments, arena
         self._streamer, self._listener, self._kv = streamer, listener, kv
         pieces = manifest.weights.pieces
         experts = [n for n, piece in enumerate(pieces) if piece.kind == "experts"]
@@ -107,18 +112,25 @@ class StepReader:
                     self._kv.wait_for(program.kv_awaits[number - len(program.awaits)])
                 self._arguments[ANSWER_WORD] = _THERE
                 return
-            experts: list[int] = []
+            ids = np.empty(0, np.int32)
             if ids_address:
                 ids = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(ids_address))
-                experts = ids.tolist()
                 if self._listener is not None:
-                    layer = self._layer_of[program.awaits[number].piece]
-                    self._listener.chosen(layer, ids.reshape(-1, self._top_k).copy())
+                    self._tell(self._listener, program.awaits[number], ids)
             if self._streamer is not None:
-                self._streamer.wait_for(program, number, experts)
+                chosen = ids.tolist()
+                used = self._streamer.wait_for(program, number, chosen)
+                if used != chosen:
+                    ids[:] = used
             self._arguments[ANSWER_WORD] = _THERE
         except BaseException as fault:  # noqa: BLE001 - raised again when native code has returned
             self._fault = fault
+
+    def _tell(self, listener: RoutingListener, wait: AwaitInfo, ids: np.ndarray) -> None:
+        weights = None
+        if self._arena is not None:
+            weights = choice_weights(wait, len(ids) // self._top_k, self._top_k, self._arena.view())
+        listener.chosen(self._layer_of[wait.piece], ids.reshape(-1, self._top_k).copy(), weights)
 
     def _keep(self, unraisable: Any) -> None:
         """An interrupt before the first line of `_called` has nowhere else to go."""

@@ -14,6 +14,7 @@ from runtime.expert_cache import Entry
 from runtime.manifest import PAGE_BYTES, PieceInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
+from runtime.stand_ins import stand_in
 from runtime.weight_reader import ReadJob, WeightReader
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class StreamBooks:
         self._reader, self._memory, self._pool = reader, memory, pool
         self._pieces, self._plan, self.cache = owner.pieces, owner.plan, owner.cache
         self._resident = owner.resident
-        self._expert_pieces = owner.expert_pieces
+        self._expert_pieces, self._stand_in_pieces = owner.expert_pieces, owner.stand_in_pieces
         self._order = [n for n, p in enumerate(self._pieces) if p.kind == "dense" and n not in owner.resident]
         self._cursor = 0  # in `_order`: what is read next
         self._begun = 0  # bytes of it that are read, or on their way
@@ -101,13 +102,15 @@ class StreamBooks:
 
     # -- experts
 
-    def experts(self, layer: int, ids: Sequence[int], done: Sequence[int]) -> list[ReadJob]:
-        """The experts that a layer chose."""
+    def experts(
+        self, layer: int, ids: Sequence[int], done: Sequence[int], weights: Sequence[float] | None = None
+    ) -> list[ReadJob]:
+        """The experts that a layer uses, or their stand-ins, as entries of the cache; `weights` of the router."""
         assert self.cache is not None
         self._done(done)
         if self._order:
             self._fill()
-        hits, misses = self.cache.lookup(layer, ids)
+        hits, misses = self.cache.lookup(layer, ids, weights)
         self._give_up(self.cache.admit(layer, misses))
         waiting = []
         for expert in (*hits, *misses):
@@ -156,16 +159,21 @@ class StreamBooks:
             self._pool.clear()
 
     def _place(self, entry: Entry) -> tuple[int, int]:
-        """(offset, bytes) of an expert."""
-        info = self._pieces[self._expert_pieces[entry[0]]]
-        return info.offset + entry[1] * info.unit, info.unit
+        """(offset, bytes) of an expert or a stand-in."""
+        layer, expert = entry
+        if expert >= 0:
+            info = self._pieces[self._expert_pieces[layer]]
+        else:
+            info, expert = self._pieces[self._stand_in_pieces[layer]], stand_in(expert)
+        return info.offset + expert * info.unit, info.unit
 
     def _submit(self, layer: int, expert: int, *, urgent: bool) -> ReadJob:
         """Reads an expert."""
         place = self._place((layer, expert))
         self._pool.take_back(*place)
-        origin = self._pieces[self._expert_pieces[layer]].origin
-        job = self._experts[layer, expert] = self._reader.submit([place], f"{origin}.{expert}", urgent=urgent)
+        piece = (self._expert_pieces if expert >= 0 else self._stand_in_pieces)[layer]
+        label = f"{self._pieces[piece].origin}.{expert if expert >= 0 else stand_in(expert)}"
+        job = self._experts[layer, expert] = self._reader.submit([place], label, urgent=urgent)
         return job
 
     def _give_up(self, entries: Sequence[Entry]) -> None:

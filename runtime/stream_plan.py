@@ -15,6 +15,7 @@ from typing import Any
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
 from runtime.manifest import Manifest, ProgramInfo
+from runtime.stand_ins import check_stand_ins
 
 SCHEMA = "stratum.stream/1"
 SCOPES = ("global", "layer")
@@ -29,7 +30,9 @@ class StreamPlan:
     `step_tokens`: most tokens of one native call; longer steps are run in parts of the same program, with the same
     bits. `guesses`: most experts of the next layer that are read because its router would choose them for what this
     layer's router reads; 0 for none. `disk_bytes_per_s`: what the plan counts on, 0 where it does not. A step of
-    at most `short_tokens` tokens leaves `short_bytes` of the activations unused: experts take them. `budget_bytes` and
+    at most `short_tokens` tokens leaves `short_bytes` of the activations unused: experts take them. `stand_ins`:
+    missing experts of less than this share of their tokens' routing weight are computed from copies in fewer bits
+    (`runtime.stand_ins`); 0 for none, and then tokens are those of the full model. `budget_bytes` and
     `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
     """
 
@@ -48,6 +51,7 @@ class StreamPlan:
     disk_bytes_per_s: int = 0
     short_tokens: int = 0
     short_bytes: int = 0
+    stand_ins: float = 0.0
 
     def to_json(self) -> str:
         """Stable text."""
@@ -80,6 +84,10 @@ class StreamPlan:
             if value not in allowed:
                 raise RuntimeDiagnostic(f"'{name}' of the stream plan is {value!r}", expected=", ".join(allowed))
             return
+        if name == "stand_ins":
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise RuntimeDiagnostic(f"'stand_ins' of the stream plan is {value!r}", expected="a share, 0 to 1")
+            return
         numbers = value if name == "resident" else (value,)
         least = 1 if name in ("step_tokens", "threads", "request_bytes") else 0
         most = 64 if name == "threads" else _LARGEST
@@ -89,13 +97,14 @@ class StreamPlan:
     def check(self, manifest: Manifest) -> None:
         """Raises RuntimeDiagnostic where the plan does not fit the artifact: nothing may wait for ever."""
         pieces = manifest.weights.pieces
+        check_stand_ins(manifest, self.stand_ins)
         if len(set(self.resident)) != len(self.resident) or any(p >= len(pieces) for p in self.resident):
             raise RuntimeDiagnostic(
                 "the stream plan names resident pieces that do not exist, or one twice",
                 expected=f"different numbers of pieces, 0..{len(pieces) - 1}",
             )
         for number in self.resident:
-            if pieces[number].kind == "experts":
+            if pieces[number].kind in ("experts", "stand_ins"):
                 raise RuntimeDiagnostic(
                     f"the stream plan keeps piece {number} resident, which holds experts",
                     expected="expert_bytes, which says how many of them are kept",

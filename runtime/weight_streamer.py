@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from runtime.artifact import Artifact
+from runtime.await_info import AwaitInfo
 from runtime.disk_watch import DiskWatch
 from runtime.expert_cache import ExpertCache
 from runtime.expert_guess import ExpertGuess
 from runtime.manifest import PAGE_BYTES, ProgramInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
+from runtime.stand_ins import choice_weights, in_program, largest_shares, stand_in_pieces
 from runtime.stream_books import StreamBooks
 from runtime.stream_plan import StreamPlan
 from runtime.stream_report import StreamReport
@@ -45,6 +47,8 @@ class WeightStreamer:
         self.pieces = manifest.weights.pieces
         self.resident = frozenset(plan.resident)
         self.expert_pieces = [n for n, piece in enumerate(self.pieces) if piece.kind == "experts"]
+        copies = stand_in_pieces(manifest) if plan.stand_ins else {}
+        self.stand_in_pieces = [copies[n] for n in self.expert_pieces] if copies else []  # of experts' copies
         self._layer_of = {piece: layer for layer, piece in enumerate(self.expert_pieces)}
         self.cache = self._new_cache() if self.expert_pieces else None
         self._done = {program.name: self._done_before(program) for program in manifest.programs}
@@ -126,8 +130,9 @@ class WeightStreamer:
             self._books.resize(self.plan.expert_bytes + (self.plan.short_bytes if short else 0))
             self._short = short
 
-    def wait_for(self, program: ProgramInfo, number: int, experts: Sequence[int]) -> None:
-        """Wait `number` of the program; `experts` are the ids that its layer chose. Raises RuntimeDiagnostic."""
+    def wait_for(self, program: ProgramInfo, number: int, experts: Sequence[int]) -> Sequence[int]:
+        """Wait `number` of the program; `experts` are the ids that its layer chose. Gives those that it is to use: the
+        same, but for stand-ins. Raises RuntimeDiagnostic."""
         wait, done = program.awaits[number], self._done[program.name][number]
         piece = self.pieces[wait.piece]
         layer = self._layer_of.get(wait.piece)
@@ -135,14 +140,28 @@ class WeightStreamer:
             with self._keeping():
                 jobs = self._books.dense(wait.piece, done)
             self._wait(jobs, piece.origin)
-            return
+            return experts
         with self._keeping():
-            jobs = self._books.experts(layer, experts, done)
+            used, weights = self._used(wait, layer, experts)
+            jobs = self._books.experts(layer, used, done, weights)
             self._guess(program, number, layer, experts)
         self._wait(jobs, piece.origin)
         if len(experts) >= ALL_EXPERTS_USED * (piece.bytes // piece.unit) and layer + 1 < len(self.expert_pieces):
             with self._keeping():
                 self._books.ahead(layer + 1)
+        return in_program(used, piece) if self.stand_in_pieces else experts
+
+    def _used(
+        self, wait: AwaitInfo, layer: int, experts: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[float] | None]:
+        """Entries of the cache for what a layer chose, and the router's weights where they are known."""
+        if not self.stand_in_pieces or self.arena is None or self.cache is None:
+            return experts, None
+        top_k = max(1, self.manifest.experts_per_token)
+        weights = choice_weights(wait, len(experts) // top_k, top_k, self.arena.view())
+        assert weights is not None  # checked with the plan
+        light = [e for e, share in largest_shares(experts, weights).items() if share < self.plan.stand_ins]
+        return self.cache.with_stand_ins(layer, experts, frozenset(light)), weights.ravel().tolist()
 
     def _guess(self, program: ProgramInfo, number: int, layer: int, experts: Sequence[int]) -> None:
         """Reads what the next layer will probably want, behind what this one waits for."""
@@ -150,7 +169,7 @@ class WeightStreamer:
             return
         self.guess.learn(layer, experts)
         tokens = len(experts) // max(1, self.manifest.experts_per_token)
-        likely = self.guess.guess(program, number, tokens, self.arena.view())
+        likely = self.guess.guess(program, number, tokens, self.arena.view(), self.plan.stand_ins)
         chosen = self._books.guessed(layer + 1, likely) if likely else []
         if chosen and self.guess.worth_reading(layer + 1, chosen):
             self._books.read_guessed(layer + 1, chosen)
@@ -163,8 +182,10 @@ class WeightStreamer:
             counters = self._reader.counters
             message = self._watch.observe(counters.bytes, counters.busy_s)
             if message is not None:
-                # The slower the disk, the less of a step is left for reads that nobody waits for.
-                self._books.most_guesses = min(1, self._books.most_guesses)
+                # The slower the disk, the less of a step is left for reads that nobody waits for. Where tokens depend
+                # on what is in memory, that must not depend on the disk.
+                if not self.stand_in_pieces:
+                    self._books.most_guesses = min(1, self._books.most_guesses)
                 self.tell(message)
 
     @contextmanager
@@ -201,8 +222,10 @@ class WeightStreamer:
         self._memory.close()
 
     def _new_cache(self) -> ExpertCache:
-        units = [self.pieces[n].unit for n in self.expert_pieces]
-        return ExpertCache(units, self.plan.expert_bytes, policy=self.plan.policy, scope=self.plan.scope)
+        units, copies = ([self.pieces[n].unit for n in pieces] for pieces in (self.expert_pieces, self.stand_in_pieces))
+        return ExpertCache(
+            units, self.plan.expert_bytes, policy=self.plan.policy, scope=self.plan.scope, stand_in_bytes=copies
+        )
 
     def _wait(self, jobs: list[ReadJob], label: str) -> None:
         if not jobs:

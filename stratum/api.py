@@ -32,6 +32,7 @@ def build(
     dtype: str = "bf16",
     pipeline: str | None = None,
     recipe: str | None = None,
+    stand_ins: str | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
@@ -41,8 +42,9 @@ def build(
 
     `target` is a name of `hw_targets` (`host`, `x86-64-v3`, ...), `dtype` bf16 or f32, `pipeline` the text or name of
     a pass pipeline (None: the default one), `recipe` the names or paths of recipes by commas (None: floats, or what a
-    quantized checkpoint stores). `told` gets the result when it is there. Returns the path of the artifact. Raises
-    `ir.diagnostics.DiagnosticError` for every fault in the model, the options or the disk.
+    quantized checkpoint stores), `stand_ins` those of second copies of the experts (None: no copies). `told` gets the
+    result when it is there. Returns the path of the artifact. Raises `ir.diagnostics.DiagnosticError` for every fault
+    in the model, the options or the disk.
     """
     import hw_targets
     from codegen.build import build_artifact
@@ -64,6 +66,7 @@ def build(
             dtype=dtype,
             pipeline=resolve_pipeline(pipeline) if pipeline is not None else None,
             recipe=recipe,
+            stand_ins=stand_ins,
             progress=_fractions(progress, checkpoint.nbytes) if progress is not None else None,
             dump_dir=Path(dump_ir) if dump_ir is not None else None,
             cache=ObjectCache(),
@@ -124,6 +127,7 @@ def load(
     kv_dir: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     device_memory: int | str | None = None,
+    stand_ins: float | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
@@ -136,7 +140,9 @@ def load(
     `plan`, a file that `compile-model plan -o` wrote (maybe edited since), says instead what stays and what is read; a
     directory is then built in the plan's formats.
     `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
-    budget has no room for. Raises `stratum.memory_plan.DoesNotFit` for a budget that is
+    budget has no room for. `stand_ins`, a share of a token's routing weight: missing experts that have less are
+    computed from the copies that `build(stand_ins=...)` made, and the output is not that of the full model any more.
+    Raises `stratum.memory_plan.DoesNotFit` for a budget that is
     too small.
 
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
@@ -162,6 +168,7 @@ def load(
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
     opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
+    opened |= {"stand_ins": stand_ins}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

@@ -94,6 +94,29 @@ class Text:
         return self.num_bytes / (len(self.ids) - (self.bos is not None))
 
 
+class OneByOne:
+    """A model that is given its tokens one by one, as in decoding: what a step computes may depend on how many."""
+
+    def __init__(self, model: StepModel) -> None:
+        self.model, self.vocab_size = model, model.vocab_size
+
+    def step(self, ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """As `StepModel.step`."""
+        place = {row: at for at, row in enumerate(rows.tolist())}
+        logits = np.empty((len(place), self.vocab_size), np.float32)
+        for token in range(len(ids)):
+            one = slice(token, token + 1)
+            wanted = np.zeros(int(token in place), np.int32)
+            found = self.model.step(ids[one], positions[one], slots[one], wanted)
+            if token in place:
+                logits[place[token]] = found[0]
+        return logits
+
+    def release(self, slot: int) -> int:
+        """As `StepModel.release`."""
+        return self.model.release(slot)
+
+
 def plan_windows(num_tokens: int, context: int, *, stride: int | None = None, limit: int | None = None) -> Plan:
     """The windows of a text; `limit` is the most of them. Raises DiagnosticError for sizes without a prediction."""
     if num_tokens < 2:

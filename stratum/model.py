@@ -112,12 +112,31 @@ class Generation:
         return statistics
 
 
+def check_threshold(stand_ins: float | None, *, streams: bool) -> float:
+    """The share of a token's weight below which stand-ins are used; 0 for none. Raises DiagnosticError."""
+    if stand_ins is None:
+        return 0.0
+    if not 0 < stand_ins <= 1:
+        raise DiagnosticError(
+            f"stand-ins for experts of less than {stand_ins:g} of a token's weight",
+            expected="a share above 0, at most 1",
+        )
+    if not streams:
+        raise DiagnosticError(
+            "stand-ins are used for experts that are not in memory, and everything is",
+            expected="a budget (--memory) or a plan (--plan) as well",
+        )
+    return float(stand_ins)
+
+
 class Model:
     """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time.
 
     `memory`: bytes that the process may use; weights that do not fit are read as they are needed. `plan`: a file of
     `compile-model plan` that says what stays and what is read, by default as much as fits its own budget. `kv_dir`: a
-    folder for what a budget has no room for of the KV cache of `max_context` positions. None of the three is for GPUs.
+    folder for what a budget has no room for of the KV cache of `max_context` positions. `stand_ins`: with `memory` or
+    `plan`, experts of less than this share of a token's weight are computed from their copies in fewer bits when they
+    are missing; the output is then not that of the full model. None of the four is for GPUs.
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
     bytes. `progress` is told of weights on their way there.
@@ -138,8 +157,10 @@ class Model:
         device: str | DeviceChoice = "cpu",
         device_memory: int | None = None,
         progress: Progress | None = None,
+        stand_ins: float | None = None,
     ) -> None:
         self.path = Path(path)
+        self.stand_ins = check_threshold(stand_ins, streams=memory is not None or plan is not None)
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
             refuse_cpu_options(memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads)
@@ -149,7 +170,7 @@ class Model:
         stream = kv_stream = None
         if memory is not None or plan is not None:
             planned = self._plan(memory, max_context, expert_policy, plan)
-            stream, max_context = planned.stream, planned.context
+            stream, max_context = replace(planned.stream, stand_ins=self.stand_ins), planned.context
             if planned.kv_bytes is not None:
                 kv_stream = KVStreamOptions(planned.kv_bytes, str(kv_dir) if kv_dir is not None else None)
         self.session = Session(
@@ -267,6 +288,11 @@ class Model:
         Ends at one of the model's end tokens, at a stop string (not shown), after `max_tokens`, or when the context
         is full. Raises DiagnosticError or RuntimeDiagnostic for prompts that cannot be used.
         """
+        if prompt_cache is not None and self.stand_ins:
+            raise DiagnosticError(
+                "a prompt cache keeps what the full model computes, and stand-ins may be used instead of it",
+                expected="a prompt cache or stand-ins, not both",
+            )
         ids = self.encode(prompt, chat=chat)
         sampling = self.sampling(
             temperature=temperature,

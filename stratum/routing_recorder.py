@@ -19,28 +19,30 @@ class RoutingRecorder:
     """Collects; `trace` gives what there is. Calls that did not finish are left out."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]] = []
+        self._calls: list[tuple[np.ndarray, np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]] = []
         self._turns: dict[int, int] = {}
 
     def begins(self, positions: np.ndarray, slots: np.ndarray) -> None:
         """A native call over these tokens begins."""
         self._calls.append((positions.copy(), slots.copy(), {}))
 
-    def chosen(self, layer: int, choices: np.ndarray) -> None:
-        """The experts [tokens, top_k] that a layer of that call chose."""
-        self._calls[-1][2][layer] = choices
+    def chosen(self, layer: int, choices: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """The experts [tokens, top_k] that a layer of that call chose; the router's weights where they are known."""
+        known = weights if weights is not None else np.full(choices.shape, np.nan, np.float32)
+        self._calls[-1][2][layer] = choices, known
 
     def trace(self, manifest: Manifest) -> RoutingTrace:
         """All calls so far."""
         from hw_targets.routing import RoutingTrace
 
         pieces = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
-        experts, turns, positions, batches, decode = [], [], [], [], []
+        experts, weights, turns, positions, batches, decode = [], [], [], [], [], []
         current: dict[int, int] = {}
         begun = 0
         whole = [call for call in self._calls if len(call[2]) == len(pieces) and pieces]
         for number, (at, slots, layers) in enumerate(whole):
-            experts.append(np.stack([layers[i] for i in range(len(pieces))], axis=1))
+            experts.append(np.stack([layers[i][0] for i in range(len(pieces))], axis=1))
+            weights.append(np.stack([layers[i][1] for i in range(len(pieces))], axis=1))
             for position, slot in zip(at.tolist(), slots.tolist(), strict=True):
                 if position == 0 or slot not in current:
                     current[slot] = begun
@@ -61,7 +63,7 @@ class RoutingRecorder:
             expert_bytes=tuple(piece.unit for piece in pieces),
             dense_bytes=(0,) * len(pieces),
             experts=chosen,
-            weights=np.full(chosen.shape, np.nan, np.float32),
+            weights=np.concatenate(weights).astype(np.float32) if weights else np.zeros(shape, np.float32),
             turn=np.array(turns, np.int64),
             position=np.array(positions, np.int64),
             batch=np.array(batches, np.int64),

@@ -87,7 +87,8 @@ class Gemm:
     def stem(self) -> str:
         """What the kernel's name begins with."""
         before = [o for o in (self.form.norm, self.form.rotate, self.form.quantize) if o is not None]
-        parts = ["experts" if self.grouped else "gemm", f"{self.n}x{self.k}"]
+        experts = "stand_ins" if self.grouped is not None and self.grouped.first else "experts"
+        parts = [experts if self.grouped else "gemm", f"{self.n}x{self.k}"]
         return "_".join(parts + [o.name.split(".")[1] for o in (*before, *self.epilogue)])
 
 
@@ -144,13 +145,14 @@ def _build(name: str, gemm: Gemm) -> FuncOp:
         tile.all_strips(lambda row: row, k.index(0), y_rows, k.index(0))
         return k.finish()
     assert order is not None and offsets is not None
-    gather = gemm.grouped.gather
+    gather, group = gemm.grouped.gather, gemm.grouped.first
 
     def source_row(row: Expr) -> Expr:
         return order.load(row).to_index() // gather if gather else row
 
     with k.loop(0, gemm.experts, 1, [k.index(0)]) as expert:
-        first, last = offsets.load(expert.i).to_index(), offsets.load(expert.i + 1).to_index()
+        starts = expert.i + group if group else expert.i
+        first, last = offsets.load(starts).to_index(), offsets.load(starts + 1).to_index()
         used = first.compare("lt", last)
         with k.when(used):
             product.use_matrix(k, weights.at(expert.i * gemm.expert_stride))

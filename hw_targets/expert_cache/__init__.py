@@ -11,7 +11,7 @@ from hw_targets.expert_cache.choose import (
 )
 from hw_targets.expert_cache.expected import RouterFit, expected_hit_rate, fit_router
 from hw_targets.expert_cache.policies import ON_LINE, POLICIES
-from hw_targets.expert_cache.replay import SCOPES, ReplayResult, replay
+from hw_targets.expert_cache.replay import SCOPES, ReplayResult, StandIns, replay
 
 __all__ = [
     "ON_LINE",
@@ -21,6 +21,7 @@ __all__ = [
     "PolicyChoice",
     "ReplayResult",
     "RouterFit",
+    "StandIns",
     "cache_warnings",
     "choose_policy",
     "expected_hit_rate",

@@ -1,8 +1,9 @@
 """Caches of experts as a replay plays them: one class a policy, each a budget of bytes with the entries in it.
 
-An entry's key is layer * experts + expert. `use` takes one batch of one layer: every distinct expert is looked up once,
-what is missing comes in, then entries that the batch does not use leave until the budget holds; a batch that exceeds
-the budget by itself stays. `runtime.eviction` has the on-line policies for the running model, written on their own.
+An entry's key is layer * experts + expert; keys below 0 are stand-ins, copies of experts in fewer bits. `use` takes one
+batch of one layer: every distinct expert is looked up once, what is missing comes in, then entries that the batch does
+not use leave until the budget holds; a batch that exceeds the budget by itself stays. `runtime.eviction` has the on-
+line policies for the running model, written on their own.
 
 - lru: what was used longest ago leaves. lfu: what was used least often, times away included; ties: longest ago.
 - lrfu: the lowest count of uses for each byte that the entry's layer holds, where a use counts half as much after
@@ -38,7 +39,8 @@ NEVER = 1 << 60
 @dataclass(slots=True)
 class Use:
     """One batch of one layer. `recency`: the keys by their last appearance; `next_uses`: for each key the number of
-    the batch that needs it next, empty where the policy does not ask; `size`: bytes of an entry of the layer."""
+    the batch that needs it next, empty where the policy does not ask; `size`: bytes of an entry of the layer, `low` of
+    a stand-in."""
 
     step: int
     layer: int
@@ -47,6 +49,11 @@ class Use:
     weights: Sequence[float]
     next_uses: Sequence[int]
     size: int
+    low: int = 0
+
+    def size_of(self, key: int) -> int:
+        """Bytes of an entry of the layer."""
+        return self.size if key >= 0 else self.low
 
 
 class Cache(ABC):
@@ -61,8 +68,8 @@ class Cache(ABC):
         """The keys that were missing, in order."""
         missing = [key for key in batch.keys if key not in self.resident]
         for key in missing:
-            self.resident[key] = batch.size
-        self.used += batch.size * len(missing)
+            self.resident[key] = batch.size_of(key)
+            self.used += self.resident[key]
         self.touch(batch, missing)
         if self.used > self.capacity:
             busy = set(batch.keys)  # only asked whether it holds a key
@@ -151,7 +158,7 @@ class LrfuCache(Cache):
 
     def touch(self, batch: Use, missing: list[int]) -> None:
         heap = self._heaps.setdefault(batch.layer, [])
-        self._held[batch.layer] = self._held.get(batch.layer, 0) + batch.size * len(missing)
+        self._held[batch.layer] = self._held.get(batch.layer, 0) + sum(map(batch.size_of, missing))
         for key in batch.recency:
             self._clock += 1
             before, step = self._counts.get(key, (0.0, batch.step))

@@ -3,6 +3,8 @@
 The rules are those of an engine that loads a layer's experts once for all tokens of a batch: one lookup for each
 distinct expert, misses cost an expert's bytes, entries leave after the batch and never one that the batch uses. The
 budget is one for all layers (`global`), or every layer has an equal share of it (`layer`).
+
+With `StandIns`, missing experts of little weight are replaced by copies in fewer bits, as `run --stand-ins` does it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,23 @@ Entry = tuple[int, int]  # (layer index, expert)
 
 
 @dataclass(frozen=True)
+class StandIns:
+    """Copies in fewer bits, of `expert_bytes` by layer, for missing experts of less than `share` of the routing weight
+    of every token of a batch that chose them."""
+
+    share: float
+    expert_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ReplayResult:
     """What happened. Rates are shares from 0 to 1; bytes are those of experts that were missing.
 
     `preload_bytes`: pinned experts, read before the first token. `peak_bytes`: the most that was held after a batch,
     pinned experts included; above `capacity_bytes` only when batches were larger than their budget by themselves.
-    `misses`: experts that were missing, [passes counted, layers], as a simulation of the passes needs them.
+    `misses`: experts that were missing, [passes counted, layers], as a simulation of the passes needs them;
+    `stand_in_misses` those that were read as stand-ins, which are not among `misses`. `stand_ins`: lookups that a
+    stand-in answered, there or read.
     """
 
     policy: str
@@ -45,6 +58,8 @@ class ReplayResult:
     layer_lookups: tuple[int, ...]
     layer_hits: tuple[int, ...]
     misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
+    stand_in_misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
+    stand_ins: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -70,18 +85,21 @@ def replay(
     scope: str = "global",
     pinned: Iterable[Entry] = (),
     first_step: int = 0,
+    stand_ins: StandIns | None = None,
 ) -> ReplayResult:
     """Plays the trace through one cache.
 
     Either `capacity_bytes` or `slots` (entries whatever their size; bytes in the result are then counted in entries).
     `pinned`: entries that are there from the start, never leave, and count against the budget. Passes before
-    `first_step` fill the cache, but are not counted. DiagnosticError for an unknown policy or scope, or more pinned
-    entries than fit.
+    `first_step` fill the cache, but are not counted. DiagnosticError for an unknown policy or scope, more pinned
+    entries than fit, or stand-ins with a cache that knows the future or counts slots.
     """
     if (capacity_bytes is None) == (slots is None):
         raise ValueError("a replay needs either capacity_bytes or slots")
     if scope not in SCOPES:
         raise DiagnosticError(f"there is no cache scope {scope!r}", expected=", ".join(SCOPES))
+    if stand_ins is not None and (policy == "belady" or slots is not None):
+        raise DiagnosticError("a replay with stand-ins has a budget in bytes, and a policy that can run")
     capacity = max(0, capacity_bytes if capacity_bytes is not None else slots or 0)
     sizes = trace.expert_bytes if slots is None else (1,) * trace.layer_count
     count = trace.layer_count if scope == "layer" else 1
@@ -93,25 +111,39 @@ def replay(
     used = peak = 0
     steps = trace.requests[-1].step + 1 if trace.requests else 0
     misses = np.zeros((max(0, steps - first_step), trace.layer_count), np.int32)
+    low_misses, replaced = np.zeros_like(misses), 0
+    largest = _largest_shares(trace) if stand_ins is not None else {}
     for number, batch in enumerate(trace.requests):
         layer = batch.layer
         cache = caches[layer if scope == "layer" else 0]
         use = _use(batch, trace.expert_count, sizes[layer], held.keys, following[number] if following else ())
+        if stand_ins is not None:
+            light = {
+                layer * trace.expert_count + expert
+                for expert, share in largest[batch.step, layer].items()
+                if share < stand_ins.share
+            }
+            _replace(use, {key: -1 - key for key in use.keys if key in light and key not in cache.resident})
+            use.low = stand_ins.expert_bytes[layer]
         used -= cache.used
-        missing = len(cache.use(use))
+        found = cache.use(use)
         used += cache.used
+        missing, low = len(found), sum(key < 0 for key in found)
         if batch.step < first_step:
             continue
         peak = max(peak, used)
-        misses[batch.step - first_step, layer] = missing
+        misses[batch.step - first_step, layer] = missing - low
+        low_misses[batch.step - first_step, layer] = low
+        replaced += sum(key < 0 for key in use.keys)
         lookups = len(batch.experts)
         layer_lookups[layer] += lookups
         layer_hits[layer] += lookups - missing
-        read += missing * sizes[layer]
+        nbytes = (missing - low) * sizes[layer] + low * use.low
+        read += nbytes
         if batch.decode:
             decode_lookups += lookups
             decode_hits += lookups - missing
-            decode_read += missing * sizes[layer]
+            decode_read += nbytes
     return ReplayResult(
         policy=policy,
         scope=scope,
@@ -128,6 +160,8 @@ def replay(
         layer_lookups=tuple(layer_lookups),
         layer_hits=tuple(layer_hits),
         misses=misses,
+        stand_in_misses=low_misses,
+        stand_ins=replaced,
     )
 
 
@@ -178,6 +212,31 @@ def _use(batch: Batch, experts: int, size: int, pinned: frozenset[int], followin
         following = tuple(following[index] for index in free) if following else ()
         recency = [key for key in recency if key not in pinned]
     return Use(batch.step, batch.layer, keys, recency, weights, following, size)
+
+
+def _largest_shares(trace: RoutingTrace) -> dict[tuple[int, int], dict[int, float]]:
+    """By pass and layer: of each expert the largest share of a token's weight that it has in the batch.
+
+    Choices of unknown weight count alike.
+    """
+    chosen = trace.experts >= 0
+    weights = np.where(chosen, np.where(np.isnan(trace.weights), 1.0, trace.weights.astype(np.float64)), 0.0)
+    whole = weights.sum(axis=2, keepdims=True)
+    shares = np.where(whole > 0, weights / np.where(whole > 0, whole, 1.0), 1.0 / trace.top_k)
+    steps = np.unique(trace.batch, return_inverse=True)[1].reshape(-1).tolist()
+    found: dict[tuple[int, int], dict[int, float]] = {}
+    for step, ids, parts in zip(steps, trace.experts.tolist(), shares.tolist(), strict=True):
+        for layer in range(trace.layer_count):
+            known = found.setdefault((step, layer), {})
+            for expert, share in zip(ids[layer], parts[layer], strict=True):
+                known[expert] = max(share, known.get(expert, 0.0))
+    return found
+
+
+def _replace(use: Use, keys: dict[int, int]) -> None:
+    """Puts others in the place of these keys."""
+    use.keys = [keys.get(key, key) for key in use.keys]
+    use.recency = [keys.get(key, key) for key in use.recency]
 
 
 def _decode_tokens(trace: RoutingTrace, first_step: int) -> int:

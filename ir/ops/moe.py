@@ -2,6 +2,9 @@
 
 A pair (token t, choice s) has the flat index t * top_k + s. "Grouped order" lists the pairs expert by expert, so that
 the rows of one expert are next to each other; an expert without rows is an empty group.
+
+Where experts have stand-ins (copies in fewer bits), those of E experts are the groups E .. 2E-1, which are empty unless
+whoever runs the program says otherwise: `moe.stand_ins` is where it may.
 """
 
 from __future__ import annotations
@@ -60,6 +63,33 @@ class RouteOp(Op):
 
 
 @register_op
+class StandInsOp(Op):
+    """The experts that are used: each as chosen, or its stand-in, number e + E, where whoever runs the program says so.
+
+    The graph means the whole model, in which nobody does.
+
+    Example:
+        %used = moe.stand_ins %ids {num_experts = 8} : (tensor<tokens x 2 x i32>) -> tensor<tokens x 2 x i32>
+    """
+
+    name = "moe.stand_ins"
+    traits = (Pure,)
+    ids = operand("i32 [tokens, top_k], each in 0 .. num_experts-1")
+    num_experts = attr(int, "E, the number of experts")
+    used = result("i32 [tokens, top_k], each in 0 .. 2 * num_experts - 1")
+
+    @staticmethod
+    def infer_types(ids: Type, *, num_experts: int) -> TensorType:
+        found = checks.i32_tensor(ids, "ids", rank=2)
+        expect(num_experts >= 1, f"expected num_experts >= 1, got {num_experts}")
+        return TensorType(found.shape, I32)
+
+    @staticmethod
+    def reference(ids: np.ndarray, *, num_experts: int) -> np.ndarray:
+        return ids.copy()
+
+
+@register_op
 class DispatchOp(Op):
     """The pairs in grouped order, pairs of one expert in order of their flat index, and where each group starts.
 
@@ -112,16 +142,21 @@ class GroupedGemmOp(Op):
     order = operand("i32 [tokens * top_k], of moe.dispatch")
     offsets = operand("i32 [E + 1], of moe.dispatch")
     gather = attr(int, "pairs per row of x; 0 when x is in grouped order")
-    y = result("f32 [tokens * top_k, n] in grouped order")
+    first = attr(int, "the group of expert 0: 0, or E for stand-ins", default=0)
+    y = result("f32 [tokens * top_k, n] in grouped order; only rows of these experts' groups count")
 
     @staticmethod
-    def infer_types(x: Type, w: Type, order: Type, offsets: Type, *, gather: int) -> TensorType:
+    def infer_types(x: Type, w: Type, order: Type, offsets: Type, *, gather: int, first: int) -> TensorType:
         left, right = checks.factor(x, "x", rank=2), checks.factor(w, "w", rank=3)
         pairs, starts = checks.i32_tensor(order, "order"), checks.i32_tensor(offsets, "offsets")
         experts, n, k = right.shape
         checks.same("k of x and w", left.shape[1], k)
-        wanted = experts + 1 if isinstance(experts, int) else None
-        expect(starts.shape[0] == wanted, f"expected offsets of {experts} experts + 1, got {starts}")
+        if isinstance(experts, int) and starts.shape[0] == 2 * experts + 1:
+            expect(first in (0, experts), f"expected first = 0 or {experts}, the stand-ins, got {first}")
+        else:
+            wanted = experts + 1 if isinstance(experts, int) else None
+            expect(starts.shape[0] == wanted, f"expected offsets of {experts} experts + 1, got {starts}")
+            expect(first == 0, f"expected first = 0 where there are no stand-ins, got {first}")
         expect(gather >= 0, f"expected gather >= 0, got {gather}")
         rows = checks.times(left.shape[0], gather or 1)
         checks.same(
@@ -131,26 +166,67 @@ class GroupedGemmOp(Op):
 
     @staticmethod
     def reference(
-        x: np.ndarray | PackedArray, w: np.ndarray | PackedArray, order: np.ndarray, offsets: np.ndarray, *, gather: int
+        x: np.ndarray | PackedArray,
+        w: np.ndarray | PackedArray,
+        order: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        gather: int,
+        first: int = 0,
     ) -> np.ndarray:
         x, w = unpacked(x), unpacked(w)
         y = np.zeros((order.shape[0], w.shape[1]), np.float64)
         for e in range(w.shape[0]):
-            for j in range(int(offsets[e]), int(offsets[e + 1])):
+            for j in range(int(offsets[first + e]), int(offsets[first + e + 1])):
                 row = x[order[j] // gather] if gather else x[j]
                 y[j] = w[e].astype(np.float64) @ row.astype(np.float64)
         return y.astype(np.float32)
 
     def flops(self, sizes: dict[str, int]) -> int:
-        return 2 * num_elements(self.y.type, sizes) * dim_size(self.w.type.shape[2], sizes)
+        """None for stand-ins: the model does without."""
+        return 0 if self.first else 2 * num_elements(self.y.type, sizes) * dim_size(self.w.type.shape[2], sizes)
 
     def operand_bytes(self, index: int, sizes: dict[str, int]) -> int:
-        """No more experts are read than there are pairs."""
+        """No more experts are read than there are pairs, and no stand-ins."""
         whole = super().operand_bytes(index, sizes)
         if index != 1:
             return whole
+        if self.first:
+            return 0
         experts = dim_size(self.w.type.shape[0], sizes)
         return whole // experts * min(experts, num_elements(self.order.type, sizes))
+
+
+@register_op
+class JoinRowsOp(Op):
+    """Rows in grouped order of two products: those of the experts from y, those of the stand-ins from `stand_ins`.
+
+    Example:
+        %all = moe.join_rows %y, %s, %offsets {first = 8}
+            : (tensor<tokens*2 x 16 x f32>, tensor<tokens*2 x 16 x f32>, tensor<17 x i32>)
+            -> tensor<tokens*2 x 16 x f32>
+    """
+
+    name = "moe.join_rows"
+    traits = (Pure,)
+    y = operand("[tokens * top_k, n]: rows before offsets[first] count")
+    stand_ins = operand("like y: the other rows count")
+    offsets = operand("i32 [2 * first + 1], of moe.dispatch")
+    first = attr(int, "the first group of the stand-ins: E, the number of experts")
+    joined = result("like y")
+
+    @staticmethod
+    def infer_types(y: Type, stand_ins: Type, offsets: Type, *, first: int) -> TensorType:
+        rows, others = checks.float_tensor(y, "y", rank=2), checks.float_tensor(stand_ins, "stand_ins", rank=2)
+        expect(rows == others, f"expected y and stand_ins of one type, got {rows} and {others}")
+        starts = checks.i32_tensor(offsets, "offsets", rank=1)
+        expect(first >= 1 and starts.shape[0] == 2 * first + 1, f"expected offsets of 2 * {first} + 1, got {starts}")
+        return rows
+
+    @staticmethod
+    def reference(y: np.ndarray, stand_ins: np.ndarray, offsets: np.ndarray, *, first: int) -> np.ndarray:
+        start = int(offsets[first])
+        return np.concatenate([y[:start], stand_ins[start:]])
 
 
 @register_op

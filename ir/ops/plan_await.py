@@ -56,6 +56,8 @@ class AwaitWeightsOp(AwaitOp):
 class AwaitExpertsOp(AwaitOp):
     """Waits until the experts named by `ids` [count] are in memory; the piece holds all experts of a layer.
 
+    Where the layer has stand-ins, in a piece of their own, the wait may put their numbers in place of experts'.
+
     plan.await_experts %ids, %pairs {number = 5, piece = 4, done = [3]} : (buffer<i32>, index) -> ()
     """
 
@@ -66,13 +68,17 @@ class AwaitExpertsOp(AwaitOp):
     number = attr(int, "which of the program's waits this is")
     piece = attr(int, "number of the piece in the weights file")
     done = attr(tuple, "numbers of pieces that the launches before were the last to read", default=())
+    stand_ins = attr(int, "number of the piece of the stand-ins, -1 for none", default=-1)
 
     @staticmethod
-    def infer_types(ids: Type, count: Type, number: int, piece: int, done: tuple[int, ...]) -> tuple[Type, ...]:
+    def infer_types(
+        ids: Type, count: Type, number: int, piece: int, done: tuple[int, ...], stand_ins: int
+    ) -> tuple[Type, ...]:
         expect(isinstance(ids, BufferType) and ids.element == I32, f"expected ids to be buffer<i32>, got {ids}")
         expect(isinstance(count, IndexType), f"expected count to be an index, got {count}")
         expect(all(type(d) is int and d >= 0 for d in done), f"expected numbers of pieces in done, got {list(done)}")
         expect(piece not in done, f"piece {piece} is awaited and done at once")
+        expect(stand_ins >= -1 and stand_ins != piece, f"expected another piece for stand_ins, or -1, got {stand_ins}")
         return ()
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:

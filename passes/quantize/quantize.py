@@ -8,7 +8,8 @@ Takes the place of set-precision, behind the fusions that join products: members
 most precise one that the recipe asks for among them. What a recipe leaves open are `floats`, or what the checkpoint
 stores: of a weight `dequantize(w)` the product takes w itself, bit by bit. Every product gets a quantize of its own,
 which fuse-norm-gemm moves into it; casts are shared. A format whose groups do not fill the rows of a weight gives way
-to one with smaller groups, at last to floats, with a remark. Products inside of regions are refused.
+to one with smaller groups, at last to floats, with a remark. Products inside of regions are refused. Stand-ins
+(`add-stand-ins`) get their formats by a recipe of their own.
 """
 
 from __future__ import annotations
@@ -59,21 +60,29 @@ class Storage:
 @register_pass
 @dataclass(frozen=True)
 class QuantizePass(FunctionPass):
-    """Formats by a recipe: names of shipped recipes or paths of files, later ones deciding where several speak."""
+    """Formats by a recipe: names of shipped recipes or paths of files, later ones deciding where several speak.
+
+    `stand_ins` names what decides those of stand-ins.
+    """
 
     name: ClassVar[str] = "quantize"
     recipe: tuple[str, ...] = ("as-stored",)
     floats: FloatName = "bf16"
+    stand_ins: tuple[str, ...] = ()
 
     def run(self, func: Op, ctx: PassContext) -> None:
         rewriter = ctx.rewriter()
         rewriter.pattern = self.name
-        _Quantizer(load_recipe(self.recipe), PLAIN_FORMATS[self.floats], ctx, rewriter).function(func)
+        recipe = load_recipe(self.recipe)
+        others = load_recipe(self.stand_ins) if self.stand_ins else recipe
+        _Quantizer(recipe, others, PLAIN_FORMATS[self.floats], ctx, rewriter).function(func)
 
 
 class _Quantizer:
-    def __init__(self, recipe: Recipe, floats: PlainFormat, ctx: PassContext, rewriter: PatternRewriter) -> None:
-        self.recipe, self.floats, self.ctx, self.rewriter = recipe, floats, ctx, rewriter
+    def __init__(
+        self, recipe: Recipe, stand_ins: Recipe, floats: PlainFormat, ctx: PassContext, rewriter: PatternRewriter
+    ) -> None:
+        self.recipe, self.stand_ins, self.floats, self.ctx, self.rewriter = recipe, stand_ins, floats, ctx, rewriter
         self.roles: dict[str, str] = ctx.options.get("roles", {})
         self.made: dict[Hashable, Value] = {}
 
@@ -99,7 +108,8 @@ class _Quantizer:
             self.rewriter.no_match(op, "the weight is computed from step inputs")
             return
         parts = weight_parts(op, self.roles)
-        found = [self._storage(op, self.recipe.choice(name, role), role) for name, role in parts]
+        recipe = self.stand_ins if isinstance(op, GroupedGemmOp) and op.first else self.recipe
+        found = [self._storage(op, recipe.choice(name, role), role) for name, role in parts]
         widest = max(found, key=lambda s: _bits(s.weights, op))
         activations = max((s.activations for s in found), key=_precision)
         if isinstance(widest.weights, PlainFormat):

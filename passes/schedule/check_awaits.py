@@ -1,9 +1,9 @@
 """An independent proof that a program waits for every weight it reads, and for the keys and values that it touches.
 
 Shares no code with what makes plans. Checked on the ops alone: a launch that reads bytes of a dense or expert piece
-stands behind a wait for that piece, and no wait between the two names it as done; a launch that reads or writes the KV
-cache of a layer stands behind a wait for that layer, and no wait for another layer between; both kinds of waits are
-numbered from 0, each by itself.
+stands behind a wait for that piece, and no wait between the two names it as done (stand-ins come and go with the
+experts that they stand in for); a launch that reads or writes the KV cache of a layer stands behind a wait for that
+layer, and no wait for another layer between; both kinds of waits are numbered from 0, each by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
     """The faults of `program`, none when it is sound."""
     diag = DiagnosticSink()
     ready: dict[int, None] = {}
+    partner: dict[int, int] = {}  # piece of experts -> that of their stand-ins
     number = kv_number = 0
     kv_layer: int | None = None
     for op in program.block.ops:
@@ -36,7 +37,14 @@ def check_awaits(program: FuncOp, pieces: Sequence[Piece]) -> DiagnosticSink:
                 number += 1
                 for piece in op.done:
                     ready.pop(piece, None)
+                    ready.pop(partner.get(piece, -1), None)
                 ready[op.piece] = None
+                stand_ins = op.stand_ins if isinstance(op, AwaitExpertsOp) else -1
+                if stand_ins >= len(pieces) or (stand_ins >= 0 and pieces[stand_ins][0] != "stand_ins"):
+                    diag.error(op.location, f"'{op.name}' of piece {stand_ins}, which is no piece of kind stand_ins")
+                elif stand_ins >= 0:
+                    partner[op.piece] = stand_ins
+                    ready[stand_ins] = None
             case AwaitKVOp():
                 if op.number != kv_number:
                     diag.error(op.location, f"'{op.name}' is number {op.number} where {kv_number} follows")

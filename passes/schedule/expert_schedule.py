@@ -21,7 +21,9 @@ more of them is not always better; `choose_ahead` finds how many are best on giv
 The room of the cache is `cache_bytes`, of which the fetches of a layer take their part; the rest is at home in the
 tier.
 `stand_ins` > 0 lets as many missing experts of a layer be replaced by copies of `stand_in_bytes` in fewer bits (HOBBIT,
-arXiv:2411.01433). That changes what is computed, is done only when asked for, and `warnings` says so.
+arXiv:2411.01433): cache `NAME.low` says how many are, and those are not among `NAME.late`. That changes what is
+computed, is done only when asked for, and `warnings` says so. A replay with `hw_targets.expert_cache.StandIns` counts
+both as `run --stand-ins` does.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hw_targets.cost_model import Work
-from hw_targets.expert_outcomes import EARLY, LATE, StepTimes, from_misses, simulate_steps
+from hw_targets.expert_outcomes import EARLY, LATE, LOW, StepTimes, from_misses, simulate_steps
 from hw_targets.plan_demands import Prices
 from hw_targets.simulator import Simulator
 from hw_targets.target import Target
@@ -96,8 +98,12 @@ class ExpertProblem:
         for number, layer in enumerate(layers):
             foreseen = layers[max(number, self.distance) : number + self.distance + 1]  # the first ones by nobody
             early = sum(min(self.ahead, x.top_k) * x.expert_bytes for x in foreseen)
-            most = max(most, early + layer.top_k * layer.expert_bytes)
+            most = max(most, early + layer.top_k * layer.expert_bytes + self.replaced(layer) * self.stand_in_bytes)
         return most
+
+    def replaced(self, layer: ExpertLayer) -> int:
+        """The most stand-ins of a layer."""
+        return min(self.stand_ins, layer.top_k)
 
 
 def warnings(problem: ExpertProblem) -> list[Diagnostic]:
@@ -153,30 +159,29 @@ class _Emitter:
                 if layer.router is not None:
                     writer.compute(p.unit, f"{layer.name}.router", layer.router, [])
                 late = self.fetch(layer, LATE, layer.top_k)
-                self.compute(layer, coming.pop(number, []), late, writer.segment(cached))
+                low = self.fetch(layer, LOW, p.replaced(layer))
+                self.compute(layer, [coming.pop(number, []), late, low], writer.segment(cached))
         return writer.finish()
 
     def fetch(self, layer: ExpertLayer, when: str, count: int) -> Fetched:
         """Conditional fetches, the highest rank first: so those that take place arrive in the order of use."""
         p, writer, found = self.problem, self.writer, []
         for rank in range(count, 0, -1):
-            stand_in = when == LATE and rank <= p.stand_ins
-            nbytes = p.stand_in_bytes if stand_in else layer.expert_bytes
-            name = f"{layer.name}.{'stand_in' if stand_in else 'expert'}.{when}.{rank}"
-            piece = Piece(name, nbytes, p.home, p.over, "experts", p.block, p.depth)
+            nbytes = p.stand_in_bytes if when == LOW else layer.expert_bytes
+            piece = Piece(f"{layer.name}.expert.{when}.{rank}", nbytes, p.home, p.over, "experts", p.block, p.depth)
             slot = writer.slot(p.unit, p.tier, nbytes, f"{layer.name}.{when}")
             found.append((slot, writer.fetch(p.unit, piece, slot, f"{layer.name}.{when}", rank)))
         return found[::-1]
 
-    def compute(self, layer: ExpertLayer, early: Fetched, late: Fetched, cached: Value) -> None:
+    def compute(self, layer: ExpertLayer, fetched: Sequence[Fetched], cached: Value) -> None:
         """The chosen experts: the one that would be the last to miss comes first."""
         p, writer = self.problem, self.writer
         for rank in range(layer.top_k, 0, -1):
-            mine = [*early[rank - 1 : rank], *late[rank - 1 : rank]]
+            mine = [one for each in fetched for one in each[rank - 1 : rank]]
             writer.wait(p.unit, *(token for _, token in mine))
             work = layer.expert if layer.expert is not None else Work()
             writer.compute(p.unit, f"{layer.name}.expert", work, [*(slot for slot, _ in mine), cached])
-        writer.evict(p.unit, *(slot for slot, _ in [*early, *late]))
+        writer.evict(p.unit, *(slot for each in fetched for slot, _ in each))
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,11 @@ def choose_ahead(
     *,
     absent: float | None = None,
     candidates: Sequence[int] | None = None,
+    stand_ins: np.ndarray | None = None,
 ) -> AheadChoice:
     """The number of early fetches with the least mean time on these misses (int [steps, layers with experts]), for a
     predictor that is right in the share `accuracy`; of its wrong guesses the share `absent` is not in the cache. Those
-    that the cache has no room for are left out."""
+    that the cache has no room for are left out. `stand_ins`, like `misses`: those read in fewer bits."""
     most = max((layer.top_k for layer in problem.layers), default=0)
     best: AheadChoice | None = None
     tried = []
@@ -208,7 +214,9 @@ def choose_ahead(
         one = replace(problem, ahead=ahead)
         if ahead and one.cache_bytes < one.least_cache_bytes:
             continue
-        outcomes = from_misses(misses, one.names, ahead=ahead, accuracy=accuracy, distance=one.distance, absent=absent)
+        outcomes = from_misses(
+            misses, one.names, ahead=ahead, accuracy=accuracy, distance=one.distance, absent=absent, stand_ins=stand_ins
+        )
         times = simulate_steps(Simulator(emit_experts(one), target, prices), outcomes)
         tried.append((ahead, times.mean))
         if best is None or times.mean < best.times.mean * (1 - 1e-4):

@@ -20,6 +20,9 @@ from stratum.cli.options import compile_options, output_options
 @compile_options
 @bit_options
 @click.option("--device", type=click.Choice(["cuda"]), help="For any NVIDIA GPU: the same as --target cuda.")
+@click.option(
+    "--stand-ins", metavar="RECIPE", help="Keep a second copy of every expert in fewer bits, for 'run --stand-ins'."
+)
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the IR after every pass.")
 @output_options
 def build(
@@ -31,6 +34,7 @@ def build(
     pipeline: str | None,
     budget: BitRequest,
     device: str | None,
+    stand_ins: str | None,
     dump_ir: Path | None,
     quiet: bool,
     as_json: bool,
@@ -50,6 +54,7 @@ def build(
         options: dict[str, Any] = {"target": target, "dtype": dtype, "pipeline": pipeline}
         shown = {"reporter": reporter, "as_json": as_json, "quiet": quiet}
         options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown), "dump_ir": dump_ir}
+        options |= {"stand_ins": stand_ins}
         out = api.build(model, output, progress=reporter, told=results.append, **options)
     (result,) = results
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -39,6 +39,13 @@ LAYERS_SHOWN = 80
 @click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
 @click.option("-t", "--threads", type=int, help="Default: one a physical core this process may use.")
+@click.option("-m", "--memory", metavar="SIZE", help="The model may use no more than this, as with 'run --memory'.")
+@click.option(
+    "--stand-ins",
+    type=float,
+    metavar="SHARE",
+    help="With --memory: as 'run --stand-ins', the text given token by token.",
+)
 @click.option(
     "--layer-tokens",
     type=click.IntRange(min=0),
@@ -61,6 +68,8 @@ def evaluate(
     target: str | None,
     pipeline: str | None,
     threads: int | None,
+    memory: str | None,
+    stand_ins: float | None,
     layer_tokens: int | None,
     plot: Path | None,
     quiet: bool,
@@ -92,7 +101,15 @@ def evaluate(
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
         common["progress"] = reporter
         with (
-            api.load(model, dtype=dtype or "bf16", pipeline=pipeline, recipe=recipe, **common) as ours,
+            api.load(
+                model,
+                dtype=dtype or "bf16",
+                pipeline=pipeline,
+                recipe=recipe,
+                memory=memory,
+                stand_ins=stand_ins,
+                **common,
+            ) as ours,
             _Maybe(api.load(reference, dtype="f32", **common) if reference is not None else None) as theirs,
         ):
             encoded = _encode(words, ours, theirs, text)
@@ -101,13 +118,22 @@ def evaluate(
                 len(encoded.ids), ctx or min(evaluation.DEFAULT_CONTEXT, most), stride=stride, limit=chunks
             )
             (result,) = evaluation.evaluate(
-                [ours.session],
+                [evaluation.OneByOne(ours.session) if stand_ins else ours.session],
                 encoded,
                 plan,
                 reference=theirs.session if theirs is not None else None,
                 tell=lambda done, total: reporter("evaluate", done, total, "tokens"),
             )
             facts = _facts(ours, theirs, encoded, plan, result)
+            if stand_ins and ours.session.streamer is not None:
+                report = ours.session.streamer.report()
+                facts["stand_ins"] = {
+                    "share": stand_ins,
+                    "used": report.stand_ins,
+                    "experts": report.expert_lookups,
+                    "full_model": report.full_model,
+                    "said": report.about_stand_ins(),
+                }
         layers = _layers(
             model, reference, encoded, layer_tokens, reporter, dtype=dtype or "bf16", pipeline=pipeline, recipe=recipe
         )
@@ -265,6 +291,8 @@ def _report(facts: dict[str, Any]) -> str:
             f"99 % below {_number(d['p99'], 4)}, max {_number(d['max'], 4)} nats",
             f"top-1       {100 * d['top1']:.2f} ± {100 * d['top1_error']:.2f} % of positions agree",
         ]
+    if "stand_ins" in facts:
+        lines.append(f"stand-ins   {facts['stand_ins']['said']}; of {facts['stand_ins']['experts']} experts asked for")
     lines += _layer_lines(facts.get("layers", ()))
     return "\n".join(lines)
 

@@ -60,6 +60,13 @@ MAX_PROMPT_BYTES = 64 << 20
 )
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
+@click.option(
+    "--stand-ins",
+    type=float,
+    metavar="SHARE",
+    help="With --memory or --plan: missing experts of less than SHARE of a token's weight are computed from copies in "
+    "fewer bits, which 'build --stand-ins' made. Changes the output.",
+)
 @click.option("--prompt-cache", type=click.Path(path_type=Path), metavar="FILE", help="Keep the prompt's KV there.")
 @click.option("--record-routing", type=click.Path(path_type=Path), metavar="FILE", help="Write the experts chosen.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a trace for ui.perfetto.dev.")
@@ -86,6 +93,7 @@ def run(
     kv_dir: Path | None,
     device: str,
     device_memory: str | None,
+    stand_ins: float | None,
     prompt_cache: Path | None,
     record_routing: Path | None,
     trace: Path | None,
@@ -129,6 +137,7 @@ def run(
             kv_dir=kv_dir,
             device=device,
             device_memory=device_memory,
+            stand_ins=stand_ins,
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
@@ -264,7 +273,7 @@ def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_jso
     peak = peak_resident_bytes()
     if as_json:
         rates = {"gigabytes_per_s": report.gigabytes_per_s, "hit_rate": report.hit_rate, "peak_resident_bytes": peak}
-        reporter.event("streaming", **vars(report), **rates)
+        reporter.event("streaming", **vars(report), **rates, full_model=report.full_model)
     elif not quiet:
         click.echo(f"{report}; at most {peak / (1 << 20):.0f} MiB in memory", err=True)
     if session.kv_stream is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hw_targets.expert_cache import ON_LINE, POLICIES, replay
+from hw_targets.expert_cache import ON_LINE, POLICIES, StandIns, replay
 from hw_targets.routing import RoutingTrace
 from ir.diagnostics import DiagnosticError
 from runtime.expert_cache import ExpertCache
+from runtime.stand_ins import largest_shares
 from tests.hw_targets.routing_samples import MIB, published_curve, qwen_trace, small_trace, start_of
 
 # The published names of caches with an equal share for each layer.
@@ -129,6 +131,32 @@ def test_the_runtime_decides_alike_on_the_recorded_trace(policy: str, scope: str
     _assert_runtime_agrees(start_of(qwen_trace(), 64), 1500 * MIB, policy, scope, pinned)
 
 
+def _assert_stand_ins_agree(trace: RoutingTrace, capacity: int, policy: str, scope: str, rule: StandIns) -> None:
+    """As above, with missing experts of little weight replaced."""
+    predicted = replay(trace, capacity, policy=policy, scope=scope, stand_ins=rule)
+    cache = ExpertCache(trace.expert_bytes, capacity, policy=policy, scope=scope, stand_in_bytes=rule.expert_bytes)
+    starts = np.flatnonzero(np.r_[True, np.diff(trace.batch) != 0])
+    read = np.zeros((2, len(starts), trace.layer_count), int)
+    for step, (start, end) in enumerate(itertools.pairwise([*starts.tolist(), trace.tokens])):
+        for layer in range(trace.layer_count):
+            routed = (trace.experts[start:end, layer] >= 0).all(axis=1)
+            if not routed.any():
+                continue
+            ids = trace.experts[start:end, layer][routed].ravel().tolist()
+            weights = trace.weights[start:end, layer][routed]
+            light = frozenset(e for e, share in largest_shares(ids, weights).items() if share < rule.share)
+            used = cache.with_stand_ins(layer, ids, light)
+            _, misses = cache.lookup(layer, used, weights.ravel().tolist())
+            cache.admit(layer, misses)
+            read[:, step, layer] = sum(e >= 0 for e in misses), sum(e < 0 for e in misses)
+    counters = cache.counters
+    assert (read[0] == predicted.misses).all() and (read[1] == predicted.stand_in_misses).all()
+    assert counters.stand_ins == predicted.stand_ins
+    assert counters.stand_ins - counters.stand_in_hits == predicted.stand_in_misses.sum()
+    assert (counters.lookups, counters.hits) == (predicted.lookups, predicted.hits)
+    assert counters.admitted_bytes == predicted.read_bytes
+
+
 @st.composite
 def _traces(draw: st.DrawFn) -> RoutingTrace:
     layers, top_k = draw(st.integers(1, 4)), draw(st.integers(1, 3))
@@ -142,6 +170,31 @@ def _traces(draw: st.DrawFn) -> RoutingTrace:
 @given(_traces(), st.integers(0, 40), st.sampled_from(ON_LINE), st.sampled_from(["global", "layer"]))
 def test_the_runtime_decides_alike(trace: RoutingTrace, capacity: int, policy: str, scope: str) -> None:
     _assert_runtime_agrees(trace, capacity, policy, scope, [])
+
+
+@settings(max_examples=60)
+@given(_traces(), st.integers(0, 40), st.sampled_from(ON_LINE), st.sampled_from(["global", "layer"]),
+       st.sampled_from([0.1, 0.4, 0.6, 1.0]), st.integers(0, 2**32 - 1))  # fmt: skip
+def test_the_runtime_replaces_alike(
+    trace: RoutingTrace, capacity: int, policy: str, scope: str, share: float, seed: int
+) -> None:
+    weights = np.random.default_rng(seed).uniform(0.01, 1, trace.experts.shape).astype(np.float32)
+    trace = dataclasses.replace(trace, weights=weights)
+    _assert_stand_ins_agree(trace, capacity, policy, scope, StandIns(share, (1,) * trace.layer_count))
+
+
+def test_stand_ins_save_reads() -> None:
+    """On the recorded trace: no stand-ins below no weight, fewer bytes with more of them, and never two answers."""
+    trace = start_of(qwen_trace(), 64)
+    plain = replay(trace, 1500 * MIB, policy="lrfu")
+    low = tuple(nbytes // 2 for nbytes in trace.expert_bytes)
+    found = [replay(trace, 1500 * MIB, policy="lrfu", stand_ins=StandIns(share, low)) for share in (0.0, 0.1, 0.2)]
+    assert found[0] == plain and found[0].stand_ins == 0
+    assert found[2].decode_read_bytes < found[1].decode_read_bytes < plain.decode_read_bytes
+    assert all(f.lookups == plain.lookups and f.stand_ins >= f.stand_in_misses.sum() for f in found)
+    with pytest.raises(DiagnosticError, match="a policy that can run"):
+        replay(trace, 1500 * MIB, policy="belady", stand_ins=StandIns(0.1, low))
+    _assert_stand_ins_agree(trace, 1500 * MIB, "lrfu", "global", StandIns(0.2, low))
 
 
 @settings(max_examples=40)

@@ -56,6 +56,7 @@ def program(text: str) -> FuncOp:
 SHAPES = {
     "dense": Shape(layers=2),
     "experts": Shape(experts=4, norms="head", element=BF16),
+    "stand_ins": Shape(experts=4, norms="head", element=BF16),
     "window": Shape(layers=2, window=5, bias=True, clip=0.5, norms="row", q_heads=2, kv_heads=2),
 }
 
@@ -65,7 +66,8 @@ def model(name: str) -> Model:
     """A model after the passes, in bf16 when its weights are."""
     made = build_model(SHAPES[name])
     dtype = "bf16" if SHAPES[name].element == BF16 else "f32"
-    PassManager(default_pipeline(host_target(), dtype)).run(made.module)
+    copies = ("w2a8",) if name == "stand_ins" else ()
+    PassManager(default_pipeline(host_target(), dtype, stand_ins=copies)).run(made.module)
     return made
 
 

@@ -37,10 +37,13 @@ def test_real_programs_wait_for_all_they_read(name: str, number: int) -> None:
     assert [op.attributes["number"] for op in waits(func)] == list(range(len(list(waits(func)))))
     awaited = [op.attributes["piece"] for op in waits(func)]
     kinds = [kind for kind, _, _ in places(name)]
-    assert awaited == [i for i, kind in enumerate(kinds) if kind != "rows"]  # once each, in the order of the file
+    own = [i for i, kind in enumerate(kinds) if kind not in ("rows", "stand_ins")]
+    assert awaited == own  # once each, in the order of the file
+    copies = [op.stand_ins for op in waits(func) if isinstance(op, AwaitExpertsOp) and op.stand_ins >= 0]
+    assert copies == [i for i, kind in enumerate(kinds) if kind == "stand_ins"]
     done = [piece for op in waits(func) for piece in op.attributes["done"]]
     assert len(done) == len(set(done)) and set(done) < set(awaited)
-    assert any(isinstance(op, AwaitExpertsOp) for op in waits(func)) == (name == "experts")
+    assert any(isinstance(op, AwaitExpertsOp) for op in waits(func)) == (name in ("experts", "stand_ins"))
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -95,6 +98,29 @@ def test_waits_for_what_is_not_there(attributes: dict[str, object], expected: st
     assert any(expected in message for message in faults("experts", func))
     changed(op, **old)
     assert faults("experts", func) == []
+
+
+def test_stand_ins_are_waited_for_with_their_experts() -> None:
+    """Before the pairs are grouped, since the wait says which are used; and gone with the experts."""
+    func = lowered("stand_ins").programs[0].func
+    wait = next(op for op in waits(func) if isinstance(op, AwaitExpertsOp))
+    ops = list(func.block.ops)
+    launches = [str(op.kernel.name) for op in ops[ops.index(wait) :] if isinstance(op, plan.LaunchOp)]
+    assert launches[0].startswith("dispatch") and sum("stand_ins" in name for name in launches) == 2
+    own = wait.stand_ins
+    for value, expected in ((-1, f"without a wait for piece {own}"), (0, "no piece of kind stand_ins")):
+        old = changed(wait, stand_ins=value)
+        assert any(expected in message for message in faults("stand_ins", func))
+        changed(wait, **old)
+    later = next((op for op in waits(func) if wait.piece in op.attributes["done"]), None)
+    if later is not None:
+        index, place = ops.index(later), ops.index(wait) + 1
+        func.block._remove(later)
+        func.block._insert(place, later)
+        assert any(f"without a wait for piece {own}" in message for message in faults("stand_ins", func))
+        func.block._remove(later)
+        func.block._insert(index, later)
+    assert faults("stand_ins", func) == []
 
 
 @pytest.mark.parametrize(("name", "number"), PROGRAMS)

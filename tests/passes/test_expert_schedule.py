@@ -71,9 +71,13 @@ def test_early_fetches_run_under_the_layer_before() -> None:
 
 def test_stand_ins_are_shorter_reads_and_are_said() -> None:
     plain, quick = problem(), problem(stand_ins=2, stand_in_bytes=5)
-    missing = NONE | {"l0_late": 2}
-    assert seconds(quick, **missing) == pytest.approx(8.0 + 0.5)
-    assert seconds(quick, **missing) < seconds(plain, **missing)
+    none = NONE | {"l0_low": 0, "l1_low": 0}
+    assert seconds(quick, **none) == seconds(plain, **NONE)
+    assert seconds(quick, **(none | {"l0_late": 2})) == seconds(plain, **(NONE | {"l0_late": 2}))
+    replaced = seconds(quick, **(none | {"l0_low": 2}))
+    assert replaced == pytest.approx(8.0 + 0.5)
+    both = seconds(quick, **(none | {"l0_late": 1, "l0_low": 1}))
+    assert replaced < both < seconds(plain, **(NONE | {"l0_late": 2}))
     assert [w.message for w in warnings(plain)] == []
     (said,) = [w.message for w in warnings(quick)]
     assert "2 missing experts of each layer are computed from copies in fewer bits" in said and "tokens differ" in said
@@ -215,6 +219,7 @@ def test_every_plan_is_sound_and_fewer_misses_are_never_slower(one: ExpertProble
     assert len(chosen) == sum(layer.top_k for layer in one.layers)
     simulator = Simulator(program, HOST)
     caches = {f"{layer.name}.{when}": layer.top_k for layer in one.layers for when in ("early", "late")}
+    caches |= {f"{layer.name}.low": one.replaced(layer) for layer in one.layers}
     few = {name: data.draw(st.integers(0, most)) for name, most in caches.items()}
     more = {name: data.draw(st.integers(few[name], most)) for name, most in caches.items()}
     nothing = simulator.run(dict.fromkeys(caches, 0)).seconds

@@ -61,7 +61,38 @@ def _combine(label: str, experts: int, ids: tuple) -> Sample:
     return sample("moe.combine", label, normal(order.size, 5), np.abs(normal(tokens, top_k)), order, types=types)
 
 
+def _stand_ins(label: str, experts: int, ids: tuple) -> tuple[Sample, ...]:
+    """Every second pair is computed by a stand-in: the two products, and their rows together."""
+    used = np.array(ids, np.int32)
+    used.reshape(-1)[::2] += experts
+    order, offsets = DispatchOp.reference(used, num_experts=2 * experts)
+    pairs, starts = t(TOKENS * used.shape[1], element=I32), t(2 * experts + 1, element=I32)
+    rows, w = normal(order.size, 6), normal(experts, 5, 6, element=BF16)
+    types = (t(TOKENS * used.shape[1], 6), t(experts, 5, 6, element=BF16), pairs, starts)
+    y = t(TOKENS * used.shape[1], 5)
+    return (
+        sample(
+            "moe.grouped_gemm", f"{label}_stand_ins", rows, w, order, offsets, types=types, gather=0, first=experts
+        ),
+        sample(
+            "moe.join_rows", label, normal(order.size, 5), normal(order.size, 5), offsets, types=(y, y, starts),
+            first=experts,
+        ),
+    )  # fmt: skip
+
+
 SAMPLES = (
+    *(
+        sample(
+            "moe.stand_ins",
+            label,
+            np.array(ids, np.int32),
+            types=(t(TOKENS, len(ids[0]), element=I32),),
+            num_experts=experts,
+        )
+        for label, experts, ids in ROUTINGS[:2]
+    ),
+    *(made for routing in ROUTINGS for made in _stand_ins(*routing)),
     sample("moe.route", "top2", normal(3, 8), types=(t(TOKENS, 8),), top_k=2, normalize=True),
     sample("moe.route", "top1", normal(1, 5), top_k=1, normalize=False),
     sample("moe.route", "ties", _TIES, top_k=2, normalize=False),
@@ -96,6 +127,23 @@ FAULTS = (
         t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=0,
     ),
     fault("moe.grouped_gemm", "gather >= 0, got -1", t(3, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=-1),
+    fault(
+        "moe.grouped_gemm", "first = 0 where there are no stand-ins, got 4",
+        t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=2, first=4,
+    ),
+    fault(
+        "moe.grouped_gemm", "first = 0 or 4, the stand-ins, got 3",
+        t(TOKENS, 6), t(4, 5, 6), _PAIRS2, t(9, element=I32), gather=2, first=3,
+    ),
+    fault("moe.stand_ins", "num_experts >= 1, got 0", t(3, 2, element=I32), num_experts=0),
+    fault(
+        "moe.join_rows", "y and stand_ins of one type",
+        t(TOKENS * 2, 6), t(TOKENS * 2, 5), t(9, element=I32), first=4,
+    ),
+    fault(
+        "moe.join_rows", "offsets of 2 * 4 + 1, got tensor<5 x i32>",
+        t(TOKENS * 2, 6), t(TOKENS * 2, 6), t(5, element=I32), first=4,
+    ),
     fault("moe.combine", "rows of y and order to match, got 5 and tokens*2", t(5, 6), t(TOKENS, 2), _PAIRS2),
     fault(
         "moe.combine", "tokens * top_k of weights and rows of order to match, got tokens*3 and tokens*2",

@@ -17,7 +17,8 @@ import stratum
 from hw_targets.routing import read_trace
 from ir.diagnostics import DiagnosticError
 from runtime.artifact import open_artifact
-from runtime.manifest import AwaitInfo, KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
+from runtime.await_info import AwaitInfo
+from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.memory_plan import AHEAD_BYTES, DISK_SHARE, DoesNotFit, plan_memory, resident_bytes
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model

@@ -24,8 +24,9 @@ from passes.place.problem import Problem
 from passes.place.problem import Session as Asked
 from passes.place.solve import NoFit, solve
 from runtime import Session, open_artifact
+from runtime.await_info import AwaitInfo
 from runtime.eviction import POLICIES
-from runtime.manifest import AwaitInfo, KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
+from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.stream_plan import StreamPlan
 from stratum import memory_plan, planning
 from stratum.cli import main

@@ -1,0 +1,99 @@
+"""`--stand-ins` of build, run and eval: what they say, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stratum
+from ir.diagnostics import DiagnosticError
+from runtime.process_memory import resident_bytes
+from stratum.cli import main
+from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("stand_ins_cli") / "model", QWEN3_MOE)
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path) -> Path:
+    return stratum.build(model, model.parent / "both", stand_ins="w2a8")
+
+
+def events(text: str) -> dict[str, dict[str, Any]]:
+    return {event["event"]: event for event in map(json.loads, text.splitlines())}
+
+
+def test_run_says_how_many_were_used(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    budget = str(resident_bytes() + (256 << 20))
+    common = ["run", str(artifact), "some text", "-n", "3", "-t", "1", "-c", "64", "--memory", budget]
+    assert main([*common, "--json", "--stand-ins", "0.3"]) == 0
+    found = events(capfd.readouterr().out)
+    assert found["chosen"]["streaming"]["stand_ins"] == 0.3
+    said = found["streaming"]
+    assert (said["stand_in_share"], said["stand_ins"], said["full_model"]) == (0.3, 0, True)  # everything fits
+    assert main([*common, "--stand-ins", "0.3"]) == 0
+    assert "no stand-in was used: the output is that of the full model" in capfd.readouterr().err
+    assert main([*common, "--json"]) == 0
+    assert events(capfd.readouterr().out)["streaming"]["full_model"]
+
+
+def test_eval_gives_the_text_token_by_token(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("def read_file(path):\n" * 3)
+    budget = str(resident_bytes() + (256 << 20))
+    arguments = ["eval", str(artifact), "--text", str(tmp_path / "text"), "-c", "16", "--chunks", "1", "-t", "1"]
+    arguments += ["--reference", str(artifact), "--memory", budget, "--stand-ins", "0.3"]
+    assert main([*arguments, "--json"]) == 0
+    done = events(capfd.readouterr().out)["done"]
+    used, experts = done["stand_ins"]["used"], done["stand_ins"]["experts"]
+    assert 0 < used < experts and not done["stand_ins"]["full_model"]  # the cache begins empty
+    assert done["divergence"]["mean"] > 0
+    assert main(arguments) == 0
+    said = capfd.readouterr().out
+    assert f"stand-ins   {used} experts of less than 0.3" in said and "not that of the full model; of" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stand_ins": 0.2}, "everything is"),
+        ({"stand_ins": 0.0, "memory": "1GiB"}, "share above 0"),
+        ({"stand_ins": 1.5, "memory": "1GiB"}, "share above 0"),
+        ({"stand_ins": float("nan"), "memory": "1GiB"}, "share above 0"),
+    ],
+)
+def test_runs_that_cannot_be(artifact: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DiagnosticError, match=message):
+        stratum.load(artifact, **options)
+
+
+def test_no_prompt_cache_beside_stand_ins(artifact: Path, tmp_path: Path) -> None:
+    budget = resident_bytes() + (256 << 20)
+    with (
+        stratum.load(artifact, memory=budget, stand_ins=0.2) as loaded,
+        pytest.raises(DiagnosticError, match="not both"),
+    ):
+        loaded.generate("abc", prompt_cache=tmp_path / "cache")
+
+
+def test_builds_that_cannot_be(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dense = write_model(tmp_path / "dense", LLAMA)
+    for path, options, message in (
+        (dense, {"stand_ins": "w2a8"}, "no experts that others could stand in for"),
+        (model, {"stand_ins": "w2a9"}, "there is no recipe 'w2a9'"),
+        (model, {"stand_ins": "w2a8", "pipeline": "cpu"}, "each decides the passes"),
+        (model, {"stand_ins": "w8a8", "recipe": "w2a8"}, "no smaller than the experts"),
+        (model, {"stand_ins": "w2a8", "recipe": "w2a8"}, "no smaller than the experts"),
+        (model, {"stand_ins": "none"}, "no smaller than the experts"),
+    ):
+        with pytest.raises(DiagnosticError, match=message):
+            stratum.build(path, out, **options)  # pyright: ignore[reportArgumentType]
+        assert not out.exists()

@@ -1,9 +1,9 @@
 """What this process takes of the memory it may use, as those count who limit it.
 
 A control group with a limit (a container) counts the pages of files that its processes brought in, those included that
-no process has mapped: a library that is read ahead whole counts whole, until somebody else is charged for it. There
-`resident_bytes` counts them, and `give_back_read_ahead` drops those that are of no use. Elsewhere nothing is dropped
-and the resident set counts.
+no process has mapped: a library that is read ahead whole counts whole, unless somebody else was first and is charged
+for it. There `resident_bytes` counts them, at most as many as the group is charged for, and `give_back_read_ahead`
+drops those that are of no use. Elsewhere nothing is dropped and the resident set counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def resident_bytes() -> int:
     for descriptor, nbytes in _files():
         cached += cached_bytes(descriptor, nbytes)
         os.close(descriptor)
-    return resident - shared + max(shared, cached)
+    charged = charged_cache()
+    return resident - shared + max(shared, cached if charged is None else min(cached, charged))
 
 
 def peak_resident_bytes() -> int:
@@ -65,6 +66,22 @@ def memory_limit(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
                     limits.append(int((folder / part / name).read_text()))
     physical = os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES
     return min((limit for limit in limits if limit < physical), default=None)
+
+
+def charged_cache(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
+    """Bytes of cached files that the control group of this process is charged for; None where nobody says."""
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            first = "memory" in controllers.split(",")
+            if controllers and not first:
+                continue
+            group, name = (root / "memory", "total_cache") if first else (root, "file")
+            with suppress(OSError, ValueError):
+                lines = (group / path.lstrip("/") / "memory.stat").read_text().splitlines()
+                counts = dict(words for line in lines if len(words := line.split()) == 2)
+                return int(counts.get(name, ""))
+    return None
 
 
 def cached_bytes(descriptor: int, nbytes: int) -> int:

@@ -43,6 +43,34 @@ def test_no_limit_can_be_read(tmp_path: Path) -> None:
     assert memory_limit(tmp_path / "none", tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("files", "own", "charged"),
+    [
+        ({"a/b/memory.stat": "anon 7\nfile 4096\n"}, "0::/a/b\n", 4096),
+        ({"memory/a/memory.stat": "cache 1\ntotal_cache 8192\n"}, "3:cpu,memory:/a\n0::/\n", 8192),
+        ({"memory.stat": "file 5\n"}, "3:memory:/gone\n0::/\n", 5),
+        ({"a/memory.stat": "file many\n"}, "0::/a\n", None),
+        ({"a/memory.stat": "anon 1\n"}, "0::/a\n", None),
+        ({}, "0::/gone\n", None),
+    ],
+)
+def test_what_a_group_is_charged_for(tmp_path: Path, files: dict[str, str], own: str, charged: int | None) -> None:
+    assert process_memory.charged_cache(*group(tmp_path, files, own)) == charged
+
+
+def test_files_that_others_are_charged_for_do_not_count() -> None:
+    """The resident set does, in any case."""
+    with patch.object(process_memory, "memory_limit", lambda: 1 << 40):
+        counted = []
+        for charged in (None, 1 << 40, 0):
+            with patch.object(process_memory, "charged_cache", lambda charged=charged: charged):
+                counted.append(resident_bytes())
+    with patch.object(process_memory, "memory_limit", lambda: None):
+        plain = resident_bytes()
+    assert abs(counted[0] - counted[1]) < 16 * MIB and abs(counted[2] - plain) < 16 * MIB
+    assert counted[2] <= counted[0] + 16 * MIB
+
+
 def test_a_group_with_a_limit_counts_cached_files() -> None:
     """Never less than the resident set; what is dropped was mapped by nobody, so this process goes on."""
     statm = Path("/proc/self/statm").read_text().split()

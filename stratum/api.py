@@ -19,6 +19,7 @@ from stratum.progress import Progress
 if TYPE_CHECKING:
     from codegen.build import BuildResult
     from runtime.step_reader import RoutingListener
+    from stratum.device_choice import DeviceChoice
     from stratum.model import Model
 
 Warn = Callable[[str], None]
@@ -125,7 +126,7 @@ def load(
     plan: str | os.PathLike[str] | None = None,
     routing: RoutingListener | None = None,
     kv_dir: str | os.PathLike[str] | None = None,
-    device: str = "cpu",
+    device: str | DeviceChoice = "cpu",
     device_memory: int | str | None = None,
     stand_ins: float | None = None,
 ) -> Model:
@@ -150,10 +151,10 @@ def load(
     of the GPU's. `target` defaults to host, or to any GPU.
     """
     from runtime.artifact import is_artifact, open_artifact
-    from stratum.device_choice import GPU_TARGET, choose_device
+    from stratum.device_choice import GPU_TARGET, DeviceChoice, choose_device
     from stratum.model import Model
 
-    choice = choose_device(
+    choice = device if isinstance(device, DeviceChoice) else choose_device(
         Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
         target=target, threads=threads, memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing,
     )  # fmt: skip

@@ -198,5 +198,6 @@ def artifact_text(facts: dict[str, Any]) -> str:
     lines += [
         f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())
     ]
-    lines.append(f"  loads here  {'no' if facts['fault'] else 'yes, ' + checked}")
+    where = "on an NVIDIA GPU (--device cuda), " if facts["gpu_code"] else "yes, "
+    lines.append(f"  loads here  {'no' if facts['fault'] else where + checked}")
     return "\n".join(lines)

@@ -44,6 +44,8 @@ def choose_device(
         raise DiagnosticError(f"unknown device {asked!r}", expected=", ".join(DEVICES))
     if asked == "cuda":
         refuse_cpu_options(**only_cpu)
+        if not is_artifact(model):
+            _find_gpu(device_memory)  # before anything is built for it
     if asked == "cpu" and device_memory is not None:
         raise DiagnosticError("--device-memory goes with --device cuda or auto", hint="--memory bounds the CPU's")
     if asked != "auto":
@@ -68,22 +70,30 @@ def _as_built(model: Path) -> DeviceChoice:
 def _as_it_fits(model: Path, device_memory: int | None, dtype: str, recipe: str | None) -> DeviceChoice:
     """By asking the GPU what it has free, and the passes how many bytes the weights take."""
     from passes.quantize.recipe import load_recipe
-    from runtime.cuda.device import open_device
     from stratum.progress import format_bytes
     from stratum.weights_file import weights_file_bytes
 
     try:
-        device = open_device(limit_bytes=device_memory)
+        name, free = _find_gpu(device_memory)
     except (NoDevice, OutOfDeviceMemory) as fault:
         return DeviceChoice("cpu", fault.message)
-    name, free = device.name, device.free_bytes()
-    device.close()
     needed = weights_file_bytes(model, load_recipe(recipe or "none"), dtype=dtype)
     if needed > FITS_WITH * free:
         return DeviceChoice(
             "cpu", f"the weights take {format_bytes(needed)}, {name} has {format_bytes(free)} that may be used"
         )
     return DeviceChoice("cuda", f"{name} has {format_bytes(free)} free, the weights take {format_bytes(needed)}")
+
+
+def _find_gpu(device_memory: int | None) -> tuple[str, int]:
+    """The name of the GPU, and how many bytes may be used of it. Raises NoDevice."""
+    from runtime.cuda.device import open_device
+
+    device = open_device(limit_bytes=device_memory)
+    try:
+        return device.name, device.free_bytes()
+    finally:
+        device.close()
 
 
 def is_gpu_target(target: str) -> bool:

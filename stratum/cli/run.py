@@ -14,7 +14,7 @@ from ir.diagnostics import DiagnosticError
 from runtime.eviction import POLICIES
 from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import DTYPES, output_options, recipe_option
-from stratum.device_choice import DEVICES
+from stratum.device_choice import DEVICES, choose_device
 
 if TYPE_CHECKING:
     from runtime.cuda.session import CudaSession
@@ -123,6 +123,9 @@ def run(
         recorder = RoutingRecorder() if record_routing is not None else None
         options |= {"recipe": budget.recipe(model, recipe=recipe, **options, **shown)}
         options["target"] = target
+        chosen = device
+        if prompt_cache is not None and device != "cpu":
+            chosen = choose_device(model, device, prompt_cache=prompt_cache)
         loaded = api.load(
             model,
             threads=threads,
@@ -135,7 +138,7 @@ def run(
             plan=plan_file,
             routing=recorder,
             kv_dir=kv_dir,
-            device=device,
+            device=chosen,
             device_memory=device_memory,
             stand_ins=stand_ins,
             **options,

@@ -106,6 +106,21 @@ def test_bench_on_a_gpu(toy: Path, gpu: Callable[..., EmulatedDriver], capsys: p
     assert driver.leaks() == []
 
 
+def test_nothing_is_built_for_a_gpu_that_is_not_there(
+    checkpoint: Path, gpu: Callable[..., EmulatedDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(devices=0)
+    monkeypatch.setattr(stratum.api, "build", None)
+    with pytest.raises(NoDevice, match="finds no GPU"):
+        stratum.load(checkpoint, device="cuda")
+
+
+def test_a_prompt_cache_stays_on_the_cpu(toy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", str(toy), "hello", "--device", "cuda", "--prompt-cache", str(tmp_path / "cache")]) == 2
+    assert "--prompt-cache is not for GPUs" in capsys.readouterr().err
+    assert choose_device(tmp_path, "auto", prompt_cache="x").device == "cpu"
+
+
 def test_a_machine_without_gpu_says_so(
     toy: Path, gpu: Callable[..., EmulatedDriver], capsys: pytest.CaptureFixture[str]
 ) -> None:

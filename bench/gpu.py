@@ -20,16 +20,17 @@ from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
 from bench.gpu_device import DeviceArray, MeasuringDevice
 from bench.gpu_moe_cases import real_experts
-from bench.gpu_product_cases import real_products
+from bench.gpu_product_cases import real_products, real_wgmma
 from bench.measure import median, table
 from codegen.nvptx.compile import compile_ptx
+from codegen.nvptx.lowering import HOPPER, for_hopper
 from runtime.cuda.device import CudaDevice, open_device
 from runtime.cuda.driver import NoDevice
 
 BEHIND_CACHES = 256 << 20  # bytes of argument sets that are taken in turns: several times a second-level cache
 MOST_SETS = 32
 COPY_BYTES = 1 << 30
-BESIDE_TORCH = ("gemm", "prefill")  # what computing bounds, not memory
+BESIDE_TORCH = ("gemm", "gemm_wgmma", "prefill")  # what computing bounds, not memory
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def torch_seconds() -> dict[str, float]:
     attention = torch.nn.functional.scaled_dot_product_attention
     work = {
         "gemm": lambda: x @ w.T,
+        "gemm_wgmma": lambda: x @ w.T,
         "prefill": lambda: attention(q, keys, values, is_causal=True, enable_gqa=True),
     }
     return {name: _median_seconds(torch.cuda, action) for name, action in work.items()}
@@ -136,7 +138,7 @@ def report(device: MeasuringDevice, rows: Sequence[Measured], copy: float) -> st
 
 def all_cases() -> list[GpuCase]:
     """Every kernel at sizes of a real model."""
-    return [*real_cases(), *real_products(), *real_attention(), *real_experts()]
+    return [*real_cases(), *real_products(), *real_wgmma(), *real_attention(), *real_experts()]
 
 
 def main(
@@ -154,11 +156,14 @@ def main(
     except NoDevice as refusal:
         print(f"bench.gpu: {refusal}", file=sys.stderr)
         return 2
-    chosen = [c for c in cases() if c.name.startswith(options.only)]
+    architecture = HOPPER if device.architecture == "sm_90" else device.architecture
+    chosen = [
+        c for c in cases() if c.name.startswith(options.only) and (architecture == HOPPER or not for_hopper(c.kernel))
+    ]
     if not chosen:
         print(f"bench.gpu: no kernel begins with {options.only!r}", file=sys.stderr)
         return 2
-    module = device.load(compile_ptx([c.kernel for c in chosen], device.architecture))
+    module = device.load(compile_ptx([c.kernel for c in chosen], architecture))
     timed = not options.check
     copy = copy_bandwidth(device) if timed else float("nan")
     torch = torch_seconds() if timed else {}

@@ -10,6 +10,7 @@ import numpy as np
 from bench.gpu_cases import GpuCase, numbers, packed_weights, products_of
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel, swizzled_tiles
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
@@ -102,4 +103,28 @@ def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) 
     return GpuCase(
         name, kernel, shape.blocks(m, layout), make, lambda a: [products_of(a[last - 1], held["w"])], (last,),
         layout.nbytes + 2 * m * (k + n), 2 * m * n * k, 2.0**-8,
+    )  # fmt: skip
+
+
+def real_wgmma() -> list[GpuCase]:
+    """For sm_90a."""
+    return [_wgmma("gemm_wgmma", 4096, 4096, 4096, WgmmaShape())]
+
+
+def small_wgmma() -> list[GpuCase]:
+    """The same kernel, a few blocks."""
+    return [_wgmma("gemm_wgmma", 70, 72, 320, WgmmaShape(2, 64, 4))]
+
+
+def _wgmma(name: str, m: int, n: int, k: int, shape: WgmmaShape) -> GpuCase:
+    held: dict[str, np.ndarray] = {}
+
+    def make(rng: np.random.Generator) -> list[Any]:
+        held["w"] = numbers(rng, (n, k))
+        return [numbers(rng, (m, k)), swizzled_tiles(held["w"]), np.full((m, n), -1).astype(BF16.dtype), m]
+
+    kernel, moved = gemm_wgmma_kernel(n, k, name, shape, BF16), 2 * (m * k + n * k + m * n)
+    return GpuCase(
+        name, kernel, shape.blocks(m, n), make, lambda a: [products_of(a[0], held["w"])], (2,), moved, 2 * m * n * k,
+        2.0**-8,
     )  # fmt: skip

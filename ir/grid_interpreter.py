@@ -15,6 +15,7 @@ import numpy as np
 
 from ir.core import Op
 from ir.formats import PlainFormat
+from ir.grid_async_model import BulkCopies, WarpgroupProducts
 from ir.grid_memory_model import AsyncCopies, GridBuffer, GridMemory, GridThreads
 from ir.interpreter import Environment
 from ir.ops.builtin import FuncOp
@@ -38,6 +39,8 @@ class Grid(GridThreads):
         super().__init__(blocks, threads)
         self.unit = unit
         self.copies = AsyncCopies(self)
+        self.bulk = BulkCopies(self)
+        self.products = WarpgroupProducts(self)
         self.shared_bytes = 0
 
     def spread(self, value: np.ndarray) -> np.ndarray:
@@ -49,7 +52,9 @@ class Grid(GridThreads):
         nbytes = size * element.dtype.itemsize
         self.shared_bytes += -(-nbytes // 16) * 16
         name = f"shared memory of {_place(op)}"
-        return GridBuffer(GridMemory(self, "shared", name, size=nbytes, unit=self.unit), element)
+        memory = GridMemory(self, "shared", name, size=nbytes, unit=self.unit)
+        self.products.memories[id(memory)] = memory
+        return GridBuffer(memory, element)
 
     def private(self, size: int, element: PlainFormat) -> GridBuffer:
         """New memory of every thread."""
@@ -57,9 +62,13 @@ class Grid(GridThreads):
 
     def whole_warps(self, op: Op) -> None:
         """Raises KernelFault unless each warp is here as a whole or not at all."""
-        if self.threads % WARP:
-            raise KernelFault(f"{_place(op)} needs blocks of whole warps, got {self.threads} threads")
-        self._refuse_parts(op, WARP, "warp")
+        self.whole_groups(op, WARP, "warp")
+
+    def whole_groups(self, op: Op, size: int, what: str) -> None:
+        """The same of `size` neighbouring threads."""
+        if self.threads % size:
+            raise KernelFault(f"{_place(op)} needs blocks of whole {what}s, got {self.threads} threads")
+        self._refuse_parts(op, size, what)
 
     def barrier(self, op: Op) -> None:
         """Begins a new phase of the blocks that are here; raises KernelFault when a block is here in part."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.grid_async_model import PendingSums
 from ir.grid_memory_model import GridBuffer
-from ir.ops import grid, tile, tile_control, tile_convert, tile_lanes, tile_memory, tile_products
+from ir.ops import grid, grid_warpgroup, tile, tile_control, tile_convert, tile_lanes, tile_memory, tile_products
 from ir.ops.tile_types import element_of, lanes_of
 from ir.tile_memory_model import KernelFault
 from ir.types import VectorType
@@ -22,6 +23,7 @@ from ir.types import VectorType
 Meaning = Callable[[Any, Sequence[Any], Any], tuple[Any, ...]]  # (op, values, environment) -> results
 MEANINGS: dict[type[Op], Meaning] = {}
 _SHARED_WITH_CPUS = ("tile", "func", "grid")
+_KNOWS_PENDING = (grid_warpgroup.GroupMmaOp, grid_warpgroup.WaitMmaOp, tile_control.ForOp)
 
 
 def meaning(op_class: type[Op]) -> Callable[[Meaning], Meaning]:
@@ -36,6 +38,8 @@ def meaning(op_class: type[Op]) -> Callable[[Meaning], Meaning]:
 
 def run_for_all(op: Op, values: Sequence[Any], environment: Any) -> tuple[Any, ...]:
     """The results of an op, each with the threads along its first axis."""
+    if not isinstance(op, _KNOWS_PENDING) and any(isinstance(v, PendingSums) for v in values):
+        raise KernelFault(f"'{op.name}' reads sums of a product that has not been waited for")
     found = MEANINGS.get(type(op))
     if found is not None:
         return found(op, values, environment)

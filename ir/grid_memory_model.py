@@ -63,6 +63,10 @@ class GridMemory:
         self.reader_block = np.full(units, _NOBODY, np.int32)
         self.written_in, self.read_in = np.zeros(units, np.int32), np.zeros(units, np.int32)
         self.copied_by = np.full(units, _NOBODY, np.int32)  # threads whose copies are under way
+        held = units if space == "shared" else 0
+        self.unfenced = np.full(held, _NOBODY, np.int32)  # who wrote what products of warpgroups do not know of yet
+        self.product_reads = np.zeros(held, np.int16)  # products of warpgroups that are under way and read it
+        self.products = 0
 
     def places(self, start: np.ndarray, width: int, align: int, what: str, who: np.ndarray) -> np.ndarray:
         """Units [threads, width / unit] of the accesses of `who` that begin at the bytes `start`, one for each."""
@@ -106,6 +110,10 @@ class GridMemory:
         me = who[:, None]
         block, phase = self._now(who)
         self._refuse_copies(units, me, "writes")
+        if self.products:
+            self._refuse(self.product_reads[units] > 0, units, me, "writes", "", "read by a product that goes on")
+        if self.space == "shared":
+            self.unfenced[units] = np.broadcast_to(me, units.shape)
         self._refuse_writers(units, me, block, phase, "writes", False)
         known_block = self.reader_block[units]
         elsewhere = (known_block != _NOBODY) & (known_block != block)
@@ -137,12 +145,14 @@ class GridMemory:
     def _refuse_copies(self, units: np.ndarray, me: np.ndarray, does: str) -> None:
         self._refuse(self.copied_by[units] != _NOBODY, units, me, does, "")
 
-    def _refuse(self, wrong: np.ndarray, units: np.ndarray, me: np.ndarray, does: str, done: str) -> None:
+    def _refuse(
+        self, wrong: np.ndarray, units: np.ndarray, me: np.ndarray, does: str, done: str, why: str = ""
+    ) -> None:
         if not wrong.any():
             return
         row, column = np.argwhere(wrong)[0]
         at = int(units[row, column]) * self.unit % self.size
-        why = f"{done} by another without a barrier between" if done else "whose copy has not been waited for"
+        why = why or (f"{done} by another without a barrier between" if done else "whose copy has not been waited for")
         raise KernelFault(f"{self.who.name(int(me[row, 0]))} {does} {self.name} at byte {at}, {why}")
 
 

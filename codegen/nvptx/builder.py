@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.formats import I1, PlainFormat
-from ir.ops import grid, grid_async, grid_matrix
+from ir.ops import grid, grid_async, grid_bulk, grid_matrix, grid_warpgroup
 from ir.ops.builtin import FuncOp
 from ir.types import INDEX, ScalarType
 
@@ -107,6 +107,35 @@ class GridBuilder(KernelBuilder):
     def load_matrix(self, buffer: Buffer, at: Expr | int, transposed: bool = False) -> Expr:
         index = self.index(at).value
         return Expr(self, self.emit(grid_matrix.LoadMatrixOp(buffer.value, index, transposed=transposed)))
+
+    # -- sm_90a
+
+    def init_barrier(self, barriers: Buffer, at: Expr | int) -> None:
+        self.emit_op(grid_bulk.InitBarrierOp(barriers.value, self.index(at).value))
+
+    def expect_bytes(self, barriers: Buffer, at: Expr | int, nbytes: int) -> None:
+        self.emit_op(grid_bulk.ExpectBytesOp(barriers.value, self.index(at).value, bytes=nbytes))
+
+    def bulk_copy(
+        self, target: Buffer, at: Expr, source: Buffer, source_at: Expr, size: int, barriers: Buffer, barrier: Expr
+    ) -> None:
+        """`size` elements from global to shared memory, counted by a barrier."""
+        operands = target.value, at.value, source.value, source_at.value, barriers.value, barrier.value
+        self.emit_op(grid_bulk.BulkCopyOp(*operands, size=size))
+
+    def wait_barrier(self, barriers: Buffer, at: Expr | int, parity: Expr | int) -> None:
+        places = self.index(at).value, self.index(parity).value
+        self.emit_op(grid_bulk.WaitBarrierOp(barriers.value, *places))
+
+    def fence_async(self) -> None:
+        self.emit_op(grid_warpgroup.FenceAsyncOp())
+
+    def group_mma(self, c: Expr, a: Buffer, a_at: Expr | int, b: Buffer, b_at: Expr | int) -> Expr:
+        places = self.index(a_at).value, self.index(b_at).value
+        return Expr(self, self.emit(grid_warpgroup.GroupMmaOp(c.value, a.value, places[0], b.value, places[1])))
+
+    def wait_mma(self, c: Expr, pending: int) -> Expr:
+        return Expr(self, self.emit(grid_warpgroup.WaitMmaOp(c.value, pending=pending)))
 
     # -- idioms
 

@@ -79,20 +79,21 @@ def _prefetch(e: GridEmitter, op: tile_memory.PrefetchOp) -> None:
     """A hint for caches that hide a stream; here other warps do."""
 
 
-_GLOBAL, _SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
+GLOBAL, SHARED = "ptr addrspace(1)", "ptr addrspace(3)"
 
 
-def _pointer(e: GridEmitter, buffer: Value, index: Value, space: str, inbounds: bool = True) -> str:
+def pointer(e: GridEmitter, buffer: Value, index: Value, space: str, inbounds: bool = True) -> str:
+    """Place of an element in one memory."""
     return e.assign(f"addrspacecast ptr {e.address(buffer, index, inbounds)} to {space}")
 
 
 @grid_lowering(grid_async.AsyncCopyOp)
 def _async_copy(e: GridEmitter, op: grid_async.AsyncCopyOp) -> None:
-    target = _pointer(e, op.target, op.target_index, _SHARED)
-    source = _pointer(e, op.source, op.source_index, _GLOBAL, inbounds=False)  # anywhere, where nothing is read
+    target = pointer(e, op.target, op.target_index, SHARED)
+    source = pointer(e, op.source, op.source_index, GLOBAL, inbounds=False)  # anywhere, where nothing is read
     size = e.assign(f"select i1 {e.name(op.condition)}, i32 16, i32 0")
     name = "llvm.nvvm.cp.async.cg.shared.global.16.s"
-    e.emit(e.in_space(name, "void", (_SHARED, _GLOBAL, "i32"), target, source, size))
+    e.emit(e.in_space(name, "void", (SHARED, GLOBAL, "i32"), target, source, size))
 
 
 @grid_lowering(grid_async.AsyncCommitOp)
@@ -208,8 +209,8 @@ def _mma(e: GridEmitter, op: grid_matrix.MmaOp) -> None:
 
 @grid_lowering(grid_matrix.LoadMatrixOp)
 def _load_matrix(e: GridEmitter, op: grid_matrix.LoadMatrixOp) -> None:
-    place = _pointer(e, op.buffer, op.index, _SHARED)
+    place = pointer(e, op.buffer, op.index, SHARED)
     name = f"llvm.nvvm.ldmatrix.sync.aligned.m8n8.x4{'.trans' if op.transposed else ''}.b16.p3"
     struct = "{i32, i32, i32, i32}"
-    words = _gather(e, struct, "i32", e.assign(e.in_space(name, struct, (_SHARED,), place)), 4)
+    words = _gather(e, struct, "i32", e.assign(e.in_space(name, struct, (SHARED,), place)), 4)
     e.define(op.out, f"bitcast <4 x i32> {words} to {llvm_type(op.out.type)}")

@@ -20,6 +20,10 @@ from ir.types import BufferType
 
 STATIC_SHARED_BYTES = 48 << 10  # more than this is asked for at the launch
 MAX_SHARED_BYTES = 99 << 10  # of a block on sm_89, the least of the three (CUDA C Programming Guide, 16.2)
+HOPPER = "sm_90a"
+HOPPER_SHARED_BYTES = 227 << 10  # of a block on sm_90
+_TILE_BYTES = 1024  # what tiles of warpgroups lie on a multiple of
+_HOPPER_FILES = ("ir.ops.grid_bulk", "ir.ops.grid_warpgroup")
 
 GridLowering = Callable[["GridEmitter", Any], None]
 GRID_LOWERINGS: dict[type[Op], GridLowering] = {}
@@ -59,12 +63,19 @@ class GridEmitter(FunctionEmitter):
         emit(self, op)
 
 
+def for_hopper(kernel: GridKernel) -> bool:
+    """Whether a kernel has ops that only `HOPPER` has."""
+    return any(type(op).__module__ in _HOPPER_FILES for op in kernel.func.walk())
+
+
 def shared_places(kernel: GridKernel) -> dict[Value, int]:
-    """First byte of every shared buffer; each begins on a multiple of 16."""
+    """First byte of every shared buffer: on a multiple of 16, of 1024 where it is as large."""
     places: dict[Value, int] = {}
     end = 0
     for op in kernel.func.walk():
         if isinstance(op, grid.SharedOp):
+            align = _TILE_BYTES if _aligned(op) >= _TILE_BYTES and for_hopper(kernel) else 16
+            end = -(-end // align) * align
             places[op.out] = end
             end += _aligned(op)
     return places
@@ -76,7 +87,9 @@ def _aligned(op: grid.SharedOp) -> int:
 
 def shared_bytes(kernel: GridKernel) -> int:
     """Shared memory of a block."""
-    return sum(_aligned(op) for op in kernel.func.walk() if isinstance(op, grid.SharedOp))
+    places = shared_places(kernel)
+    ends = [places[op.out] + _aligned(op) for op in kernel.func.walk() if isinstance(op, grid.SharedOp)]
+    return max(ends, default=0)
 
 
 def dynamic_bytes(kernel: GridKernel) -> int:
@@ -106,11 +119,12 @@ def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
     """The text of one kernel and of its shared memory. Raises DiagnosticError for what GPUs cannot do."""
     import codegen.llvm.packed_lowerings
     import codegen.llvm.tile_lowerings
-    import codegen.nvptx.grid_lowerings  # noqa: F401 - all register lowerings
+    import codegen.nvptx.grid_lowerings
+    import codegen.nvptx.hopper_lowerings  # noqa: F401 - all register lowerings
 
-    total = shared_bytes(kernel)
-    if total > MAX_SHARED_BYTES:
-        message = f"@{kernel.name} wants {total} bytes of shared memory; a block has {MAX_SHARED_BYTES}"
+    total, most = shared_bytes(kernel), HOPPER_SHARED_BYTES if for_hopper(kernel) else MAX_SHARED_BYTES
+    if total > most:
+        message = f"@{kernel.name} wants {total} bytes of shared memory; a block has {most}"
         raise DiagnosticError(message, hint="take smaller tiles or fewer stages")
     emitter = GridEmitter(kernel, declarations)
     written = written_buffers(kernel)
@@ -127,11 +141,11 @@ def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
     end = emitter.block(block)
     assert isinstance(end, ReturnOp)
     emitter.emit("ret void")
-    lines = []
+    lines, align = [], _TILE_BYTES if for_hopper(kernel) else 16
     if dynamic_bytes(kernel):
-        lines.append(f"{emitter.memory} = external addrspace(3) global [0 x i8], align 16")
+        lines.append(f"{emitter.memory} = external addrspace(3) global [0 x i8], align {align}")
     elif total:
-        lines.append(f"{emitter.memory} = internal addrspace(3) global [{total} x i8] undef, align 16")
+        lines.append(f"{emitter.memory} = internal addrspace(3) global [{total} x i8] undef, align {align}")
     bounds = f'"nvvm.maxntid"="{kernel.threads}" "nvvm.minctasm"="{kernel.blocks_at_once}"'
     lines += [f"define ptx_kernel void @{kernel.name}({', '.join(parameters)}) {bounds} {{", "entry:"]
     return "\n".join([*lines, *emitter.lines, "}", ""])

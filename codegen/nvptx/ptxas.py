@@ -32,10 +32,11 @@ class Resources:
 
 @dataclass(frozen=True)
 class Assembled:
-    """Machine code (a cubin) and the resources of its kernels by name."""
+    """Machine code (a cubin), the resources of its kernels by name, and what the assembler said."""
 
     cubin: bytes
     resources: dict[str, Resources]
+    report: str = ""
 
 
 def find_ptxas() -> Path | None:
@@ -66,7 +67,8 @@ def assemble(ptx: str, architecture: str, ptxas: Path | None = None) -> Assemble
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][:6]
             notes = tuple(Diagnostic("note", line.strip()) for line in said)
             raise DiagnosticError.of(Diagnostic("error", f"ptxas refused the PTX for {architecture}", notes=notes))
-        return Assembled(target.read_bytes(), read_resources(done.stderr + done.stdout))
+        report = done.stderr + done.stdout
+        return Assembled(target.read_bytes(), read_resources(report), report)
 
 
 _ENTRY = re.compile(r"Compiling entry function '([^']+)'")

@@ -15,7 +15,8 @@ import numpy as np
 
 from ir.builder import Builder
 from ir.core import Block, Region
-from ir.formats import BF16, F16, F32, I1, I32, PLAIN_FORMATS, NumberFormat, PackedArray, PlainFormat
+from ir.formats import BF16, F16, F32, I1, I32, I64, PLAIN_FORMATS, NumberFormat, PackedArray, PlainFormat
+from ir.grid_async_model import PendingSums
 from ir.grid_interpreter import Grid, GridEnvironment
 from ir.grid_memory_model import GridBuffer, GridMemory
 from ir.interpreter import Environment
@@ -23,6 +24,7 @@ from ir.kv_low_bit import LowBitKVState
 from ir.kv_state import KVState
 from ir.op_def import OPS, Op
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
+from ir.ops.grid_warpgroup import WARPGROUP
 from ir.stream_interpreter import StreamEnvironment
 from ir.stream_memory import StreamMemory
 from ir.tile_interpreter import ProgramEnvironment, Team
@@ -163,11 +165,19 @@ def low_level_environment() -> ProgramEnvironment:
 
 
 def run_on_a_warp(op: Op, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What the first thread of a warp has when all of its threads run the op on these inputs; alone where it writes."""
-    grid = Grid(1, 32)
+    """What the first thread of a warp, or four, has when all threads run the op on these inputs; alone where it writes.
+
+    Barriers are made before, sums waited for after.
+    """
+    grid = Grid(1, WARPGROUP if type(op).__module__ == "ir.ops.grid_warpgroup" else 32)
+    values = [grid_value(x, grid) for x in inputs]
+    for value in values:
+        if isinstance(value, GridBuffer) and value.element == I64:
+            grid.bulk.init(value, np.arange(grid.total) % (value.memory.size // 8))
     grid.active[1:] = not has_trait(op, WritesMemory)  # they would race
-    results = GridEnvironment(grid).run_op(op, [grid_value(x, grid) for x in inputs])
-    return tuple(r if isinstance(r, GridBuffer) else r[0] for r in results)
+    results = GridEnvironment(grid).run_op(op, values)
+    known = (r.values if isinstance(r, PendingSums) else r for r in results)
+    return tuple(r if isinstance(r, GridBuffer) else r[0] for r in known)
 
 
 def grid_value(value: Any, grid: Grid) -> Any:

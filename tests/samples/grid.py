@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ir.formats import BF16, F16, F32, F64, I1, I8, I32, PlainFormat
+from ir.formats import BF16, F16, F32, F64, I1, I8, I32, I64, PlainFormat
 from ir.types import INDEX, BufferType, ScalarType, VectorType
 from tests.samples.base import Fault, Sample, Stored, fault, low_sample
 
@@ -19,6 +19,9 @@ def v(*numbers: float, element: PlainFormat = BF16) -> np.ndarray:
 ROWS = Stored(np.arange(64).astype(BF16.dtype), "shared")
 SOURCE = Stored(np.arange(64).astype(BF16.dtype))
 BYTES = np.array([127, -128, 5, -3] * 4, np.int8)
+BARRIERS = Stored(np.zeros(2, np.int64), "shared")
+TILES = Stored((np.arange(80 * 64) % 7 - 3).astype(BF16.dtype), "shared")
+COUNTED, OF_TILES = BufferType(I64, "shared"), BufferType(BF16, "shared")
 SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.block_id", "first"),
     low_sample("grid.num_blocks", "one"),
@@ -42,6 +45,13 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.mma", "i8", v(7, 0, -7, 2**31 - 1, element=I32), BYTES, -BYTES[:8]),
     low_sample("grid.load_matrix", "one_row", ROWS, 8),
     low_sample("grid.load_matrix", "transposed", ROWS, 0, transposed=True),
+    low_sample("grid.init_barrier", "second", BARRIERS, 1),
+    low_sample("grid.expect_bytes", "some", BARRIERS, 0, bytes=32),
+    low_sample("grid.bulk_copy", "some", ROWS, 8, SOURCE, 16, BARRIERS, 1, size=16),
+    low_sample("grid.wait_barrier", "done_before", BARRIERS, 0, 1),
+    low_sample("grid.fence_async", "nothing_written"),
+    low_sample("grid.group_mma", "one_tile", np.arange(8, dtype=np.float32), TILES, 0, TILES, 4096),
+    low_sample("grid.wait_mma", "nothing_started", np.arange(8, dtype=np.float32), pending=0),
 )
 
 FAULTS: tuple[Fault, ...] = (
@@ -73,4 +83,28 @@ FAULTS: tuple[Fault, ...] = (
     fault("grid.load_matrix", "expected a shared buffer, got buffer<bf16>", GLOBAL, INDEX),
     fault("grid.load_matrix", "expected a buffer of bf16 or f16", BufferType(F32, "shared"), INDEX),
     fault("grid.load_matrix", "expected an index, got i32", SHARED, INT),
+    fault("grid.init_barrier", "expected barriers in buffer<i64, shared>, got buffer<bf16>", GLOBAL, INDEX),
+    fault("grid.expect_bytes", "a multiple of 16 below 2**20, got 24 bytes", COUNTED, INDEX, bytes=24),
+    fault(
+        "grid.bulk_copy",
+        "a multiple of 16 bytes, got 4 of bf16",
+        *(SHARED, INDEX, GLOBAL, INDEX, COUNTED, INDEX),
+        size=4,
+    ),
+    fault("grid.bulk_copy", "expected a shared buffer", *(GLOBAL, INDEX, GLOBAL, INDEX, COUNTED, INDEX), size=8),
+    fault(
+        "grid.bulk_copy", "two buffers of one element", *(SHARED, INDEX, BufferType(F32), INDEX, COUNTED, INDEX), size=8
+    ),
+    fault("grid.wait_barrier", "expected an index for the parity, got i32", COUNTED, INDEX, INT),
+    fault(
+        "grid.group_mma", "4, 8, ..., 128 lanes of f32 to add to", VectorType(6, F32), OF_TILES, INDEX, OF_TILES, INDEX
+    ),
+    fault(
+        "grid.group_mma", "buffer of bf16 or f16, got buffer<bf16>", VectorType(8, F32), GLOBAL, INDEX, GLOBAL, INDEX
+    ),
+    fault(
+        "grid.group_mma", "two buffers of one type", VectorType(8, F32), SHARED, INDEX, BufferType(F16, "shared"), INDEX
+    ),
+    fault("grid.wait_mma", "expected a vector of f32, got f32", F, pending=0),
+    fault("grid.wait_mma", "expected 0 .. 7 products, got 8", VectorType(8, F32), pending=8),
 )

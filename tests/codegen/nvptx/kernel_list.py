@@ -12,6 +12,7 @@ from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from codegen.nvptx.kernels.gemm_wgmma import gemm_wgmma_kernel
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
@@ -25,7 +26,7 @@ from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_
 from codegen.nvptx.kernels.rowwise import row_kernel
 from codegen.nvptx.kernels.wide import wide_kernel
 from codegen.nvptx.kv_planes import KvPlanes
-from ir.formats import BF16, F16, F32, I8, I32, GroupedIntFormat
+from ir.formats import BF16, F16, F32, I8, I32, I64, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
 from ir.types import KVCacheType, VectorType
@@ -87,6 +88,12 @@ def _model_kernels() -> list[GridKernel]:
     return [*made, join_kernel(HEADS, 8, "join_rotated", rotate=64)]
 
 
+@cache
+def hopper_kernels() -> tuple[GridKernel, ...]:
+    """What only sm_90a runs."""
+    return (gemm_wgmma_kernel(4096, 4096, "gemm_wgmma"),)
+
+
 def one_of_each() -> GridKernel:
     """Every grid op, and every tile op that a GPU does otherwise."""
     k = GridBuilder("one_of_each", threads=64)
@@ -113,4 +120,26 @@ def one_of_each() -> GridKernel:
     total = total + x.load(at).cast(F32)
     pair = k.join(k.exp2(total), same).cast(BF16).cast(F32)
     y.store((k.block_id() + k.num_blocks()) * 128 + k.thread_id() * 2, pair)
+    return k.grid_kernel()
+
+
+def one_of_each_on_hopper() -> GridKernel:
+    """Every op that only sm_90a has."""
+    k = GridBuilder("one_of_each_on_hopper", threads=128)
+    x, y = k.buffer("x", BF16), k.buffer("y", F32)
+    left, right, barriers = k.shared(64 * 64, BF16), k.shared(16 * 64, BF16), k.shared(1, I64)
+    first, thread = k.thread_id().compare("eq", 0), k.thread_id()
+    zero = k.index_value(0)
+    with k.when(first):
+        k.init_barrier(barriers, 0)
+    k.barrier()
+    with k.when(first):
+        k.expect_bytes(barriers, 0, 64 * 64 * 2)
+        k.bulk_copy(left, zero, x, zero, 64 * 64, barriers, zero)
+    right.store(thread * 8, x.load(thread * 8, 8))
+    k.fence_async()
+    k.wait_barrier(barriers, 0, 0)
+    k.barrier()
+    c = k.group_mma(k.f32(1.0, 8), left, 0, right, 0)
+    y.store(thread * 8, k.part(k.wait_mma(c, 0), 0, 4))
     return k.grid_kernel()

@@ -17,6 +17,7 @@ import numpy as np
 
 from ir.ops.grid_matrix import multiply_fragments
 from ir.ops.tile_products import FmaOp
+from tests.codegen.nvptx.ptx_hopper import GLOBAL_BASE, HopperInstructions
 
 _TYPES: dict[str, Any] = {
     **{
@@ -26,9 +27,9 @@ _TYPES: dict[str, Any] = {
     "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "pred": np.dtype(bool),
 }  # fmt: skip
 _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
-_WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1}  # bytes of registers by their names
+_WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1, "done": 1}  # bytes of registers by their names
 _WARP = 32
-_OF_WARPS = ("mma", "shfl", "ldmatrix")
+_TOGETHER = {"mma": _WARP, "shfl": _WARP, "ldmatrix": _WARP, "wgmma": 4 * _WARP}  # threads of one instruction
 _COMPARE = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -36,7 +37,6 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "min": np.fmin, "max": np.fmax,  # of a number and no number the number
 }  # fmt: skip
-_GLOBAL_BASE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class PtxKernel:
         lines = body.split("\n}\n", 1)[0].splitlines()
         statement = ""
         for line in lines:
-            line = line.split("//")[0].strip()
-            if re.fullmatch(r"\$\w+:", line):
+            line = line.split("//")[0].strip().removesuffix(" }")
+            if line.startswith("{ .reg"):
+                continue
+            if re.fullmatch(r"[$\w]+:", line):
                 made.labels[line[:-1]] = len(made.code)
             elif line and not line.startswith("."):
                 statement += " " + line
@@ -75,7 +77,7 @@ class PtxKernel:
 
 
 def _instruction(text: str) -> Instruction:
-    found = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([\w.]+)\s*(.*)", text, re.DOTALL)
+    found = re.fullmatch(r"(?:@(!?)(%p\d+|done)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL)
     assert found, text
     operands = [
         tuple(x.strip() for x in part[1:-1].split(",")) if part.startswith("{") else part.strip()
@@ -84,7 +86,7 @@ def _instruction(text: str) -> Instruction:
     return Instruction(found[2] or "", found[1] == "!", tuple(found[3].split(".")), tuple(operands))
 
 
-class PtxMachine:
+class PtxMachine(HopperInstructions):
     """One launch: registers, memory and the place of every thread."""
 
     def __init__(self, kernel: PtxKernel, arguments: Sequence[Any], blocks: int, threads: int, shared: int) -> None:
@@ -92,7 +94,8 @@ class PtxMachine:
         self.registers: dict[str, np.ndarray] = {}
         self.shared = np.full((blocks, shared), 0xCB, np.uint8)
         self.parameters: dict[str, int] = {}
-        images, at = [], _GLOBAL_BASE
+        self.barriers = {}
+        images, at = [], GLOBAL_BASE
         for name, value in zip(kernel.parameters, arguments, strict=True):
             if isinstance(value, np.ndarray):
                 image = np.zeros(-(-value.nbytes // 256) * 256, np.uint8)
@@ -134,8 +137,8 @@ class PtxMachine:
         """The threads at the lowest place from which some can go on."""
         for at in np.unique(place[ready]):
             here = ready & (place == at)
-            if self.kernel.code[at].words[0] in _OF_WARPS:
-                here &= np.repeat(here.reshape(-1, _WARP).all(axis=1), _WARP)
+            size = _TOGETHER.get(self.kernel.code[at].words[0], 1)
+            here &= np.repeat(here.reshape(-1, size).all(axis=1), size)
             if here.any():
                 return np.flatnonzero(here)
         raise AssertionError("the lanes of a warp do not meet again")
@@ -178,7 +181,7 @@ class PtxMachine:
         if space == "shared":
             assert (span >= 0).all() and (span < self.shared.shape[1]).all(), operand
             return (np.broadcast_to((who // self.threads)[:, None], span.shape), span), self.shared
-        span = span - _GLOBAL_BASE
+        span = span - GLOBAL_BASE
         assert (span >= 0).all() and (span < len(self.memory)).all(), operand
         return span, self.memory
 
@@ -305,6 +308,9 @@ class PtxMachine:
         memory[index] = values.view(np.uint8)
 
     def _cp(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        if words[2] == "bulk":
+            self._bulk(operands, who)
+            return
         if words[2] != "cg":
             return  # commit_group, wait_group
         target, shared = self.bytes_at(operands[0], 16, "shared", who)
@@ -354,5 +360,5 @@ def run_ptx(text: str, name: str, arguments: Sequence[Any], *, blocks: int, thre
         machine.run()
     for parameter, value in zip(machine.kernel.parameters, arguments, strict=True):
         if isinstance(value, np.ndarray):
-            at = machine.parameters[parameter] - _GLOBAL_BASE
+            at = machine.parameters[parameter] - GLOBAL_BASE
             value.reshape(-1).view(np.uint8)[:] = machine.memory[at : at + value.nbytes]

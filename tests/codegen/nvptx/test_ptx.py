@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-import codegen.nvptx.grid_lowerings  # noqa: F401 - registers the lowerings
+import codegen.nvptx.grid_lowerings
+import codegen.nvptx.hopper_lowerings  # noqa: F401 - both register lowerings
 from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.compile import ARCHITECTURES, compile_ptx, compile_ptx_for, llvm_module
-from codegen.nvptx.lowering import GRID_LOWERINGS, dynamic_bytes, shared_bytes
+from codegen.nvptx.lowering import GRID_LOWERINGS, HOPPER, dynamic_bytes, shared_bytes
 from codegen.nvptx.ptxas import Resources, assemble, find_ptxas, read_resources
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32
 from ir.op_def import OPS
-from tests.codegen.nvptx.kernel_list import kernels, one_of_each
+from tests.codegen.nvptx.kernel_list import hopper_kernels, kernels, one_of_each, one_of_each_on_hopper
 
 _missing = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
 
@@ -37,7 +38,7 @@ def entry(text: str, name: str) -> str:
 
 
 def test_one_of_each_has_every_op() -> None:
-    met = {type(op) for op in one_of_each().func.walk()}
+    met = {type(op) for kernel in (one_of_each(), one_of_each_on_hopper()) for op in kernel.func.walk()}
     wanted = {cls for name, cls in OPS.items() if name.startswith("grid.")} | set(GRID_LOWERINGS)
     assert [cls.name for cls in wanted if cls not in met] == []
 
@@ -79,6 +80,20 @@ def test_kernels_assemble_without_spills(ptx: dict[str, str], architecture: str)
     for kernel in kernels():
         registers = made.resources[kernel.name].registers
         assert registers * kernel.threads * kernel.blocks_at_once <= 65536
+
+
+@needs_ptxas
+def test_kernels_for_hopper_assemble_without_spills() -> None:
+    """Products of warpgroups that ptxas would run one after the other, it says so."""
+    text = compile_ptx([one_of_each_on_hopper(), *hopper_kernels()], HOPPER)
+    assert ".version 8.0" in text and f".target {HOPPER}" in text
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk", "mbarrier.try_wait.parity"):
+        assert instruction in text
+    made = assemble(text, HOPPER)
+    assert "serialized" not in made.report
+    assert {name: r for name, r in made.resources.items() if r.spill_bytes or r.stack_bytes} == {}
+    for kernel in hopper_kernels():
+        assert made.resources[kernel.name].registers * kernel.threads * kernel.blocks_at_once <= 65536
 
 
 @needs_ptxas

@@ -12,7 +12,7 @@ import pytest
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_moe_cases import small_experts
-from bench.gpu_product_cases import small_products
+from bench.gpu_product_cases import small_products, small_wgmma
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.kernels.attention_decode import join_kernel
@@ -20,11 +20,11 @@ from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
 from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kv_planes import KvPlanes
-from codegen.nvptx.lowering import shared_bytes
+from codegen.nvptx.lowering import HOPPER, shared_bytes
 from ir.formats import BF16, F16, GroupedIntFormat
 from ir.grid_interpreter import interpret_grid
 from ir.types import KVCacheType
-from tests.codegen.nvptx.kernel_list import one_of_each
+from tests.codegen.nvptx.kernel_list import one_of_each, one_of_each_on_hopper
 from tests.codegen.nvptx.ptx_interpreter import run_ptx
 from tests.samples.base import normal
 
@@ -91,6 +91,13 @@ def check(ptx: str, kernel: GridKernel, blocks: int, arguments: Sequence[Any]) -
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_ptx_means_what_the_tile_ir_means(ptx: str, case: GpuCase) -> None:
     check(ptx, case.kernel, case.blocks, case.make(np.random.default_rng(11)))
+
+
+def test_products_of_warpgroups() -> None:
+    kernel = one_of_each_on_hopper()
+    check(compile_ptx([kernel], HOPPER), kernel, 1, [normal(64 * 64, element=BF16), np.zeros(1024, np.float32)])
+    for case in small_wgmma():
+        check(compile_ptx([case.kernel], HOPPER), case.kernel, case.blocks, case.make(np.random.default_rng(11)))
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda o: o[0].name)

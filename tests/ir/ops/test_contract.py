@@ -38,7 +38,7 @@ def has_values(name: str) -> bool:
 # any type, any values; or no operand and no attribute
 NEVER_REFUSES = {"tensor.constant", "tensor.yield", "tile.yield"}
 NEVER_REFUSES |= {"tile.thread_id", "tile.ticket", "tile.num_threads", "tile.barrier", "plan.barrier"}
-NEVER_REFUSES |= {"grid.block_id", "grid.num_blocks", "grid.async_commit"}
+NEVER_REFUSES |= {"grid.block_id", "grid.num_blocks", "grid.async_commit", "grid.fence_async"}
 
 
 def example_of(cls: type[Op]) -> str:

@@ -1,0 +1,97 @@
+"""Instructions that only sm_90a has, for `tests.codegen.nvptx.ptx_interpreter`: barriers that count bytes, bulk copies,
+products of warpgroups with their descriptors of shared memory. All are done at once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+GLOBAL_BASE = 1 << 20  # where global memory begins
+_GROUP = 128  # threads of a warpgroup
+
+
+class HopperInstructions:
+    """Part of a machine of `threads` threads a block with `shared` memory of each block and one `memory`."""
+
+    threads: int
+    shared: np.ndarray
+    memory: np.ndarray
+    barriers: dict[tuple[int, int], list[int]]  # block, place -> phases, bytes that are missing, arrivals
+
+    @abstractmethod
+    def read(self, operand: str, type: str, who: np.ndarray) -> np.ndarray:
+        """The values of an operand."""
+
+    @abstractmethod
+    def write(self, target: str, value: np.ndarray, who: np.ndarray) -> None:
+        """Sets a register."""
+
+    def _place(self, operand: str, who: np.ndarray) -> np.ndarray:
+        """The address in brackets."""
+        name = operand.strip("[]")
+        return self.read(name, "u64" if name.startswith("%rd") else "u32", who).astype(np.int64)
+
+    def _count(self, thread: int, place: int, nbytes: int, arrivals: int) -> None:
+        found = self.barriers[thread // self.threads, place]
+        found[1], found[2] = found[1] + nbytes, found[2] + arrivals
+        if found[1:] == [0, 1]:
+            found[:] = [found[0] + 1, 0, 0]
+
+    def _mbarrier(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        if words[1] == "try_wait":
+            places, parities = self._place(operands[1], who), self.read(operands[2], "u32", who)
+            phases = [self.barriers[t // self.threads, p][0] for t, p in zip(who.tolist(), places, strict=True)]
+            assert (np.array(phases) % 2 != parities).all(), "a barrier is waited for in vain"
+            self.write("done", np.ones(len(who), bool), who)
+            return
+        place = operands[0 if words[1] == "init" else 1]
+        for thread, at in zip(who.tolist(), self._place(place, who).tolist(), strict=True):
+            assert at % 8 == 0
+            if words[1] == "init":
+                self.barriers[thread // self.threads, at] = [0, 0, 0]
+            else:
+                self._count(thread, at, int(operands[2]), 1)
+
+    def _bulk(self, operands: Sequence[Any], who: np.ndarray) -> None:
+        nbytes = int(operands[2])
+        places = (self._place(operands[i], who).tolist() for i in (0, 1, 3))
+        for thread, target, source, barrier in zip(who.tolist(), *places, strict=True):
+            source -= GLOBAL_BASE
+            assert target % 16 == source % 16 == nbytes % 16 == 0 and target + nbytes <= self.shared.shape[1]
+            assert source >= 0 and source + nbytes <= len(self.memory)
+            self.shared[thread // self.threads, target : target + nbytes] = self.memory[source : source + nbytes]
+            self._count(thread, barrier, -nbytes, 0)
+
+    def _fence(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        """Memory is in order here."""
+
+    def _wgmma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        if words[1] != "mma_async":
+            return  # fence, commit_group, wait_group
+        assert operands[3:] == ("1", "1", "1", "0", "0")
+        lanes = len(operands[0])
+        sums = np.stack([self.read(r, "f32", who) for r in operands[0]], axis=1).astype(np.float64)
+        thread = np.arange(_GROUP)
+        rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + np.arange(lanes) % 4 // 2 * 8
+        columns = np.arange(lanes) // 4 * 8 + thread[:, None] % 4 * 2 + np.arange(lanes) % 2
+        for first in range(0, len(who), _GROUP):
+            left, right = (
+                self._tile(int(self.read(o, "u64", who[first : first + 1])[0]), size, int(who[first]) // self.threads)
+                for o, size in ((operands[1], 64), (operands[2], 2 * lanes))
+            )
+            sums[first : first + _GROUP] += (left @ right.T)[rows, columns]
+        for i, target in enumerate(operands[0]):
+            self.write(target, np.ascontiguousarray(sums[:, i].astype(np.float32)), who)
+
+    def _tile(self, descriptor: int, rows: int, block: int) -> np.ndarray:
+        """16 columns of a factor in bf16, as a descriptor with the 128-byte swizzle says."""
+        assert descriptor >> 62 == 1 and descriptor >> 32 & 0x3FFF == 64
+        row, byte = np.arange(rows)[:, None], np.arange(32)
+        at = ((descriptor & 0x3FFF) << 4) + row // 8 * 1024 + row % 8 * 128 + byte
+        at ^= (at >> 7 & 7) << 4
+        return self.shared[block, at].view(ml_dtypes.bfloat16).astype(np.float64)

@@ -235,7 +235,7 @@ class CudaDevice:
     def reserve(self, nbytes: int, what: str) -> int:
         """Addresses without memory behind them."""
         try:
-            return int(self._call("cuMemAddressReserve", nbytes, 0, 0, 0))
+            return int(self._call("cuMemAddressReserve", nbytes, self.granularity(), 0, 0))
         except OutOfDeviceMemory as fault:
             message = f"no addresses for {what}: {nbytes} bytes"
             raise OutOfDeviceMemory(message, fault.status, where=self.name, hint="ask for less context") from None

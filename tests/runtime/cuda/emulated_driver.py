@@ -189,7 +189,7 @@ class EmulatedDriver(Constants):
         return OK, self.memory.granule if properties.location.type == 1 else 1
 
     def cuMemAddressReserve(self, nbytes: int, align: int, address: int, flags: int) -> tuple[Status, int]:  # noqa: N802
-        if nbytes <= 0 or nbytes % self.memory.granule:
+        if nbytes <= 0 or nbytes % self.memory.granule or align % self.memory.granule:
             return INVALID, 0
         return OK, self.memory.make("reserved", nbytes).address
 

@@ -28,7 +28,10 @@ TILE, CHUNK, SEGMENT = 16, 64, 32
 
 @dataclass(frozen=True)
 class Fragments:
-    """The layout of a matrix [n, k] of `bits` 16 (bf16), 8 or 4; `group` columns share a scale, 0 without scales."""
+    """The layout of a matrix [n, k] of `bits` 16 (bf16), 8 or 4; `group` columns share a scale, 0 without scales.
+
+    Codes of other widths lie in the next one that there is, as the codes of the same levels.
+    """
 
     n: int
     k: int
@@ -45,15 +48,15 @@ class Fragments:
             plain = not format.zero_point and format.channel is None and format.scale == F16
             group = format.group or k
             fits = group == SEGMENT or (group % CHUNK == 0 and k % group == 0)
-            if format.bits not in (4, 8) or not plain or not fits:
+            if format.bits < 2 or not plain or not fits:
                 message = (
-                    f"{format} has no product on GPUs; expected q4_sym or q8_sym with scale=f16 and groups of"
+                    f"{format} has no product on GPUs; expected q2_sym to q8_sym with scale=f16 and groups of"
                     f" {SEGMENT}, a multiple of {CHUNK} columns that divides {k}, or whole rows"
                 )
             else:
-                return cls(n, k, format.bits, group)
+                return cls(n, k, 4 if format.bits <= 4 else 8, group)
         elif format != BF16:
-            message = f"weights in {format} have no product on GPUs; expected bf16, q4_sym or q8_sym"
+            message = f"weights in {format} have no product on GPUs; expected bf16, or q2_sym to q8_sym"
         if message:
             raise DiagnosticError(message)
         return cls(n, k, 16)
@@ -96,8 +99,11 @@ class Fragments:
     def codes(self, w: np.ndarray | PackedArray) -> np.ndarray:
         """int32 words [tiles, chunks, loads, 32 lanes, 4], flat."""
         plain = isinstance(w, PackedArray)
-        numbers = w.code_array() if plain else w.view(np.uint16)
         zero = 1 << (self.bits - 1) if plain else 0  # the code that means 0
+        if isinstance(w, PackedArray):
+            numbers = w.code_array() + np.uint8(zero - (1 << (w.format.bits - 1)))
+        else:
+            numbers = w.view(np.uint16)
         padded = np.full((self.tiles * TILE, self.k), zero, numbers.dtype)
         padded[: self.n] = numbers
         tiles = padded.reshape(self.tiles, TILE, self.chunks, CHUNK).swapaxes(1, 2)

@@ -112,29 +112,27 @@ def emit_attention(op: Op, context: GridContext) -> list[GridLaunch]:
     out = context.element(op.results[0])
     rows = size_text(rows_of(op.results[0].type))
     places: list[GridArgument] = [Plane(cache, i) for i in range(len(planes.planes))]
-    if planes.bits:
-        raise refused(op, f"a KV cache in {planes.bits} bits has no attention on GPUs yet", "a bf16 or f16 cache")
-    common = (shape, attention.scale)
+    common = (shape, attention.scale, planes)
     if not context.few:
         return [_of_prompts(common, [q, *places], op.results[0], out)]
     return _of_tokens(common, [q, *places, positions, slots], op.results[0], out, rows, context)
 
 
 def _of_prompts(
-    common: tuple[AttentionShape, float], sources: list[GridArgument], y: Value, out: PlainFormat
+    common: tuple[AttentionShape, float, KvPlanes], sources: list[GridArgument], y: Value, out: PlainFormat
 ) -> GridLaunch:
-    shape, scale = common
+    shape, scale, planes = common
     return GridLaunch(
         f"prefill_{shape.width}", ("prefill", *common, out), [*sources, Pieces(), y, CTX], (len(sources) + 1,),
-        f"pieces * {shape.heads}", lambda name: prefill_kernel(shape, scale, name, out=out), True,
+        f"pieces * {shape.heads}", lambda name: prefill_kernel(shape, scale, name, out=out, planes=planes), True,
     )  # fmt: skip
 
 
 def _of_tokens(
-    common: tuple[AttentionShape, float], sources: list[GridArgument], y: Value, out: PlainFormat, rows: str,
+    common: tuple[AttentionShape, float, KvPlanes], sources: list[GridArgument], y: Value, out: PlainFormat, rows: str,
     context: GridContext,
 ) -> list[GridLaunch]:  # fmt: skip
-    shape, scale = common
+    shape, scale, planes = common
     splits = context.options.splits
     tokens = rows_of(y.type)
     parts = Temporary(TensorType((tokens, shape.heads, splits, shape.width), F32))
@@ -143,10 +141,12 @@ def _of_tokens(
     return [
         GridLaunch(
             f"split_{shape.width}", ("split", *common, splits), [*sources, parts, sums, CTX], (first, first + 1),
-            f"{rows} * {shape.kv_heads * splits}", lambda name: split_kernel(shape, scale, splits, name), True,
+            f"{rows} * {shape.kv_heads * splits}",
+            lambda name: split_kernel(shape, scale, splits, name, planes=planes), True,
         ),
         GridLaunch(
-            f"join_{shape.width}", ("join", shape, splits, out), [parts, sums, y], (2,), f"{rows} * {shape.heads}",
-            lambda name: join_kernel(shape, splits, name, out=out),
+            f"join_{shape.width}", ("join", shape, splits, out, planes.rotate), [parts, sums, y], (2,),
+            f"{rows} * {shape.heads}",
+            lambda name: join_kernel(shape, splits, name, out=out, rotate=planes.rotate),
         ),
     ]  # fmt: skip

@@ -8,12 +8,12 @@ what comes behind it           a row by row kernel, unless the product's kernel 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from codegen.kernels.call import SizeArgument, rows_of
+from codegen.nvptx.emitters.int8 import Rounded, int8_launch, rounded
 from codegen.nvptx.emitters.rows import part_launch, temporary_like
+from codegen.nvptx.emitters.stored import Output, fragments_of, tile_rows, weight_parts
 from codegen.nvptx.fragments import Fragments
-from codegen.nvptx.kernels.decode import MAX_ROWS, ROWS, decode_kernel
+from codegen.nvptx.kernels.decode import ROWS, decode_kernel
 from codegen.nvptx.kernels.gemm import GemmShape, check_gemm, gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
 from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
@@ -31,11 +31,11 @@ from codegen.nvptx.launches import (
 )
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, F32, I32, PlainFormat
+from ir.formats import BF16, F32, PlainFormat
 from ir.ops.gemm import MatmulOp
 from ir.ops.moe import GroupedGemmOp
 from ir.ops.tensor import CastOp
-from ir.types import Dim, TensorType
+from ir.types import Dim
 from passes.fuse.forms import FormError, GemmForm, describe_gemm
 
 FEW = GemmShape(16, 64, 16, 16, 4)  # a block's tile where a step has few rows
@@ -50,21 +50,11 @@ def gemm_form(op: Op) -> GemmForm:
         raise refused(op, f"no kernel for this '{op.name}' of kind \"gemm\": {fault}") from None
     if form.rotate is not None:
         raise refused(op, "rotated activations have no kernel on GPUs", "a recipe without a rotation of weights")
-    if form.quantize is not None:
+    if form.quantize is not None and isinstance(form.product, GroupedGemmOp):
         raise refused(
-            op, f"activations in {form.quantize.format} have no kernel on GPUs",
-            "16-bit activations: the recipes w4a16-gpu and w8a16",
-        )  # fmt: skip
+            op, "experts with 8-bit activations have no kernel on GPUs", "16 bits: the recipes w4a16-g32 and w8a16"
+        )
     return form
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a product's kernel writes itself: where it lies, its element, whether a gate is part of it."""
-
-    y: GridArgument
-    element: PlainFormat
-    gate: bool
 
 
 @grid_emitter(MatmulOp, GroupedGemmOp)
@@ -83,6 +73,7 @@ def emit_product(op: Op, context: GridContext) -> list[GridLaunch]:
         value, rest, element = rest[0].results[0], (), BF16
     output = Output(temporary_like(value) if rest else op.results[0], element, gate)
     if isinstance(product, GroupedGemmOp):
+        assert not isinstance(x, Rounded)
         launches.append(_of_experts(op, form, x, output, context))
     else:
         launches.append(_dense(op, product, x, weight, output, context))
@@ -93,23 +84,33 @@ def emit_product(op: Op, context: GridContext) -> list[GridLaunch]:
     return launches
 
 
-def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: GridContext) -> GridArgument:
-    """Where the rows lie that the product multiplies; adds the launch that makes them."""
+def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: GridContext) -> GridArgument | Rounded:
+    """Where the rows lie that the product multiplies; adds the launches that make them."""
+    x = op.operands[form.x]
     if not form.prologue:
-        return op.operands[form.x]
+        return x
     outer: dict[Value, GridArgument] = dict(zip(op.region.block.arguments, op.operands, strict=True))
-    made = temporary_like(form.product.x)
-    launches.append(part_launch(form.prologue, outer, made, context))
-    return made
+    before = form.prologue if form.quantize is None else form.prologue[:-1]
+    made: GridArgument = x
+    if before:
+        made = temporary_like(before[-1].results[0])
+        launches.append(part_launch(before, outer, made, context))
+    if form.quantize is None:
+        return made
+    found, launch = rounded(op, form.quantize, made, F32 if before else context.element(x))
+    launches.append(launch)
+    return found
 
 
 def _dense(
-    op: Op, product: MatmulOp, x: GridArgument, weight: Value, output: Output, context: GridContext
+    op: Op, product: MatmulOp, x: GridArgument | Rounded, weight: Value, output: Output, context: GridContext
 ) -> GridLaunch:
-    """Rows `x`, in bf16 or f32, with a stored weight."""
+    """Rows `x`, in bf16, f32 or int8, with a stored weight."""
     type, rows = tensor_type(weight), rows_of(product.x.type)
     n, k = type.shape[-2:]
     assert isinstance(n, int) and isinstance(k, int)
+    if isinstance(x, Rounded):
+        return int8_launch(op, fragments_of(op, type), x, weight, output, rows, context)
     element = tensor_type(product.x).element
     if type.element == F32 and element == F32:
         return _wide(n, k, x, weight, output.y, rows, context)
@@ -118,22 +119,6 @@ def _dense(
     if type.layout is None:
         return _row_major(op, (n, k), x, weight, output, rows, context)
     return _packed(fragments_of(op, type), x, weight, output, rows, context)
-
-
-def fragments_of(op: Op, type: TensorType) -> Fragments:
-    """How a weight lies. Raises DiagnosticError for formats without a product."""
-    n, k = type.shape[-2:]
-    assert isinstance(n, int) and isinstance(k, int)
-    try:
-        return Fragments.of(n, k, type.element)
-    except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message) from None
-
-
-def weight_parts(layout: Fragments, weight: Value) -> list[GridArgument]:
-    """Codes, and scales where there are some."""
-    codes: list[GridArgument] = [WeightPart(weight, 0, I32)]
-    return codes + ([WeightPart(weight, layout.code_bytes, F16)] if layout.group else [])
 
 
 def _packed(
@@ -156,11 +141,6 @@ def _packed(
     return GridLaunch(
         f"gemm_{stem}", key, arguments, writes, grid, lambda name: gemm_packed_kernel(layout, name, shape, **made), True
     )
-
-
-def tile_rows(context: GridContext) -> int:
-    """Rows that a product of a decode program is built for."""
-    return ROWS if context.few <= ROWS else MAX_ROWS
 
 
 def expert_shape(op: Op, context: GridContext, pairs_of_token: int, experts: int) -> PackedShape:

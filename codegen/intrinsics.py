@@ -33,11 +33,11 @@ _GENERIC_NAMES = """
 """
 _GENERIC = frozenset(_GENERIC_NAMES.split())
 
-# The few that the backend for PTX has instructions for; it ends the process on those that would be calls.
-_PTX_NAMES = """
+# The few that the backends for GPUs have instructions for; they end the process on those that would be calls.
+_GPU_NAMES = """
     abs assume ctlz ctpop cttz fabs fma fshl fshr masked.load masked.store rint roundeven smax smin sqrt umax umin
 """
-_PTX = frozenset(_PTX_NAMES.split())
+_ON_GPUS = frozenset(_GPU_NAMES.split())
 
 # Longest prefix wins. A prefix covers itself and names that go on with a dot after it.
 _TARGET: dict[str, tuple[str, ...]] = {
@@ -104,6 +104,15 @@ _TARGET: dict[str, tuple[str, ...]] = {
     "x86.avx512bf16.cvtne2ps2bf16.256": ("avx512bf16", "avx512vl"),
     "x86.avx512bf16.cvtne2ps2bf16.512": ("avx512bf16",),
     "nvvm": ("ptx78",),
+    "amdgcn.workitem.id.x": ("mai-insts",),
+    "amdgcn.workgroup.id.x": ("mai-insts",),
+    "amdgcn.dispatch.ptr": ("mai-insts",),
+    "amdgcn.mbcnt": ("mai-insts",),
+    "amdgcn.ds.bpermute": ("mai-insts",),
+    "amdgcn.ds.swizzle": ("mai-insts",),
+    "amdgcn.s.barrier": ("mai-insts",),
+    "amdgcn.exp2.f32": ("mai-insts",),
+    "amdgcn.mfma": ("mai-insts",),
     "aarch64.hint": (),
     "aarch64.isb": (),
     "aarch64.neon": ("neon",),
@@ -157,7 +166,7 @@ def functions(ir_text: str) -> Iterator[FunctionText]:
 
 def required_features(intrinsic: str, triple: str = "") -> tuple[str, ...] | None:
     """Features that `intrinsic` (with or without `llvm.`) needs; None when it is in neither table of that triple."""
-    generic = _PTX if triple.startswith("nvptx") else _GENERIC
+    generic = _ON_GPUS if triple.startswith(("nvptx", "amdgcn")) else _GENERIC
     name = intrinsic.removeprefix("llvm.")
     parts = name.split(".")
     for length in range(len(parts), 0, -1):

@@ -40,7 +40,7 @@ def test_target_specific_needs_its_feature(name, needed):
 
 @pytest.mark.parametrize(
     "name",
-    ["llvm.x86.tdpbf16ps", "llvm.x86.avx512.new.thing.512", "llvm.nonsense", "llvm.amdgcn.s.barrier", "llvm.fmax2.f32"],
+    ["llvm.x86.tdpbf16ps", "llvm.x86.avx512.new.thing.512", "llvm.nonsense", "llvm.amdgcn.s.sleep", "llvm.fmax2.f32"],
 )
 def test_unknown_is_refused(name):
     with pytest.raises(DiagnosticError, match="is not one that generated code may use"):

@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn) -> Problem:
     layers = draw(st.integers(1, 3))
     shape = sparse(layers, experts=experts) if experts else dense(layers)
     machine = draw(tight_machines())
-    use = Session(256, draw(st.sampled_from([1, 2])), draw(st.sampled_from([64, 160])), 64, chunk=32, depth=2)
+    use = Session(256, draw(st.sampled_from([1, 2])), draw(st.sampled_from([32, 64, 160])), 64, chunk=32, depth=2)
     base = Problem(shape, machine_of(machine), formats_of(""), use)
     pin = draw(st.sampled_from(["", "", "kv=disk", "kv=dram"]))
     return dataclasses.replace(base, pins=(parse_pin(pin, shape, base.machine),) if pin else ())
@@ -60,10 +60,15 @@ def test_every_prompt_is_sound(problem: Problem, order: str) -> None:
     assert home == sum(n * size for o, n in found.choice for _, category, size in o.holds if category != "buffers")
     seconds = simulate(plan, machine.target).seconds
     assert seconds >= plan_bound(plan, machine.target).seconds * (1 - 1e-9)
-    # Crossings are counted apart: the closed form takes the slowest way between two units, with latencies.
-    assert seconds >= found.outcome.prefill.seconds * 0.98
+    # The closed form adds up what one chunk does after another, waits for keys that go to a drive, and counts a
+    # crossing for every change of unit, the slowest way. In a plan chunks overlap, the last one's keys are written
+    # behind its token, and rows that lie where they are wanted do not cross.
+    closed = found.outcome.prefill
+    crossings = sum(busy for name, busy in closed.busy if "->" in name)
+    if found.problem.session.passes == 1 and not any(name.endswith("write") for name, _ in closed.busy):
+        assert seconds >= (closed.seconds - crossings) * 0.98
     timed = simulated_prompt(found)
-    assert timed is not None and timed.seconds >= found.outcome.prefill.seconds
+    assert timed is not None and timed.seconds >= closed.seconds
 
 
 def on_a_drive(prompt: int, chunk: int, *pins: str) -> Solution:

@@ -132,6 +132,7 @@ class Executor:
             }
             arena = max(p.arena_bytes for p in step.programs)
             self._arena = self._allocate(arena, "activations")
+            weights.attach(self._arena)
             self._place_inputs()
             logits = 4 * vocab_size * self.most_rows
             self._logits, self._host_logits = self._allocate(logits, "logits"), self._allocate_pinned(logits, "logits")
@@ -287,7 +288,7 @@ class Executor:
             case ArenaArgument(offset, nbytes):
                 return self._arena + offset, nbytes
             case WeightArgument():
-                return self.weights.address(argument), argument.bytes
+                return self.weights.address(argument), self.weights.extent(argument)
             case KVArgument(layer, plane):
                 return self.kv.address(layer, plane), self.kv.plane_bytes(plane)
             case InputArgument("logits"):

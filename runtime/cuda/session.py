@@ -25,6 +25,8 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
 from runtime.cuda.executor import Executor, scratch_bytes
+from runtime.cuda.hybrid_plan import HbmPlan
+from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import capacity_of
 from runtime.cuda.profile import GpuProfile
@@ -136,6 +138,9 @@ class CudaSession:
     def _acquire(self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None) -> None:
         held = self._held
         device.enter()
+        plan = self._hybrid_plan(device) if weights is None else None
+        if plan is not None:
+            weights = lambda device, stream, artifact: HybridWeights(device, stream, artifact, plan)  # noqa: E731
         self._check_room(device, weights is None)
         held.stream = device.new_stream()
         make = weights or (lambda device, stream, artifact: ResidentWeights(device, stream, artifact, progress))
@@ -145,6 +150,19 @@ class CudaSession:
             slots=self.num_slots, max_context=self.max_context, vocab_size=self.vocab_size, where=self._where,
         )  # fmt: skip
         self.device_name, self.architecture = device.name, f"sm_{device.capability[0]}{device.capability[1]}"
+
+    def _hybrid_plan(self, device: Device) -> HbmPlan | None:
+        """What of the weights stays on the device where not all of them fit beside activations and a cache of all
+        positions; None where they do, or where not even that helps."""
+        free, capacity = device.free_bytes(), capacity_of(self.gpu.kv, self.max_context)
+        scratch = scratch_bytes(self.gpu, self.vocab_size)
+        if scratch + self.manifest.weights.bytes <= free:
+            return None
+        others = scratch + self.gpu.kv.nbytes(self.num_slots, capacity) + min(SPARE_BYTES, free // 16)
+        try:
+            return plan_of(self.artifact, free - others)
+        except RuntimeDiagnostic:
+            return None  # `_check_room` says so
 
     def _check_room(self, device: Device, whole: bool) -> None:
         """Says at once what would else be found after gigabytes were copied."""
@@ -204,8 +222,19 @@ class CudaSession:
             if last - first > self.executor.most_rows:
                 last = first + self.executor.most_rows
                 stop = int(rows[last - 1]) + 1
-            self._run(program, inputs, start, stop, rows[first:last] - start, logits[first:last])
+            self._run_parts(program, inputs, start, stop, rows[first:last], logits[first:last])
             start = stop
+
+    def _run_parts(
+        self, program: GpuProgram, inputs: StepInputs, start: int, stop: int, rows: np.ndarray, logits: np.ndarray
+    ) -> None:
+        """Tokens start..stop by one program, no more at once than the weights allow."""
+        assert self._held.weights is not None
+        most = self._held.weights.most_tokens or stop - start
+        for part in range(start, stop, most):
+            end = min(part + most, stop)
+            first, last = np.searchsorted(rows, (part, end))
+            self._run(program, inputs, part, end, rows[first:last] - part, logits[first:last])
 
     def _run(
         self, program: GpuProgram, inputs: StepInputs, start: int, stop: int, rows: np.ndarray, logits: np.ndarray
@@ -281,6 +310,12 @@ class CudaSession:
         return GpuMemoryReport(
             weights.device_bytes, kv.reserved_bytes, kv.committed_bytes(), self.executor.arena_bytes
         )  # fmt: skip
+
+    @property
+    def hybrid(self) -> HybridReport | None:
+        """What passed through the device memory since the session was opened; None where all weights are there."""
+        weights = self._held.weights
+        return weights.report if isinstance(weights, HybridWeights) else None
 
     def close(self) -> None:
         """Gives the device memory back, after a step in progress. Closing twice is fine."""

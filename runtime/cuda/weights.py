@@ -38,9 +38,18 @@ class WeightStore(Protocol):
 
     captured: bool
     device_bytes: int
+    most_tokens: int  # of a step, 0 for any
+
+    def attach(self, arena: int) -> None:
+        """Where the step's memory begins on the device; before any launch."""
+        ...
 
     def address(self, argument: WeightArgument) -> int:
         """Of the first byte, on the device."""
+        ...
+
+    def extent(self, argument: WeightArgument) -> int:
+        """How many bytes are behind it."""
         ...
 
     def before(self, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
@@ -56,6 +65,7 @@ class ResidentWeights:
     """All weights of an artifact in device memory; `stream` copies them. Raises OutOfDeviceMemory."""
 
     captured = True
+    most_tokens = 0
 
     def __init__(
         self, device: Device, stream: Any, artifact: Artifact, progress: LoadProgress | None = None,
@@ -80,9 +90,15 @@ class ResidentWeights:
         finally:
             os.close(descriptor)
 
+    def attach(self, arena: int) -> None:
+        """Weights that do not move ask for nothing of a step."""
+
     def address(self, argument: WeightArgument) -> int:
         assert self._base is not None
         return self._base + argument.offset
+
+    def extent(self, argument: WeightArgument) -> int:
+        return argument.bytes
 
     def before(self, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         """Everything is there."""

@@ -1,0 +1,162 @@
+"""Models larger than the device memory they may use: the same bits as with everything there, on an emulated GPU whose
+streams may do their work in any order that events allow."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codegen import weight_pieces
+from runtime.artifact import Artifact
+from runtime.cuda.device import Device
+from runtime.cuda.hybrid_plan import plan_hbm
+from runtime.cuda.hybrid_weights import HybridWeights, plan_of
+from runtime.cuda.session import CudaSession
+from runtime.cuda.weights import WeightStore
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import PieceInfo
+from tests.runtime.cuda import test_lowered_models as models
+from tests.runtime.cuda.emulated_driver import EmulatedDriver
+from tests.runtime.cuda.emulated_kernels import GridRunner
+from tests.runtime.cuda.toy_model import open_checked
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+PIECES = st.lists(
+    st.one_of(
+        st.builds(lambda n: ("dense", n * 4096, 0), st.integers(1, 9)),
+        st.builds(lambda n, unit: ("experts", n * unit * 4096, unit * 4096), st.integers(2, 8), st.integers(1, 3)),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+def pieces_of(sizes: list[tuple[str, int, int]]) -> list[PieceInfo]:
+    found, at = [PieceInfo("rows", 0, 4096, 128, "table")], 4096
+    for kind, nbytes, unit in sizes:
+        found.append(PieceInfo(kind, at, nbytes, unit, f"at {at}"))
+        at += nbytes
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(PIECES, st.integers(0, 60), st.integers(1, 3))
+def test_plans_keep_their_budget(sizes: list[tuple[str, int, int]], budget: int, per_token: int) -> None:
+    """Everything has a place of its own; more memory makes no more pass through, and the least that is named does."""
+    pieces = pieces_of(sizes)
+    try:
+        plan = plan_hbm(pieces, budget * 4096, per_token)
+    except RuntimeDiagnostic as fault:
+        least = int(str(fault.expected).split("at least ")[1].split()[0])
+        assert least > budget * 4096
+        plan = plan_hbm(pieces, least, per_token)
+        budget = -(-least // 4096)
+    assert plan.device_bytes <= budget * 4096
+    count = dict(plan.slots)
+    taken = [(at, at + (count[p] * pieces[p].unit if p in count else pieces[p].bytes)) for p, at in plan.offsets]
+    taken += [(at, at + plan.window_bytes) for at in plan.window_offsets]
+    taken.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken)) and taken[-1][1] <= plan.device_bytes
+    assert sorted((*plan.resident, *plan.streamed, *count)) == list(range(len(pieces)))
+    assert all(min(per_token, pieces[p].bytes // pieces[p].unit) <= n <= pieces[p].bytes // pieces[p].unit
+               for p, n in plan.slots)  # fmt: skip
+    more = plan_hbm(pieces, budget * 4096 + (4 << 12), per_token)
+    assert len(more.streamed) <= len(plan.streamed)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "layers": (replace(models.SMALL, layers=2, q_heads=2, kv_heads=1), ()),
+    "sparse": (models.CASES["experts"][0], models.CASES["experts"][1]),
+}
+models.CASES.update(CASES)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Small dense pieces, so that there is something to pass through."""
+    case = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_pieces, "DENSE_BYTES", 8192)
+        models.lowered(case)
+    return case, models.write_lowered(tmp_path_factory.mktemp(case) / "artifact", case)
+
+
+def opened(path: Path, case: str, order: str, budget: int | None) -> tuple[EmulatedDriver, CudaSession]:
+    driver = EmulatedDriver(GridRunner(models.lowered(case)[1].kernels), order=order, seed=3)
+
+    def some(device: Device, stream: Any, artifact: Artifact) -> WeightStore:
+        return HybridWeights(device, stream, artifact, plan_of(artifact, budget or 0))
+
+    make = None if budget is None else some
+    return driver, CudaSession(path, device=open_checked(driver), num_slots=models.SLOTS, weights=make)
+
+
+STEPS = (
+    models.batch((0, 0, 3)),
+    models.batch((0, 3, 1)),
+)
+
+
+def logits(path: Path, case: str, order: str, budget: int | None) -> tuple[list[np.ndarray], HybridWeights | None]:
+    driver, session = opened(path, case, order, budget)
+    with session:
+        store = session._held.weights
+        found = [session.step(*step.arrays) for step in STEPS]
+    assert driver.leaks() == []
+    return found, store if isinstance(store, HybridWeights) else None
+
+
+@cache
+def with_everything(path: Path, case: str) -> list[np.ndarray]:
+    return logits(path, case, "eager", None)[0]
+
+
+def least(path: Path, case: str) -> int:
+    with pytest.raises(RuntimeDiagnostic, match="too few for the weights") as caught:
+        logits(path, case, "eager", 1)
+    return int(str(caught.value.expected).split("at least ")[1].split()[0])
+
+
+def test_the_same_bits_under_any_budget(built: tuple[str, Path]) -> None:
+    """From the least that there is room in up to all of it, work done as late or as early as may be."""
+    case, path = built
+    whole = with_everything(path, case)
+    smallest = least(path, case)
+    full = sum(p.nbytes for p in models.lowered(case)[1].file.pieces)
+    moved = []
+    for budget, order in ((smallest, "lazy"), ((smallest + full) // 2, "shuffled")):
+        found, store = logits(path, case, order, budget)
+        assert store is not None and store.device_bytes <= budget
+        for got, want in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(got, want)
+        moved.append(store.report.link_bytes)
+        assert store.report.steps >= len(STEPS) and "over the link" in store.report.summary()
+    assert moved[0] > 0 and moved[0] >= moved[1], moved
+
+
+def test_a_session_finds_out_by_itself(built: tuple[str, Path]) -> None:
+    """Bounded device memory that has no room for all weights."""
+    case, path = built
+    whole = with_everything(path, case)
+    full = sum(p.nbytes for p in models.lowered(case)[1].file.pieces)
+    driver = EmulatedDriver(GridRunner(models.lowered(case)[1].kernels), granule=1 << 12)
+    with CudaSession(path, device=open_checked(driver), max_context=16) as session:
+        assert session.hybrid is None
+        scratch = session.memory().arena
+    driver = EmulatedDriver(GridRunner(models.lowered(case)[1].kernels), granule=1 << 12)
+    limit = scratch + full - 1
+    with CudaSession(path, device=open_checked(driver, limit), max_context=16) as session:
+        assert session.hybrid is not None and session.memory().weights < full
+        np.testing.assert_array_equal(session.step(*STEPS[0].arrays), whole[0])
+    assert driver.leaks() == []

@@ -119,6 +119,14 @@ def test_replayed_steps_give_the_bits_of_launched_ones(toy: Path) -> None:
     assert driver.leaks() == []
 
 
+def test_a_step_that_wants_other_rows_is_captured_anew(toy: Path) -> None:
+    with open_toy(toy, emulated_driver(), num_slots=2) as session:
+        for first, rows in ((0, [1]), (2, [0, 1]), (4, [0])):
+            ids = [first + 1, first + 2]
+            expected = [sequence_logits(range(1, first + 2 + row)) for row in rows]
+            np.testing.assert_array_equal(session.step(ids, [first, first + 1], [0, 0], rows), expected)
+
+
 def test_more_logits_than_there_is_room_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.cuda.executor.MOST_LOGIT_BYTES", 0)
     monkeypatch.setattr("runtime.cuda.executor.LEAST_ROWS", 3)
@@ -215,6 +223,29 @@ def test_a_step_that_fails_can_be_made_again(toy: Path, failing: str) -> None:
             session.step([2], [1], [0], [0])
         assert session.filled(0) == 1
         np.testing.assert_array_equal(session.step([2], [1], [0], [0])[0], sequence_logits([1, 2]))
+    assert driver.leaks() == []
+
+
+def test_a_failed_step_back_takes_what_it_may_have_written_over(toy: Path) -> None:
+    driver = emulated_driver()
+    with open_toy(toy, driver) as session:
+        session.step([1, 2, 3], range(3), [0] * 3, [])
+        driver.plant("cuGraphLaunch", Status.CUDA_ERROR_INVALID_VALUE)
+        with pytest.raises(DeviceFault):
+            session.step([9], [1], [0], [0])
+        assert session.filled(0) == 1
+        with pytest.raises(RuntimeDiagnostic, match="starts at position 3"):
+            session.step([4], [3], [0], [0])
+
+
+def test_a_forked_child_has_no_part_in_it(toy: Path) -> None:
+    driver = emulated_driver()
+    with open_toy(toy, driver) as session:
+        session._held.owner_pid += 1
+        with pytest.raises(RuntimeDiagnostic, match="open the session in the child"):
+            session.step([1], [0], [0], [0])
+        session._held.owner_pid -= 1
+        np.testing.assert_array_equal(session.step([1], [0], [0], [0])[0], sequence_logits([1]))
     assert driver.leaks() == []
 
 

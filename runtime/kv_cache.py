@@ -50,6 +50,11 @@ class KVCache:
         self.reservation = Reservation(self.reserved_bytes, what="the KV cache")
 
     @property
+    def heads(self) -> int:
+        """Of all layers: each has its positions in one range."""
+        return self._shape[0] * self._shape[2]
+
+    @property
     def address(self) -> int:
         """Start of the cache, page-aligned."""
         return self.reservation.address

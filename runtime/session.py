@@ -28,6 +28,7 @@ from runtime.kv_chunks import kv_key
 from runtime.kv_loader import LoadFault, RecordLoader, StoredRecord, bring_back
 from runtime.kv_spill import KVSpill, Sequences, SpillOptions
 from runtime.kv_stream import KVStreamer, KVStreamOptions
+from runtime.kv_use import KVUse
 from runtime.load_or_compute import Prices
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
@@ -120,6 +121,7 @@ class Session:
             weights_address = weights.address
         resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
+        self._kv_use = KVUse(self._kv) if self._stream is not None and self._stream.kv_bytes else None
         self.kv_spill: KVSpill | None = None
         if self._kv_spill is not None:
             self._ids = np.zeros((self.num_slots, self.max_context), dtype=np.int32)
@@ -149,7 +151,7 @@ class Session:
         self._most_tokens = 1 << 62
         if self.streamer is not None or self._routing is not None or self.kv_stream is not None:
             self._reader = StepReader(
-                self.manifest, arguments, self.streamer, self._routing, self.kv_stream, self._arena
+                self.manifest, arguments, self.streamer, self._routing, self.kv_stream, self._arena, self._kv_use
             )
         self._own_cpu: int | None = None
         streams = self.streamer is not None or self.kv_stream is not None
@@ -240,6 +242,8 @@ class Session:
             if self.kv_spill is not None:
                 self.kv_spill.make_room(inputs.slots[-1:], inputs.positions[-1:])
                 self._ids[slot, : len(ids)] = inputs.ids
+            if self.streamer is not None and self._kv_use is not None:
+                self.streamer.share(False, self._kv_use.after(inputs.positions, inputs.slots))
             done = bring_back(
                 loader, slot, records, split, len(ids),
                 lambda first, end: self._compute(slot, first, inputs.ids[first:end]),
@@ -363,6 +367,8 @@ class Session:
             self.kv_spill.drop(slot)
         if self.kv_stream is not None:
             self.kv_stream.forget(slot)
+        if self._kv_use is not None:
+            self._kv_use.forget(slot)
         return self._kv.release(slot)
 
     def spill(self, slot: int) -> int:

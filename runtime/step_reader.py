@@ -17,6 +17,7 @@ import numpy as np
 
 from runtime.await_info import AwaitInfo
 from runtime.kv_stream import KVStreamer
+from runtime.kv_use import KVUse
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.stand_ins import choice_weights
@@ -37,7 +38,7 @@ class RoutingListener(Protocol):
 
 class StepReader:
     """Serves the waits of a session's programs, by streamers, a listener or both. `arguments`: the step's words,
-    `arena` its activations."""
+    `arena` its activations, `kv_use` counts what the KV cache takes."""
 
     def __init__(
         self,
@@ -47,8 +48,9 @@ class StepReader:
         listener: RoutingListener | None,
         kv: KVStreamer | None = None,
         arena: Reservation | None = None,
+        kv_use: KVUse | None = None,
     ) -> None:
-        self._arguments, self._arena = arguments, arena
+        self._arguments, self._arena, self._kv_use = arguments, arena, kv_use
         self._streamer, self._listener, self._kv = streamer, listener, kv
         pieces = manifest.weights.pieces
         experts = [n for n, piece in enumerate(pieces) if piece.kind == "experts"]
@@ -82,7 +84,8 @@ class StepReader:
             self._kv.begin(positions, slots)
             self._wanted[program.name][len(program.awaits) :] = self._kv.wanted(program)
         if self._streamer is not None:
-            self._streamer.begin(ids.tolist(), program)
+            used = self._kv_use.after(positions, slots) if self._kv_use is not None else None
+            self._streamer.begin(ids.tolist(), program, used)
         arguments = self._arguments
         arguments[READER_WORD] = self._address
         arguments[ANSWER_WORD] = 0

@@ -32,7 +32,8 @@ class StreamPlan:
     layer's router reads; 0 for none. `disk_bytes_per_s`: what the plan counts on, 0 where it does not. A step of
     at most `short_tokens` tokens leaves `short_bytes` of the activations unused: experts take them. `stand_ins`:
     missing experts of less than this share of their tokens' routing weight are computed from copies in fewer bits
-    (`runtime.stand_ins`); 0 for none, and then tokens are those of the full model. `budget_bytes` and
+    (`runtime.stand_ins`); 0 for none, and then tokens are those of the full model. `kv_bytes` are kept for the KV
+    cache of the whole context: experts have what sequences do not take of them yet. `budget_bytes` and
     `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
     """
 
@@ -52,6 +53,7 @@ class StreamPlan:
     short_tokens: int = 0
     short_bytes: int = 0
     stand_ins: float = 0.0
+    kv_bytes: int = 0
 
     def to_json(self) -> str:
         """Stable text."""
@@ -125,9 +127,10 @@ class StreamPlan:
                 expected=f"at least {needed}, the experts of one token",
             )
 
-    def expert_bytes_in(self, tokens: int) -> int:
-        """What experts have in steps of so many tokens."""
-        return self.expert_bytes + (self.short_bytes if tokens <= self.short_tokens else 0)
+    def expert_bytes_in(self, tokens: int, kv_bytes: int | None = None) -> int:
+        """What experts have in steps of so many tokens, while the KV cache takes `kv_bytes` (None: all of it)."""
+        short = self.short_bytes if tokens <= self.short_tokens else 0
+        return self.expert_bytes + short + (0 if kv_bytes is None else max(0, self.kv_bytes - kv_bytes))
 
     def tokens_at_once(self, manifest: Manifest) -> int:
         """Tokens of one native call: no more than whose experts are sure to fit."""

@@ -75,6 +75,7 @@ class WeightStreamer:
         self._torn = False
         self.arena: Reservation | None = None  # the activations
         self._short = False  # whether experts have a part of it
+        self._share_bytes = plan.expert_bytes  # what they have
         self.guess: ExpertGuess | None = None
         if plan.guesses and self.cache is not None:
             guess = ExpertGuess(manifest, self._memory.view(), self.resident)
@@ -108,27 +109,33 @@ class WeightStreamer:
                 passed = []
         return done
 
-    def begin(self, ids: Sequence[int], program: ProgramInfo) -> None:
-        """A native call begins; returns when the rows of its ids are in memory."""
+    def begin(self, ids: Sequence[int], program: ProgramInfo, kv_bytes: int | None = None) -> None:
+        """A native call begins, behind which the KV cache takes `kv_bytes` at most; returns when the rows of its ids
+        are in memory."""
         if self._torn:
             self._books.forget()
-            self._short = False
+            self._short, self._share_bytes = False, self.plan.expert_bytes
             if self.cache is not None:
                 self.cache = self._books.cache = self._new_cache()
-        self._share_activations(len(ids) <= self.plan.short_tokens and program is self.manifest.programs[0])
+        short = len(ids) <= self.plan.short_tokens and program is self.manifest.programs[0] and self.arena is not None
+        self.share(short, kv_bytes)
         with self._keeping():
             jobs = self._books.rows(ids)
         self._wait(jobs, "rows")
 
-    def _share_activations(self, short: bool) -> None:
-        """Experts have what a short step leaves of the activations, until a long one needs it."""
-        if self.cache is None or not self.plan.short_bytes or short == self._short or self.arena is None:
+    def share(self, short: bool, kv_bytes: int | None) -> None:
+        """Experts have what a short step leaves of the activations, until a long one needs it, and of the KV cache what
+        nobody uses yet."""
+        if self.cache is None:
             return
+        wanted = self.plan.expert_bytes_in(1 if short else self.plan.short_tokens + 1, kv_bytes)
         with self._keeping():
-            if short:
+            if short and not self._short and self.plan.short_bytes and self.arena is not None:
                 self.arena.discard(0, self.arena.nbytes)
-            self._books.resize(self.plan.expert_bytes + (self.plan.short_bytes if short else 0))
             self._short = short
+            if wanted != self._share_bytes:
+                self._books.resize(wanted)
+                self._share_bytes = wanted
 
     def wait_for(self, program: ProgramInfo, number: int, experts: Sequence[int]) -> Sequence[int]:
         """Wait `number` of the program; `experts` are the ids that its layer chose. Gives those that it is to use: the

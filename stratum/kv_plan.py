@@ -28,6 +28,10 @@ class _KVOnDisk(Accounts):
     def kv_bytes(self, context: int) -> int:
         return self.kv_limit
 
+    def lent_kv_bytes(self, context: int) -> int:
+        """None: layers come and go in all of it."""
+        return 0
+
 
 def plan_with_kv_on_disk(artifact: Path, budget: int, context: int | None, policy: str | None = None) -> MemoryPlan:
     """`plan_for`; a context whose cache is too large for it is planned with the cache partly on disk.

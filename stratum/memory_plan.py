@@ -181,7 +181,12 @@ class Accounts:
         return StreamPlan(
             self.budget, resident, window, experts, rows, step_tokens=tokens, other_bytes=other,
             guesses=self.guesses(experts), short_tokens=short_tokens, short_bytes=short_bytes,
+            kv_bytes=self.lent_kv_bytes(context) if experts < self.experts else 0,
         )  # fmt: skip
+
+    def lent_kv_bytes(self, context: int) -> int:
+        """Of the KV cache, what experts may have until sequences need it."""
+        return self.kv_bytes(context)
 
     def short_steps(self, experts: int, tokens: int) -> tuple[int, int]:
         """(tokens of short steps, what they leave of the activations for longer ones), where experts can use it."""

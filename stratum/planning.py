@@ -226,7 +226,9 @@ def expected_hits(planned: Planned, stream: StreamPlan | None) -> float:
     if stream is None or not stream.expert_bytes:
         return 1.0
     if planned.trace is not None:
-        found = replay_trace(planned.trace, stream.expert_bytes_in(1), policy=stream.policy, scope=stream.scope)
+        found = replay_trace(
+            planned.trace, stream.expert_bytes_in(1, stream.kv_bytes // 2), policy=stream.policy, scope=stream.scope
+        )
         return found.decode_hit_rate
     cache = planned.placement.expert_cache
     return cache.hit_rate if cache is not None else 1.0

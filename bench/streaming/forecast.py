@@ -43,7 +43,7 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], target: str, disk
     hits = replayed = distinct = None
     if stream is not None and stream.expert_bytes and row.router is not None:
         trace = trace_of(manifest, answer["routing"], together=bool(row.prompt))
-        found = replay(trace, stream.expert_bytes_in(row.prompt or 1), policy=stream.policy, scope=stream.scope)
+        found = replay(trace, _expert_bytes(stream, row), policy=stream.policy, scope=stream.scope)
         replayed = found.hit_rate
         used = [np.unique(trace.experts[:, layer]).size for layer in range(trace.layer_count)]
         distinct = float(np.mean(used))
@@ -51,7 +51,7 @@ def forecast(row: Row, artifact: Path, answer: dict[str, Any], target: str, disk
             experts=trace.expert_count,
             top_k=trace.top_k,
             layers=trace.layer_count,
-            slots=stream.expert_bytes_in(row.prompt or 1) // max(trace.expert_bytes),
+            slots=_expert_bytes(stream, row) // max(trace.expert_bytes),
             policy=stream.policy,
             scope=stream.scope,
             router=row.router,
@@ -97,3 +97,8 @@ def trace_of(manifest: Manifest, routing: list[list[list[int]]], *, together: bo
         batch=np.zeros(count, np.int64) if together else np.arange(count),
         decode=np.full(count, not together),
     )
+
+
+def _expert_bytes(stream: StreamPlan, row: Row) -> int:
+    """What experts have: of the KV cache, which a row fills by a half at most, what is left."""
+    return stream.expert_bytes_in(row.prompt) if row.prompt else stream.expert_bytes_in(1, stream.kv_bytes // 2)

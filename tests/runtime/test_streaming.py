@@ -200,6 +200,30 @@ def test_experts_take_what_short_steps_leave_of_the_activations(artifacts: dict[
             assert used <= max(capacity, max(p.bytes for p in manifest.weights.pieces if p.kind == "experts"))
 
 
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 3), kept=st.integers(0, 1 << 20), scope=st.sampled_from(("global", "layer")))
+def test_experts_take_what_the_kv_cache_leaves(
+    artifacts: dict[str, Path], expected: dict, seed: int, kept: int, scope: str
+) -> None:
+    """Never more than what is kept for it less what it takes, and all of that once a sequence is gone."""
+    path = artifacts["qwen3_moe"]
+    plan = least_plan(path, kv_bytes=kept, scope=scope)
+    with opened(path, plan) as session:
+        streamer = session.streamer
+        assert streamer is not None and streamer.cache is not None
+        sizes = []
+        for step, want in zip(batches(seed), expected["qwen3_moe", seed], strict=True):
+            np.testing.assert_array_equal(session.step(*step), want)
+            lent = streamer.cache.capacity_bytes - plan.expert_bytes
+            assert -2 < lent <= max(0, kept - session.memory().kv_committed)
+            sizes.append(lent)
+        assert sizes == sorted(sizes, reverse=True)  # sequences only grow
+        for slot in (0, 1):
+            session.release(slot)
+        session.step([1], [0], [0], [0])
+        assert streamer.cache.capacity_bytes - plan.expert_bytes >= sizes[0]
+
+
 # -- faults of the disk
 
 

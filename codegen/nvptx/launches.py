@@ -70,7 +70,8 @@ GridArgument = Value | Temporary | WeightPart | Plane | Table | Pieces | Count |
 class GridLaunch:
     """One launch. `writes` numbers the arguments that are written; all other buffers are read.
 
-    `costs`: whether the bytes and FLOPs of the op are those of this launch, in reports.
+    `costs`: whether the bytes and FLOPs of the op are those of this launch, in reports. `rows_part`: what a row by row
+    kernel does (`codegen.nvptx.emitters.rows`), so that it can be joined with the next one.
     """
 
     stem: str
@@ -80,6 +81,7 @@ class GridLaunch:
     grid: str
     build: Callable[[str], GridKernel]
     costs: bool = False
+    rows_part: Any = None
 
     @property
     def reads(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import codegen.nvptx.emitters.fused  # noqa: F401 - all register emitters
 from codegen.lower_to_plan import Lowering, ProgramBuilder
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
+from codegen.nvptx.emitters.rows import merged
 from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.launches import (
     GRID_EMITTERS,
@@ -148,6 +149,7 @@ class GridLowering(Lowering):
         builder = _GridBuilder(self, spec)
         for op in self.step.block.ops[:-1]:
             builder.lower(op)
+        builder.name_kernels()
         return builder
 
 
@@ -235,10 +237,20 @@ class _GridBuilder(ProgramBuilder):
             message = f"no kernel for '{op.name}' on GPUs{did_you_mean(op.name, names)}; expected {', '.join(names)}"
             raise DiagnosticError.of(Diagnostic("error", message, op.location))
         for launch in emit(op, self.context):
-            kernel = self.lowering.grid_kernel(launch)
-            for table in (a for a in launch.arguments if isinstance(a, Table)):
+            before = self.calls[-1] if self.calls else None
+            joint = merged(before.spec, launch, self.context) if before is not None else None
+            if before is not None and joint is not None:
+                of = before.op if before.spec.costs else op
+                self.calls[-1] = _Call(of, joint, "", list(joint.arguments))
+            else:
+                self.calls.append(_Call(op, launch, "", list(launch.arguments)))
+
+    def name_kernels(self) -> None:
+        """Builds what is launched, and notes the tables."""
+        for call in self.calls:
+            call.kernel = self.lowering.grid_kernel(call.spec).name
+            for table in (a for a in call.spec.arguments if isinstance(a, Table)):
                 self.lowering.table(table)
-            self.calls.append(_Call(op, launch, kernel.name, list(launch.arguments)))
 
     # -- what lies where
 

@@ -88,6 +88,7 @@ def test_plans_print_parse_and_name_their_grids() -> None:
     ]
     launches = [line for line in text.splitlines() if "plan.launch" in line]
     assert launches and all('grid = "' in line for line in launches)
+    assert sum("kernel = @add_add_rms_cast" in line for line in launches) == 3  # residuals with the norms behind them
     assert "plan.kv_plane {layer = 1, plane = 1, position_bytes = 32}" in text
 
 

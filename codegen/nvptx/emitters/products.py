@@ -160,6 +160,8 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument, output: Output, context
             f"experts of {type} have no product on GPUs",
             "bf16 activations and matrices of a multiple of 64 columns",
         )
+    if product.first:
+        raise refused(op, "stand-ins of experts have no kernel on GPUs", "a build without stand-ins")
     if order not in context.groups:
         raise refused(op, "experts in an order that no 'moe.dispatch' of this step gives")
     group = context.groups[order]

@@ -52,6 +52,7 @@ class BackingFile:
         preadv: Pread = os.preadv,
         pwritev: Pwrite = os.pwritev,
         threads: int = 2,
+        on_done: Callable[[ReadJob], None] | None = None,
     ) -> None:
         self.where = directory
         self._pwritev = pwritev
@@ -68,6 +69,7 @@ class BackingFile:
                 reservation.view(),
                 threads=threads,
                 preadv=preadv,
+                on_done=on_done,
                 what=_WHAT,
                 hint="something else cut the file short",
             )

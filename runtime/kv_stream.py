@@ -64,14 +64,26 @@ class KVStreamReport:
         )
 
 
+def going_layers(layers: int, fit: int) -> tuple[list[int], int]:
+    """(those that go, ascending; how many of them may be in memory at once), where `fit` of all layers fit."""
+    if fit >= layers:
+        return [], LAYERS_AT_ONCE
+    at_once = min(fit, LAYERS_AT_ONCE)
+    order = sorted(range(layers), key=_reversed_bits)
+    return sorted(order[: layers - fit + at_once]), at_once
+
+
 class KVStreamer:
     """The layers of one cache. `filled` i64 [slots] is the session's: positions written."""
 
     def __init__(self, kv: KVCache, options: KVStreamOptions, filled: np.ndarray) -> None:
         self._kv, self.options, self._filled = kv, options, filled
+        self._finished_jobs: list[ReadJob] | None = None  # while a profile is made
+        self._stalls: list[tuple[str, float, float]] = []
         self._file = BackingFile(
-            options.directory or default_directory(), kv.reservation, preadv=options.preadv, pwritev=options.pwritev
-        )
+            options.directory or default_directory(), kv.reservation, preadv=options.preadv, pwritev=options.pwritev,
+            on_done=self._finished,
+        )  # fmt: skip
         shape = (kv.layers, kv.num_slots)
         self._on_file = np.zeros(shape, np.int64)  # positions, by layer and slot, that the file has
         self._clean = np.zeros(shape, np.int64)  # of those, what memory has not changed since
@@ -84,7 +96,6 @@ class KVStreamer:
         self._calls = self._most = 0
         self._stall_s = 0.0
         self._at_once = LAYERS_AT_ONCE
-        self._order = sorted(range(kv.layers), key=lambda layer: _reversed_bits(layer))
 
     # -- one native call
 
@@ -124,17 +135,15 @@ class KVStreamer:
             left -= sum(whole[slot] for slot in idle) * kv.layers
         layer_bytes = sum(whole[slot] for slot in self._ends)
         fit = kv.layers if not layer_bytes else left // layer_bytes
-        if fit >= kv.layers:
-            self._going = []
-            return
-        if fit < 1:
+        if fit < min(1, kv.layers):
             raise RuntimeDiagnostic(
                 f"one layer of the KV cache takes {layer_bytes} bytes, and what always stays {hot}",
                 expected=f"at most {limit} bytes in all, the limit of this session",
                 hint="a smaller context, fewer sequences in a step, or more memory",
             )
-        self._at_once = min(fit, LAYERS_AT_ONCE)
-        self._going = sorted(self._order[: kv.layers - fit + self._at_once])
+        self._going, self._at_once = going_layers(kv.layers, fit)
+        if not self._going:
+            return
         self._calls += 1
         self._most = max(self._most, len(self._going))
         for layer in reversed(self._going):
@@ -157,6 +166,7 @@ class KVStreamer:
             self._submit(layer)
             self._ahead(layer)
         started_s = time.perf_counter()
+        waits = any((layer, slot) in self._jobs for slot in self._ends)
         try:
             for slot in self._ends:
                 job = self._jobs.get((layer, slot))
@@ -165,7 +175,10 @@ class KVStreamer:
                     self._there[layer, slot] = True
                     del self._jobs[layer, slot]
         finally:
-            self._stall_s += time.perf_counter() - started_s
+            ended_s = time.perf_counter()
+            self._stall_s += ended_s - started_s
+            if waits and self._finished_jobs is not None:
+                self._stalls.append((f"kv of layer {layer}", started_s, ended_s))
 
     def end(self) -> None:
         """The call is over: the last layer goes, and the first of the next call are read."""
@@ -279,6 +292,16 @@ class KVStreamer:
             self._stall_s,
             reads.retries + self._file.retries,
         )
+
+    def record(self, on: bool) -> tuple[list[tuple[str, float, float, int]], list[tuple[str, float, float]]]:
+        """Begins or ends to note each read and wait; at the end gives them, as `Profile` keeps them."""
+        jobs, stalls = self._finished_jobs or [], self._stalls
+        self._finished_jobs, self._stalls = ([] if on else None), []
+        return [(job.label, job.started_s, job.ended_s, job.nbytes) for job in jobs], stalls
+
+    def _finished(self, job: ReadJob) -> None:
+        if self._finished_jobs is not None:
+            self._finished_jobs.append(job)
 
     def close(self) -> None:
         """Ends the reads and the file."""

@@ -396,14 +396,17 @@ class Session:
         with self._lock:
             self._check_usable()
             profile = self._profile = Profile(self.threads, CycleCounter())
-            if self.streamer is not None:
-                self.streamer.record(True)
+            streamers = [streamer for streamer in (self.streamer, self.kv_stream) if streamer is not None]
+            for streamer in streamers:
+                streamer.record(True)
         try:
             yield profile
         finally:
             self._profile = None
-            if self.streamer is not None:
-                profile.reads, profile.stalls = self.streamer.record(False)
+            for streamer in streamers:
+                reads, stalls = streamer.record(False)
+                profile.reads += reads
+                profile.stalls += stalls
             profile.finish()
 
     def memory(self) -> MemoryReport:

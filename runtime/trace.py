@@ -167,13 +167,13 @@ class Profile:
                     yield _complete(name, launch.name, pid, thread + 1, start_s, end_s, origin_s, arguments)
 
     def stream_events(self) -> Iterator[dict[str, object]]:
-        """Trace events of weights that were read: reads on tracks as wide as they overlap, waits on one."""
+        """Trace events of what was read (weights, keys, values): reads on tracks as they overlap, waits on one."""
         if not self.reads and not self.stalls:
             return
         pid, first = os.getpid(), self.threads + 1
         origin_s = self.steps[0].started_s if self.steps else 0.0
-        yield _metadata("thread_name", pid, first, "waits for weights")
-        for name, start_s, end_s in self.stalls:
+        yield _metadata("thread_name", pid, first, "waits for reads")
+        for name, start_s, end_s in sorted(self.stalls, key=lambda stall: stall[1]):
             yield _complete(name, "wait", pid, first, start_s, end_s, origin_s, {})
         ends: list[float] = []
         for name, start_s, end_s, nbytes in sorted(self.reads, key=lambda read: read[1]):

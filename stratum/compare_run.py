@@ -35,7 +35,7 @@ SCHEMA = "stratum.compare/1"
 class Compared:
     """One figure of a phase ("prefill": of a prompt, "decode": of a step), predicted and measured, in `unit`s: "s",
     "MB", "MB/s" or "%". `what` is the phase itself, a part of the model, "waiting for reads", "read", "while reading",
-    "experts found" or "peak memory"."""
+    "kv read", "experts found" or "peak memory"."""
 
     phase: str
     what: str
@@ -79,7 +79,9 @@ def rows_of(planned: Planned, artifact: Path, measured: Measured) -> tuple[Compa
     hits = expected_hits(planned, stream)
     guesses = measured.decode.guesses_read  # how many come true is the model's, like its routing
     right = measured.decode.guesses_right / guesses if guesses else RIGHT_GUESSES
-    times = predict(problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits, right)
+    times = predict(
+        problem_for(planned.solution.problem, manifest, stream), manifest, stream, hits, right, measured.kv_bytes
+    )
     rows = [
         *_phase("prefill", times.prefill, measured.prefill, stream),
         *_phase("decode", times.decode, measured.decode, stream),
@@ -101,7 +103,10 @@ def _phase(name: str, times: PhaseTimes, found: Phase, stream: StreamPlan | None
     rows += [Compared(name, group, s, parts[group]) for group, s in predicted.items() if parts.get(group)]
     if stream is not None:
         rows.append(Compared(name, "waiting for reads", times.waited, found.waited))
-        rows.append(Compared(name, "read", times.read_bytes / 1e6, found.read_bytes / 1e6, "MB"))
+        weights = times.read_bytes - times.kv_read_bytes
+        rows.append(Compared(name, "read", weights / 1e6, found.read_bytes / 1e6, "MB"))
+        if times.kv_read_bytes or found.kv_read_bytes:
+            rows.append(Compared(name, "kv read", times.kv_read_bytes / 1e6, found.kv_read_bytes / 1e6, "MB"))
         if found.read_rate:
             rows.append(Compared(name, "while reading", times.read_rate / 1e6, found.read_rate / 1e6, "MB/s"))
     return rows

@@ -20,7 +20,7 @@ from stratum.memory_plan import Accounts, DoesNotFit, MemoryPlan, baseline_bytes
 _STEPS = 16  # of halving what the cache may take
 
 
-class _KVOnDisk(Accounts):
+class KVOnDisk(Accounts):
     """Accounts in which the cache takes `kv_limit`, whatever the context."""
 
     kv_limit = 0
@@ -42,8 +42,7 @@ def plan_with_kv_on_disk(artifact: Path, budget: int, context: int | None, polic
         return plan_for(artifact, budget, context, policy)
     except DoesNotFit:
         manifest = open_artifact(artifact).manifest
-        waits = all(len(set(program.kv_awaits)) == manifest.kv.layers for program in manifest.programs)
-        if context is None or context > manifest.max_context or not waits or not manifest.kv.layers:
+        if context is None or context > manifest.max_context or not waits_for_kv(manifest):
             raise
         made = plan_kv(manifest, budget, context, baseline=baseline_bytes(manifest))
         if made is None:
@@ -51,9 +50,24 @@ def plan_with_kv_on_disk(artifact: Path, budget: int, context: int | None, polic
         return replace(made, stream=replace(made.stream, policy=policy or made.stream.policy))
 
 
+def waits_for_kv(manifest: Manifest) -> bool:
+    """Whether every program waits for its cache, so that layers of it may come and go."""
+    waits = all(len(set(program.kv_awaits)) == manifest.kv.layers for program in manifest.programs)
+    return waits and manifest.kv.layers > 0
+
+
+def kv_limit(manifest: Manifest, context: int, num_slots: int, staying: int) -> int:
+    """What the cache takes in memory where so many of its layers stay, of sequences of `context` positions."""
+    kv = KVCache(manifest.kv, context, num_slots)
+    layers = min(kv.layers, staying + LAYERS_AT_ONCE)
+    limit = num_slots * (kv.hot_bytes(context) + layers * kv.layer_bytes(context) + 1)
+    kv.close()
+    return limit
+
+
 def plan_kv(manifest: Manifest, budget: int, context: int, *, baseline: int) -> MemoryPlan | None:
     """The plan with `kv_bytes` less than the whole cache, or None where one layer of it is too much already."""
-    accounts = _KVOnDisk(manifest, budget, baseline, 1)
+    accounts = KVOnDisk(manifest, budget, baseline, 1)
     whole = Accounts(manifest, budget, baseline, 1).kv_bytes(context)
     kv = KVCache(manifest.kv, context, 1)
     hot, layer = kv.hot_bytes(context), kv.layer_bytes(context)
@@ -72,7 +86,7 @@ def plan_kv(manifest: Manifest, budget: int, context: int, *, baseline: int) -> 
 
 
 def _grown(
-    accounts: _KVOnDisk, found: StreamPlan, context: int, tokens: int, least: int, whole: int
+    accounts: KVOnDisk, found: StreamPlan, context: int, tokens: int, least: int, whole: int
 ) -> tuple[int, StreamPlan]:
     """The most that the cache may take without a weight less in memory."""
     low, high, best = least, max(least, whole), found

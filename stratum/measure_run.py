@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ir.diagnostics import DiagnosticError
+from runtime.kv_stream import KVStreamOptions
 from runtime.process_memory import peak_resident_bytes
 from runtime.session import Session
 from runtime.stream_plan import StreamPlan
@@ -64,6 +65,7 @@ class Phase:
     hits: int = 0
     guesses_read: int = 0
     guesses_right: int = 0
+    kv_read_bytes: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -78,6 +80,7 @@ class Measured:
     decode: Phase
     peak_bytes: int
     stream: str
+    kv_bytes: int | None = None  # what its KV cache had in memory; None: enough
 
 
 class MeasuredRun:
@@ -92,10 +95,12 @@ class MeasuredRun:
         batch: int = 1,
         threads: int | None = None,
         routing: RoutingListener | None = None,
+        kv_bytes: int | None = None,
     ) -> None:
         self.session = Session(
-            artifact, threads=threads, max_context=context, num_slots=batch, stream=stream, routing=routing
-        )
+            artifact, threads=threads, max_context=context, num_slots=batch, stream=stream, routing=routing,
+            kv_stream=KVStreamOptions(kv_bytes) if kv_bytes is not None else None,
+        )  # fmt: skip
         self._repetitions = 0
 
     def __enter__(self) -> MeasuredRun:
@@ -118,6 +123,8 @@ class MeasuredRun:
     def _phase(self, run: Any, parts: bool) -> Phase:
         streamer = self.session.streamer
         before = streamer.report() if streamer is not None else None
+        cache = self.session.kv_stream
+        kv_before = cache.report() if cache is not None else None
         times: list[list[float]] = [run() for _ in range(REPETITIONS if streamer is None else STREAMED_REPETITIONS)]
         counted: dict[str, Any] = {}
         if streamer is not None and before is not None:
@@ -131,6 +138,10 @@ class MeasuredRun:
                 "guesses_read": done.guesses_read,
                 "guesses_right": done.guesses_right,
             }
+        if cache is not None and kv_before is not None:
+            kv, passes = cache.report(), sum(len(one) for one in times)
+            counted["kv_read_bytes"] = (kv.read_bytes - kv_before.read_bytes) / passes
+            counted["waited"] = counted.get("waited", 0.0) + (kv.stall_s - kv_before.stall_s) / passes
         seconds = statistics.median(statistics.median(one) for one in times)
         if streamer is not None:
             seconds = statistics.fmean(seconds for one in times for seconds in one)
@@ -195,22 +206,24 @@ def measure_apart(
         text = answer.get("fault") or found.stderr.strip()[-500:] or f"the run ended with {found.returncode}"
         raise DiagnosticError(text.removeprefix("error: "))
     return Measured(
-        Phase(**answer["prefill"]), Phase(**answer["decode"]), answer["peak_bytes"], answer["stream"]
+        Phase(**answer["prefill"]), Phase(**answer["decode"]), answer["peak_bytes"], answer["stream"],
+        answer["kv_bytes"],
     )  # fmt: skip
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    artifact, stream = Path(request["artifact"]), None
+    artifact, stream, kv_bytes = Path(request["artifact"]), None, None
     if request["plan"]:
         from stratum.stream_placement import stream_for
 
-        stream = stream_for(artifact, Path(request["plan"]), request["memory"], num_slots=request["batch"]).stream
-    with MeasuredRun(artifact, stream, context=request["context"], batch=request["batch"]) as run:
+        made = stream_for(artifact, Path(request["plan"]), request["memory"], num_slots=request["batch"])
+        stream, kv_bytes = made.stream, made.kv_bytes
+    with MeasuredRun(artifact, stream, context=request["context"], batch=request["batch"], kv_bytes=kv_bytes) as run:
         prefill = run.prefill(request["prompt"])
         decode = run.decode(request["prompt"], request["batch"], request["generate"])
     peak = peak_resident_bytes()
     return {"prefill": asdict(prefill), "decode": asdict(decode), "peak_bytes": peak,
-            "stream": stream.to_json() if stream is not None else ""}  # fmt: skip
+            "stream": stream.to_json() if stream is not None else "", "kv_bytes": kv_bytes}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

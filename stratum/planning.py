@@ -4,8 +4,9 @@
     planned.placement, planned.gains, planned.judged, planned.warnings
 
 Takes text as the command line has it; reads configurations and headers only. A model that is built already says itself
-in what formats. Plans for this machine (`host`) are what `run` can carry out: keys and values in memory, one cache of
-experts for all layers with the policy of `run`; pins may ask for more. Raises NoFit when nothing fits.
+in what formats. Plans for this machine (`host`) are what `run` can carry out: keys and values in memory (on a drive
+only where they do not fit), one cache of experts for all layers with the policy of `run`; pins may ask for more. Raises
+NoFit when nothing fits.
 """
 
 from __future__ import annotations
@@ -123,15 +124,16 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
 def _as_run(request: PlanRequest, planned: Planned, manifest: Manifest) -> Planned:
     """With the times of a built model as the runtime will take them; as they are where it cannot execute the plan."""
     assert planned.solution is not None
-    placement, stream = planned.placement, None
+    placement, stream, kv_bytes = planned.placement, None, None
     try:
         if request.plan is not None or "memory" in dict(request.budgets):
             baseline = PROCESS_BYTES - SLACK_BYTES - ROWS_BYTES
-            stream = stream_of_placement(
+            made = stream_of_placement(
                 manifest, placement, budget_of(placement), baseline=baseline, num_slots=placement.session.batch
-            ).stream
+            )
+            stream, kv_bytes = made.stream, made.kv_bytes
         problem = problem_for(planned.solution.problem, manifest, stream)
-        times = predict(problem, manifest, stream, expected_hits(planned, stream))
+        times = predict(problem, manifest, stream, expected_hits(planned, stream), kv_bytes=kv_bytes)
     except (DiagnosticError, RuntimeDiagnostic) as fault:
         warning = f"this machine cannot execute the plan: {str(fault).removeprefix('error: ')}"
         return dataclasses.replace(planned, warnings=(*planned.warnings, warning))
@@ -182,7 +184,10 @@ def _placed(
         except NoFit as fault:
             if len(pins) == len(request.pins) or not fault.pins:
                 raise
-            raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
+            try:  # keys and values may come from a drive where memory has no room for them
+                solution = solve(dataclasses.replace(problem, pins=pins[:-1]))
+            except NoFit:
+                raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
     step, prompt, bound = (
         None,
         None,

@@ -8,8 +8,9 @@ Arithmetic takes what the cost model says of each part, layer by layer. Between 
 the weights file, as its manifest says; the drive reads them in their order, as far ahead as the window takes, also into
 the next step. Missing experts of a step are waited for together; when a prompt is so long that all will be used, those
 of the next layer are read while this one computes, as far as the cache has room; of short steps as many as are guessed,
-of which the share `right` is wanted and the rest read in vain. What the cache holds is decided by the runtime's own
-cache. A step follows others like it, so what they left in the window and the cache is there.
+of which the share `right` is wanted and the rest read in vain. Where the KV cache has less memory than it needs, its
+layers are read and written as `stratum.kv_prediction` tells, from the same drive. What the cache of experts holds is
+decided by the runtime's own one. A step follows others like it, so what they left in window and cache is there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from runtime.expert_guess import LEAST_SHARE, MOST_TOKENS
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
+from stratum.kv_prediction import KVCall, KVQueue, KVReads
 from stratum.stream_placement import parts_of_pieces
 
 PAGE_BYTES = 4096
@@ -48,6 +50,7 @@ class PhaseTimes:
     read_bytes: float
     bound: str
     read_rate: float = 0.0
+    kv_read_bytes: float = 0.0  # of them, keys and values
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ class RunTimes:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Arithmetic of `seconds`, for which the program waits at its wait number `wait` (-1: for nothing)."""
+    """Arithmetic of `seconds`, for which the program waits at its wait number `wait` (-1: for nothing), and for keys
+    and values of layer `kv` (-1: of none)."""
 
     group: str
     seconds: float
     wait: int = -1
+    kv: int = -1
 
 
 @dataclass
@@ -115,14 +120,19 @@ def problem_for(problem: Problem, manifest: Manifest, stream: StreamPlan | None)
 
 
 def predict(
-    problem: Problem, manifest: Manifest, stream: StreamPlan | None, hit: float = 1.0, right: float = RIGHT_GUESSES
+    problem: Problem,
+    manifest: Manifest,
+    stream: StreamPlan | None,
+    hit: float = 1.0,
+    right: float = RIGHT_GUESSES,
+    kv_bytes: int | None = None,
 ) -> RunTimes:
     """Times of both phases; `hit` is the share of a decode step's experts that are found in memory, `right` the share
-    of guessed experts that their layer then wants."""
-    return RunTimes(
-        _Player(problem, manifest, stream, hit, right, decode=True).times(),
-        _Player(problem, manifest, stream, hit, right, decode=False).times(),
+    of guessed experts that their layer then wants, `kv_bytes` what the KV cache has in memory (None: enough)."""
+    decode, prefill = (
+        _Player(problem, manifest, stream, hit, right, kv_bytes, decode=phase).times() for phase in (True, False)
     )
+    return RunTimes(decode, prefill)
 
 
 @dataclass
@@ -134,6 +144,7 @@ class _Player:
     stream: StreamPlan | None
     hit: float
     right: float
+    kv_bytes: int | None
     decode: bool
     now: float = 0.0
     waited: float = 0.0
@@ -154,9 +165,11 @@ class _Player:
         self.arrives: dict[Entry, float] = {}
         self.cache: ExpertCache | None = None
         rate = window = 0.0
-        if self.stream is not None:
+        if self.stream is not None or self.kv_bytes is not None:
             if self.store is None or not self.store.read_rate():
                 raise DiagnosticError("nobody measured the drive", hint="'compile-model targets calibrate --disk' does")
+            rate = self.store.read_rate() or 0.0
+        if self.stream is not None and self.store is not None:
             rate, window = self.store.read_rate(self.stream.request_bytes) or 0.0, float(self.stream.window_bytes)
             units = [self.pieces[n].unit for n in self.experts]
             if units:
@@ -166,33 +179,70 @@ class _Player:
         self.disk = _Disk(rate, window)
         self.guessed = 0.0, 0.0  # wanted bytes read for the next layer on a guess, and when they are there
         self.place = 0.0  # of the stream of dense pieces: where the program is
+        self.kv_calls = self._kv_calls()
+        self.kv_read = 0.0
+        self.kv_queue = KVQueue(self._fetch_kv)
         self.stages = self._stages()
 
     def times(self) -> PhaseTimes:
         """A phase that follows others like it."""
         calls = 1 if self.decode else self.problem.session.passes
-        for _ in range(_WARM_STEPS if self.stream is not None else 0):
+        streams = self.stream is not None or self.kv_bytes is not None
+        for _ in range(_WARM_STEPS if streams else 0):
             self._play(calls)
         start, read = self.now, self.disk.bytes
-        self.waited, self.parts = 0.0, {}
+        self.waited, self.parts, self.kv_read = 0.0, {}, 0.0
         self._play(calls)
         seconds, nbytes = self.now - start, self.disk.bytes - read
         slowest = max(self.resources, key=lambda name: self.resources[name], default="nothing")
         bound = f"{self.store.name} read" if self.store is not None and self.waited > 0.1 * seconds else slowest
-        return PhaseTimes(seconds, tuple(self.parts.items()), self.waited, nbytes, bound, self.disk.rate)
+        return PhaseTimes(seconds, tuple(self.parts.items()), self.waited, nbytes, bound, self.disk.rate, self.kv_read)
 
     def _play(self, calls: int) -> None:
         for call in range(calls):
             self._rows()
+            if not self.decode and call == 0:  # a prompt begins anew
+                self.kv_queue.there.clear()
             for stage in self.stages:
                 if stage.group == "head" and call < calls - 1:
                     continue
+                if stage.kv >= 0 and self.kv_calls:
+                    self._wait_for_kv(self.kv_calls[call], stage.kv)
                 if stage.wait >= 0 and self.stream is not None:
                     self._wait(stage.wait)
                 self.now += stage.seconds
                 self.parts[stage.group] = self.parts.get(stage.group, 0.0) + stage.seconds
             self.disk.run_ahead(self.now)
             self.disk.done_with = self.place
+
+    # -- keys and values
+
+    def _kv_calls(self) -> tuple[KVCall, ...]:
+        """What each call reads of the cache; () where all of it has room."""
+        session = self.problem.session
+        if self.kv_bytes is None:
+            return ()
+        reads = KVReads(self.manifest, self.kv_bytes, session.context, session.batch)
+        try:
+            if self.decode:
+                return (reads.decode(min(session.decode_context, session.context - 1)),)
+            ends = [min(session.prompt, (call + 1) * session.chunk) for call in range(session.passes)]
+            return tuple(reads.prompt(first, end) for first, end in zip([0, *ends], ends, strict=False))
+        finally:
+            reads.close()
+
+    def _fetch_kv(self, nbytes: float) -> float:
+        self.kv_read += nbytes
+        return self.disk.fetch(nbytes, self.now)
+
+    def _wait_for_kv(self, call: KVCall, layer: int) -> None:
+        """Waits for the layer; what the call appended to the one before is written first, by the thread that waits."""
+        before = self.kv_queue.current
+        if before != layer and before in call.going and call.written_bytes and self.store is not None:
+            rate = self.store.write_rate() or self.disk.rate
+            self._until(self.disk.fetch(call.written_bytes, self.now, rate))
+            self.disk.bytes -= call.written_bytes  # no read
+        self._until(self.kv_queue.wait(call, layer))
 
     def _until(self, then: float) -> None:
         self.waited += max(0.0, then - self.now)
@@ -283,8 +333,13 @@ class _Player:
         for number, wait in enumerate(self.program.awaits):
             part = owner[wait.piece]
             share = self.pieces[wait.piece].bytes / bytes_of[part]
-            found.append(_Stage(part[0], kept.get(part, 0.0) * share, number))
-        rest = [_Stage(group, seconds) for (group, layer), seconds in kept.items() if (group, layer) not in bytes_of]
+            first = part[0] == "attention" and all((stage.group, stage.kv) != part for stage in found)
+            found.append(_Stage(part[0], kept.get(part, 0.0) * share, number, part[1] if first else -1))
+        rest = [
+            _Stage(group, seconds, kv=layer if group == "attention" else -1)
+            for (group, layer), seconds in kept.items()
+            if (group, layer) not in bytes_of
+        ]
         return (*rest, *found)
 
     def _seconds(self) -> dict[tuple[str, int], float]:

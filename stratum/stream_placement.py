@@ -6,11 +6,12 @@
 A piece of the weights file belongs to the part of the plan that most of its bytes belong to: `resident` parts stay,
 `streamed` ones are read at each use with as many pieces ahead as the plan has buffers (`depth`). The slots of `cached`
 experts are one cache over all layers, or with the scope "layer" equal shares; with the scope "global" resident experts
-are slots, too. The table of embeddings stays where the plan keeps it in memory, else its rows are read.
+are slots, too. The table of embeddings stays where the plan keeps it in memory, else its rows are read. Of keys and
+values as many layers stay as the plan has in memory; which, the runtime chooses, so that the others lie evenly between.
 
 Takes plans for this machine: one computing unit, everything at home in its memory or on a drive. Refuses, naming the
-part, what the runtime does not do (parts on other units, split experts, a KV cache on a drive, micro-batches), plans of
-other models and formats, and plans that do not fit the budget byte by byte (`DoesNotFit`).
+part, what the runtime does not do (parts on other units, split experts, micro-batches), plans of other models and
+formats, and plans that do not fit the budget byte by byte (`DoesNotFit`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from passes.place.placement import Placed, Placement, layer_numbers
 from runtime.eviction import POLICIES
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan, least_expert_bytes, live_bytes
+from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
 from stratum.memory_plan import AHEAD_BYTES, PROCESS_BYTES, Accounts, DoesNotFit, MemoryPlan, baseline_bytes, mib
 
 MEMORY = "dram"  # what the target `host` calls its memory; every other tier or storage is a place to read from
@@ -85,12 +87,16 @@ def stream_of_placement(
     """
     check_placement(manifest, placement, where)
     stays = stays_of(manifest, placement, where)
-    accounts, kept = Accounts(manifest, budget, baseline, num_slots), frozenset(stays.resident)
-    context = placement.session.context
+    kept, context = frozenset(stays.resident), placement.session.context
     if not 0 < context <= manifest.max_context:
         raise DiagnosticError(
             f"the plan has a context of {context}", where=where, expected=f"1 to {manifest.max_context}, the model's"
         )
+    accounts, limit = Accounts(manifest, budget, baseline, num_slots), None
+    away = kv_away(manifest, placement, where)
+    if away:
+        accounts = KVOnDisk(manifest, budget, baseline, num_slots)
+        accounts.kv_limit = limit = kv_limit(manifest, context, num_slots, manifest.kv.layers - away)
     live = max(live_bytes(manifest, program, kept) for program in manifest.programs)
     sizes = [piece.bytes for n, piece in enumerate(manifest.weights.pieces) if piece.kind == "dense" and n not in kept]
     wanted = min(max(live + AHEAD_BYTES, max(sizes, default=0) * max(1, placement.session.depth)), sum(sizes))
@@ -119,7 +125,19 @@ def stream_of_placement(
         short_tokens=short_tokens, short_bytes=short_bytes,
     )  # fmt: skip
     plan.check(manifest)
-    return MemoryPlan(plan, context)
+    return MemoryPlan(plan, context, limit)
+
+
+def kv_away(manifest: Manifest, placement: Placement, where: str) -> int:
+    """Layers whose keys and values lie on a drive by the plan. DiagnosticError where they cannot."""
+    there = [entry for entry in placement.kv if entry.tier != MEMORY]
+    if there and not waits_for_kv(manifest):
+        raise DiagnosticError(
+            f"the plan keeps kv {there[0].layers} on {there[0].tier}", where=where, expected=f"kv in {MEMORY}",
+            hint="the programs of this artifact do not wait for their cache: build it again",
+        )  # fmt: skip
+    layers = {layer for entry in there for layer in layer_numbers(entry.layers)}
+    return min(len(layers), manifest.kv.layers)
 
 
 def check_placement(manifest: Manifest, placement: Placement, where: str) -> None:
@@ -143,11 +161,6 @@ def check_placement(manifest: Manifest, placement: Placement, where: str) -> Non
     for what, value in (("micro-batches", placement.session.micro_batches), ("devices", placement.degrees.devices)):
         if value != 1:
             raise DiagnosticError(f"the plan has {value} {what}", where=where, expected="1: this machine has one unit")
-    for entry in placement.kv:
-        if entry.tier != MEMORY:
-            raise DiagnosticError(
-                f"the plan keeps kv {entry.layers} on {entry.tier}", where=where, expected=f"kv in {MEMORY}"
-            )
     units = dict.fromkeys([g.unit for g in placement.groups] + [g.prefill_unit or g.unit for g in placement.groups])
     for group in placement.groups:
         if group.mode == "split" or group.rest_unit or len(units) > 1:

@@ -32,6 +32,9 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 @click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
 @click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
+@click.option(
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="With --memory: for KV it has no room for."
+)
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
@@ -51,6 +54,7 @@ def bench(
     threads: tuple[int, ...] | None,
     memory: str | None,
     plan_file: Path | None,
+    kv_dir: Path | None,
     device: str,
     device_memory: str | None,
     output: str,
@@ -89,7 +93,7 @@ def bench(
     limit = api.memory_bytes(device_memory, "--device-memory")
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
-        threads=threads, memory=memory, plan=plan_file,
+        threads=threads, memory=memory, plan=plan_file, kv_dir=kv_dir,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     if choice.why and not quiet:
@@ -114,7 +118,7 @@ def bench(
         if on_gpu:
             opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit)
         else:
-            opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file)
+            opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file, kv_dir)
         with opened as session:
             measured = _measure(session, tests, repetitions, quiet)
         results += measured
@@ -141,18 +145,24 @@ def _limits_text(calibration: Calibration) -> str:
     return text
 
 
-def _on_cpu(path: Path, count: int | None, context: int | None, memory: int | None, plan_file: Path | None) -> Session:
+def _on_cpu(
+    path: Path, count: int | None, context: int, memory: int | None, plan_file: Path | None, kv_dir: Path | None
+) -> Session:
     """A session of `count` threads, with what a budget or a plan leaves in memory."""
+    from runtime.kv_stream import KVStreamOptions
     from runtime.session import Session
-    from stratum.memory_plan import plan_for
+    from stratum.kv_plan import plan_with_kv_on_disk
     from stratum.stream_placement import stream_for
 
-    plan = None
+    plan = kv_stream = None
     if plan_file is not None:
-        plan = stream_for(path, plan_file, memory, context).stream
+        plan = stream_for(path, plan_file, memory, context)
     elif memory is not None:
-        plan = plan_for(path, memory, context).stream
-    return Session(path, threads=count, max_context=context, stream=plan)
+        plan = plan_with_kv_on_disk(path, memory, context)
+    if plan is not None and plan.kv_bytes is not None:
+        kv_stream = KVStreamOptions(plan.kv_bytes, str(kv_dir) if kv_dir is not None else None)
+    stream = plan.stream if plan is not None else None
+    return Session(path, threads=count, max_context=context, stream=stream, kv_stream=kv_stream)
 
 
 def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions: int, quiet: bool) -> list[Result]:
@@ -167,6 +177,8 @@ def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions
         results.append(benchmark.measure(session, test, repetitions))
         if session.streamer is not None and before is not None and not quiet:
             click.echo(str(session.streamer.report().since(before)), err=True)
+        if session.kv_stream is not None and not quiet:
+            click.echo(str(session.kv_stream.report()), err=True)
     return results
 
 

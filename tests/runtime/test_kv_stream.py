@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 import stratum
 from runtime import RuntimeDiagnostic, Session, open_artifact
 from runtime.kv_spill import SpillOptions
-from runtime.kv_stream import KVStreamer, KVStreamOptions
+from runtime.kv_stream import KVStreamer, KVStreamOptions, going_layers
+from stratum.cli.bench import _on_cpu as on_cpu
 from stratum.kv_plan import plan_kv
 from stratum.memory_plan import DoesNotFit, plan_for
 from tests.runtime.conftest import KV_LAYERS
@@ -177,7 +179,9 @@ def test_an_artifact_without_waits_is_refused(artifact_path: Path) -> None:
         Session(artifact_path, kv_stream=KVStreamOptions(1 << 20))
 
 
-def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(kv_build: Callable[[str], Path]) -> None:
+def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(
+    kv_build: Callable[[str], Path], tmp_path: Path
+) -> None:
     path, context = kv_build("bf16"), 4096
     with pytest.raises(DoesNotFit) as told:
         plan_for(path, 1 << 20, context)
@@ -196,6 +200,34 @@ def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(kv_build: Calla
         np.testing.assert_array_equal(session.step(*inputs), wanted)
         assert session.memory().kv_committed <= limit
         assert streamer(session).report().read_bytes > 0
+    with on_cpu(path, 1, context, budget, None, tmp_path) as session:  # what `bench --memory` measures
+        np.testing.assert_array_equal(session.step(*inputs), wanted)
+        assert streamer(session).options.directory == str(tmp_path) and streamer(session).report().read_bytes > 0
+
+
+def test_a_trace_shows_what_was_read(artifact: Path, tmp_path: Path) -> None:
+    with opened(artifact) as plain:
+        limit = room(plain, 3, 703)
+    with opened(artifact, limit) as session:
+        for step in steps(0, [(500, 0), (200, 0)]):
+            session.step(*step)
+        with session.profile() as profile:
+            session.step([1, 2], [700, 701], [0, 0], [1])
+        assert 0 < sum(nbytes for _, _, _, nbytes in profile.reads) <= streamer(session).report().read_bytes
+        assert all(name.startswith("kv of layer ") for name, *_ in (*profile.reads, *profile.stalls)) and profile.stalls
+        profile.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["cat"] for event in events if event.get("name", "").startswith("kv of")} == {"read", "wait"}
+
+
+@given(layers=st.integers(0, 64), fit=st.integers(1, 80))
+def test_layers_that_go(layers: int, fit: int) -> None:
+    """Those that stay and those in memory at once are as many as fit."""
+    going, at_once = going_layers(layers, fit)
+    assert going == sorted(set(going)) and all(0 <= layer < layers for layer in going)
+    assert layers - len(going) + min(at_once, len(going)) == min(layers, fit)
+    if fit > 1:
+        assert set(going_layers(layers, fit + 1)[0]) <= set(going)
 
 
 def test_what_weights_leave_is_the_caches(kv_build: Callable[[str], Path]) -> None:

@@ -39,7 +39,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def apart(artifact: Path, *, plan: Path | None, **request: object) -> Measured:
     answer = measure_run._answer({"artifact": str(artifact), "plan": str(plan) if plan else "", **request})
     prefill, decode = (Phase(**answer[name]) for name in ("prefill", "decode"))
-    return Measured(prefill, decode, answer["peak_bytes"], answer["stream"])
+    return Measured(prefill, decode, answer["peak_bytes"], answer["stream"], answer["kv_bytes"])
 
 
 def asked(model: Path, **changes: object) -> PlanRequest:

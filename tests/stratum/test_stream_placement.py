@@ -19,7 +19,7 @@ from hw_targets.target import ComputeUnit, MemoryTier, Storage, StoragePoint, Ta
 from ir.diagnostics import DiagnosticError
 from passes.place.machine import machine_of
 from passes.place.pins import parse_pin
-from passes.place.placement import Degrees, ExpertCache, Placed, PlacedKV, Placement
+from passes.place.placement import Degrees, ExpertCache, Placed, Placement
 from passes.place.problem import Problem
 from passes.place.problem import Session as Asked
 from passes.place.solve import NoFit, solve
@@ -143,7 +143,6 @@ REFUSED: list[tuple[str, Callable[[Placement], Placement]]] = [
     ("attention 0-1 resident on ssd", lambda p: changed(p, "attention", tier="ssd")),
     ("says nothing of attention 1", lambda p: changed(p, "attention", layers="0")),
     ("'x' are no layers", lambda p: changed(p, "attention", layers="x")),
-    ("kv 0-1 on ssd", lambda p: dataclasses.replace(p, kv=(PlacedKV("0-1", "ssd", "cores", "bf16", 0),))),
     ("2 devices", lambda p: dataclasses.replace(p, degrees=Degrees(tensor=2))),
     ("2 micro-batches", lambda p: dataclasses.replace(p, session=dataclasses.replace(p.session, micro_batches=2))),
     ("context of 9999", lambda p: dataclasses.replace(p, session=dataclasses.replace(p.session, context=9999))),

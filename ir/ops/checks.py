@@ -103,3 +103,32 @@ def divided(dim: Dim, divisor: int, what: str) -> Dim:
     value = dim.scale if isinstance(dim, SymbolicDim) else dim
     expect(divisor > 0 and value % divisor == 0, f"expected {what} to be a multiple of {divisor}, got {dim}")
     return SymbolicDim(dim.name, value // divisor) if isinstance(dim, SymbolicDim) else value // divisor
+
+
+def sum_of(total: Dim, dim: Dim, index: int) -> Dim:
+    """The size of two joined dimensions: numbers add, multiples of one symbol add, others have no name."""
+    if total == 0:
+        return dim
+    if isinstance(total, int) and isinstance(dim, int):
+        return total + dim
+    if isinstance(total, SymbolicDim) and isinstance(dim, SymbolicDim) and total.name == dim.name:
+        return SymbolicDim(dim.name, total.scale + dim.scale)
+    raise InferenceError(f"expected sizes along the axis that add up, got {total} and {dim} at operand {index}")
+
+
+def count_of(shape: tuple[Dim, ...]) -> tuple[int, tuple[str, ...]]:
+    """(product of the numbers, sorted names of the symbols): equal for shapes of as many elements."""
+    count = 1
+    for dim in shape:
+        count *= dim.scale if isinstance(dim, SymbolicDim) else dim
+    return count, tuple(sorted(d.name for d in shape if isinstance(d, SymbolicDim)))
+
+
+def broadcast(a: Type, b: Type) -> TensorType:
+    """The larger of two tensors, the smaller of which has the trailing dimensions of the larger."""
+    first, second = float_tensor(a, "a"), float_tensor(b, "b")
+    same("elements of a and b", first.element, second.element)
+    large, small = (first, second) if first.rank >= second.rank else (second, first)
+    fits = large.shape[large.rank - small.rank :] == small.shape
+    expect(fits, f"expected equal shapes or one being the trailing dimensions of the other, got {first} and {second}")
+    return large

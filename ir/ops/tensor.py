@@ -13,11 +13,11 @@ import numpy as np
 
 from ir.attributes import SymbolRef
 from ir.formats import PackedArray, PlainFormat
-from ir.op_def import InferenceError, Op, attr, expect, operand, register_op, result
+from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.ops import checks, low_bit
 from ir.sizes import num_bytes, num_elements
 from ir.traits import Commutative, ConstantLike, Elementwise, Pure
-from ir.types import Dim, Layout, SymbolicDim, TensorType, Type
+from ir.types import Dim, SymbolicDim, TensorType, Type
 
 
 @register_op
@@ -96,7 +96,7 @@ class ConcatOp(Op):
             expect(rest == other, f"expected operands 0 and {i} to agree off axis {axis}, got {first} and {found}")
             expect(found.layout is None, f"expected operand {i} without a layout, got {found}")
             low_bit.expect_whole_blocks(first, axis, total)
-            total = _sum_of(total, found.shape[axis], i)
+            total = checks.sum_of(total, found.shape[axis], i)
         return first.with_shape(*first.shape[:axis], total, *first.shape[axis + 1 :])
 
     @staticmethod
@@ -104,17 +104,6 @@ class ConcatOp(Op):
         if isinstance(values[0], PackedArray):
             return low_bit.concatenate_rows(values, axis)
         return np.concatenate(values, axis=axis)
-
-
-def _sum_of(total: Dim, dim: Dim, index: int) -> Dim:
-    """The size of two joined dimensions: numbers add, multiples of one symbol add, others have no name."""
-    if total == 0:
-        return dim
-    if isinstance(total, int) and isinstance(dim, int):
-        return total + dim
-    if isinstance(total, SymbolicDim) and isinstance(dim, SymbolicDim) and total.name == dim.name:
-        return SymbolicDim(dim.name, total.scale + dim.scale)
-    raise InferenceError(f"expected sizes along the axis that add up, got {total} and {dim} at operand {index}")
 
 
 @register_op
@@ -173,7 +162,7 @@ class ReshapeOp(Op):
     def infer_types(x: Type, *, shape: tuple[Dim, ...]) -> TensorType:
         found = checks.tensor(x, "x")
         expect(found.layout is None, f"expected x without a layout, got {found}")
-        old, new = _count_of(found.shape), _count_of(shape)
+        old, new = checks.count_of(found.shape), checks.count_of(shape)
         expect(len(new[1]) <= 1, f"expected one symbolic dimension at most, got {', '.join(new[1])}")
         wanted = found.with_shape(*shape)
         expect(old == new, f"expected as many elements before as after, got {found} and {wanted}")
@@ -185,14 +174,6 @@ class ReshapeOp(Op):
         if isinstance(x, PackedArray):  # whose sizes are known
             return replace(x, shape=shape)
         return x.reshape([-1 if isinstance(d, SymbolicDim) else d for d in shape])
-
-
-def _count_of(shape: tuple[Dim, ...]) -> tuple[int, tuple[str, ...]]:
-    """(product of the numbers, sorted names of the symbols): equal for shapes of as many elements."""
-    count = 1
-    for dim in shape:
-        count *= dim.scale if isinstance(dim, SymbolicDim) else dim
-    return count, tuple(sorted(d.name for d in shape if isinstance(d, SymbolicDim)))
 
 
 @register_op
@@ -218,39 +199,6 @@ class CastOp(Op):
     @staticmethod
     def reference(x: np.ndarray, *, to: PlainFormat) -> np.ndarray:
         return x.astype(to.dtype)
-
-
-@register_op
-class LayoutOp(Op):
-    """A weight laid out in memory for a kernel: the same matrix, its type names where each element lies.
-
-    Example:
-        %p = tensor.layout %w {layout = strips<rows=16, pack=2>}
-            : (tensor<32 x 8 x bf16>) -> tensor<32 x 8 x bf16, strips<rows=16, pack=2>>
-    """
-
-    name = "tensor.layout"
-    traits = (Pure,)
-    w = operand("weight [n, k], or stacked weights [E, n, k]")
-    layout = attr(Layout, "where the elements lie")
-    laid_out = result("w, its type with the layout")
-
-    @staticmethod
-    def infer_types(w: Type, *, layout: Layout) -> TensorType:
-        found = checks.tensor(w, "w")
-        expect(found.rank in (2, 3), f"expected w of rank 2 or 3, got {found}")
-        expect(found.layout is None, f"expected w without a layout, got {found}")
-        expect(found.static, f"expected w of known size, got {found}")
-        sane = layout.rows > 0 and layout.pack > 0 and layout.interleave > 0
-        expect(sane, f"expected positive rows, pack and interleave, got {layout}")
-        n = found.shape[-2]
-        whole = isinstance(n, int) and n % layout.interleave == 0
-        expect(whole, f"expected n of w to be a multiple of interleave = {layout.interleave}, got {n}")
-        return TensorType(found.shape, found.element, layout)
-
-    @staticmethod
-    def reference(w: np.ndarray, *, layout: Layout) -> np.ndarray:
-        return w
 
 
 @register_op
@@ -314,16 +262,6 @@ def _rows_of(table: np.ndarray, index: np.ndarray, what: str) -> np.ndarray:
     return table[index]
 
 
-def _broadcast(a: Type, b: Type) -> TensorType:
-    """The larger of two tensors, the smaller of which has the trailing dimensions of the larger."""
-    first, second = checks.float_tensor(a, "a"), checks.float_tensor(b, "b")
-    checks.same("elements of a and b", first.element, second.element)
-    large, small = (first, second) if first.rank >= second.rank else (second, first)
-    fits = large.shape[large.rank - small.rank :] == small.shape
-    expect(fits, f"expected equal shapes or one being the trailing dimensions of the other, got {first} and {second}")
-    return large
-
-
 class _BinaryOp(Op):
     """What add and mul share. Unregistered."""
 
@@ -331,7 +269,7 @@ class _BinaryOp(Op):
 
     @staticmethod
     def infer_types(a: Type, b: Type) -> TensorType:
-        return _broadcast(a, b)
+        return checks.broadcast(a, b)
 
     def flops(self, sizes: dict[str, int]) -> int:
         return num_elements(self.results[0].type, sizes)

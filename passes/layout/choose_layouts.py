@@ -28,7 +28,8 @@ from typing import ClassVar
 from ir.core import Op, Value
 from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
 from ir.ops.fused import FusedOp
-from ir.ops.tensor import LayoutOp, SwigluOp
+from ir.ops.tensor import SwigluOp
+from ir.ops.tensor_layout import LayoutOp
 from ir.rewriter import PatternRewriter
 from ir.types import Layout, TensorType
 from passes.analysis.constants import is_constant_expression

@@ -15,6 +15,8 @@ LANES = 64
 MAX_LEVELS = 16  # of tables; the middles of shorter ones are followed by infinities
 MAGIC = np.float32(12582912.0)
 ZERO, ONE = np.float32(0), np.float32(1)
+Array = np.ndarray
+Real = np.float32
 # Rows of `work`.
 PEAK, LOW, HIGH, SCALE, ZEROS, ERROR, TRY, TRY_ZERO, INVERSE, BOTTOM, TOP, SUM, BELOW, CHOSEN, OTHER = (
     i * LANES for i in range(15)
@@ -25,8 +27,8 @@ TAME, UNTAME, NOT_FINITE = 0, 1, 2
 
 @jit
 def search_groups(
-    raw16: np.ndarray,
-    raw32: np.ndarray,
+    raw16: Array,
+    raw32: Array,
     narrow: bool,
     size: int,
     first: int,
@@ -36,24 +38,24 @@ def search_groups(
     ranges: bool,
     powers: bool,
     limit: int,
-    factors: np.ndarray,
-    shrink: np.ndarray,
-    middles: np.ndarray,
-    levels: np.ndarray,
-    bottom: np.float32,
-    top: np.float32,
-    safe: np.float32,
-    reach: np.float32,
-    split: np.float32,
-    step: np.float32,
-    low: np.float32,
-    high: np.float32,
-    order: np.ndarray,
-    channel: np.ndarray,
-    scales: np.ndarray,
-    zeros: np.ndarray,
-    state: np.ndarray,
-    codes: np.ndarray,
+    factors: Array,
+    shrink: Array,
+    middles: Array,
+    levels: Array,
+    bottom: Real,
+    top: Real,
+    safe: Real,
+    reach: Real,
+    split: Real,
+    step: Real,
+    low: Real,
+    high: Real,
+    order: Array,
+    channel: Array,
+    scales: Array,
+    zeros: Array,
+    state: Array,
+    codes: Array,
 ) -> None:
     """Groups first .. last-1, each `size` values of raw16 (bf16) or raw32 (f32), as bits.
 
@@ -122,9 +124,7 @@ def search_groups(
 
 
 @jit
-def _load(
-    raw16: np.ndarray, raw32: np.ndarray, narrow: bool, first: int, count: int, size: int, bits: np.ndarray
-) -> None:
+def _load(raw16: Array, raw32: Array, narrow: bool, first: int, count: int, size: int, bits: Array) -> None:
     """Groups first .. first+count-1 into bits [size, LANES] of floats; lanes behind them are zero."""
     for lane in range(LANES):
         at = (first + lane) * size
@@ -142,7 +142,7 @@ def _load(
 
 
 @jit
-def _begin(x: np.ndarray, size: int, work: np.ndarray) -> None:
+def _begin(x: Array, size: int, work: Array) -> None:
     """The first value of largest magnitude, and the range, of every lane; nothing is found yet."""
     for lane in range(LANES):
         work[PEAK + lane] = x[lane]
@@ -165,16 +165,7 @@ def _begin(x: np.ndarray, size: int, work: np.ndarray) -> None:
 
 
 @jit
-def _judge(
-    bits: np.ndarray,
-    size: int,
-    work: np.ndarray,
-    count: int,
-    low: np.float32,
-    high: np.float32,
-    state: np.ndarray,
-    start: int,
-) -> None:
+def _judge(bits: Array, size: int, work: Array, count: int, low: Real, high: Real, state: Array, start: int) -> None:
     """Whether groups are tame. Those that are not become zeros, which harm nothing."""
     largest = work.view(np.uint32)[SUM : SUM + LANES]  # exponents
     for lane in range(LANES):
@@ -200,7 +191,7 @@ def _judge(
 
 
 @jit
-def _rounded(scale: np.float32, split: np.float32) -> np.float32:
+def _rounded(scale: Real, split: Real) -> Real:
     if split == ZERO:
         return scale
     wide = scale * split
@@ -208,7 +199,7 @@ def _rounded(scale: np.float32, split: np.float32) -> np.float32:
 
 
 @jit
-def _rounded_up(scale: np.float32, split: np.float32, step: np.float32) -> np.float32:
+def _rounded_up(scale: Real, split: Real, step: Real) -> Real:
     rounded = _rounded(scale, split)
     if split == ZERO or rounded >= scale:
         return rounded
@@ -216,9 +207,7 @@ def _rounded_up(scale: np.float32, split: np.float32, step: np.float32) -> np.fl
 
 
 @jit
-def _clip_nothing(
-    work: np.ndarray, safe: np.float32, split: np.float32, step: np.float32, powers: bool, unsigned: bool
-) -> None:
+def _clip_nothing(work: Array, safe: Real, split: Real, step: Real, powers: bool, unsigned: bool) -> None:
     """The smallest scales that clip nothing, to TRY; what the factors are applied to, to OTHER."""
     for lane in range(LANES):
         work[TRY + lane] = abs(work[PEAK + lane]) * safe
@@ -235,14 +224,7 @@ def _clip_nothing(
 
 @jit
 def _range(
-    work: np.ndarray,
-    low_factor: np.float32,
-    high_factor: np.float32,
-    safe: np.float32,
-    split: np.float32,
-    step: np.float32,
-    up: bool,
-    top: np.float32,
+    work: Array, low_factor: Real, high_factor: Real, safe: Real, split: Real, step: Real, up: bool, top: Real
 ) -> None:
     """The scale and zero point of a shrunken range."""
     for lane in range(LANES):
@@ -256,9 +238,7 @@ def _range(
 
 
 @jit
-def _integers(
-    work: np.ndarray, start: int, count: int, trial: int, channel: np.ndarray, scales: np.ndarray, limit: int
-) -> None:
+def _integers(work: Array, start: int, count: int, trial: int, channel: Array, scales: Array, limit: int) -> None:
     """Integer scales under the channel scales, near those that were found without: 0, -1, +1, -2, +2 beside them."""
     most = np.float32(limit)
     offset = np.float32((trial + 1) // 2 * (1 - 2 * (trial % 2)))
@@ -281,7 +261,7 @@ def _integers(
 
 
 @jit
-def _measure_linear(x: np.ndarray, size: int, work: np.ndarray) -> None:
+def _measure_linear(x: Array, size: int, work: Array) -> None:
     """Squared distances to the nearest integers, to SUM."""
     for j in range(size):
         for lane in range(LANES):
@@ -294,9 +274,7 @@ def _measure_linear(x: np.ndarray, size: int, work: np.ndarray) -> None:
 
 
 @jit
-def _measure_table(
-    x: np.ndarray, size: int, work: np.ndarray, m: np.ndarray, levels: np.ndarray, lowest: np.float32
-) -> None:
+def _measure_table(x: Array, size: int, work: Array, m: Array, levels: Array, lowest: Real) -> None:
     """Squared distances to the levels of a table, to SUM. The comparisons are written out: they stay in registers."""
     m0, m1, m2, m3, m4, m5, m6, m7 = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
     m8, m9, m10, m11, m12, m13, m14 = m[8], m[9], m[10], m[11], m[12], m[13], m[14]
@@ -327,7 +305,7 @@ def _measure_table(
 
 
 @jit
-def _keep(work: np.ndarray, ranges: bool, reach: np.float32, top: np.float32) -> None:
+def _keep(work: Array, ranges: bool, reach: Real, top: Real) -> None:
     """Takes over what is better and clips no more than it may."""
     for lane in range(LANES):
         scale, zero = work[TRY + lane], work[TRY_ZERO + lane]
@@ -347,15 +325,7 @@ def _keep(work: np.ndarray, ranges: bool, reach: np.float32, top: np.float32) ->
 
 
 @jit
-def _fit(
-    x: np.ndarray,
-    size: int,
-    work: np.ndarray,
-    linear: bool,
-    middles: np.ndarray,
-    levels: np.ndarray,
-    lowest: np.float32,
-) -> None:
+def _fit(x: Array, size: int, work: Array, linear: bool, middles: Array, levels: Array, lowest: Real) -> None:
     """Sums of value * level, to SUM, and of level**2, to BELOW."""
     for j in range(size):
         for lane in range(LANES):
@@ -376,15 +346,15 @@ def _fit(
 
 @jit
 def _write_codes(
-    x: np.ndarray,
+    x: Array,
     size: int,
-    work: np.ndarray,
+    work: Array,
     linear: bool,
-    bottom: np.float32,
-    top: np.float32,
-    middles: np.ndarray,
-    order: np.ndarray,
-    codes: np.ndarray,
+    bottom: Real,
+    top: Real,
+    middles: Array,
+    order: Array,
+    codes: Array,
     start: int,
     count: int,
 ) -> None:

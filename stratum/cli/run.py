@@ -247,7 +247,10 @@ def _kept(session: AnySession) -> str:
     from stratum.progress import format_bytes
 
     if session.streamer is None:
-        return "on the GPU" if session.device_name else "mapped"
+        if not session.device_name:
+            return "mapped"
+        whole, there = session.manifest.weights.bytes, session.memory().weights
+        return "on the GPU" if there >= whole else f"on the GPU of {format_bytes(whole)}, which pass through"
     plan, report = session.streamer.plan, session.streamer.report()
     parts = [f"{format_bytes(report.resident_bytes)} of them stay"]
     if plan.window_bytes:
@@ -268,6 +271,11 @@ def _kv_kept(session: AnySession) -> str:
 
 def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_json: bool) -> None:
     """What was read, and what it cost."""
+    if link := getattr(session, "hybrid", None):
+        if as_json:
+            reporter.event("streaming", **vars(link))
+        elif not quiet:
+            click.echo(link.summary(), err=True)
     if session.streamer is None:
         return
     from runtime.process_memory import peak_resident_bytes

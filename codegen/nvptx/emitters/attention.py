@@ -7,6 +7,7 @@ from codegen.kernels.call import SizeArgument, rows_of, structure_key
 from codegen.nvptx.kernels.attention import prefill_kernel
 from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
+from codegen.nvptx.kernels.decode import ROWS
 from codegen.nvptx.kernels.rope import rope_table_kernel
 from codegen.nvptx.kernels.rope_append import WARPS, HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kv_planes import KvPlanes
@@ -133,7 +134,7 @@ def _of_tokens(
     context: GridContext,
 ) -> list[GridLaunch]:  # fmt: skip
     shape, scale, planes = common
-    splits = context.options.splits
+    splits = max(1, context.options.splits * ROWS // max(ROWS, context.few))  # twice the tokens, half the parts of each
     tokens = rows_of(y.type)
     parts = Temporary(TensorType((tokens, shape.heads, splits, shape.width), F32))
     sums = Temporary(TensorType((tokens, shape.heads, splits, 2), F32))

@@ -20,10 +20,10 @@ from bench.gpu_attention_cases import real_attention
 from bench.gpu_cases import GpuCase, real_cases
 from bench.gpu_device import DeviceArray, MeasuringDevice
 from bench.gpu_moe_cases import real_experts
-from bench.gpu_product_cases import real_products, real_wgmma
+from bench.gpu_product_cases import real_fp8, real_products, real_wgmma
 from bench.measure import median, table
-from codegen.nvptx.compile import compile_ptx
-from codegen.nvptx.lowering import HOPPER, for_hopper
+from codegen.nvptx.compile import compile_ptx, runs_on
+from codegen.nvptx.lowering import HOPPER
 from runtime.cuda.device import CudaDevice, open_device
 from runtime.cuda.driver import NoDevice
 
@@ -138,7 +138,7 @@ def report(device: MeasuringDevice, rows: Sequence[Measured], copy: float) -> st
 
 def all_cases() -> list[GpuCase]:
     """Every kernel at sizes of a real model."""
-    return [*real_cases(), *real_products(), *real_wgmma(), *real_attention(), *real_experts()]
+    return [*real_cases(), *real_products(), *real_wgmma(), *real_fp8(), *real_attention(), *real_experts()]
 
 
 def main(
@@ -157,9 +157,7 @@ def main(
         print(f"bench.gpu: {refusal}", file=sys.stderr)
         return 2
     architecture = HOPPER if device.architecture == "sm_90" else device.architecture
-    chosen = [
-        c for c in cases() if c.name.startswith(options.only) and (architecture == HOPPER or not for_hopper(c.kernel))
-    ]
+    chosen = [c for c in cases() if c.name.startswith(options.only) and runs_on(c.kernel, architecture)]
     if not chosen:
         print(f"bench.gpu: no kernel begins with {options.only!r}", file=sys.stderr)
         return 2

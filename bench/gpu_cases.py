@@ -19,7 +19,7 @@ from codegen.nvptx.kernels.gemm import GemmShape, gemm_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
 from ir.builder import Builder
 from ir.core import Block, Op
-from ir.formats import BF16, GroupedIntFormat, PackedArray, PlainFormat
+from ir.formats import BF16, F8E4M3, FP8Format, GroupedIntFormat, PackedArray, PlainFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
 from ir.types import SymbolicDim, TensorType, Type
@@ -90,6 +90,11 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], element: PlainForm
 def packed_weights(rng: np.random.Generator, layout: Fragments, format: Any) -> tuple[list[np.ndarray], np.ndarray]:
     """Weights in the order of the fragments, as codes and scales, and as numbers."""
     n, k = layout.n, layout.k
+    if isinstance(format, FP8Format):
+        codes = numbers(rng, (n, k), F8E4M3).view(np.uint8)
+        scales = (rng.random((-(-n // format.block_rows), format.groups(k)), np.float32) + 1) / 64
+        fp8 = PackedArray(format, (n, k), codes, scales)
+        return [layout.codes(fp8), layout.scales(fp8)], format.unpack(fp8)
     if not isinstance(format, GroupedIntFormat):
         w = numbers(rng, (n, k))
         return [layout.codes(w)], w

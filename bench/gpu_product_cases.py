@@ -17,7 +17,7 @@ from codegen.nvptx.kernels.int8 import (
     gemm_int8_kernel,
     quantize_rows_kernel,
 )
-from ir.formats import BF16, GroupedIntFormat
+from ir.formats import BF16, F8E4M3, I8, FP8Format, GroupedIntFormat, PlainFormat
 
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
 
@@ -50,20 +50,27 @@ def small_products() -> list[GpuCase]:
 
 
 def _int8(
-    name: str, m: int, n: int, k: int, format: GroupedIntFormat, group: int, shape: PackedShape | None = None
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    format: GroupedIntFormat | FP8Format,
+    group: int,
+    shape: PackedShape | None = None,
 ) -> GpuCase:
-    layout, of_x = Fragments.of(n, k, format), ActivationScales(k, group)
+    made = Fragments.of_fp8(n, k, format) if isinstance(format, FP8Format) else Fragments.of(n, k, format)
+    layout, of_x = made, ActivationScales(k, group)
     held: dict[str, np.ndarray] = {}
 
     def make(rng: np.random.Generator) -> list[Any]:
         weights, held["w"] = packed_weights(rng, layout, format)
         scales = (rng.random(of_x.count(m), np.float32) + 1) / 128
-        x = rng.integers(-127, 128, (m, k)).astype(np.int8)
+        x = numbers(rng, (m, k), F8E4M3) if layout.fp8 else rng.integers(-127, 128, (m, k)).astype(np.int8)
         return [*weights, x, scales, np.full((m, n), np.nan, np.float32), m]
 
     def meant(a: Sequence[Any]) -> list[np.ndarray]:
         scales = a[3].reshape(of_x.groups, -1)[:, :m].T
-        return [products_of(a[2] * np.repeat(scales, k // of_x.groups, axis=1), held["w"])]
+        return [products_of(a[2].astype(np.float32) * np.repeat(scales, k // of_x.groups, axis=1), held["w"])]
 
     moved = layout.nbytes + m * (k + 4 * n) + 4 * of_x.count(m)
     if name.startswith("decode"):
@@ -74,20 +81,40 @@ def _int8(
     return GpuCase(name, kernel, blocks, make, meant, (4,), moved, 2 * m * n * k, 1e-4)
 
 
-def _rounding(name: str, rows: int, k: int, group: int) -> GpuCase:
+def real_fp8() -> list[GpuCase]:
+    """Weights in f8e4m3 with activations in f8e4m3, from sm_89 on."""
+    format = FP8Format(F8E4M3)
+    return [
+        _int8("decode_fp8_m1", 1, 14336, 4096, format, 0), _int8("gemm_fp8", 4096, 14336, 4096, format, 0),
+        _rounding("quantize_rows_fp8", 8192, 4096, 128, F8E4M3),
+    ]  # fmt: skip
+
+
+def small_fp8() -> list[GpuCase]:
+    """The same kernels, a few blocks each."""
+    format = FP8Format(F8E4M3, 1, 64)
+    return [
+        _int8("decode_fp8", 3, 40, 192, format, 0),
+        _int8("gemm_fp8", 17, 40, 128, format, 128, PackedShape(16, 2, 16, 1, 2)),
+        _rounding("quantize_rows_fp8", 2, 192, 64, F8E4M3),
+    ]
+
+
+def _rounding(name: str, rows: int, k: int, group: int, to: PlainFormat = I8) -> GpuCase:
     of_x = ActivationScales(k, group)
 
     def make(rng: np.random.Generator) -> list[Any]:
         x = numbers(rng, (rows, k))
-        return [x, np.zeros((rows, k), np.int8), np.zeros(of_x.count(rows), np.float32), rows]
+        return [x, np.zeros((rows, k), to.dtype), np.zeros(of_x.count(rows), np.float32), rows]
 
     def meant(a: Sequence[Any]) -> list[np.ndarray]:
         grouped = a[0].astype(np.float32).reshape(rows, of_x.groups, -1)
         largest = np.abs(grouped).max(axis=-1, keepdims=True)
-        return [np.rint(grouped * (np.float32(127) / largest)).reshape(rows, k)]
+        scaled = (grouped * (np.float32(127 if to == I8 else 448) / largest)).reshape(rows, k)
+        return [np.rint(scaled) if to == I8 else scaled.astype(to.dtype)]
 
-    kernel = quantize_rows_kernel(of_x, name, BF16)
-    return GpuCase(name, kernel, rows, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, 1 / 254)
+    kernel, tolerance = quantize_rows_kernel(of_x, name, BF16, to), 1 / 254 if to == I8 else 1 / 16
+    return GpuCase(name, kernel, rows, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, tolerance)
 
 
 def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) -> GpuCase:

@@ -32,6 +32,7 @@ _ELEMENTS = {
     "i1": "i1",
     "i8": "i8",
     "u8": "i8",
+    "f8e4m3": "i8",  # stored only; GPUs make and multiply it
     "i32": "i32",
     "i64": "i64",
 }

@@ -12,7 +12,7 @@ from codegen.llvm.lowering import FunctionEmitter, literal, llvm_element, llvm_t
 from codegen.llvm.team import TICKETS_AT
 from ir.core import Value
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.formats import BF16, F16, F32, I1, I32, I64, U8
+from ir.formats import BF16, F8E4M3, F16, F32, I1, I32, I64, U8
 from ir.ops import tile, tile_control, tile_convert, tile_lanes, tile_memory, tile_products
 from ir.ops.tile_types import element_of, is_float, lanes_of, with_element
 from ir.types import VectorType
@@ -195,6 +195,9 @@ def _cast(e: FunctionEmitter, op: tile_convert.CastOp) -> None:
         e.define(op.out, _from_bf16(e, op.x))
     elif F16 in (have, want):
         _cast_f16(e, op)
+    elif F8E4M3 in (have, want):
+        message = f"no instructions cast {op.x.type} to {want}"
+        raise DiagnosticError.of(Diagnostic("error", message, op.location))
     elif have.is_float and want.is_float:
         e.define(op.out, f"{'fpext' if want.bits > have.bits else 'fptrunc'} {e.typed(op.x)} to {target}")
     elif have.is_float:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, GroupedIntFormat, PackedArray
+from ir.formats import BF16, F8E4M3, F16, F32, FP8Format, GroupedIntFormat, PackedArray, PlainFormat
 
 TILE, CHUNK, SEGMENT = 16, 64, 32
 
@@ -30,13 +30,15 @@ TILE, CHUNK, SEGMENT = 16, 64, 32
 class Fragments:
     """The layout of a matrix [n, k] of `bits` 16 (bf16), 8 or 4; `group` columns share a scale, 0 without scales.
 
-    Codes of other widths lie in the next one that there is, as the codes of the same levels.
+    Codes of other widths lie in the next one that there is, as the codes of the same levels. With `fp8` codes are
+    f8e4m3 and scales f32, else codes are integers and scales f16.
     """
 
     n: int
     k: int
     bits: int
     group: int = 0
+    fp8: bool = False
 
     @classmethod
     def of(cls, n: int, k: int, format: object) -> Fragments:
@@ -60,6 +62,20 @@ class Fragments:
         if message:
             raise DiagnosticError(message)
         return cls(n, k, 16)
+
+    @classmethod
+    def of_fp8(cls, n: int, k: int, format: FP8Format) -> Fragments:
+        """Of f8e4m3 with scales of rows or of blocks. Raises DiagnosticError for others."""
+        group = format.block_cols or k
+        if k % CHUNK or k == 0 or format.element != F8E4M3 or group % CHUNK or k % group:
+            message = f"{format} of {k} columns has no product on GPUs"
+            expected = f"f8e4m3 with scales of rows, or of blocks of a multiple of {CHUNK} columns that divides them"
+            raise DiagnosticError(message, expected=expected)
+        return cls(n, k, 8, group, True)
+
+    @property
+    def scale_element(self) -> PlainFormat:
+        return F32 if self.fp8 else F16
 
     @property
     def tiles(self) -> int:
@@ -91,16 +107,19 @@ class Fragments:
     @property
     def nbytes(self) -> int:
         """Codes and scales."""
-        scales = self.tiles * TILE * self.k // self.group * 2 if self.group else 0
+        each = self.scale_element.dtype.itemsize
+        scales = self.tiles * TILE * self.k // self.group * each if self.group else 0
         return self.code_bytes + scales
 
     # -- packing
 
     def codes(self, w: np.ndarray | PackedArray) -> np.ndarray:
         """int32 words [tiles, chunks, loads, 32 lanes, 4], flat."""
-        plain = isinstance(w, PackedArray)
-        zero = 1 << (self.bits - 1) if plain else 0  # the code that means 0
-        if isinstance(w, PackedArray):
+        signed = isinstance(w, PackedArray) and not self.fp8
+        zero = 1 << (self.bits - 1) if signed else 0  # the code that means 0
+        if isinstance(w, PackedArray) and self.fp8:
+            numbers = w.code_array()
+        elif isinstance(w, PackedArray):
             numbers = w.code_array() + np.uint8(zero - (1 << (w.format.bits - 1)))
         else:
             numbers = w.view(np.uint16)
@@ -127,9 +146,10 @@ class Fragments:
         return np.moveaxis(words, 3, 4).reshape(tiles, chunks, 2, 32, 4)
 
     def scales(self, w: PackedArray) -> np.ndarray:
-        """f16 [tiles, units, 8, 2 rows, groups of a unit], flat."""
-        padded = np.zeros((self.tiles * TILE, self.k // self.group), np.float16)
-        padded[: self.n] = w.scales
+        """[tiles, units, 8, 2 rows, groups of a unit] of `scale_element`, flat; those of blocks are repeated."""
+        padded = np.zeros((self.tiles * TILE, self.k // self.group), self.scale_element.dtype)
+        rows = w.format.block_rows if isinstance(w.format, FP8Format) else 1
+        padded[: self.n] = np.repeat(w.scales, rows, axis=0)[: self.n]
         shape = (self.tiles, 2, 8, -1, self.groups_of_unit)
         return np.ascontiguousarray(padded.reshape(shape).transpose(0, 3, 2, 1, 4)).reshape(-1)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from codegen.llvm.lowering import LOWERINGS, llvm_element, llvm_type
 from codegen.nvptx.lowering import GridEmitter, grid_lowering
 from ir.core import Value
-from ir.formats import BF16, F16, F32, I8
+from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.formats import BF16, F8E4M3, F16, F32, I8
 from ir.ops import grid, grid_async, grid_matrix, tile_control, tile_convert, tile_memory
 from ir.ops.tile_types import element_of, lanes_of
 from ir.types import Type, VectorType
@@ -111,12 +112,28 @@ def _async_wait(e: GridEmitter, op: grid_async.AsyncWaitOp) -> None:
 
 @grid_lowering(tile_convert.CastOp)
 def _cast(e: GridEmitter, op: tile_convert.CastOp) -> None:
+    if (element_of(op.x.type), op.to) == (F32, F8E4M3):
+        _to_fp8(e, op)
+        return
     if (element_of(op.x.type), op.to) != (F32, BF16):
         LOWERINGS[tile_convert.CastOp](e, op)
         return
     shape = f"<{lanes_of(op.x.type)} x bfloat>" if isinstance(op.x.type, VectorType) else "bfloat"
     narrow = e.assign(f"fptrunc {e.typed(op.x)} to {shape}")
     e.define(op.out, f"bitcast {shape} {narrow} to {llvm_type(op.out.type)}")
+
+
+def _to_fp8(e: GridEmitter, op: tile_convert.CastOp) -> None:
+    """Two numbers in one instruction, the second in the upper byte."""
+    lanes = lanes_of(op.x.type)
+    if lanes % 2:
+        raise DiagnosticError.of(Diagnostic("error", f"{op.x.type} is cast to f8e4m3 on GPUs in pairs", op.location))
+    made = "poison"
+    for i in range(0, lanes, 2):
+        pair = [f"float {e.assign(f'extractelement {e.typed(op.x)}, i64 {i + up}')}" for up in (1, 0)]
+        both = e.assign(e.intrinsic("llvm.nvvm.ff.to.e4m3x2.rn", "i16", *pair))
+        made = e.assign(f"insertelement <{lanes // 2} x i16> {made}, i16 {both}, i64 {i // 2}")
+    e.define(op.out, f"bitcast <{lanes // 2} x i16> {made} to {llvm_type(op.out.type)}")
 
 
 @grid_lowering(grid.Exp2Op)
@@ -190,6 +207,13 @@ def _gather(e: GridEmitter, struct: str, kind: str, made: str, count: int) -> st
     return vector
 
 
+_PRODUCTS = {
+    BF16: "m16n8k16.row.col.bf16",
+    I8: "m16n8k32.row.col.s8",
+    F8E4M3: "m16n8k32.row.col.f32.e4m3.e4m3.f32",
+}
+
+
 @grid_lowering(grid_matrix.MmaOp)
 def _mma(e: GridEmitter, op: grid_matrix.MmaOp) -> None:
     element = element_of(op.a.type)
@@ -200,7 +224,7 @@ def _mma(e: GridEmitter, op: grid_matrix.MmaOp) -> None:
         name = "llvm.nvvm.mma.m16n8k16.row.col.f32.f32"
         arguments = [f"<2 x half> {e.assign(f'bitcast i32 {w} to <2 x half>')}" for w in factors]
     else:
-        name = f"llvm.nvvm.mma.{'m16n8k32.row.col.s8' if element == I8 else 'm16n8k16.row.col.bf16'}"
+        name = f"llvm.nvvm.mma.{_PRODUCTS[element]}"
         arguments = [f"i32 {w}" for w in factors]
     struct = f"{{{', '.join([number] * 4)}}}"
     made = e.assign(e.intrinsic(name, struct, *arguments, *sums))

@@ -14,9 +14,10 @@ from codegen.llvm.lowering import LOWERINGS, FunctionEmitter, llvm_type
 from codegen.nvptx.builder import GridKernel
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
+from ir.formats import F8E4M3
 from ir.ops import grid, tile_control, tile_memory
 from ir.ops.builtin import ReturnOp
-from ir.types import BufferType
+from ir.types import BufferType, VectorType
 
 STATIC_SHARED_BYTES = 48 << 10  # more than this is asked for at the launch
 MAX_SHARED_BYTES = 99 << 10  # of a block on sm_89, the least of the three (CUDA C Programming Guide, 16.2)
@@ -66,6 +67,12 @@ class GridEmitter(FunctionEmitter):
 def for_hopper(kernel: GridKernel) -> bool:
     """Whether a kernel has ops that only `HOPPER` has."""
     return any(type(op).__module__ in _HOPPER_FILES for op in kernel.func.walk())
+
+
+def multiplies_fp8(kernel: GridKernel) -> bool:
+    """Whether a kernel has products or casts of f8e4m3, which begin with sm_89."""
+    types = (v.type for op in kernel.func.walk() for v in (*op.operands, *op.results))
+    return any(isinstance(t, VectorType) and t.element == F8E4M3 for t in types)
 
 
 def shared_places(kernel: GridKernel) -> dict[Value, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ir.formats import BF16, F16, F32, I8, I32
+from ir.formats import BF16, F8E4M3, F16, F32, I8, I32
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.ops.tile_types import element_of
 from ir.traits import Synchronizes
@@ -51,7 +51,8 @@ def from_fragments(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) ->
 class MmaOp(Op):
     """c + a @ b for c [16, 8], a [16, k], b [k, 8]: one product of a warp. Every lane of the warp is here.
 
-    Factors of bf16 or f16 have k = 16 and sums in f32; of i8 k = 32 and sums in i32. Element i of a lane is, for c: row
+    Factors of bf16 or f16 have k = 16 and sums in f32; of f8e4m3 (from sm_89 on) k = 32 and sums in f32; of i8 k = 32
+    and sums in i32. Element i of a lane is, for c: row
     g (+ 8 for i >= 2), column 2q + i mod 2. Of 16 bits, for a: row g (+ 8 for i in 2, 3, 6, 7), column 2q + i mod 2
     (+ 8 for i >= 4); for b: row 2q + i mod 2 (+ 8 for i >= 2), column g. Of 8 bits, for a: row g (+ 8 for i in 4 .. 7,
     12 .. 15), column 4q + i mod 4 (+ 16 for i >= 8); for b: row 4q + i mod 4 (+ 16 for i >= 4), column g. The order of
@@ -63,14 +64,14 @@ class MmaOp(Op):
     name = "grid.mma"
     traits = (Synchronizes,)
     c = operand("4 x f32 or i32")
-    a = operand("8 x bf16 or f16, 16 x i8")
+    a = operand("8 x bf16 or f16, 16 x i8 or f8e4m3")
     b = operand("half as many of the same")
     out = result("type of c")
 
     @staticmethod
     def infer_types(c: Type, a: Type, b: Type) -> Type:
         element = element_of(a)
-        expect(element in (BF16, F16, I8), f"expected bf16, f16 or i8 factors, got {a}")
+        expect(element in (BF16, F16, I8, F8E4M3), f"expected bf16, f16, i8 or f8e4m3 factors, got {a}")
         sums = VectorType(4, I32 if element == I8 else F32)
         expect(c == sums, f"expected {sums} to add to, got {c}")
         lanes = 128 // element.bits

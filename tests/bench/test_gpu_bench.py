@@ -14,7 +14,7 @@ from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_device import MeasuringDevice
 from bench.gpu_moe_cases import small_experts
-from bench.gpu_product_cases import small_products, small_wgmma
+from bench.gpu_product_cases import small_fp8, small_products, small_wgmma
 from codegen.nvptx.builder import GridKernel
 from runtime.cuda.device import open_device
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
@@ -39,7 +39,7 @@ def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
 
 
 def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [*small_cases(), *small_products(), *small_wgmma(), *small_attention(), *small_experts()]
+    cases = [*small_cases(), *small_products(), *small_wgmma(), *small_fp8(), *small_attention(), *small_experts()]
     assert run(cases, "--check") == 0
     said = capsys.readouterr().out
     assert "emulated GPU, PTX for sm_90" in said and "WRONG" not in said

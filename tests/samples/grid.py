@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ir.formats import BF16, F16, F32, F64, I1, I8, I32, I64, PlainFormat
+from ir.formats import BF16, F8E4M3, F16, F32, F64, I1, I8, I32, I64, PlainFormat
 from ir.types import INDEX, BufferType, ScalarType, VectorType
 from tests.samples.base import Fault, Sample, Stored, fault, low_sample
 
@@ -43,6 +43,7 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.mma", "bf16", v(1, 2, 3, 4, element=F32), v(*range(8)), v(1, -1, 0.5, 2)),
     low_sample("grid.mma", "f16", v(*[0] * 4, element=F32), v(*range(8), element=F16), v(*range(4), element=F16)),
     low_sample("grid.mma", "i8", v(7, 0, -7, 2**31 - 1, element=I32), BYTES, -BYTES[:8]),
+    low_sample("grid.mma", "f8e4m3", v(1, 2, 3, 4, element=F32), *(v(*range(n), element=F8E4M3) for n in (16, 8))),
     low_sample("grid.load_matrix", "one_row", ROWS, 8),
     low_sample("grid.load_matrix", "transposed", ROWS, 0, transposed=True),
     low_sample("grid.init_barrier", "second", BARRIERS, 1),
@@ -73,7 +74,13 @@ FAULTS: tuple[Fault, ...] = (
     fault("grid.async_copy", "expected an i1 condition, got f32", SHARED, INDEX, GLOBAL, INDEX, F),
     fault("grid.async_wait", "expected 0 or more groups, got -1", pending=-1),
     fault("grid.mma", "expected vector<4 x f32> to add to, got f32", F, VectorType(8, BF16), VectorType(4, BF16)),
-    fault("grid.mma", "expected bf16, f16 or i8 factors", VectorType(4, F32), VectorType(8, F32), VectorType(4, F32)),
+    fault(
+        "grid.mma",
+        "expected bf16, f16, i8 or f8e4m3 factors",
+        VectorType(4, F32),
+        VectorType(8, F32),
+        VectorType(4, F32),
+    ),
     fault("grid.mma", "expected vector<4 x i32> to add to", VectorType(4, F32), VectorType(16, I8), VectorType(8, I8)),
     fault(
         "grid.mma",

@@ -18,7 +18,7 @@ from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
 from codegen.nvptx.kernels.gate import check_gate_up, gated
 from codegen.nvptx.kernels.weight_factors import add_scaled, left_factor
 from codegen.tile_builder import Buffer, Expr
-from ir.formats import BF16, F16, F32, I32, PlainFormat
+from ir.formats import BF16, F32, I32, PlainFormat
 
 ROWS = 8  # of x that one product of the matrix unit takes
 WARPS = 8
@@ -29,14 +29,14 @@ def decode_kernel(
     layout: Fragments, name: str, *, rows: int = ROWS, warps: int = WARPS, ahead: int = 0, out: PlainFormat = F32,
     gate_up: bool = False,
 ) -> GridKernel:  # fmt: skip
-    """A kernel (codes i32, [scales f16,] x bf16 [m, k], y f32 or bf16 [m, n], m) for up to `rows` rows, 8 or 16.
+    """A kernel (codes i32, [scales,] x bf16 [m, k], y f32 or bf16 [m, n], m) for up to `rows` rows, 8 or 16.
 
     It is launched with `layout.tiles` blocks. `ahead` chunks of a warp are loaded at once (0: 64 bytes a lane or more).
     With `gate_up` y is [m, n / 2].
     """
     k = GridBuilder(name, warps * WARP)
     codes = k.buffer("codes", I32)
-    scales = k.buffer("scales", F16) if layout.group else None
+    scales = k.buffer("scales", layout.scale_element) if layout.group else None
     x, y, count = k.buffer("x", BF16), k.buffer("y", out), k.size("rows")
     part = DecodePart(k.block_id(), count, k.index(0))
     DecodeProduct(k, layout, (codes, scales), (x, y), part, rows, gate_up).build(ahead)

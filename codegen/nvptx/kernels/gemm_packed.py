@@ -17,7 +17,7 @@ from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
 from codegen.nvptx.kernels.gate import check_gate_up, gated
 from codegen.nvptx.kernels.weight_factors import add_scaled, left_factor
 from codegen.tile_builder import Buffer, Expr
-from ir.formats import BF16, F16, F32, I32, PlainFormat
+from ir.formats import BF16, F32, I32, PlainFormat
 
 ROWS = 8  # of x that one product of the matrix unit takes
 PIECE_BYTES = 16  # of a copy
@@ -68,13 +68,13 @@ def gemm_packed_kernel(
     *,
     gate_up: bool = False,
 ) -> GridKernel:
-    """A kernel (codes i32, [scales f16,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)` blocks.
+    """A kernel (codes i32, [scales,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)` blocks.
 
     With `gate_up` rows of w are in turns (`codegen.nvptx.kernels.gate`) and y [m, n / 2] is silu(gate) * up.
     """
     b = GridBuilder(name, shape.threads)
     codes = b.buffer("codes", I32)
-    scales = b.buffer("scales", F16) if layout.group else None
+    scales = b.buffer("scales", layout.scale_element) if layout.group else None
     x, y, m = b.buffer("x", BF16), b.buffer("y", out), b.size("rows")
     block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
     tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
@@ -111,7 +111,9 @@ class PackedGemm:
         self.pieces = CHUNK // self.piece
         self.held_x = b.shared(stages * shape.rows * CHUNK, self.element)
         self.held_codes = b.shared(stages * shape.tiles * self.code_words, I32)
-        self.held_scales = b.shared(stages * shape.tiles * self.scale_count, F16) if layout.group else None
+        self.held_scales = (
+            b.shared(stages * shape.tiles * self.scale_count, layout.scale_element) if layout.group else None
+        )
         self.thread = b.thread_id()
         self.lane, warp = b.lane_and_warp()
         across = shape.tiles // shape.warp_tiles
@@ -166,8 +168,8 @@ class PackedGemm:
         self._fetch_tiles(self.held_codes, self.codes, self.code_words, 4, layout.chunks, chunk, stage, there)
         if self.scales is not None and self.held_scales is not None:
             units = layout.chunks // layout.chunks_of_unit
-            unit = chunk // layout.chunks_of_unit
-            self._fetch_tiles(self.held_scales, self.scales, self.scale_count, 8, units, unit, stage, there)
+            unit, piece = chunk // layout.chunks_of_unit, PIECE_BYTES // layout.scale_element.dtype.itemsize
+            self._fetch_tiles(self.held_scales, self.scales, self.scale_count, piece, units, unit, stage, there)
         self._fetch_more(chunk, stage, there)
         b.async_commit()
 

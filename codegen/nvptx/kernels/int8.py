@@ -1,8 +1,9 @@
-"""Products of int8 activations with weights of 8 or 4 bits: y[m, n] = x[m, k] w[n, k] with sums in i32, then f32.
+"""Products of activations of 8 bits with weights of 8 or 4: y[m, n] = x[m, k] w[n, k] with sums in i32, then f32.
 
 A row of x has a scale for `group` columns or for all (`ActivationScales`); `quantize_rows_kernel` makes both. The
 weights are those of `codegen.nvptx.fragments`, the same bytes as for products in bf16, as i8 in registers. A sum of at
 most 64 columns stays below 2**22: begun with the bits of 1.5 * 2**23 it is a number in f32 without a conversion.
+Weights in f8e4m3 meet activations in f8e4m3, with sums in f32, from sm_89 on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTil
 from codegen.nvptx.kernels.weight_factors import add_int8, int8_left, int8_right, int8_zero
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
-from ir.formats import F16, F32, I8, I32, PlainFormat
+from ir.formats import F8E4M3, F32, I8, I32, PlainFormat
 
 _MANY = PackedShape()
 _QUAD = 4  # scales of rows that are copied together
@@ -59,6 +60,17 @@ def check_int8(layout: Fragments) -> None:
         raise DiagnosticError("int8 activations meet weights in bf16 on GPUs", expected="weights in q4_sym or q8_sym")
 
 
+def element_of_x(layout: Fragments) -> PlainFormat:
+    """What activations are rounded to."""
+    return F8E4M3 if layout.fp8 else I8
+
+
+def _buffers(k: GridBuilder, layout: Fragments) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+    """Codes and scales of w, those of x."""
+    codes, scales = k.buffer("codes", I32), k.buffer("scales", layout.scale_element)
+    return codes, scales, k.buffer("x", element_of_x(layout)), k.buffer("xs", F32)
+
+
 def decode_int8_kernel(
     layout: Fragments,
     x_scales: ActivationScales,
@@ -70,13 +82,13 @@ def decode_int8_kernel(
     out: PlainFormat = F32,
     gate_up: bool = False,
 ) -> GridKernel:
-    """A kernel (codes i32, scales f16, x i8 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for 8 or 16 rows at most.
+    """A kernel (codes i32, scales, x i8 or f8e4m3 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for `rows` rows.
 
     It is launched with `layout.tiles` blocks, as that of bf16 (`codegen.nvptx.kernels.decode`).
     """
     check_int8(layout)
     k = GridBuilder(name, warps * WARP)
-    codes, scales, x, held = k.buffer("codes", I32), k.buffer("scales", F16), k.buffer("x", I8), k.buffer("xs", F32)
+    codes, scales, x, held = _buffers(k, layout)
     y, count = k.buffer("y", out), k.size("rows")
     part = DecodePart(k.block_id(), count, k.index(0))
     product = _DecodeInt8(k, layout, (codes, scales), (x, y), part, rows, gate_up)
@@ -109,11 +121,11 @@ def _add_columns(
     k: GridBuilder, layout: Fragments, total: Expr, left: list[Expr], right: list[Expr], scale: Expr, x_scale: Expr
 ) -> Expr:
     """total and the products of a chunk."""
-    partial = int8_zero(k)
+    partial = int8_zero(k, layout)
     for s in range(2):
         partial = k.mma(partial, left[s], right[s])
         if layout.groups_of_unit == 2:
-            total, partial = add_int8(k, layout, total, partial, scale, s, x_scale), int8_zero(k)
+            total, partial = add_int8(k, layout, total, partial, scale, s, x_scale), int8_zero(k, layout)
     return total if layout.groups_of_unit == 2 else add_int8(k, layout, total, partial, scale, 0, x_scale)
 
 
@@ -126,13 +138,13 @@ def gemm_int8_kernel(
     *,
     gate_up: bool = False,
 ) -> GridKernel:
-    """A kernel (codes i32, scales f16, x i8 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for any number of rows.
+    """A kernel (codes i32, scales, x i8 or f8e4m3 [m, k], x_scales f32, y f32 or bf16 [m, n], m) for any m.
 
     It is launched with `shape.blocks(m, layout)` blocks, as that of bf16 (`codegen.nvptx.kernels.gemm_packed`).
     """
     check_int8(layout)
     b = GridBuilder(name, shape.threads)
-    codes, scales, x, held = b.buffer("codes", I32), b.buffer("scales", F16), b.buffer("x", I8), b.buffer("xs", F32)
+    codes, scales, x, held = _buffers(b, layout)
     y, m = b.buffer("y", out), b.size("rows")
     block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
     tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
@@ -141,9 +153,12 @@ def gemm_int8_kernel(
 
 
 class _Int8Gemm(PackedGemm):
-    element = I8
     x_scales: ActivationScales
     of_x: Buffer
+
+    @property
+    def element(self) -> PlainFormat:
+        return element_of_x(self.layout)
 
     def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> _Int8Gemm:
         self.x_scales, self.of_x = x_scales, of_x
@@ -187,21 +202,25 @@ class _Int8Gemm(PackedGemm):
         return made
 
 
+_LARGEST = {I8: 127.0, F8E4M3: 448.0}
 LANES = 8  # neighbouring columns of a thread
 _THREADS = 256
 
 
-def quantize_rows_kernel(x_scales: ActivationScales, name: str, element: PlainFormat = F32) -> GridKernel:
-    """A kernel (x [m, k] of `element`, codes i8 [m, k], scales f32, m), a block for each row.
+def quantize_rows_kernel(
+    x_scales: ActivationScales, name: str, element: PlainFormat = F32, to: PlainFormat = I8
+) -> GridKernel:
+    """A kernel (x [m, k] of `element`, codes i8 or f8e4m3 [m, k], scales f32, m), a block for each row.
 
-    A scale is the largest magnitude of its group / 127; codes are the nearest whole numbers of scales.
+    A scale is the largest magnitude of its group / 127, or 448; codes are the nearest numbers of scales.
     """
     group = x_scales.group
     if group & (group - 1) or group > WARP * LANES:
         message = f"activations are rounded in groups of {group} columns"
         raise DiagnosticError(message, expected=f"a power of two of at most {WARP * LANES}, or whole rows")
+    limit = _LARGEST[to]
     k = GridBuilder(name, _THREADS)
-    x, codes, scales, m = k.buffer("x", element), k.buffer("codes", I8), k.buffer("scales", F32), k.size("rows")
+    x, codes, scales, m = k.buffer("x", element), k.buffer("codes", to), k.buffer("scales", F32), k.size("rows")
     work = k.shared(_THREADS // WARP, F32)
     row, width = k.block_id(), x_scales.k
     stride, own = _stride(m), k.thread_id() * LANES
@@ -214,9 +233,10 @@ def quantize_rows_kernel(x_scales: ActivationScales, name: str, element: PlainFo
 
     def store(column: Expr, values: Expr, most: Expr) -> None:
         """A row of zeros has scale 0 and codes 0."""
-        factor = k.select(most.compare("gt", 0.0), 127.0 / most, 0.0)
+        factor = k.select(most.compare("gt", 0.0), limit / most, 0.0)
         with k.when(column.compare("lt", width)):
-            codes.store(row * width + column, k.round(values * factor).cast(I8))
+            numbers = values * factor
+            codes.store(row * width + column, (k.round(numbers) if to == I8 else numbers).cast(to))
 
     def combine(a: Expr, b: Expr) -> Expr:
         return a.max(b)
@@ -228,7 +248,7 @@ def quantize_rows_kernel(x_scales: ActivationScales, name: str, element: PlainFo
             most = k.warp_reduce(largest(values), combine, group // LANES)
             store(column, values, most)
             with k.when((column % group).compare("eq", 0) & column.compare("lt", width)):
-                scales.store(column // group * stride + row, most * (1.0 / 127.0))
+                scales.store(column // group * stride + row, most * (1.0 / limit))
         return k.grid_kernel()
     with k.loop(own, width, _THREADS * LANES, [k.f32(0.0)]) as loop:
         loop.carry(loop.carried[0].max(largest(load(loop.i))))
@@ -242,5 +262,5 @@ def quantize_rows_kernel(x_scales: ActivationScales, name: str, element: PlainFo
     with k.loop(own, width, _THREADS * LANES) as loop:
         store(loop.i, load(loop.i), most)
     with k.when(k.thread_id().compare("eq", 0)):
-        scales.store(row, most * (1.0 / 127.0))
+        scales.store(row, most * (1.0 / limit))
     return k.grid_kernel()

@@ -1,7 +1,7 @@
 """Weights in the order of `codegen.nvptx.fragments` as left factors of the matrix unit, in registers.
 
 Codes become bf16 exactly: of 4 bits in the mantissa of 128 with 136 taken away, two at a time; of 8 bits in that of
-2**23 as f32. Scales multiply the f32 sum over their group, so that nothing is rounded to 16 bits.
+2**23 as f32; f8e4m3 by moving its bits. Scales multiply the f32 sum over their group: nothing is rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.fragments import Fragments
 from codegen.tile_builder import Expr
-from ir.formats import BF16, F32, I8, I32
+from ir.formats import BF16, F8E4M3, F32, I8, I32
 from ir.types import VectorType
 
 _MAGIC_4 = 0x43004300  # 128.0 twice, as bf16: a code of 4 bits in its lowest bits makes 128 + code
@@ -22,6 +22,8 @@ def left_factor(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int
     """The 8 bf16 numbers of this lane for product m of segment s; `words`: its loads of the chunk, 4 i32 each."""
     if layout.bits == 16:
         return words[2 * s + m].bitcast(VectorType(8, BF16))
+    if layout.fp8:
+        return k.join(*(from_fp8(k, words[s].extract(2 * m + i // 2), i % 2) for i in range(4)))
     if layout.bits == 8:
         return k.join(*(from_bytes(k, words[s].extract(2 * m + half)) for half in range(2)))
     word = words[0].extract(2 * s + m)
@@ -42,6 +44,16 @@ def from_nibbles(k: GridBuilder, word: Expr, pair: int) -> Expr:
     return k.fma_pairs((bits | _MAGIC_4).bitcast(pairs), one, offset)
 
 
+def from_fp8(k: GridBuilder, word: Expr, half: int) -> Expr:
+    """Two f8e4m3 of a word as bf16: exponent and mantissa moved to theirs, and 2**120 for the other bias. Exact."""
+    low, high = (word, word.shifted_left(8)) if half == 0 else (word.shifted_right(16), word.shifted_right(8))
+    codes = (low & 0xFF) | (high & 0xFF0000)
+    bits = (codes & 0x800080).shifted_left(8) | (codes & 0x7F007F).shifted_left(4)
+    pairs = VectorType(2, BF16)
+    factor, zero = (k.constant(bits.type, number).bitcast(pairs) for number in (0x7B807B80, -0x7FFF8000))
+    return k.fma_pairs(bits.bitcast(pairs), factor, zero)
+
+
 def from_bytes(k: GridBuilder, word: Expr) -> Expr:
     """The four codes of a word, less 128, as bf16."""
     numbers = []
@@ -58,7 +70,7 @@ INT8_CODES = -0x7F7F7F80  # 128 in each byte of a word
 
 
 def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) -> Expr:
-    """The 16 codes of this lane for segment s as i8, without their zero point.
+    """The 16 codes of this lane for segment s as i8, without their zero point, or as f8e4m3.
 
     Codes of 4 bits come in the order 0, 2, 1, 3 of each four columns: `int8_right` takes x alike.
     """
@@ -68,7 +80,10 @@ def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) 
             first, second = words[s].extract(2 * m), words[s].extract(2 * m + 1)
             low.append((first & 0xFFFF) | second.shifted_left(16))
             high.append((first.shifted_right(16) & 0xFFFF) | (second & -0x10000))
-        parts = [k.xor(w, k.constant(w.type, INT8_CODES)) for w in (low[0], high[0], low[1], high[1])]
+        parts = [low[0], high[0], low[1], high[1]]
+        if layout.fp8:
+            return k.join(*parts).bitcast(VectorType(16, F8E4M3))
+        parts = [k.xor(w, k.constant(w.type, INT8_CODES)) for w in parts]
     else:
         nibbles = [words[0].extract(2 * s + m) for m in range(2)]
         codes = [w & 0x0F0F0F0F for word in nibbles for w in (word, word.shifted_right(4))]
@@ -80,7 +95,7 @@ def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) 
 def int8_right(k: GridBuilder, layout: Fragments, pair: Expr) -> Expr:
     """8 neighbouring codes of x, loaded as 2 i32, in the order in which `int8_left` has its columns."""
     if layout.bits == 8:
-        return pair.bitcast(VectorType(8, I8))
+        return pair.bitcast(VectorType(8, F8E4M3 if layout.fp8 else I8))
     words = []
     for i in range(2):
         w = pair.extract(i)
@@ -88,9 +103,9 @@ def int8_right(k: GridBuilder, layout: Fragments, pair: Expr) -> Expr:
     return k.join(*words).bitcast(VectorType(8, I8))
 
 
-def int8_zero(k: GridBuilder) -> Expr:
+def int8_zero(k: GridBuilder, layout: Fragments) -> Expr:
     """What sums of products of bytes begin with; `add_int8` takes it away again."""
-    return k.constant(VectorType(4, I32), INT8_START)
+    return k.f32(0.0, 4) if layout.fp8 else k.constant(VectorType(4, I32), INT8_START)
 
 
 def add_int8(
@@ -98,5 +113,5 @@ def add_int8(
 ) -> Expr:
     """total + partial under the scales of rows g and g + 8 of w and of rows 2q and 2q + 1 of x (`x_scale`, 4 lanes)."""
     low, high = scale.extract(group), scale.extract(layout.groups_of_unit + group)
-    exact = partial.bitcast(VectorType(4, F32)) - 1.5 * 2.0**23
+    exact = partial if layout.fp8 else partial.bitcast(VectorType(4, F32)) - 1.5 * 2.0**23
     return k.fma(exact, k.join(low, low, high, high) * x_scale, total)

@@ -26,7 +26,7 @@ from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_
 from codegen.nvptx.kernels.rowwise import row_kernel
 from codegen.nvptx.kernels.wide import wide_kernel
 from codegen.nvptx.kv_planes import KvPlanes
-from ir.formats import BF16, F16, F32, I8, I32, I64, GroupedIntFormat
+from ir.formats import BF16, F8E4M3, F16, F32, I8, I32, I64, FP8Format, GroupedIntFormat
 from ir.ops.norm import RmsNormOp
 from ir.ops.tensor import SwigluOp
 from ir.types import KVCacheType, VectorType
@@ -92,6 +92,17 @@ def _model_kernels() -> list[GridKernel]:
 def hopper_kernels() -> tuple[GridKernel, ...]:
     """What only sm_90a runs."""
     return (gemm_wgmma_kernel(4096, 4096, "gemm_wgmma"),)
+
+
+@cache
+def fp8_kernels() -> tuple[GridKernel, ...]:
+    """Products and casts of f8e4m3, from sm_89 on."""
+    layout = Fragments.of_fp8(4096, 4096, FP8Format(F8E4M3))
+    return (
+        decode_int8_kernel(layout, ActivationScales(4096), "decode_fp8"),
+        gemm_int8_kernel(layout, ActivationScales(4096), "gemm_fp8"),
+        quantize_rows_kernel(ActivationScales(4096, 128), "quantize_rows_fp8", BF16, F8E4M3),
+    )
 
 
 def one_of_each() -> GridKernel:

@@ -27,6 +27,9 @@ _TYPES: dict[str, Any] = {
     "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "pred": np.dtype(bool),
 }  # fmt: skip
 _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
+_FACTORS: dict[str, Any] = {
+    "bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
 _WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1, "done": 1}  # bytes of registers by their names
 _WARP = 32
 _TOGETHER = {"mma": _WARP, "shfl": _WARP, "ldmatrix": _WARP, "wgmma": 4 * _WARP}  # threads of one instruction
@@ -284,6 +287,11 @@ class PtxMachine(HopperInstructions):
             upper, lower = (self.read(o, "f32", who).astype(_PAIRS[words[2]]) for o in operands[1:])
             self.write(operands[0], np.stack([lower, upper], axis=1).view(np.uint32)[:, 0], who)
             return
+        if words[2] == "satfinite":  # two f8e4m3, the first operand the upper
+            upper, lower = (self.read(o, "f32", who).clip(-448, 448) for o in operands[1:])
+            codes = np.stack([lower, upper], axis=1).astype(ml_dtypes.float8_e4m3fn)
+            self.write(operands[0], codes.view(np.uint16)[:, 0], who)
+            return
         to, source = (words[-2], words[-1])
         value = self.read(operands[1], source, who)
         if words[1] == "rni":
@@ -345,7 +353,7 @@ class PtxMachine(HopperInstructions):
 
     def _mma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         self._warps(who)
-        element = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}[words[7]]
+        element = _FACTORS[words[7]]
         factors = [np.stack([self.read(r, "b32", who) for r in group], axis=1).view(element) for group in operands[1:3]]
         sums = np.stack([self.read(r, words[-1], who) for r in operands[3]], axis=1)
         made = multiply_fragments(*(v.reshape(-1, _WARP, v.shape[1]) for v in (sums, *factors))).reshape(-1, 4)

@@ -11,7 +11,7 @@ from codegen.nvptx.builder import GridBuilder, GridKernel
 from codegen.nvptx.lowering import MAX_SHARED_BYTES, STATIC_SHARED_BYTES, shared_bytes
 from ir.formats import F32
 from ir.grid_interpreter import interpret_grid
-from tests.codegen.nvptx.kernel_list import hopper_kernels, kernels
+from tests.codegen.nvptx.kernel_list import fp8_kernels, hopper_kernels, kernels
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def test_files_and_links_are_there() -> None:
 
 def test_the_table_of_kernels() -> None:
     rows = re.findall(r"^\| `(\w+)` \| \d+ \| 0 \| (\d+) \|$", PAGE, re.MULTILINE)
-    assert [(k.name, str(shared_bytes(k))) for k in (*kernels(), *hopper_kernels())] == rows
+    assert [(k.name, str(shared_bytes(k))) for k in (*kernels(), *hopper_kernels(), *fp8_kernels())] == rows
     assert f"Up to {STATIC_SHARED_BYTES >> 10} KiB" in PAGE and f"up to {MAX_SHARED_BYTES >> 10} KiB" in PAGE
 
 

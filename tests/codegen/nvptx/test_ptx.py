@@ -16,7 +16,7 @@ from codegen.nvptx.ptxas import Resources, assemble, find_ptxas, read_resources
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32
 from ir.op_def import OPS
-from tests.codegen.nvptx.kernel_list import hopper_kernels, kernels, one_of_each, one_of_each_on_hopper
+from tests.codegen.nvptx.kernel_list import fp8_kernels, hopper_kernels, kernels, one_of_each, one_of_each_on_hopper
 
 _missing = pytest.mark.skipif(find_ptxas() is None, reason="no ptxas; pip install 'stratum[cuda-tools]'")
 
@@ -94,6 +94,14 @@ def test_kernels_for_hopper_assemble_without_spills() -> None:
     assert {name: r for name, r in made.resources.items() if r.spill_bytes or r.stack_bytes} == {}
     for kernel in hopper_kernels():
         assert made.resources[kernel.name].registers * kernel.threads * kernel.blocks_at_once <= 65536
+
+
+@needs_ptxas
+def test_kernels_of_fp8_assemble_without_spills() -> None:
+    for architecture, text in compile_ptx_for(fp8_kernels(), ("sm_89", "sm_90")).items():
+        assert "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32" in text
+        made = assemble(text, architecture)
+        assert {name: r for name, r in made.resources.items() if r.spill_bytes or r.stack_bytes} == {}
 
 
 @needs_ptxas

@@ -12,7 +12,7 @@ import pytest
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_moe_cases import small_experts
-from bench.gpu_product_cases import small_products, small_wgmma
+from bench.gpu_product_cases import small_fp8, small_products, small_wgmma
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.kernels.attention_decode import join_kernel
@@ -91,6 +91,13 @@ def check(ptx: str, kernel: GridKernel, blocks: int, arguments: Sequence[Any]) -
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_ptx_means_what_the_tile_ir_means(ptx: str, case: GpuCase) -> None:
     check(ptx, case.kernel, case.blocks, case.make(np.random.default_rng(11)))
+
+
+def test_products_of_fp8() -> None:
+    cases = small_fp8()
+    text = compile_ptx([case.kernel for case in cases], "sm_89")
+    for case in cases:
+        check(text, case.kernel, case.blocks, case.make(np.random.default_rng(11)))
 
 
 def test_products_of_warpgroups() -> None:

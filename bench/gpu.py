@@ -26,10 +26,10 @@ from codegen.nvptx.compile import compile_ptx, runs_on
 from codegen.nvptx.lowering import HOPPER
 from runtime.cuda.device import CudaDevice, open_device
 from runtime.cuda.driver import NoDevice
+from runtime.cuda.measure import copy_bandwidth
 
 BEHIND_CACHES = 256 << 20  # bytes of argument sets that are taken in turns: several times a second-level cache
 MOST_SETS = 32
-COPY_BYTES = 1 << 30
 BESIDE_TORCH = ("gemm", "gemm_wgmma", "prefill")  # what computing bounds, not memory
 
 
@@ -77,15 +77,6 @@ def measure(
     if case.name in BESIDE_TORCH:
         share = torch[case.name] / seconds if case.name in torch else None
     return Measured(case.name, error, seconds, rate / 1e9, work / 1e12, share)
-
-
-def copy_bandwidth(device: MeasuringDevice, nbytes: int = COPY_BYTES) -> float:
-    """Bytes read and written in a second by a copy within the device."""
-    source, target = device.allocate(nbytes), device.allocate(nbytes)
-    seconds = device.seconds([lambda: device.copy(target, source)])
-    device.free(source)
-    device.free(target)
-    return 2 * nbytes / seconds
 
 
 def torch_seconds() -> dict[str, float]:
@@ -163,7 +154,7 @@ def main(
         return 2
     module = device.load(compile_ptx([c.kernel for c in chosen], architecture))
     timed = not options.check
-    copy = copy_bandwidth(device) if timed else float("nan")
+    copy = copy_bandwidth(device.device) if timed else float("nan")
     torch = torch_seconds() if timed else {}
     rows = [measure(device, module, c, timed=timed, copy=copy, torch=torch) for c in chosen]
     print(report(device, rows, copy))

@@ -65,9 +65,6 @@ class MeasuringDevice:
         self.device.free_pinned(staging)
         return made
 
-    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
-        self.device.copy(target.address, source.address, source.nbytes, self._stream)
-
     # -- kernels
 
     def load(self, ptx: str) -> Any:

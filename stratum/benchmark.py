@@ -197,11 +197,12 @@ def _program(manifest: Manifest, tokens: int) -> ProgramInfo:
 
 
 def limits(result: Result, dtype: str, calibration: Calibration | None) -> tuple[float | None, float | None]:
-    """(fraction of the measured read bandwidth, fraction of the measured arithmetic peak for `dtype`)."""
+    """(fraction of the measured read bandwidth, fraction of the measured arithmetic peak for `dtype`); None where that
+    was not measured."""
     if calibration is None:
         return None, None
     peak = calibration.bf16_peak if dtype == "bf16" and calibration.bf16_peak else calibration.f32_peak
-    return result.bytes_per_s / calibration.read_bandwidth, result.flops_per_s / peak
+    return result.bytes_per_s / calibration.read_bandwidth, result.flops_per_s / peak if peak else None
 
 
 def markdown(manifest: Manifest, results: list[Result], calibration: Calibration | None) -> str:

@@ -29,6 +29,7 @@ from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import capacity_of
+from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
 from runtime.cuda.profile import GpuProfile
 from runtime.cuda.program import GpuProgram, GpuStep
 from runtime.cuda.weights import LoadProgress, ResidentWeights, WeightStore
@@ -310,6 +311,13 @@ class CudaSession:
         return GpuMemoryReport(
             weights.device_bytes, kv.reserved_bytes, kv.committed_bytes(), self.executor.arena_bytes
         )  # fmt: skip
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written in a second by a copy within the GPU, measured now."""
+        with self._lock:
+            device = self._check_usable()
+            device.enter()
+            return copy_bandwidth(device, max(1, min(COPY_BYTES, device.free_bytes() // 4)))
 
     @property
     def hybrid(self) -> HybridReport | None:

@@ -71,6 +71,7 @@ def bench(
     quiet: bool,
 ) -> None:
     """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
+    from hw_targets.calibrate import Calibration
     from runtime.artifact import open_artifact
     from runtime.cuda.session import CudaSession
     from stratum import api, benchmark
@@ -119,11 +120,14 @@ def bench(
             opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit)
         else:
             opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file, kv_dir)
+        measured_gpu = None
         with opened as session:
             measured = _measure(session, tests, repetitions, quiet)
+            if isinstance(session, CudaSession) and not no_calibration:
+                measured_gpu = Calibration(1, session.copy_bandwidth(), 0.0, cpu=session.device_name)
         results += measured
         used = measured[0].threads
-        calibrations[used] = None if no_calibration or on_gpu else _calibration(used)
+        calibrations[used] = measured_gpu if no_calibration or on_gpu else _calibration(used)
         _emit_records(manifest, measured, calibrations[used], output, jsonl)
     if output == "md":
         for count, calibration in calibrations.items():
@@ -135,6 +139,9 @@ def bench(
 
 def _limits_text(calibration: Calibration) -> str:
     """What 100 % means in the table."""
+    if not calibration.f32_peak:
+        rate = f"{calibration.read_bandwidth / 1e9:.1f} GB/s read and written"
+        return f"100 % of bandwidth is what a copy within {calibration.cpu} was measured to do: {rate}"
     element, peak = ("bf16", calibration.bf16_peak) if calibration.bf16_peak else ("f32", calibration.f32_peak)
     text = (
         f"100 % is what this machine was measured to do with {calibration.threads} threads: "

@@ -38,6 +38,7 @@ def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
     return main(arguments, lambda: cases, lambda: open_device(driver=driver))
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [*small_cases(), *small_products(), *small_wgmma(), *small_fp8(), *small_attention(), *small_experts()]
     assert run(cases, "--check") == 0
@@ -70,8 +71,11 @@ def test_a_wrong_kernel_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_copy_is_measured() -> None:
-    device = MeasuringDevice(open_device(driver=EmulatedDriver()))
+    driver = EmulatedDriver()
+    device = open_device(driver=driver)
     assert bench_gpu.copy_bandwidth(device, 1000) == pytest.approx(2 * 1e10)
+    device.close()
+    assert driver.leaks() == []
 
 
 @pytest.mark.parametrize(

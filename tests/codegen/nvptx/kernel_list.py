@@ -36,6 +36,8 @@ from tests.samples.base import TOKENS, t
 HEADS = AttentionShape(32, 8, 128)  # of an 8-billion-parameter model
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
 
+RING = {"rotate": 64, "recent": 16}
+
 
 @cache
 def kernels() -> tuple[GridKernel, ...]:
@@ -70,21 +72,23 @@ def kernels() -> tuple[GridKernel, ...]:
 
 def _model_kernels() -> list[GridKernel]:
     """What a step needs besides: caches in one go with rope, routers, products of 128 experts."""
-    low = GroupedIntFormat(4, 0)
-    caches = [("", KVCacheType(8, 128, BF16)), ("_kv8", KVCacheType(8, 128, GroupedIntFormat(8, 0)))]
-    caches.append(("_kv4", KVCacheType(8, 128, low, rotate=64, recent=16)))
-    forms = [(f"rope_append{end}", Projection(32, KvPlanes.of(c), HeadNorm(1e-6, False))) for end, c in caches]
+    plain, eight, four = (
+        KvPlanes.of(KVCacheType(8, 128, element, **more))
+        for element, more in ((BF16, {}), (GroupedIntFormat(8, 0), {}), (GroupedIntFormat(4, 0), RING))
+    )
+    forms = [
+        (f"rope_append{end}", Projection(32, kv, HeadNorm(1e-6, False))) for end, kv in (("", plain), ("_kv4", four))
+    ]
     made = [rope_table_kernel(64, 1.0, "rope_table"), *(rope_append_kernel(form, name) for name, form in forms)]
-    made += [wide_kernel(128, 2048, "router"), wide_kernel(128, 2048, "router_8", rows=8)]
+    made += [wide_kernel(128, 2048, "router_8", rows=8)]
     made += [route_kernel(128, 8, True, F32, "route"), dispatch_kernel(128, 8, "dispatch")]
-    for end, format in (("w16", BF16), ("w8", Q8), ("w4", Q4)):
+    for end, format in (("w16", BF16), ("w4", Q4)):
         layout = Fragments.of(1536, 2048, format)
         up = Experts(layout, layout.nbytes, 8, True, BF16)
         made.append(grouped_decode_kernel(up, f"experts_{end}"))
         made.append(grouped_gemm_kernel(up, f"experts_many_{end}", PackedShape.of(64)))
-    eight, four = (form.kv for _, form in forms[1:])
-    made += [prefill_kernel(HEADS, 128**-0.5, f"prefill_kv{kv.bits}", planes=kv) for kv in (eight, four)]
-    made += [split_kernel(HEADS, 128**-0.5, 8, f"split_kv{kv.bits}", planes=kv) for kv in (eight, four)]
+    made.append(prefill_kernel(HEADS, 128**-0.5, "prefill_kv4", planes=four))
+    made.append(split_kernel(HEADS, 128**-0.5, 8, "split_kv8", planes=eight))
     return [*made, join_kernel(HEADS, 8, "join_rotated", rotate=64)]
 
 

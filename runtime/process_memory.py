@@ -79,7 +79,7 @@ def charged_cache(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None
             group, name = (root / "memory", "total_cache") if first else (root, "file")
             with suppress(OSError, ValueError):
                 lines = (group / path.lstrip("/") / "memory.stat").read_text().splitlines()
-                counts = dict(words for line in lines if len(words := line.split()) == 2)
+                counts = {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
                 return int(counts.get(name, ""))
     return None
 

@@ -114,6 +114,8 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
         "kv_bytes_per_slot": manifest.kv.bytes_per_slot,
         "weights_bytes": manifest.weights.bytes,
         "formats": formats,
+        "stand_ins": manifest.raw.get("stand_ins", ""),
+        "stand_in_bytes": sum(piece.bytes for piece in manifest.weights.pieces if piece.kind == "stand_ins"),
         "files": manifest.raw["files"],
         "weights_hashed": verify,
         "fault": fault,
@@ -186,6 +188,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"  KV cache    {facts['kv_format']}, {format_bytes(facts['kv_bytes_per_position'])} a position, "
         f"context {facts['max_context']}",
         *_ring_lines(facts),
+        *_stand_in_lines(facts),
         f"  target      {target['name']} ({target['triple']}, {target['cpu']})",
         _code_line(facts),
         f"  pipeline    {facts['pipeline']}",
@@ -201,3 +204,10 @@ def artifact_text(facts: dict[str, Any]) -> str:
     where = "on an NVIDIA GPU (--device cuda), " if facts["gpu_code"] else "yes, "
     lines.append(f"  loads here  {'no' if facts['fault'] else where + checked}")
     return "\n".join(lines)
+
+
+def _stand_in_lines(facts: dict[str, Any]) -> list[str]:
+    """Copies of the experts in fewer bits, where there are any."""
+    if not facts["stand_in_bytes"]:
+        return []
+    return [f"  stand-ins   {facts['stand_ins']}, {format_bytes(facts['stand_in_bytes'])} of the weights"]

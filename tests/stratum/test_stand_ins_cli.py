@@ -45,6 +45,14 @@ def test_run_says_how_many_were_used(artifact: Path, capfd: pytest.CaptureFixtur
     assert events(capfd.readouterr().out)["streaming"]["full_model"]
 
 
+def test_inspect_shows_them(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(artifact)]) == 0
+    assert "  stand-ins   w2a8, " in capfd.readouterr().out
+    assert main(["inspect", str(artifact), "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["stand_ins"] == "w2a8" and 0 < facts["stand_in_bytes"] < facts["weights_bytes"]
+
+
 def test_eval_gives_the_text_token_by_token(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("def read_file(path):\n" * 3)
     budget = str(resident_bytes() + (256 << 20))

@@ -18,7 +18,7 @@ from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTil
 from codegen.nvptx.kernels.moe_route import TILE_WORDS
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, F32, I32, PlainFormat
+from ir.formats import BF16, F32, I32, PlainFormat
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Launch:
     def of(cls, k: GridBuilder, of: Experts) -> _Launch:
         of.check()
         codes = k.buffer("codes", I32)
-        scales = k.buffer("scales", F16) if of.layout.group else None
+        scales = k.buffer("scales", of.layout.scale_element) if of.layout.group else None
         x, order, tiles = k.buffer("x", BF16), k.buffer("order", I32), k.buffer("tiles", I32)
         return cls(of, codes, scales, x, order, tiles, k.buffer("y", of.out), k.size("tiles"))
 
@@ -103,8 +103,9 @@ class _Launch:
 
     def weights(self, expert: Expr) -> tuple[Buffer, Buffer | None]:
         """The matrix of an expert."""
+        each = self.experts.layout.scale_element.dtype.itemsize
         codes = self.codes.at(expert * (self.experts.stride // 4))
-        return codes, None if self.scales is None else self.scales.at(expert * (self.experts.stride // 2))
+        return codes, None if self.scales is None else self.scales.at(expert * (self.experts.stride // each))
 
     def source(self, row: Expr) -> Expr:
         """The row of x that a row in grouped order is made of."""

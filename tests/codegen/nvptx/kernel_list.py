@@ -21,7 +21,7 @@ from codegen.nvptx.kernels.int8 import (
 )
 from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, route_kernel
-from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
+from codegen.nvptx.kernels.rope import rope_table_kernel
 from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kernels.rowwise import row_kernel
 from codegen.nvptx.kernels.wide import wide_kernel
@@ -64,8 +64,6 @@ def kernels() -> tuple[GridKernel, ...]:
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
         split_kernel(HEADS, 128**-0.5, 8, "split"),
         join_kernel(HEADS, 8, "join"),
-        rope_kernel(32, 128, BF16, "rope"),
-        append_kernel(8, 128, BF16, "append"),
         *_model_kernels(),
     )
 

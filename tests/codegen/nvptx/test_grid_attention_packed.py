@@ -23,7 +23,7 @@ from tests.samples.base import normal
 Q8, Q4 = GroupedIntFormat(8, 0), GroupedIntFormat(4, 0)
 SLOTS, CTX = 2, 96
 CACHES = [
-    KVCacheType(1, 64, Q8), KVCacheType(2, 128, Q8), KVCacheType(1, 16, Q8, rotate=8), KVCacheType(2, 64, Q4),
+    KVCacheType(1, 64, Q8), KVCacheType(1, 128, Q8), KVCacheType(1, 16, Q8, rotate=8), KVCacheType(2, 64, Q4),
     KVCacheType(1, 128, Q4, rotate=64), KVCacheType(1, 64, Q4, rotate=64, recent=16), KVCacheType(1, 32, Q8, recent=32),
 ]  # fmt: skip
 

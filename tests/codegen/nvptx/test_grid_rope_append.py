@@ -17,6 +17,7 @@ from ir.grid_interpreter import interpret_grid
 from ir.kv_low_bit import pack_symmetric, rotate
 from ir.ops.attention import RopeOp
 from ir.ops.norm import RmsNormOp
+from ir.tile_memory_model import KernelFault
 from ir.types import KVCacheType
 from tests.samples.base import normal
 
@@ -104,6 +105,16 @@ def test_queries_and_cache(
         if kv.recent:
             ring = planes[4 + plane][TOKEN_SLOTS, :, POSITIONS % kv.ring]
             np.testing.assert_allclose(ring.astype(np.float32), want, rtol=NEAR, atol=NEAR)
+
+
+def test_two_tokens_of_one_place_race() -> None:
+    form = Projection(1, KvPlanes.of(KVCacheType(1, 16, BF16)))
+    qkv, tables, place = normal(2, form.columns), normal(2, 8), np.zeros(2, np.int32)
+    planes = [np.zeros((1, 1, 8, 16)).astype(BF16.dtype) for _ in range(2)]
+    made = rope_append_kernel(form, "rope_append")
+    arguments = [qkv, tables, tables, place, place, np.zeros((2, 1, 16)).astype(BF16.dtype), *planes, 2, 8]
+    with pytest.raises(KernelFault, match="written by another without a barrier"):
+        interpret_grid(made.func, arguments, blocks=form.blocks(2), threads=made.threads)
 
 
 @pytest.mark.parametrize("cache", [KVCacheType(2, 16, Q8, rotate=8), KVCacheType(1, 128, Q4, rotate=64)], ids=str)

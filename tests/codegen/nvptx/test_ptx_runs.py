@@ -17,7 +17,7 @@ from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
 from codegen.nvptx.kernels.attention_decode import join_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
-from codegen.nvptx.kernels.rope import append_kernel, rope_kernel, rope_table_kernel
+from codegen.nvptx.kernels.rope import rope_table_kernel
 from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.lowering import HOPPER, shared_bytes
@@ -50,22 +50,13 @@ def rope_append(name: str, cache: KVCacheType, norm: HeadNorm | None) -> tuple[G
 OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (
     (one_of_each(), 2, [normal(2 * 64 * 8, element=BF16, scale=0.1), np.zeros(8 * 128, np.float32), 2 * 64 * 8 - 4]),
     (
-        rope_kernel(3, 24, F16, "rope"), 2,
-        [normal(2, 3, 24, element=F16), normal(2, 12, seed="c"), normal(2, 12, seed="s"),
-         np.zeros((2, 3, 24), np.float16)],
-    ),
-    (
-        append_kernel(2, 16, BF16, "append"), 2,
-        [*(normal(2, 2, 16, seed=s, element=BF16) for s in "kv"), TOKENS, TOKENS,
-         *(np.zeros((2, 2, 4, 16)).astype(BF16.dtype) for _ in "kv"), 4],
-    ),
-    (
         rope_table_kernel(12, 1.25, "rope_table"), 3,
         [np.array([0, 77, 131071], np.int32), 1e4 ** (np.arange(12) / -12),
          *(np.zeros((3, 12), np.float32) for _ in "cs")],
     ),
     rope_append("rope_append", KVCacheType(2, 24, BF16), HeadNorm(1e-6, True)),
     rope_append("rope_append8", KVCacheType(2, 80, Q8), None),
+    rope_append("rope_append16", KVCacheType(2, 8, F16), None),
     rope_append("rope_append4", KVCacheType(1, 128, Q4, rotate=64, recent=16), HeadNorm(1e-5, False)),
     (
         join_kernel(AttentionShape(2, 1, 64), 3, "join"), 2,

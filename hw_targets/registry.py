@@ -2,7 +2,8 @@
 
 A name is `host` (this machine, detected), the stem of a file in `hw_targets/targets/`, a target of an installed
 package (entry point group `stratum.targets`: a path of a TOML file, or a function without arguments that returns one
-or returns a `Target`), or the path of a TOML file (it has a `/` or ends in `.toml`). An unknown name is answered with
+or returns a `Target`), or the path of a TOML file (it has a `/` or ends in `.toml`). Capitals and dashes do not matter,
+and the first words of one name are enough: `RTX4090` is rtx-4090, `h200` is h200-sxm. An unknown name is answered with
 the nearest ones.
 """
 
@@ -51,12 +52,29 @@ def _load_base(name: str) -> Target:
     if name in points:
         return _from_entry_point(name, points[name])
     known = names()
-    close = difflib.get_close_matches(name.lower(), known, 1, cutoff=0.5)
+    meant = _meant(name, known)
+    if len(meant) == 1:
+        return _load_base(meant[0])
+    close = meant or difflib.get_close_matches(name.lower(), known, 1, cutoff=0.5)
     raise DiagnosticError(
         f"unknown target {name!r}",
         expected=", ".join(known) + ", or the path of a .toml file",
-        hint=f"did you mean {close[0]}?" if close else "",
+        hint=f"did you mean {' or '.join(close)}?" if close else "",
     )
+
+
+def _meant(name: str, known: list[str]) -> list[str]:
+    """The names that are spelled alike but for capitals and dashes, else those that begin with these words."""
+    wanted = _letters(name)
+    alike = [other for other in known if _letters(other) == wanted]
+    if alike:
+        return alike
+    words = {other: other.split("-") for other in known}
+    return [o for o, w in words.items() if any(_letters("".join(w[:n])) == wanted for n in range(1, len(w)))]
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _entry_points() -> dict[str, EntryPoint]:

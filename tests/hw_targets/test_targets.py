@@ -182,8 +182,27 @@ def test_unreadable_and_huge_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("x86-64-v5", "x86-64-v4"), ("X86-64-V3", "x86-64-v3"), ("hots", "host"), ("arch64", "aarch64")]
+    ("name", "meant"),
+    [
+        ("h200", "h200-sxm"),
+        ("RTX4090", "rtx-4090"),
+        ("epyc_9654", "epyc-9654"),
+        ("X86-64-V3", "x86-64-v3"),
+        ("x86-64-v4", "x86-64-v4"),
+        ("m2", "m2-ultra"),
+    ],
 )
+def test_first_words_and_spellings_of_a_name(name: str, meant: str) -> None:
+    assert hw_targets.load(name).name == meant
+
+
+def test_first_words_of_two_names_are_none() -> None:
+    with pytest.raises(DiagnosticError, match="unknown target 'a100'") as caught:
+        hw_targets.load("a100")
+    assert "did you mean a100-40gb or a100-80gb?" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("x86-64-v5", "x86-64-v4"), ("hots", "host"), ("arch64", "aarch64")])
 def test_unknown_name_suggests(name, hint):
     with pytest.raises(DiagnosticError, match="unknown target") as caught:
         hw_targets.load(name)

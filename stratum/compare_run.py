@@ -23,9 +23,9 @@ from passes.place.machine import main_tier
 from runtime.artifact import is_artifact, open_artifact
 from runtime.stream_plan import StreamPlan
 from stratum.measure_run import Measured, Phase, measure_apart
-from stratum.memory_plan import PROCESS_BYTES
 from stratum.plan_report import seconds_text, table
 from stratum.planning import Planned, PlanRequest, expected_hits
+from stratum.process_account import PROCESS_BYTES
 from stratum.run_prediction import RIGHT_GUESSES, PhaseTimes, predict, problem_for
 
 SCHEMA = "stratum.compare/1"

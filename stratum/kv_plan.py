@@ -15,7 +15,8 @@ from runtime.kv_cache import KVCache
 from runtime.kv_stream import LAYERS_AT_ONCE
 from runtime.manifest import Manifest
 from runtime.stream_plan import StreamPlan
-from stratum.memory_plan import Accounts, DoesNotFit, MemoryPlan, baseline_bytes, plan_for
+from stratum.memory_plan import Accounts, DoesNotFit, MemoryPlan, plan_for
+from stratum.process_account import baseline_bytes
 
 _STEPS = 16  # of halving what the cache may take
 

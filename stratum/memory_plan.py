@@ -3,8 +3,8 @@
 The rule, in the order of what a byte is worth: dense weights stay, because every token reads them; then experts, as
 many as fit; then the table of embeddings. Dense weights that do not fit are streamed, large ones kept first, since the
 window must hold the largest that are streamed and what is read meanwhile, the rest spread evenly over the program. What
-is no weight comes off first: the interpreter and its libraries as measured, activations, the KV cache for the context
-asked for.
+is no weight comes off first (`stratum.process_account`): the interpreter and its libraries as measured, activations,
+the KV cache for the context asked for.
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ from pathlib import Path
 from ir.diagnostics import DiagnosticError
 from runtime.manifest import Manifest
 from runtime.memory import PAGE_BYTES
-from runtime.process_memory import give_back_read_ahead, resident_bytes
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
+from stratum.process_account import CONTEXT_STEP, SLACK_BYTES, ProcessAccount, baseline_bytes
 
-SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
-ROWS_BYTES = 8 << 20
-# Of a budget, before the process is there: the interpreter with its libraries as measured (75 MiB), 24 MiB for what
-# comes later and 8 MiB for rows of embeddings. Page tables take a 256th more.
-PROCESS_BYTES = (75 << 20) + SLACK_BYTES + ROWS_BYTES
-DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
-CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
-CONTEXT_STEP = 64
 AHEAD_BYTES = 8 << 20  # read while a piece is used: some milliseconds of a fast disk
 GUESSES = 2  # the likeliest are nearly always right; further ones cost more in vain than they save
 DISK_SHARE = 20  # times that memory is read faster than the disk
@@ -105,59 +97,14 @@ def disk_rate(artifact: Path) -> int:
     return int(found.sustained_bandwidth) if found is not None else 0
 
 
-def baseline_bytes(manifest: Manifest) -> int:
-    """What this process takes without a model: all that running one loads is loaded first."""
-    from runtime.native import load_libraries
-
-    load_libraries()
-    give_back_read_ahead()
-    return resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
-
-
-class Accounts:
+class Accounts(ProcessAccount):
     """One model and budget: what each part of the process takes, and the plan that the rule makes of the rest."""
 
     def __init__(self, manifest: Manifest, budget: int, baseline: int, num_slots: int) -> None:
-        self.manifest, self.budget, self.num_slots = manifest, budget, num_slots
-        # A page of page table for every 512 of what is in memory, or was: those of experts that went stay.
-        self.tables_bytes = max(budget // 256, manifest.weights.bytes // 512)
-        self.fixed = baseline + SLACK_BYTES + self.tables_bytes
+        super().__init__(manifest, budget, baseline, num_slots)
         pieces = manifest.weights.pieces
         self.dense = [n for n, piece in enumerate(pieces) if piece.kind == "dense"]
-        self.tables = [n for n, piece in enumerate(pieces) if piece.kind == "rows"]
         self.experts = sum(piece.bytes for piece in pieces if piece.kind == "experts")
-        self.sizes = {n: piece.bytes for n, piece in enumerate(pieces)}
-
-    def kv_bytes(self, context: int) -> int:
-        """The cache when every slot is full."""
-        kv = self.manifest.kv
-        positions = -(-context // CONTEXT_STEP) * CONTEXT_STEP
-        return (kv.bytes_per_position * positions + kv.bytes_per_slot) * self.num_slots
-
-    def default_context(self) -> int:
-        """The largest whose cache takes a small part of the budget."""
-        most, kv = self.manifest.max_context, self.manifest.kv
-        room = self.budget // CONTEXT_SHARE // self.num_slots - kv.bytes_per_slot
-        positions = room // max(1, kv.bytes_per_position) // CONTEXT_STEP * CONTEXT_STEP
-        return min(most, max(DEFAULT_CONTEXT, positions))
-
-    def arena_bytes(self, tokens: int) -> int:
-        """Activations of calls of so many tokens, by program; a page more for each of its buffers."""
-        return max(
-            program.arena_bytes * min(tokens, program.max_tokens) // program.max_tokens
-            + 4 * PAGE_BYTES * (len(program.launches) + 1)
-            for program in self.manifest.programs
-        )
-
-    def rows_bytes(self, tokens: int) -> int:
-        """Rows of a call, and as many more as a small cache of them takes."""
-        pieces = self.manifest.weights.pieces
-        needed = sum(tokens * (pieces[n].unit + 2 * PAGE_BYTES) for n in self.tables)
-        return min(max(ROWS_BYTES, needed), sum(self.sizes[n] for n in self.tables))
-
-    def other_bytes(self, context: int, tokens: int) -> int:
-        """All that is no weight."""
-        return self.fixed + self.kv_bytes(context) + self.arena_bytes(tokens)
 
     def plan(self, context: int, tokens: int) -> StreamPlan | None:
         """The plan, or None where it does not fit."""
@@ -245,18 +192,15 @@ class Accounts:
     def minimum(self, context: int) -> int:
         """The least budget that has a plan, found by halving."""
         low, high = self.budget, self.budget + 1
-        while Accounts(self.manifest, high, self._baseline(), self.num_slots).plan(context, 1) is None:
+        while Accounts(self.manifest, high, self.baseline, self.num_slots).plan(context, 1) is None:
             low, high = high, high * 2
         while high - low > 1 << 20:
             middle = (low + high) // 2
-            if Accounts(self.manifest, middle, self._baseline(), self.num_slots).plan(context, 1) is None:
+            if Accounts(self.manifest, middle, self.baseline, self.num_slots).plan(context, 1) is None:
                 low = middle
             else:
                 high = middle
         return -(-high // (1 << 20)) * (1 << 20)
-
-    def _baseline(self) -> int:
-        return self.fixed - SLACK_BYTES - self.tables_bytes
 
     def largest_context(self, below: int) -> int:
         """The largest context less than `below` that fits, 0 for none."""

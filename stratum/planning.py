@@ -43,7 +43,7 @@ from runtime.artifact import is_artifact, open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
-from stratum.memory_plan import PROCESS_BYTES, ROWS_BYTES, SLACK_BYTES
+from stratum.process_account import FORESEEN_BYTES, room_of
 from stratum.run_prediction import predict, problem_for
 from stratum.stream_placement import budget_of, read_placement, recipe_of, stream_of_placement
 
@@ -127,9 +127,8 @@ def _as_run(request: PlanRequest, planned: Planned, manifest: Manifest) -> Plann
     placement, stream, kv_bytes = planned.placement, None, None
     try:
         if request.plan is not None or "memory" in dict(request.budgets):
-            baseline = PROCESS_BYTES - SLACK_BYTES - ROWS_BYTES
             made = stream_of_placement(
-                manifest, placement, budget_of(placement), baseline=baseline, num_slots=placement.session.batch
+                manifest, placement, budget_of(placement), baseline=FORESEEN_BYTES, num_slots=placement.session.batch
             )
             stream, kv_bytes = made.stream, made.kv_bytes
         problem = problem_for(planned.solution.problem, manifest, stream)
@@ -302,16 +301,15 @@ def _session(request: PlanRequest, shape: ModelShape) -> Session:
 def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, size in request.budgets:
-        own = 0
+        whole = False
         if name == "memory":
-            name = main_tier(target)
-            if target.name == "host":  # `run --memory` bounds the whole process
-                own = PROCESS_BYTES + int(parse_quantity(size, "bytes", where=f"budget of {name}")) // 256
+            name, whole = main_tier(target), target.name == "host"  # `run --memory` bounds the whole process
         elif name == "disk":
             if not target.storage:
                 raise DiagnosticError(f"target {target.name} has no storage", where="--disk")
             name = target.storage[0].name
-        found[name] = max(0, int(parse_quantity(size, "bytes", where=f"budget of {name}")) - own)
+        nbytes = int(parse_quantity(size, "bytes", where=f"budget of {name}"))
+        found[name] = room_of(nbytes) if whole else nbytes
     return found
 
 

@@ -26,7 +26,8 @@ from runtime.eviction import POLICIES
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan, least_expert_bytes, live_bytes
 from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
-from stratum.memory_plan import AHEAD_BYTES, PROCESS_BYTES, Accounts, DoesNotFit, MemoryPlan, baseline_bytes, mib
+from stratum.memory_plan import AHEAD_BYTES, Accounts, DoesNotFit, MemoryPlan, mib
+from stratum.process_account import baseline_bytes, budget_of_room
 
 MEMORY = "dram"  # what the target `host` calls its memory; every other tier or storage is a place to read from
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
@@ -54,7 +55,7 @@ def read_placement(path: Path) -> Placement:
 def budget_of(placement: Placement) -> int:
     """The budget of the whole process that a plan for this machine was made for: its memory and the process itself."""
     room = next((tier.capacity for tier in placement.tiers if tier.name == MEMORY), 0)
-    return (room + PROCESS_BYTES) * 256 // 255
+    return budget_of_room(room)
 
 
 def stream_for(

@@ -21,7 +21,8 @@ from runtime.process_memory import peak_resident_bytes
 from runtime.stream_plan import StreamPlan
 from runtime.stream_report import StreamReport
 from stratum.measure_run import MeasuredRun
-from stratum.memory_plan import baseline_bytes, plan_memory
+from stratum.memory_plan import plan_memory
+from stratum.process_account import baseline_bytes
 from stratum.routing_recorder import RoutingRecorder
 
 

@@ -14,8 +14,9 @@ from bench.peers.child import Answer, serve, token_ids
 from hw_targets.routing import RoutingTrace
 from runtime.artifact import open_artifact
 from runtime.native import load_libraries
+from runtime.process_memory import resident_bytes
 from runtime.session import Session
-from stratum.memory_plan import plan_memory, resident_bytes
+from stratum.memory_plan import plan_memory
 from stratum.routing_recorder import RoutingRecorder
 
 

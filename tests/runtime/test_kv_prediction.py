@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from passes.place.placement import PlacedKV
 from runtime import Session, open_artifact
 from runtime.kv_stream import KVStreamOptions
-from stratum import compare_run, measure_run, memory_plan, planning
+from stratum import compare_run, measure_run, planning, process_account
 from stratum.cli import main
 from stratum.compare_run import compare
 from stratum.kv_prediction import KVCall, KVQueue, KVReads
@@ -36,7 +36,7 @@ CONTEXT = 1024
 def stated_host(monkeypatch: pytest.MonkeyPatch) -> None:
     load = planning.load_target
     monkeypatch.setattr(planning, "load_target", lambda name: HOST if name == "host" else load(name))
-    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 120 * MIB)  # a worker has run many tests before
+    monkeypatch.setattr(process_account, "resident_bytes", lambda: 120 * MIB)  # a worker has run many tests before
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -144,6 +144,6 @@ def test_a_context_that_memory_has_no_room_for_is_planned(kv_build: Callable[[st
     kv = sum(entry.nbytes for entry in whole.placement.kv)
     assert {entry.tier for entry in whole.placement.kv} == {"dram"}
     used = next(tier.peak for tier in whole.placement.tiers if tier.name == "dram")
-    budget = (memory_plan.PROCESS_BYTES + used - kv // 4) * 256 // 255
+    budget = process_account.budget_of_room(used - kv // 4)
     tight = make_plan(PlanRequest(path, context=4096, budgets=(("memory", f"{budget}B"),), what_if=False))
     assert "ssd" in {entry.tier for entry in tight.placement.kv}

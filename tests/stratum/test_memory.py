@@ -19,8 +19,10 @@ from ir.diagnostics import DiagnosticError
 from runtime.artifact import open_artifact
 from runtime.await_info import AwaitInfo
 from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
+from runtime.process_memory import resident_bytes
 from runtime.stream_plan import least_expert_bytes, live_bytes
-from stratum.memory_plan import AHEAD_BYTES, DISK_SHARE, DoesNotFit, plan_memory, resident_bytes
+from stratum.memory_plan import AHEAD_BYTES, DISK_SHARE, DoesNotFit, plan_memory
+from stratum.process_account import PROCESS_BYTES, budget_of_room, room_of
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,14 @@ def test_plans_fit_their_budget_and_run(model: Manifest, extra: int, baseline: i
     assert plan.other_bytes + kept + plan.window_bytes + plan.expert_bytes + rows <= budget
     assert plan.expert_bytes >= least_expert_bytes(model)
     assert plan.window_bytes >= max(live_bytes(model, p, frozenset(plan.resident)) for p in model.programs)
+
+
+@given(st.integers(PROCESS_BYTES, 1 << 45))
+def test_what_a_budget_leaves_and_back(budget: int) -> None:
+    """To a byte for each 256 that page tables take."""
+    room = room_of(budget)
+    assert (0 <= room < budget and abs(budget_of_room(room) - budget) <= 2) or room == 0
+    assert room_of(budget + 4096) >= room and room_of(PROCESS_BYTES // 2) == 0
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,7 +8,8 @@ import pytest
 
 from hw_targets import calibrate
 from hw_targets.calibrate import Calibration
-from stratum.planning import PROCESS_BYTES, PlanRequest, make_plan
+from stratum.planning import PlanRequest, make_plan
+from stratum.process_account import PROCESS_BYTES
 
 FOUND = Calibration(2, 3e10, 1e11, bf16_peak=2e11, i8_peak=4e11, read_by_threads=((1, 2e10), (2, 3e10)))
 

@@ -28,7 +28,7 @@ from runtime.await_info import AwaitInfo
 from runtime.eviction import POLICIES
 from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.stream_plan import StreamPlan
-from stratum import memory_plan, planning
+from stratum import planning, process_account
 from stratum.cli import main
 from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.planning import PlanRequest, make_plan
@@ -183,7 +183,7 @@ def test_plan_then_run(
     built: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file goes from one command to the other; what was edited is what is executed."""
-    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 120 * MIB)  # a worker has run many tests before
+    monkeypatch.setattr(process_account, "resident_bytes", lambda: 120 * MIB)  # a worker has run many tests before
     path, file = str(built["qwen3_moe"]), tmp_path / "plan.json"
     assert main(["plan", path, "--ctx", "64", "--memory", "512MiB", "--quick", "-o", str(file)]) == 0
     plain = ["run", path, "some text", "-n", "4", "--json", "-t", "1", "-c", "64", "--temp", "0"]

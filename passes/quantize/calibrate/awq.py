@@ -8,6 +8,7 @@ that the model stays the same: the gain of the norm in front; the rows of `up` i
 in front of `o` (the same factor for all heads that share them). The factors are the mean sizes of the input to a power
 between 0 and 1: that of ten powers, 0 (no scaling) among them, with which rounding to the nearest loses least of the
 products. Inputs that cannot be divided are left alone: `Scaling.skipped` says why.
+The scaled weights are then rounded by `awq_clip`.
 Where a product that keeps its floats reads the input too (a router), factors are powers of two and change no bit of it.
 """
 

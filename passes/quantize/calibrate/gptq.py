@@ -108,7 +108,7 @@ def gptq(format: GroupedIntFormat, w: np.ndarray, curvature: Curvature) -> Packe
     check_format(format)
     w = np.ascontiguousarray(w, np.float32)
     nearest = quantize_rows(format, w, "mse")
-    best = _unpacked(format, nearest)
+    best = unpacked(format, nearest)
     error = weighted_error(w, best.values(), curvature.h)
     found = _second_order(format, w, curvature)
     for round_ in range(_ROUNDS + 1):
@@ -138,7 +138,8 @@ def weighted_error(w: np.ndarray, values: np.ndarray, h: np.ndarray) -> np.ndarr
     return np.einsum("rk,rk->r", d @ h, d, dtype=np.float64)
 
 
-def _unpacked(format: GroupedIntFormat, packed: PackedArray) -> Rounded:
+def unpacked(format: GroupedIntFormat, packed: PackedArray) -> Rounded:
+    """The codes, scales and zero points of a matrix as floats."""
     scales = packed.scales.astype(np.float32)
     middle = np.float32(format.offset)
     zeros = packed.zero_array().astype(np.float32) if format.zero_point else np.full(scales.shape, middle, np.float32)
@@ -188,7 +189,7 @@ def _second_order(format: GroupedIntFormat, w: np.ndarray, curvature: Curvature)
 def _choose_scales(format: GroupedIntFormat, values: np.ndarray, weights: np.ndarray, found: Rounded, at: int) -> None:
     """The scale and zero point of group number `at`, from the candidates for `values` [n, group]."""
     values = np.ascontiguousarray(values)
-    scales, zeros = _candidates(format, values)
+    scales, zeros = candidates(format, values)
     scales = round_scales(format, scales)
     best = np.zeros(values.shape[0], np.int32)
     weight, high = weights.astype(np.float32), np.float32((1 << format.bits) - 1)
@@ -201,8 +202,8 @@ def _choose_scales(format: GroupedIntFormat, values: np.ndarray, weights: np.nda
     found.scales[:, at], found.zeros[:, at] = scales[every, best], zeros[every, best]
 
 
-def _candidates(format: GroupedIntFormat, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scales, zeros) f32 [n, candidates]."""
+def candidates(format: GroupedIntFormat, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scales, zeros) f32 [n, candidates] to try on a group `values` [n, g]."""
     lowest = _LOWEST_RATIO[format.bits]
     high = (1 << format.bits) - 1
     if format.zero_point:

@@ -25,6 +25,7 @@ from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PackedArray
 from passes.quantize.calibrate.awq import Scaling, find_folds, find_scaling
+from passes.quantize.calibrate.awq_clip import GroupGrams, divided, round_clipped
 from passes.quantize.calibrate.compressed_layout import layout_parts, packed_of
 from passes.quantize.calibrate.executor import LayerwiseForward, Product
 from passes.quantize.calibrate.gptq import DAMPING, Curvature, gptq, gram
@@ -35,7 +36,7 @@ from passes.quantize.recipe import Recipe
 from passes.quantize.rounding import quantize_rows
 
 METHODS = ("rtn", "gptq", "awq")
-RESULTS_VERSION = 1  # of what the same inputs give
+RESULTS_VERSION = 2  # of what the same inputs give
 _FACTORS = "factors of awq"  # under this name they are kept
 _KEPT_CURVATURES = 256 << 20  # bytes
 _ENOUGH_ROWS = 4  # an expert is calibrated with its own rows when it has at least k / 4
@@ -161,7 +162,7 @@ class _Run:
         self.experts: dict[str, int] = {}
         self._sizes = {name: imported.checkpoint.info(name).nbytes for name in targets.formats}
         self._done = 0
-        self._curvatures = _Curvatures()
+        self._curvatures, self._grams = _Curvatures(), GroupGrams(_ENOUGH_ROWS)
 
     # -- methods -----------------------------------------------------------------------------------------------------
 
@@ -181,11 +182,39 @@ class _Run:
                 self.func, read, self.sequences, roles, formats, lambda at, of: self.tell("search", at, of, "ops")
             )
             self.kept.save(_FACTORS, self.scaling.arrays())
-        self.rtn()
+        forward = LayerwiseForward(self.func, self.imported.checkpoint.read, self.sequences, self.targets.roles)
+        forward.run_products(self._clipped)
 
     def gptq(self) -> None:
         forward = LayerwiseForward(self.func, self.imported.checkpoint.read, self.sequences, self.targets.roles)
         forward.run_products(self._second_order)
+
+    def _clipped(self, product: Product) -> None:
+        """The hook: keeps the weight with its factors, clipped; what is behind it goes on with the floats."""
+        name = product.name
+        if name not in self.targets.formats:
+            return
+        self._check_input(product)
+        source = self._source(product)
+        if self._finished(name) is not None:
+            return
+        format, w = self.targets.formats[name], self._weight(name)
+        grams = self._grams.of(product, source, w.shape[1] // format.groups(w.shape[1]))
+        try:
+            if grams is None:
+                self._keep(name, self._rounded(name, w))
+            else:
+                self._keep(name, round_clipped(format, w, divided(grams, self.scaling.columns.get(name))))
+        except DiagnosticError as error:
+            raise self._named(name, error) from None
+
+    def _check_input(self, product: Product) -> None:
+        if not np.isfinite(product.x).all():
+            raise DiagnosticError(
+                f"the model computes numbers that are not finite in front of {product.name}",
+                where=str(self.imported.directory),
+                expected="weights of a working model",
+            )
 
     def _second_order(self, product: Product) -> np.ndarray | None:
         """The hook: the weight as it is stored from now on."""
@@ -193,12 +222,7 @@ class _Run:
         format = self.targets.formats.get(name)
         if format is None:
             return None
-        if not np.isfinite(product.x).all():
-            raise DiagnosticError(
-                f"the model computes numbers that are not finite in front of {name}",
-                where=str(self.imported.directory),
-                expected="weights of a working model",
-            )
+        self._check_input(product)
         source = self._source(product)
         packed = self._finished(name)
         if packed is None:

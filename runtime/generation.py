@@ -132,25 +132,25 @@ def _run(
     slots: list[int],
 ) -> Iterator[TokenEvent]:
     """Checks now, generates as the caller iterates."""
-    sequences = [_Sequence(index, request, session, decode) for index, request in enumerate(requests)]
+    sequences = [RunningSequence(index, request, session, decode) for index, request in enumerate(requests)]
     return _events(sequences, session, on_token, slots)
 
 
 def _events(
-    waiting_sequences: list[_Sequence],
+    waiting_sequences: list[RunningSequence],
     session: Stepper,
     on_token: Callable[[TokenEvent], None] | None,
     slots: list[int],
 ) -> Iterator[TokenEvent]:
     waiting = deque(waiting_sequences)
     free = deque(slots)
-    active: list[_Sequence] = []
+    active: list[RunningSequence] = []
     most_tokens = session.manifest.programs[-1].max_tokens
     while waiting or active:
         while waiting and free:
             waiting[0].admit(free.popleft())
             active.append(waiting.popleft())
-        for sequence, logits in _step(session, active, most_tokens):
+        for sequence, logits in step_together(session, active, most_tokens):
             event = sequence.accept(logits)
             if event.finish_reason is not None:
                 active.remove(sequence)
@@ -160,7 +160,9 @@ def _events(
             yield event
 
 
-def _step(session: Stepper, active: list[_Sequence], most_tokens: int) -> list[tuple[_Sequence, np.ndarray]]:
+def step_together(
+    session: Stepper, active: list[RunningSequence], most_tokens: int
+) -> list[tuple[RunningSequence, np.ndarray]]:
     """One step for the active sequences; (sequence, its logits) of those that get a token from it.
 
     Generating sequences go first, so that a long prompt never delays them by more than one step; prompts share the
@@ -170,7 +172,8 @@ def _step(session: Stepper, active: list[_Sequence], most_tokens: int) -> list[t
     positions: list[int] = []
     slots: list[int] = []
     rows: list[int] = []
-    served: list[_Sequence] = []
+    served: list[RunningSequence] = []
+    pieces: list[tuple[RunningSequence, int]] = []
     for sequence in sorted(active, key=lambda s: len(s.unwritten) > 1):
         piece = sequence.unwritten[: max(0, most_tokens - len(ids))]
         if not piece:
@@ -178,14 +181,17 @@ def _step(session: Stepper, active: list[_Sequence], most_tokens: int) -> list[t
         ids += piece
         positions += range(sequence.written, sequence.written + len(piece))
         slots += [sequence.slot] * len(piece)
-        sequence.advance(len(piece))
-        if not sequence.unwritten:
+        pieces.append((sequence, len(piece)))
+        if len(piece) == len(sequence.unwritten):
             rows.append(len(ids) - 1)
             served.append(sequence)
-    return list(zip(served, session.step(ids, positions, slots, rows), strict=True))
+    logits = session.step(ids, positions, slots, rows)
+    for sequence, tokens in pieces:  # only now: a step that failed can be tried again
+        sequence.advance(tokens)
+    return list(zip(served, logits, strict=True))
 
 
-class _Sequence:
+class RunningSequence:
     """The state of one sequence: what is in the cache, what is to be written next, and what has been shown."""
 
     def __init__(self, index: int, request: GenerationRequest, session: Stepper, decode: Decode | None) -> None:
@@ -213,7 +219,7 @@ class _Sequence:
         self._started_s = time.perf_counter()
 
     def advance(self, tokens: int) -> None:
-        """The next `tokens` unwritten tokens are part of the step being made."""
+        """The next `tokens` unwritten tokens are in the cache."""
         self.written += tokens
         self.unwritten = self.unwritten[tokens:]
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ir.diagnostics import DiagnosticError
 from runtime.generation import GenerationParams, Statistics, TokenEvent
 from runtime.generation import generate as generate_tokens
+from runtime.kv_spill import SpillOptions
 from runtime.kv_stream import KVStreamOptions
 from runtime.sampling import SamplingParams
 from runtime.session import Session
@@ -129,6 +130,16 @@ def check_threshold(stand_ins: float | None, *, streams: bool) -> float:
     return float(stand_ins)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Room for several sequences (`stratum.batch_run`): `count` may be begun, `together` of them are in one step. A
+    budget has room for the KV cache of those; with `kv_spill` the others go to disk."""
+
+    count: int = 1
+    together: int = 1
+    kv_spill: SpillOptions | None = None
+
+
 class Model:
     """An artifact opened for generation. Close it, or use it in a `with` block; one text at a time.
 
@@ -139,7 +150,7 @@ class Model:
     are missing; the output is then not that of the full model. None of the four is for GPUs.
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
-    bytes. `progress` is told of weights on their way there.
+    bytes. `progress` is told of weights on their way there. `slots` is for the cpu.
     """
 
     def __init__(
@@ -158,8 +169,10 @@ class Model:
         device_memory: int | None = None,
         progress: Progress | None = None,
         stand_ins: float | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.path = Path(path)
+        room = slots or Slots()
         self.stand_ins = check_threshold(stand_ins, streams=memory is not None or plan is not None)
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
@@ -168,14 +181,19 @@ class Model:
             self.manifest = self.session.manifest
             return
         stream = kv_stream = None
-        if memory is not None or plan is not None:
+        if memory is not None and slots is not None:
+            planned = self._plan_slots(memory, max_context, expert_policy, slots)
+            stream, max_context = planned.stream, planned.context
+            if room.kv_spill is not None and room.kv_spill.limit_bytes is None:
+                room = replace(room, kv_spill=replace(room.kv_spill, limit_bytes=planned.kv_bytes))
+        elif memory is not None or plan is not None:
             planned = self._plan(memory, max_context, expert_policy, plan)
             stream, max_context = replace(planned.stream, stand_ins=self.stand_ins), planned.context
             if planned.kv_bytes is not None:
                 kv_stream = KVStreamOptions(planned.kv_bytes, str(kv_dir) if kv_dir is not None else None)
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing,
-            kv_stream=kv_stream,
+            kv_stream=kv_stream, num_slots=room.count, kv_spill=room.kv_spill,
         )  # fmt: skip
         self.manifest = self.session.manifest
 
@@ -195,6 +213,22 @@ class Model:
             return stream_for(self.path, Path(plan), memory, max_context, policy)
         assert memory is not None
         return plan_with_kv_on_disk(self.path, memory, max_context, policy)
+
+    def _plan_slots(self, memory: int, max_context: int | None, policy: str | None, slots: Slots) -> MemoryPlan:
+        """What fits beside the cache of the sequences of one step, whose bytes are the plan's `kv_bytes`."""
+        from runtime.artifact import open_artifact
+        from stratum.memory_plan import Accounts, baseline_bytes, plan_memory
+
+        self.manifest = open_artifact(self.path).manifest
+        with contextlib.suppress(DiagnosticError):
+            _ = self.tokenizer
+        baseline = baseline_bytes(self.manifest)
+        held = slots.count if slots.kv_spill is None else slots.together
+        made = plan_memory(
+            self.manifest, memory, baseline=baseline, context=max_context, num_slots=held, policy=policy,
+            where=str(self.path),
+        )  # fmt: skip
+        return replace(made, kv_bytes=Accounts(self.manifest, memory, baseline, held).kv_bytes(made.context))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

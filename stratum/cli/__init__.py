@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from stratum import __version__
+from stratum.cli.batch import batch
 from stratum.cli.bench import bench
 from stratum.cli.build import build
 from stratum.cli.errors import guarded
@@ -33,7 +34,7 @@ def cli() -> None:
     """Compile a language model's checkpoint to native code, and run it."""
 
 
-for command in (build, run, plan, inspect, opt, bench, evaluate, quantize, targets, recipes, routing):
+for command in (build, run, batch, plan, inspect, opt, bench, evaluate, quantize, targets, recipes, routing):
     cli.add_command(command)
 
 

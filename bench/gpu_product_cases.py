@@ -58,8 +58,7 @@ def _int8(
     group: int,
     shape: PackedShape | None = None,
 ) -> GpuCase:
-    made = Fragments.of_fp8(n, k, format) if isinstance(format, FP8Format) else Fragments.of(n, k, format)
-    layout, of_x = made, ActivationScales(k, group)
+    layout, of_x = Fragments.of(n, k, format), ActivationScales(k, group)
     held: dict[str, np.ndarray] = {}
 
     def make(rng: np.random.Generator) -> list[Any]:

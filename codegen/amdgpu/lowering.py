@@ -17,7 +17,7 @@ import numpy as np
 from codegen.amdgpu.fragments import Places, places_of_a, places_of_b, places_of_columns, places_of_rows, places_of_sums
 from codegen.llvm.lowering import LOWERINGS, llvm_type
 from codegen.nvptx.builder import WARP, GridKernel
-from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, shared_bytes
+from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, multiplies_fp8, shared_bytes
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, I8
@@ -64,6 +64,9 @@ class AmdEmitter(GridEmitter):
 
     def __init__(self, kernel: GridKernel, declarations: dict[str, str]) -> None:
         super().__init__(kernel, declarations)
+        if multiplies_fp8(kernel):
+            message = f"@{kernel.name} computes with f8e4m3, which gfx942 has with another bias"
+            raise DiagnosticError(message, hint="the same weights have products with activations in bf16")
         self.threads, self.doubled = kernel.threads, has_products(kernel)
 
     def op(self, op: Op) -> None:

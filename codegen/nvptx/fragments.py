@@ -43,6 +43,8 @@ class Fragments:
     @classmethod
     def of(cls, n: int, k: int, format: object) -> Fragments:
         """Raises DiagnosticError for matrices and formats that have no product on GPUs."""
+        if isinstance(format, FP8Format):
+            return cls._of_fp8(n, k, format)
         message = ""
         if k % CHUNK or k == 0:
             message = f"a matrix of {k} columns has no product on GPUs; expected a multiple of {CHUNK}"
@@ -58,14 +60,14 @@ class Fragments:
             else:
                 return cls(n, k, 4 if format.bits <= 4 else 8, group)
         elif format != BF16:
-            message = f"weights in {format} have no product on GPUs; expected bf16, or q2_sym to q8_sym"
+            message = f"weights in {format} have no product on GPUs; expected bf16, f8e4m3, or q2_sym to q8_sym"
         if message:
             raise DiagnosticError(message)
         return cls(n, k, 16)
 
     @classmethod
-    def of_fp8(cls, n: int, k: int, format: FP8Format) -> Fragments:
-        """Of f8e4m3 with scales of rows or of blocks. Raises DiagnosticError for others."""
+    def _of_fp8(cls, n: int, k: int, format: FP8Format) -> Fragments:
+        """Of f8e4m3 with scales of rows or of blocks."""
         group = format.block_cols or k
         if k % CHUNK or k == 0 or format.element != F8E4M3 or group % CHUNK or k % group:
             message = f"{format} of {k} columns has no product on GPUs"

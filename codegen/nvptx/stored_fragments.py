@@ -17,7 +17,7 @@ from codegen.nvptx.fragments import CHUNK, TILE, Fragments, fragment_places
 from codegen.nvptx.kernels.gate import turns
 from codegen.packed_reader import PackedReader
 from ir.core import Value
-from ir.formats import NumberFormat, PackedArray, PlainFormat, concatenate_packed
+from ir.formats import F8E4M3, NumberFormat, PackedArray, PlainFormat, concatenate_packed
 from ir.types import Layout, TensorType
 
 Rows = tuple[int, int]
@@ -92,9 +92,11 @@ def _load_matrix(raw: np.ndarray, whole: Fragments, format: NumberFormat, layout
     if isinstance(format, PlainFormat):
         numbers = codes.astype(np.uint16).view(format.dtype)
     else:
-        scales = raw[size:].view(np.float16).reshape(whole.tiles, -1, 8, 2, whole.groups_of_unit)
+        scales = raw[size:].view(whole.scale_element.dtype).reshape(whole.tiles, -1, 8, 2, whole.groups_of_unit)
         by_row = scales.transpose(0, 3, 2, 1, 4).reshape(whole.tiles * TILE, -1).astype(np.float32)
-        levels = codes.astype(np.float32) - (1 << (whole.bits - 1))
+        zero = 0 if whole.fp8 else 1 << (whole.bits - 1)
+        held = codes.astype(np.uint8).view(F8E4M3.dtype) if whole.fp8 else codes
+        levels = held.astype(np.float32) - zero
         numbers = (levels.reshape(*by_row.shape, -1) * by_row[:, :, None]).reshape(-1, whole.k)
     rows = numbers[: whole.n]
     if layout.interleave == 1:

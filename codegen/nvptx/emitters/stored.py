@@ -9,7 +9,7 @@ from codegen.nvptx.kernels.decode import MAX_ROWS, ROWS
 from codegen.nvptx.launches import GridArgument, GridContext, WeightPart, refused
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import F16, I32, PlainFormat
+from ir.formats import I32, PlainFormat
 from ir.types import TensorType
 
 
@@ -35,7 +35,7 @@ def fragments_of(op: Op, type: TensorType) -> Fragments:
 def weight_parts(layout: Fragments, weight: Value) -> list[GridArgument]:
     """Codes, and scales where there are some."""
     codes: list[GridArgument] = [WeightPart(weight, 0, I32)]
-    return codes + ([WeightPart(weight, layout.code_bytes, F16)] if layout.group else [])
+    return codes + ([WeightPart(weight, layout.code_bytes, layout.scale_element)] if layout.group else [])
 
 
 def tile_rows(context: GridContext) -> int:

@@ -99,7 +99,7 @@ def hopper_kernels() -> tuple[GridKernel, ...]:
 @cache
 def fp8_kernels() -> tuple[GridKernel, ...]:
     """Products and casts of f8e4m3, from sm_89 on."""
-    layout = Fragments.of_fp8(4096, 4096, FP8Format(F8E4M3))
+    layout = Fragments.of(4096, 4096, FP8Format(F8E4M3))
     return (
         decode_int8_kernel(layout, ActivationScales(4096), "decode_fp8"),
         gemm_int8_kernel(layout, ActivationScales(4096), "gemm_fp8"),

@@ -23,7 +23,7 @@ from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, route_kernel
 from ir.diagnostics import DiagnosticError
-from ir.formats import F32, GroupedIntFormat
+from ir.formats import F8E4M3, F32, GroupedIntFormat
 from ir.ops.grid_matrix import multiply_fragments
 from tests.codegen.nvptx.amd_table import amd_rows
 from tests.codegen.nvptx.kernel_list import one_of_each
@@ -100,9 +100,22 @@ def ticket(k: GridBuilder) -> None:
     k.ticket()
 
 
+def fp8(k: GridBuilder) -> None:
+    k.f32(1.0, 4).cast(F8E4M3)
+
+
+def fence(k: GridBuilder) -> None:
+    k.fence_async()
+
+
 @pytest.mark.parametrize(
     ("add", "message"),
-    [(much, "@refused wants 69632 bytes of shared memory"), (ticket, "no lowering of tile.ticket to AMD GPUs")],
+    [
+        (much, "@refused wants 69632 bytes of shared memory"),
+        (ticket, "no lowering of tile.ticket to AMD GPUs"),
+        (fp8, "@refused computes with f8e4m3, which gfx942 has with another bias"),
+        (fence, "no lowering of grid.fence_async to AMD GPUs"),
+    ],
 )
 def test_what_has_no_object(add, message: str) -> None:  # type: ignore[no-untyped-def]
     k = GridBuilder("refused", threads=32)

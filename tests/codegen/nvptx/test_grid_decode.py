@@ -74,7 +74,7 @@ def test_every_weight_meets_its_activation(format: NumberFormat) -> None:
     ("k", "format", "message"),
     [
         (96, BF16, "a matrix of 96 columns has no product on GPUs; expected a multiple of 64"),
-        (64, F32, "weights in f32 have no product on GPUs; expected bf16, or q2_sym to q8_sym"),
+        (64, F32, "weights in f32 have no product on GPUs; expected bf16, f8e4m3, or q2_sym to q8_sym"),
         (64, GroupedIntFormat(1, 32), "q1_sym<group=32, scale=f16> has no product on GPUs"),
         (64, GroupedIntFormat(4, 16), "groups of 32, a multiple of 64 columns that divides 64, or whole rows"),
         (192, GroupedIntFormat(4, 128), "a multiple of 64 columns that divides 192"),

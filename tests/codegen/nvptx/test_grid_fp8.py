@@ -59,7 +59,7 @@ def test_every_code_is_itself_in_bf16() -> None:
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_activations_in_bf16(format: FP8Format) -> None:
-    w, layout = weights(format), Fragments.of_fp8(N, K, format)
+    w, layout = weights(format), Fragments.of(N, K, format)
     assert layout.codes(w).nbytes + layout.scales(w).nbytes == layout.nbytes
     x = np.random.default_rng(5).integers(-4, 5, (19, K)).astype(BF16.dtype)
     meant = x.astype(np.float32) @ format.unpack(w).T
@@ -72,7 +72,7 @@ def test_activations_in_bf16(format: FP8Format) -> None:
 @pytest.mark.parametrize("x_group", [0, 128])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_activations_in_fp8(format: FP8Format, x_group: int) -> None:
-    w, layout, held = weights(format), Fragments.of_fp8(N, K, format), ActivationScales(K, x_group)
+    w, layout, held = weights(format), Fragments.of(N, K, format), ActivationScales(K, x_group)
     rng = np.random.default_rng(6)
     x = rng.integers(-8, 9, (19, K)).astype(F8E4M3.dtype)
     of_x = (2.0 ** rng.integers(-1, 2, (held.groups, 20))).astype(np.float32)
@@ -102,8 +102,8 @@ def test_rows_are_rounded(group: int) -> None:
 def test_what_has_no_product() -> None:
     for format in (FP8Format(F8E5M2), FP8Format(F8E4M3, 1, 32), FP8Format(F8E4M3, 128, 192)):
         with pytest.raises(DiagnosticError, match="columns has no product on GPUs"):
-            Fragments.of_fp8(N, K, format)
-    layout = Fragments.of_fp8(N, K, FORMATS[0])
+            Fragments.of(N, K, format)
+    layout = Fragments.of(N, K, FORMATS[0])
     made = gemm_int8_kernel(layout, ActivationScales(K), "product")
     with pytest.raises(DiagnosticError, match="@product has instructions that sm_80 lacks") as caught:
         compile_ptx([made], "sm_80")

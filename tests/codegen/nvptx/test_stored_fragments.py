@@ -28,6 +28,8 @@ FORMATS = (
     "q6_sym<group=32, scale=f16>",
     "q8_sym<group=64, scale=f16>",
     "q4_sym<group=row, scale=f16>",
+    "f8e4m3<block=row, scale=f32>",
+    "f8e4m3<block=16x64, scale=f32>",
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,7 +297,6 @@ def test_dropping_a_session_gives_everything_back(toy: Path) -> None:
     session = open_toy(toy, driver)
     session.step([1], [0], [0], [])
     del session
-    gc.collect()
     assert driver.leaks() == []
 
 

@@ -39,7 +39,7 @@ def operands(m: int, n: int, k: int, format: GroupedIntFormat, x_group: int):  #
     return w, x, stored, held, wide @ format.unpack(w).astype(np.float64).T
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.sampled_from([1, 3, 8, 11, 16]), st.sampled_from([16, 40]), st.integers(1, 5), st.sampled_from(FORMATS),
     st.sampled_from([0, 64, 128]),
@@ -56,7 +56,7 @@ def test_few_rows(m: int, n: int, chunks: int, format: GroupedIntFormat, x_group
     np.testing.assert_array_equal(y, meant)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.sampled_from([1, 17, 34]), st.sampled_from([16, 40]), st.integers(1, 4), st.sampled_from(FORMATS),
     st.sampled_from([0, 64, 128]), st.sampled_from(SHAPES),
@@ -84,7 +84,7 @@ def test_every_code_meets_its_activation(format: GroupedIntFormat) -> None:
     np.testing.assert_array_equal(product(w, x, of_x, held, SHAPES[0]), meant)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(1, 3),
     st.sampled_from([64, 256, 2176, 4224]),

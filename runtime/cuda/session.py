@@ -128,7 +128,8 @@ class CudaSession:
             self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
             self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
             if held.device is None:
-                held.device = open_device(limit_bytes=memory)
+                with uninterrupted():
+                    held.device = open_device(limit_bytes=memory)
             self._acquire(held.device, weights, progress)
         except BaseException:
             self.close()
@@ -143,7 +144,8 @@ class CudaSession:
         if plan is not None:
             weights = lambda device, stream, artifact: HybridWeights(device, stream, artifact, plan)  # noqa: E731
         self._check_room(device, weights is None)
-        held.stream = device.new_stream()
+        with uninterrupted():
+            held.stream = device.new_stream()
         make = weights or (lambda device, stream, artifact: ResidentWeights(device, stream, artifact, progress))
         held.weights = make(device, held.stream, self.artifact)
         self.executor = held.executor = Executor(

@@ -57,7 +57,8 @@ class EmulatedDriver(Constants):
         self.contexts = 0
         self.calls: Counter[str] = Counter()
         self.extents: tuple[int, ...] = ()  # of the next launch's arguments, where somebody knows them
-        self.interrupt_at = -1  # the call, counted over all functions, in which Ctrl-C is pressed
+        # The calls, counted over all functions, before and behind whose work Ctrl-C is pressed.
+        self.interrupt_at = self.interrupt_behind = -1
         self._planted: dict[str, Planted] = {}
         self._lost = OK
         self._objects: dict[int, tuple[str, Any]] = {}  # handle -> kind, what it is
@@ -98,7 +99,10 @@ class EmulatedDriver(Constants):
                 return (failed, *([None] * width))
             if name not in BEFORE_CONTEXT and not self.contexts:
                 raise EmulationFault(f"{name} without a context")
-            return function(*arguments)
+            result = function(*arguments)
+            if self.interrupt_behind == sum(self.calls.values()):
+                signal.raise_signal(signal.SIGINT)
+            return result
 
         return call
 

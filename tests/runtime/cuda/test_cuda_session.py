@@ -262,12 +262,13 @@ def test_a_fault_of_a_kernel_ends_the_session(toy: Path) -> None:
         session.step([2], [1], [0], [0])
 
 
-def test_ctrl_c_at_any_call(toy: Path) -> None:
+@pytest.mark.parametrize("when", ["interrupt_at", "interrupt_behind"])
+def test_ctrl_c_at_any_call(toy: Path, when: str) -> None:
     """In whichever call of the driver SIGINT comes: it is raised, nothing is left, and a session goes on rightly."""
     prompt, at, interrupted = [4, 5, 6, 7, 8], 1, 0
     while True:
         driver = emulated_driver()
-        driver.interrupt_at = at
+        setattr(driver, when, at)
         session = None
         try:
             session = open_toy(toy, driver)

@@ -104,12 +104,12 @@ def test_what_has_no_product() -> None:
         with pytest.raises(DiagnosticError, match="columns has no product on GPUs"):
             Fragments.of(N, K, format)
     layout = Fragments.of(N, K, FORMATS[0])
-    made = gemm_int8_kernel(layout, ActivationScales(K), "product")
+    made = gemm_int8_kernel(layout, ActivationScales(K), "product", SHAPE)
     with pytest.raises(DiagnosticError, match="@product has instructions that sm_80 lacks") as caught:
         compile_ptx([made], "sm_80")
     assert "sm_89 or sm_90" in str(caught.value) and "in bf16" in str(caught.value)
     assert ".version 8.4" in compile_ptx([made], "sm_89")
-    compile_ptx([gemm_packed_kernel(layout, "product")], "sm_80")
+    compile_ptx([gemm_packed_kernel(layout, "product", SHAPE)], "sm_80")
 
 
 def test_casts_of_single_numbers_are_refused() -> None:

@@ -9,7 +9,7 @@ Launches of an op run in order; kernels of equal `key` are built once. An op tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from codegen.kernels.call import SizeArgument
@@ -159,6 +159,11 @@ def refused(op: Op, message: str, expected: str = "") -> DiagnosticError:
     """What an emitter raises for an op that no kernel takes."""
     text = f"{message}; expected {expected}" if expected else message
     return DiagnosticError.of(Diagnostic("error", text, op.location))
+
+
+def refused_by(op: Op, fault: DiagnosticError) -> DiagnosticError:
+    """The same fault at the place of an op."""
+    return DiagnosticError.of(*(replace(found, location=op.location) for found in fault.diagnostics))
 
 
 def tensor_type(value: Value) -> TensorType:

@@ -21,6 +21,7 @@ from codegen.nvptx.launches import (
     Temporary,
     grid_emitter,
     refused,
+    refused_by,
     size_text,
 )
 from ir.core import Op, Value
@@ -54,8 +55,7 @@ def kv_planes(cache: Value, op: Op) -> KvPlanes:
     try:
         return KvPlanes.of(cache.type)
     except DiagnosticError as fault:
-        found = fault.diagnostics[0]
-        raise refused(op, found.message) from fault
+        raise refused_by(op, fault) from None
 
 
 def emit_rope_append(op: Op, context: GridContext) -> list[GridLaunch]:
@@ -109,7 +109,7 @@ def emit_attention(op: Op, context: GridContext) -> list[GridLaunch]:
     try:
         shape.check()
     except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message) from None
+        raise refused_by(op, fault) from None
     out = context.element(op.results[0])
     rows = size_text(rows_of(op.results[0].type))
     places: list[GridArgument] = [Plane(cache, i) for i in range(len(planes.planes))]

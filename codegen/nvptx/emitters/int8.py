@@ -16,7 +16,16 @@ from codegen.nvptx.kernels.int8 import (
     gemm_int8_kernel,
     quantize_rows_kernel,
 )
-from codegen.nvptx.launches import GridArgument, GridContext, GridLaunch, Temporary, refused, size_text, tensor_type
+from codegen.nvptx.launches import (
+    GridArgument,
+    GridContext,
+    GridLaunch,
+    Temporary,
+    refused,
+    refused_by,
+    size_text,
+    tensor_type,
+)
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I8, GroupedIntFormat, PlainFormat
@@ -44,7 +53,7 @@ def rounded(op: Op, quantize: QuantizeOp, x: GridArgument, element: PlainFormat)
     try:
         of = ActivationScales(width, 0 if format.group in (0, width) else format.group)
     except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message) from None
+        raise refused_by(op, fault) from None
     rows = type.shape[0]
     made = Rounded(Temporary(TensorType((rows, width), I8)), Temporary(TensorType((rows, of.groups), F32)), of)
     launch = GridLaunch(
@@ -61,7 +70,7 @@ def int8_launch(
     try:
         check_int8(layout)
     except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message) from None
+        raise refused_by(op, fault) from None
     arguments = [*weight_parts(layout, weight), x.codes, x.scales, output.y, SizeArgument(rows)]
     stem = f"{layout.n}x{layout.k}_w{layout.bits}a8{'_gate' if output.gate else ''}"
     of, made = x.of, {"out": output.element, "gate_up": output.gate}

@@ -26,6 +26,7 @@ from codegen.nvptx.launches import (
     WeightPart,
     grid_emitter,
     refused,
+    refused_by,
     size_text,
     tensor_type,
 )
@@ -193,7 +194,7 @@ def _row_major(
     try:
         check_gemm(n, k, shape, False)
     except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message, fault.diagnostics[0].notes[0].message) from None
+        raise refused_by(op, fault) from None
     grid = f"ceil({size_text(rows)}, {shape.rows}) * {-(-n // shape.columns)}"
     return GridLaunch(
         f"gemm_{n}x{k}", ("gemm", n, k, shape, output.element),

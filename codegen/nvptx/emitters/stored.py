@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import MAX_ROWS, ROWS
-from codegen.nvptx.launches import GridArgument, GridContext, WeightPart, refused
+from codegen.nvptx.launches import GridArgument, GridContext, WeightPart, refused_by
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import I32, PlainFormat
@@ -29,7 +29,7 @@ def fragments_of(op: Op, type: TensorType) -> Fragments:
     try:
         return Fragments.of(n, k, type.element)
     except DiagnosticError as fault:
-        raise refused(op, fault.diagnostics[0].message) from None
+        raise refused_by(op, fault) from None
 
 
 def weight_parts(layout: Fragments, weight: Value) -> list[GridArgument]:

@@ -156,6 +156,8 @@ def plan_pieces(
         piece_of.update((names[value], len(pieces)) for value in bundle.weights)
         nbytes = bundle.stride * tensor.shape[0]
         origin = tensor.name.rsplit(".", 1)[0]
+        if bundle.stand_in and pieces and pieces[-1].kind == "experts":
+            origin = f"{pieces[-1].origin}.stand_ins"
         kind = "stand_ins" if bundle.stand_in else "experts"
         pieces.append(WeightPiece(kind, tensor.offset, nbytes, origin, bundle.stride))
     end_run()

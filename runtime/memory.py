@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,14 +111,20 @@ class FileMapping:
         """All bytes as a read-only uint8 array. Invalid after `close`."""
         return self._bytes
 
-    def read_ahead(self) -> None:
-        """Asks the system to start reading the file in the background; returns at once.
+    def read_ahead(self, but: Sequence[tuple[int, int]] = ()) -> None:
+        """Asks the system to start reading the file in the background, but for some ranges (offset, bytes) that ascend
+        and lie on pages; returns at once.
 
         Measured on ext4 (Linux 6.18): 1.5 ms for 2.2 GB when nothing is cached, nothing when it is. Huge-page advice
         and populating made no difference there, the page cache already holds large folios.
         """
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._mapping.madvise(mmap.MADV_WILLNEED)
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        at = 0
+        for offset, nbytes in (*but, (len(self._mapping), 0)):
+            if offset > at:
+                self._mapping.madvise(mmap.MADV_WILLNEED, at, offset - at)
+            at = offset + nbytes
 
     def close(self) -> None:
         """Unmaps. Native code must not run on it any more."""

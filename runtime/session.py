@@ -117,7 +117,8 @@ class Session:
             weights_address = self.streamer.address
         else:
             weights = resources.add(self.artifact.map_weights())
-            weights.read_ahead()
+            copies = [piece for piece in self.manifest.weights.pieces if piece.kind == "stand_ins"]
+            weights.read_ahead(but=[(piece.offset, piece.bytes) for piece in copies])
             weights_address = weights.address
         resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))
@@ -285,7 +286,8 @@ class Session:
             return None
         streamed = 0
         if self.streamer is not None:
-            streamed = self.manifest.weights.bytes - self.streamer.report().resident_bytes
+            read = sum(piece.bytes for piece in self.manifest.weights.pieces if piece.kind != "stand_ins")
+            streamed = read - self.streamer.report().resident_bytes
         program = self.manifest.programs[-1]
         return Prices(
             compute_s,

@@ -183,6 +183,8 @@ def stays_of(manifest: Manifest, placement: Placement, where: str = "plan") -> S
     cached: list[tuple[Placed, int, int]] = []  # how a layer's experts are kept, how many there are, bytes of one
     for number, part in enumerate(parts_of_pieces(manifest)):
         piece = manifest.weights.pieces[number]
+        if piece.kind == "stand_ins":
+            continue  # copies of experts: read when they are asked for, or never
         entry = placed.get(part)
         if entry is None:
             group, layer = part
@@ -247,7 +249,7 @@ def part_of(name: str, kind: str, routed: set[int]) -> tuple[str, int]:
     if layer is None:
         return "head", -1
     number, rest = layer
-    if kind == "experts":
+    if kind in ("experts", "stand_ins"):
         return "experts", number
     attention = "attn" in rest or rest.startswith("input_layernorm") or number in routed
     return ("attention" if attention else "mlp"), number

@@ -11,7 +11,10 @@ import pytest
 import stratum
 from ir.diagnostics import DiagnosticError
 from runtime.process_memory import resident_bytes
+from stratum import planning, process_account
 from stratum.cli import main
+from stratum.planning import PlanRequest, make_plan
+from tests.stratum.test_stream_placement import HOST
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
 pytestmark = pytest.mark.slow
@@ -51,6 +54,22 @@ def test_inspect_shows_them(artifact: Path, capfd: pytest.CaptureFixture[str]) -
     assert main(["inspect", str(artifact), "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["stand_ins"] == "w2a8" and 0 < facts["stand_in_bytes"] < facts["weights_bytes"]
+
+
+def test_plans_leave_them_out(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were none, and they can be used with a plan of a file."""
+    monkeypatch.setattr(planning, "load_target", lambda name: HOST)
+    monkeypatch.setattr(process_account, "resident_bytes", lambda: 120 << 20)  # a worker has run many tests before
+    request = PlanRequest(str(artifact), context=64, budgets=(("memory", "512MiB"),), what_if=False)
+    planned = make_plan(request)
+    assert planned.warnings == () and planned.placement.simulated_step is not None
+    file = artifact.parent / "plan.json"
+    file.write_text(planned.placement.to_json())
+    with stratum.load(artifact, plan=file, stand_ins=0.3, threads=1) as loaded:
+        assert loaded.session.streamer is not None
+        kinds = [loaded.manifest.weights.pieces[n].kind for n in loaded.session.streamer.plan.resident]
+        assert "stand_ins" not in kinds and "dense" in kinds
+        assert len(loaded.generate("abc", max_tokens=3, temperature=0).token_ids) == 3
 
 
 def test_eval_gives_the_text_token_by_token(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

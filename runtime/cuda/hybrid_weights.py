@@ -96,7 +96,7 @@ class HybridWeights:
     captured = False
 
     def __init__(self, device: Device, stream: Any, artifact: Artifact, plan: HbmPlan, *, policy: str = "lrfu") -> None:
-        self._device, self._stream, self.plan = device, stream, plan
+        self._device, self._stream, self.plan, self._policy = device, stream, plan, policy
         self._pieces = artifact.manifest.weights.pieces
         self.device_bytes = plan.device_bytes
         self.report = HybridReport(resident_bytes=plan.device_bytes, slots=tuple(count for _, count in plan.slots))
@@ -105,6 +105,7 @@ class HybridWeights:
         self._arena = 0
         self._region = self._image = self._host_tiles = 0
         self._copies: Any = None
+        self._expert_copies: Any = None  # of its own: what is waited for is not behind what is only needed next
         self._events: list[Any] = []
         self._places: list[_Place] = []
         self._slots: dict[int, _Slots] = {}
@@ -144,6 +145,8 @@ class HybridWeights:
         with uninterrupted():
             self._host_tiles = device.allocate_pinned(tiles * TILE_WORDS * 4, "tiles of experts")
             self._copies = device.new_stream()
+        with uninterrupted():
+            self._expert_copies = device.new_stream()
         for offset in plan.window_offsets:
             with uninterrupted():
                 events = [device.new_event() for _ in range(2)]
@@ -247,6 +250,7 @@ class HybridWeights:
         if place.read:
             device.wait(self._copies, place.free)
         nbytes = self._pieces[piece].bytes
+        place.piece = -1  # until all of it is under way
         device.copy_in(place.address, self._image + self._host[piece], nbytes, self._copies)
         device.record(place.ready, self._copies)
         place.piece, place.used, place.read = piece, False, False
@@ -274,6 +278,20 @@ class HybridWeights:
 
     def _bring_experts(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         """What a layer's tiles ask for, into slots, and the tiles by slots instead of experts."""
+        try:
+            self._exchange_experts(wait, launch, sizes)
+        except BaseException:
+            self._forget_experts(wait.piece)  # what was admitted may not have come
+            raise
+
+    def _forget_experts(self, piece: int) -> None:
+        """No expert of a piece is there."""
+        slots = self._slots[piece]
+        self._caches[piece] = ExpertCache([slots.unit], slots.count * slots.unit, policy=self._policy)
+        slots.slot_of.clear()
+        slots.unused = list(range(slots.count))[::-1]
+
+    def _exchange_experts(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         device, slots, cache = self._device, self._slots[wait.piece], self._caches[wait.piece]
         offset, count = _tiles(launch, sizes)
         nbytes = 4 * TILE_WORDS * count
@@ -297,10 +315,10 @@ class HybridWeights:
         for expert in missing:
             slot = slots.slot_of[expert] = slots.unused.pop()
             source = self._image + self._host[wait.piece] + expert * slots.unit
-            device.copy_in(slots.address + slot * slots.unit, source, slots.unit, self._copies)
+            device.copy_in(slots.address + slot * slots.unit, source, slots.unit, self._expert_copies)
         self.report.expert_bytes += len(missing) * slots.unit
         if missing:
-            device.record(self._experts_there, self._copies)
+            device.record(self._experts_there, self._expert_copies)
             device.wait(self._stream, self._experts_there)
         tiles[filled, 0] = [slots.slot_of[expert] for expert in tiles[filled, 0].tolist()]
         device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
@@ -310,9 +328,10 @@ class HybridWeights:
         if device.lost:
             return
         with uninterrupted():
-            if self._copies is not None:
-                device.synchronize(self._copies)
-                device.free_stream(self._copies)
+            for stream in (self._copies, self._expert_copies):
+                if stream is not None:
+                    device.synchronize(stream)
+                    device.free_stream(stream)
             for event in self._events:
                 device.free_event(event)
             if self._region:
@@ -320,7 +339,8 @@ class HybridWeights:
             for buffer in (self._image, self._host_tiles):
                 if buffer:
                     device.free_pinned(buffer)
-            self._copies, self._events, self._region, self._image, self._host_tiles = None, [], 0, 0, 0
+            self._copies = self._expert_copies = None
+            self._events, self._region, self._image, self._host_tiles = [], 0, 0, 0
 
 
 def plan_of(artifact: Artifact, budget_bytes: int) -> HbmPlan:

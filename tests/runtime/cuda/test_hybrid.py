@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codegen import weight_pieces
 from runtime.artifact import Artifact
 from runtime.cuda.device import Device
+from runtime.cuda.driver import DeviceFault
 from runtime.cuda.hybrid_plan import plan_hbm
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.session import CudaSession
@@ -24,9 +25,11 @@ from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import PieceInfo
 from tests.runtime.cuda import test_lowered_models as models
-from tests.runtime.cuda.emulated_driver import EmulatedDriver
+from tests.runtime.cuda.emulated_driver import EmulatedDriver, Status
 from tests.runtime.cuda.emulated_kernels import GridRunner
+from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, write_passing
 from tests.runtime.cuda.toy_model import open_checked
+from tests.runtime.fake_artifact import VOCAB
 
 # -- plans -------------------------------------------------------------------------------------------------------------
 
@@ -159,4 +162,73 @@ def test_a_session_finds_out_by_itself(built: tuple[str, Path]) -> None:
     with CudaSession(path, device=open_checked(driver, limit), max_context=16) as session:
         assert session.hybrid is not None and session.memory().weights < full
         np.testing.assert_array_equal(session.step(*STEPS[0].arrays), whole[0])
+    assert driver.leaks() == []
+
+
+# -- every byte of every piece, in kernels of Python -------------------------------------------------------------------
+
+FAILING = ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel")
+
+
+def passing(path: Path, order: str, seed: int, budget: int | None) -> tuple[EmulatedDriver, CudaSession]:
+    driver = EmulatedDriver(RUNNER, order=order, seed=seed)
+
+    def some(device: Device, stream: Any, artifact: Artifact) -> WeightStore:
+        return HybridWeights(device, stream, artifact, plan_of(artifact, budget or 0))
+
+    return driver, CudaSession(path, device=open_checked(driver), weights=None if budget is None else some)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([0, 1, 1, 2, 3]), min_size=3, max_size=7),
+    st.sampled_from([0.0, 0.0, 0.2, 0.5]),
+    st.sampled_from(["eager", "lazy", "shuffled"]),
+    st.integers(0, 99),
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.tuples(st.sampled_from(FAILING), st.integers(0, 25)),
+)
+def test_no_byte_is_late(
+    tmp_path: Path, layers: list[int], share: float, order: str, seed: int, counts: list[int], fault: tuple[str, int]
+) -> None:
+    """Any model, budget, order of work and batches; a call of the driver that fails changes nothing but its step."""
+    path = tmp_path / "-".join(map(str, layers))
+    if not path.exists():
+        write_passing(path, layers)
+    full = sum(n * PAGE or EXPERTS * UNIT for n in layers) + PAGE
+    least = sum(CHOSEN * UNIT for n in layers if not n) + 2 * PAGE * max([0, *layers]) + PAGE
+    budget = max(least, round(least + share * (full - least)))
+    driver, session = passing(path, order, seed, budget)
+    whole_driver, whole = passing(path, "eager", 0, None)
+    with session, whole:
+        assert session.hybrid is not None
+        at = 0
+        for number, count in enumerate(counts):
+            ids = [(7 * (at + i) + seed) % VOCAB for i in range(count)]
+            step = (ids, range(at, at + count), [0] * count, [count - 1])
+            at += count
+            if number == len(counts) - 1:
+                driver.plant(fault[0], Status.CUDA_ERROR_INVALID_VALUE, skip=fault[1])
+                try:
+                    np.testing.assert_array_equal(session.step(*step), whole.step(*step))
+                except DeviceFault:
+                    driver.plant(fault[0], Status.CUDA_ERROR_INVALID_VALUE, times=0)
+                driver.plant(fault[0], Status.CUDA_ERROR_INVALID_VALUE, times=0)
+            np.testing.assert_array_equal(session.step(*step), whole.step(*step))
+    assert driver.leaks() == [] and whole_driver.leaks() == []
+
+
+def test_ctrl_c_leaves_the_books_of_weights_right(built: tuple[str, Path]) -> None:
+    """Somewhere in the calls of a step; the same step then gives the bits that it should."""
+    case, path = built
+    whole, budget = with_everything(path, case), least(path, case)
+    driver, session = opened(path, case, "lazy", budget)
+    with session:
+        session.step(*STEPS[0].arrays)
+        driver.interrupt_at = sum(driver.calls.values()) + 12
+        with pytest.raises(KeyboardInterrupt):
+            session.step(*STEPS[1].arrays)
+        filled = session.filled(0)
+        assert filled in (3, 4)
+        np.testing.assert_array_equal(session.step(*STEPS[1].arrays), whole[1])
     assert driver.leaks() == []

@@ -280,6 +280,23 @@ class KVStreamer:
             raise
         self._torn = False
 
+    def whole_positions(self, slot: int) -> int:
+        """Positions that the sequence of `slot` may have with all layers in memory, the others being there, too."""
+        kv = self._kv
+        others = [int(n) for other, n in enumerate(self._filled) if other != slot and n]
+        left = self.options.limit_bytes - sum(kv.hot_bytes(n) + kv.layers * kv.layer_bytes(n) for n in others)
+        low, high = 0, kv.capacity // GROUP
+        while low < high:
+            middle = (low + high + 1) // 2
+            positions = middle * GROUP
+            fits = kv.hot_bytes(positions) + kv.layers * kv.layer_bytes(positions) <= left
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low * GROUP
+
+    def is_whole(self, slot: int) -> bool:
+        """Whether all layers of the sequence are in memory."""
+        return bool(self._there[:, slot].all()) and not any(other == slot for _, other in self._jobs)
+
     def report(self) -> KVStreamReport:
         """What has happened so far."""
         reads = self._file.reader.counters

@@ -102,6 +102,8 @@ class PromptCache:
         kv, info = self.session.kv, self.session.manifest.kv
         if len(self._ids) > kv.capacity:  # the last chunk would not fit into this session's cache
             common = min(common, kv.capacity // self._chunk * self._chunk)
+        if len(self._ids) > self.session.whole_positions:  # nor of more chunks than are in memory together
+            common = min(common, self.session.whole_positions // self._chunk * self._chunk)
         if info.ring and len(self._ids) - common >= info.ring - info.recent - 2 * info.block:
             return 0  # too far back: the 16-bit positions before it are gone
         return common

@@ -238,7 +238,10 @@ class Session:
                             self.num_slots)  # fmt: skip
         with self._lock:
             self._check_usable()
-            self._check_whole()
+            if self.kv_stream is not None:
+                if len(ids) > self.kv_stream.whole_positions(slot):
+                    raise self._in_parts(f"{len(ids)} positions are more than fit", "taken from a file")
+                split = 0  # a step at position 0 would give up what was read meanwhile
             self._forget(slot)
             if self.kv_spill is not None:
                 self.kv_spill.make_room(inputs.slots[-1:], inputs.positions[-1:])
@@ -253,13 +256,17 @@ class Session:
             self._filled[slot], self._newest[slot] = len(ids), max(newest, last)
         return done
 
-    def _check_whole(self) -> None:
-        if self.kv_stream is not None:
-            raise RuntimeDiagnostic(
-                "the KV cache of this session comes and goes by layers: no prompt is taken from a file or put there",
-                where=self._where,
-                hint="a context that fits into memory, or no prompt cache",
-            )
+    def _in_parts(self, why: str, what: str) -> RuntimeDiagnostic:
+        return RuntimeDiagnostic(
+            f"the KV cache of this session comes and goes by layers, and {why}: no prompt is {what}",
+            where=self._where,
+            hint="a shorter prompt, more memory, or no prompt cache",
+        )
+
+    @property
+    def whole_positions(self) -> int:
+        """Of the only sequence, positions that lie in memory together: all, but where layers come and go."""
+        return self.max_context if self.kv_stream is None else self.kv_stream.whole_positions(0)
 
     @property
     def kv(self) -> KVCache:
@@ -272,7 +279,8 @@ class Session:
         slot = self._checked_slot(slot)
         with self._lock:
             self._check_usable()
-            self._check_whole()
+            if self.kv_stream is not None and not self.kv_stream.is_whole(slot):
+                raise self._in_parts("some of them are on disk", "put into a file")
             if self.kv_spill is not None:
                 self.kv_spill.restore(slot)
             yield self._kv

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 import stratum
 from runtime import RuntimeDiagnostic, Session, open_artifact
+from runtime.generation import GenerationParams, generate
 from runtime.kv_spill import SpillOptions
 from runtime.kv_stream import KVStreamer, KVStreamOptions, going_layers
+from runtime.prompt_cache import CachedGeneration, PromptCache
 from stratum.cli.bench import _on_cpu as on_cpu
 from stratum.kv_plan import plan_kv
 from stratum.memory_plan import DoesNotFit, plan_for
@@ -153,13 +155,47 @@ def test_a_step_that_failed_can_be_tried_again(artifact: Path, expected: list[np
 
 
 def test_what_does_not_fit_or_go_together_is_refused(artifact: Path) -> None:
-    with opened(artifact, 1000) as session:
-        with pytest.raises(RuntimeDiagnostic, match="one layer of the KV cache takes"):
-            session.step([1] * 500, range(500), [0] * 500, [])
-        with pytest.raises(RuntimeDiagnostic, match="comes and goes by layers"), session.in_memory(0):
-            pass
+    with opened(artifact, 1000) as session, pytest.raises(RuntimeDiagnostic, match="one layer of the KV cache takes"):
+        session.step([1] * 500, range(500), [0] * 500, [])
     with pytest.raises(RuntimeDiagnostic, match="not both"):
         Session(artifact, kv_stream=KVStreamOptions(1 << 20), kv_spill=SpillOptions())
+
+
+@pytest.mark.parametrize("layers", [2, KV_LAYERS])
+def test_a_prompt_cache_beside_it(artifact: Path, tmp_path: Path, layers: int) -> None:
+    """What of a prompt lies in memory together comes from a file and goes there; the rest is computed."""
+    ids = np.random.default_rng(9).integers(0, VOCAB, 640).tolist()
+    file = tmp_path / "prompt.kv"
+
+    def text(session: Session, prompt: list[int]) -> tuple[list[int], int, RuntimeDiagnostic | None]:
+        cached = CachedGeneration(PromptCache(file, session), prompt, GenerationParams(6))
+        tokens = [event.token for event in cached.events()]
+        assert cached.reused is not None
+        return tokens, cached.reused.positions, cached.fault
+
+    with opened(artifact) as plain:
+        wanted = [list_of(plain, prompt) for prompt in (ids, [*ids, 7, 8])]
+        limit = room(plain, layers, 704)
+    with opened(artifact, limit) as session:
+        tokens, reused, fault = text(session, ids)
+        assert (tokens, reused) == (wanted[0], 0)
+        assert (fault is None) == file.exists() == (layers == KV_LAYERS)
+        assert fault is None or "some of them are on disk" in fault.message
+    with opened(artifact) as plain:
+        assert text(plain, ids)[0] == wanted[0] and file.exists()
+    with opened(artifact, limit) as session:
+        tokens, reused, _ = text(session, [*ids, 7, 8])
+        assert tokens == wanted[1] and reused <= streamer(session).whole_positions(0)
+        assert reused == len(ids) if layers == KV_LAYERS else reused < len(ids)
+    damaged = bytearray(file.read_bytes())
+    damaged[-5000] ^= 255
+    file.write_bytes(damaged)
+    with opened(artifact, limit) as session:
+        assert text(session, [*ids, 7, 8])[0] == wanted[1]
+
+
+def list_of(session: Session, prompt: list[int]) -> list[int]:
+    return [event.token for event in generate(session, prompt, GenerationParams(6))]
 
 
 def test_a_sequence_that_begins_anew_reads_nothing_old(artifact: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ir.grid_memory_model import _NOBODY, WIDEST, GridBuffer, GridMemory, GridThreads
+from ir.grid_memory_model import NOBODY, WIDEST, GridBuffer, GridMemory, GridThreads
 from ir.tile_memory_model import KernelFault
 
 _GROUP, _ROWS, _DEPTH, _STEP, _PIECE, _ALIGN = 128, 64, 64, 16, 8, 1024
@@ -107,10 +107,10 @@ class BulkCopies:
                 if phase >= found.phases:
                     left.append((phase, memory, places, copier, data))
                     continue
-                memory.copied_by[places] = _NOBODY
+                memory.copied_by[places] = NOBODY
                 memory.note_write(places, copier)
                 memory.words[places] = data
-                memory.unfenced[places] = _NOBODY
+                memory.unfenced[places] = NOBODY
             found.copies = left
 
 
@@ -132,9 +132,9 @@ class WarpgroupProducts:
 
     def fence(self) -> None:
         for memory in self.memories.values():
-            mine = memory.unfenced != _NOBODY
+            mine = memory.unfenced != NOBODY
             mine[mine] = self.who.active[memory.unfenced[mine]]
-            memory.unfenced[mine] = _NOBODY
+            memory.unfenced[mine] = NOBODY
 
     def start(self, c: Any, a: GridBuffer, a_index: np.ndarray, b: GridBuffer, b_index: np.ndarray) -> PendingSums:
         sums = c.values if isinstance(c, PendingSums) else c
@@ -163,7 +163,7 @@ class WarpgroupProducts:
         one = who[:1]
         units = memory.places(np.array([start]), rows * _DEPTH * 2, _ALIGN, "product", one)
         memory.note_read(units, one, by_warps=True)
-        if (memory.unfenced[units] != _NOBODY).any():
+        if (memory.unfenced[units] != NOBODY).any():
             message = f"{memory.name}, written without grid.fence_async between"
             raise KernelFault(f"{self.who.name(first)} multiplies bytes of {message}")
         memory.product_reads[units] += 1

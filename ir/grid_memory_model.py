@@ -16,7 +16,7 @@ from ir.formats import PlainFormat
 from ir.grid_banks import extra_passes
 from ir.tile_memory_model import KernelFault
 
-_NOBODY, _SEVERAL = -1, -2
+NOBODY, _SEVERAL = -1, -2
 _UNDEFINED = 0xCB  # memory that nobody has written, as in `ir.tile_memory_model`
 WIDEST = 16  # bytes of the widest access of one thread
 
@@ -59,12 +59,12 @@ class GridMemory:
         self.base = owner[space] * self.size
         self.words = self.bytes.view(f"u{unit}")
         units = 0 if space == "private" else self.words.size
-        self.writer, self.reader = np.full(units, _NOBODY, np.int32), np.full(units, _NOBODY, np.int32)
-        self.reader_block = np.full(units, _NOBODY, np.int32)
+        self.writer, self.reader = np.full(units, NOBODY, np.int32), np.full(units, NOBODY, np.int32)
+        self.reader_block = np.full(units, NOBODY, np.int32)
         self.written_in, self.read_in = np.zeros(units, np.int32), np.zeros(units, np.int32)
-        self.copied_by = np.full(units, _NOBODY, np.int32)  # threads whose copies are under way
+        self.copied_by = np.full(units, NOBODY, np.int32)  # threads whose copies are under way
         held = units if space == "shared" else 0
-        self.unfenced = np.full(held, _NOBODY, np.int32)  # who wrote what products of warpgroups do not know of yet
+        self.unfenced = np.full(held, NOBODY, np.int32)  # who wrote what products of warpgroups do not know of yet
         self.product_reads = np.zeros(held, np.int16)  # products of warpgroups that are under way and read it
         self.products = 0
 
@@ -99,7 +99,7 @@ class GridMemory:
         reader = np.where(by_warps | (here_now & (self.reader[units] != me)), _SEVERAL, me)
         self._mark(self.reader, units, reader)
         self._mark(
-            self.reader_block, units, np.where((known_block != _NOBODY) & (known_block != block), _SEVERAL, block)
+            self.reader_block, units, np.where((known_block != NOBODY) & (known_block != block), _SEVERAL, block)
         )
         self.read_in[units] = np.broadcast_to(phase, units.shape)
 
@@ -116,7 +116,7 @@ class GridMemory:
             self.unfenced[units] = np.broadcast_to(me, units.shape)
         self._refuse_writers(units, me, block, phase, "writes", False)
         known_block = self.reader_block[units]
-        elsewhere = (known_block != _NOBODY) & (known_block != block)
+        elsewhere = (known_block != NOBODY) & (known_block != block)
         now = (known_block == block) & (self.read_in[units] == phase) & (self.reader[units] != me)
         self._refuse(elsewhere | now, units, me, "writes", "read")
         self.writer[units] = np.broadcast_to(me, units.shape)
@@ -140,10 +140,10 @@ class GridMemory:
     ) -> None:
         writer = self.writer[units]
         now = (self.written_in[units] == phase) & (by_warps | (writer != me))
-        self._refuse((writer != _NOBODY) & ((writer // self.who.threads != block) | now), units, me, does, "written")
+        self._refuse((writer != NOBODY) & ((writer // self.who.threads != block) | now), units, me, does, "written")
 
     def _refuse_copies(self, units: np.ndarray, me: np.ndarray, does: str) -> None:
-        self._refuse(self.copied_by[units] != _NOBODY, units, me, does, "")
+        self._refuse(self.copied_by[units] != NOBODY, units, me, does, "")
 
     def _refuse(
         self, wrong: np.ndarray, units: np.ndarray, me: np.ndarray, does: str, done: str, why: str = ""
@@ -243,7 +243,7 @@ class AsyncCopies:
         for memory, places, who, data, group in self.pending:
             done = self.who.active[who] & (group < self.groups[who] - pending)
             if done.any():
-                memory.copied_by[places[done]] = _NOBODY
+                memory.copied_by[places[done]] = NOBODY
                 memory.note_write(places[done], who[done])
                 memory.words[places[done]] = data[done]
             if not done.all():

@@ -26,19 +26,20 @@ ANY = "cuda"  # the target that stands for every GPU there are kernels for
 def gpu_architectures(target: Any) -> tuple[str, ...]:
     """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs.
 
-    A machine is a GPU's where its first unit is one of NVIDIA. Raises DiagnosticError for GPUs older than the kernels.
+    A machine is a GPU's where its first unit is one with an architecture. Raises DiagnosticError for GPUs of others
+    than NVIDIA, for which nothing runs kernels, and for those older than the kernels.
     """
     if target.llvm_triple == TRIPLE:
         return ARCHITECTURES
     first = target.units[0] if isinstance(target, Target) and target.units else None
-    if first is None or first.kind != "gpu" or not first.arch.startswith("sm_"):
+    if first is None or first.kind != "gpu" or not first.arch:
         return ()
-    number = _number(first.arch)
-    known = [name for name in ARCHITECTURES if _number(name) <= number]
+    nvidia = first.arch.startswith("sm_")
+    known = [name for name in ARCHITECTURES if nvidia and _number(name) <= _number(first.arch)]
     if not known:
         raise DiagnosticError(
-            f"there are no kernels for the GPU of {target.name} ({first.arch})",
-            expected=f"a GPU of {ARCHITECTURES[0]} or newer",
+            f"no model can be built for the GPU of {target.name} ({first.arch})",
+            expected=f"an NVIDIA GPU of {ARCHITECTURES[0]} or newer",
             hint="build for the CPU beside it: --target x86-64-v3",
         )
     return (known[-1],)

@@ -68,13 +68,14 @@ def test_the_cpu_says_what_it_is(built: tuple[Path, Path]) -> None:
     ("target", "architectures"),
     [
         ("cuda", ("sm_80", "sm_89", "sm_90")), ("h200-sxm", ("sm_90",)), ("a100-40gb", ("sm_80",)),
-        ("rtx-3090", ("sm_80",)), ("rtx-4090", ("sm_89",)), ("b200", ("sm_90",)), ("x86-64-v3", ()), ("mi300x", ()),
+        ("rtx-3090", ("sm_80",)), ("rtx-4090", ("sm_89",)), ("b200", ("sm_90",)), ("x86-64-v3", ()), ("m2-ultra", ()),
     ],
 )  # fmt: skip
 def test_which_gpus_code_is_for(target: str, architectures: tuple[str, ...]) -> None:
     assert gpu_code.gpu_architectures(hw_targets.load(target)) == architectures
 
 
-def test_old_gpus_are_refused() -> None:
-    with pytest.raises(DiagnosticError, match=r"no kernels for the GPU of t4-gcp \(sm_75\)"):
-        gpu_code.gpu_architectures(hw_targets.load("t4-gcp"))
+@pytest.mark.parametrize(("target", "architecture"), [("t4-gcp", "sm_75"), ("mi300x", "gfx942")])
+def test_old_gpus_and_those_of_others_are_refused(target: str, architecture: str) -> None:
+    with pytest.raises(DiagnosticError, match=rf"no model can be built for the GPU of {target} \({architecture}\)"):
+        gpu_code.gpu_architectures(hw_targets.load(target))

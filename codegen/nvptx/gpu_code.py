@@ -26,13 +26,13 @@ ANY = "cuda"  # the target that stands for every GPU there are kernels for
 def gpu_architectures(target: Any) -> tuple[str, ...]:
     """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs.
 
-    A machine is a GPU's where its first unit is one with an architecture. Raises DiagnosticError for GPUs of others
-    than NVIDIA, for which nothing runs kernels, and for those older than the kernels.
+    A machine is a GPU's where its first unit is one of NVIDIA or AMD. Raises DiagnosticError for AMD's, on which
+    nothing runs kernels, and for those older than the kernels.
     """
     if target.llvm_triple == TRIPLE:
         return ARCHITECTURES
     first = target.units[0] if isinstance(target, Target) and target.units else None
-    if first is None or first.kind != "gpu" or not first.arch:
+    if first is None or first.kind != "gpu" or not first.arch.startswith(("sm_", "gfx")):
         return ()
     nvidia = first.arch.startswith("sm_")
     known = [name for name in ARCHITECTURES if nvidia and _number(name) <= _number(first.arch)]

@@ -222,7 +222,7 @@ def test_not_a_model(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--dtype", "f8"], "f8"),
         (["--device", "cuda", "--target", "x86-64-v3"], "x86-64-v3, which is no NVIDIA GPU"),
         (["--target", "t4-gcp"], "no model can be built for the GPU of t4-gcp (sm_75)"),
-        (["--device", "cuda", "--recipe", "w3"], "no kernel on GPUs"),
+        (["--device", "cuda", "--recipe", "kv2"], "no KV cache of q2_zp"),
     ],
 )
 def test_bad_build_options(

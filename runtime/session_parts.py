@@ -122,7 +122,11 @@ def check_kv_waits(manifest: Manifest, where: str, *, spills: bool) -> None:
     """Raises RuntimeDiagnostic where the cache cannot come and go by layers."""
     layers = set(range(manifest.kv.layers))
     if spills:
-        raise RuntimeDiagnostic("a session streams its KV cache or spills sequences, not both", where=where)
+        raise RuntimeDiagnostic(
+            "a session streams its KV cache or spills sequences, not both",
+            where=where,
+            hint="streaming takes sequences that no step uses to disk, too: leave the other out",
+        )
     if any(set(program.kv_awaits) != layers for program in manifest.programs):
         raise RuntimeDiagnostic(
             "the artifact's programs do not wait for their KV cache, so all of it must stay in memory",

@@ -231,6 +231,7 @@ def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(
         whole = plain.memory().kv_committed
     with stratum.load(path, memory=budget, max_context=context, threads=1) as model:
         session = model.session
+        assert isinstance(session, Session)
         limit = streamer(session).options.limit_bytes
         assert whole > limit > whole / 2
         np.testing.assert_array_equal(session.step(*inputs), wanted)

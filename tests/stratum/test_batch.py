@@ -15,6 +15,7 @@ import stratum
 from ir.diagnostics import DiagnosticError
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_spill import SpillOptions
+from runtime.session import Session
 from stratum.batch_lines import BadLine, Line, read_lines
 from stratum.batch_run import run_batch, slots_needed
 from stratum.cli import main
@@ -92,6 +93,7 @@ def test_conversations_go_on_and_wait_on_disk(llama_artifact: Path, tmp_path: Pa
         assert plain["4"]["prompt_tokens"] == len(second) and plain["4"]["reused_tokens"] >= len(whole) - 2
         model.session.release(0)
         assert model.generate(second, max_tokens=8).token_ids == plain["4"]["token_ids"]
+        assert isinstance(model.session, Session)
         limit = 2 * model.session.kv.used_bytes(64, 63)
     with opened(llama_artifact, lines, 2, limit_bytes=limit, directory=str(tmp_path)) as model:
         spilled = results(model, lines, 2)
@@ -102,6 +104,7 @@ def test_conversations_go_on_and_wait_on_disk(llama_artifact: Path, tmp_path: Pa
 def test_what_does_not_fit_together_waits(llama_artifact: Path, tmp_path: Path, alone: dict[str, list[int]]) -> None:
     lines = lines_of(*TEXTS, {"prompt": "x", "max_tokens": 120})
     with opened(llama_artifact, lines, 4) as model:
+        assert isinstance(model.session, Session)
         limit = model.session.kv.used_bytes(64, 63)  # of one of them
     with opened(llama_artifact, lines, 4, limit_bytes=limit, directory=str(tmp_path)) as model:
         found = results(model, lines, 4, **SAMPLED)

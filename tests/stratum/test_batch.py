@@ -15,6 +15,7 @@ import stratum
 from ir.diagnostics import DiagnosticError
 from runtime.errors import RuntimeDiagnostic
 from runtime.kv_spill import SpillOptions
+from runtime.process_memory import resident_bytes
 from runtime.session import Session
 from stratum.batch_lines import BadLine, Line, read_lines
 from stratum.batch_run import run_batch, slots_needed
@@ -110,6 +111,20 @@ def test_what_does_not_fit_together_waits(llama_artifact: Path, tmp_path: Path, 
         found = results(model, lines, 4, **SAMPLED)
     assert [found[str(n)]["token_ids"] for n in range(1, 7)] == [alone[text] for text in TEXTS]
     assert "--kv-memory" in found["7"]["error"]["hint"]
+
+
+def test_under_a_budget(moe_artifact: Path, tmp_path: Path) -> None:
+    """Room for the sequences of one step; conversations that wait go to disk. The same tokens."""
+    lines = lines_of(*({"session": name, "prompt": f"{name} {turn}"} for turn in range(2) for name in ("a", "b", "c")))
+    with opened(moe_artifact, lines, 2) as model:
+        plain = results(model, lines, 2)
+    slots = Slots(slots_needed(lines, 2), 2, SpillOptions(directory=str(tmp_path)))
+    budget = resident_bytes() + (256 << 20)
+    with Model(moe_artifact, threads=1, max_context=128, memory=budget, slots=slots) as model:
+        assert isinstance(model.session, Session) and model.session.kv_spill is not None
+        assert model.session.kv_spill.options.limit_bytes == 2 * model.session.kv.used_bytes(128, 127)
+        found = results(model, lines, 2)
+    assert {n: r["token_ids"] for n, r in found.items()} == {n: r["token_ids"] for n, r in plain.items()}
 
 
 def test_a_step_that_fails_ends_those_that_fail_alone(

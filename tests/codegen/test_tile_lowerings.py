@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -32,16 +33,18 @@ from tests.codegen.tile_cases import Case, all_cases
 TARGETS: dict[str, tuple[str, ...]] = {"host": (), "avx2": ("avx512",), "sse": ("avx", "fma", "f16c")}
 COMPUTING = [module.__name__ for module in (tile, tile_convert, tile_lanes, tile_packed, tile_products)]
 WORDS = 48  # numbers of a pool; all pairs of them go through a kernel, and pairs of pairs for three operands
-# Every width on the host; the others take one narrow, one that fits a register there and one that needs several.
-CASES = {
-    name: [c for c in all_cases(with_f16="f16c" not in without) if name == "host" or c.lanes in (1, 4, 16)]
-    for name, without in TARGETS.items()
-}
+
+
+@cache
+def cases(target: str) -> list[Case]:
+    """Every width on the host; the others take one narrow, one that fits a register there and one of several."""
+    found = all_cases(with_f16="f16c" not in TARGETS[target])
+    return [c for c in found if target == "host" or c.lanes in (1, 4, 16)]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
 def compiled(request: pytest.FixtureRequest) -> Iterator[tuple[str, NativeKernels]]:
-    with native_kernels([c.kernel for c in CASES[request.param]], host_target(TARGETS[request.param])) as kernels:
+    with native_kernels([c.kernel for c in cases(request.param)], host_target(TARGETS[request.param])) as kernels:
         yield request.param, kernels
 
 
@@ -154,7 +157,7 @@ def complain(case: Case, out: np.ndarray, arrays: Sequence[np.ndarray], wanted: 
 def native_complaints(compiled: tuple[str, NativeKernels], bits: Sequence[int]) -> list[str]:
     target, kernels = compiled
     found = []
-    for case in CASES[target]:
+    for case in cases(target):
         with np.errstate(all="ignore"):
             arrays = operands(case, bits)
         out = case.outputs(WORDS * WORDS)
@@ -176,7 +179,7 @@ def test_native_code_means_what_the_ops_say_of_any_bits(compiled: tuple[str, Nat
 def test_the_interpreter_means_what_the_ops_say() -> None:
     """Through the kernels' loops, loads and stores: 32 lanes of each."""
     found = []
-    for case in CASES["host"]:
+    for case in cases("host"):
         out = case.outputs(32)
         with np.errstate(all="ignore"):
             arrays = [a.reshape(WORDS * WORDS // 16, -1)[3:13:9].reshape(-1) for a in operands(case, [1])]
@@ -186,7 +189,7 @@ def test_the_interpreter_means_what_the_ops_say() -> None:
 
 
 def test_the_cases_meet_every_value_op() -> None:
-    met = {type(op) for case in CASES["host"] for op in case.kernel.walk()}
+    met = {type(op) for case in cases("host") for op in case.kernel.walk()}
     wanted = {cls for cls in LOWERINGS if cls.__module__ in COMPUTING}
     assert wanted - met == set()
     named = {name for name in OPS if name.startswith("tile.")}
@@ -194,7 +197,7 @@ def test_the_cases_meet_every_value_op() -> None:
 
 
 def test_f16_without_its_instruction_is_refused() -> None:
-    case = next(c for c in CASES["host"] if c.name == "cast_f16_f32_4")
+    case = next(c for c in cases("host") if c.name == "cast_f16_f32_4")
     features = host_target(TARGETS["sse"]).llvm_features
     with pytest.raises(DiagnosticError, match=r"'tile\.cast' between f32 and f16 needs the CPU feature f16c"):
         lower_kernel(case.kernel, InstructionSet(features), {}, "#0")
@@ -221,7 +224,7 @@ def test_an_instruction_is_issued_where_its_features_are(entry: Instruction) -> 
     for feature in entry.features:
         assert InstructionSet(entry.features - {feature}).find(entry.op, entry.element, entry.lanes) is None
     named = {"tile.dot2": "dot2", "tile.dot4": "dot4", "tile.cast": "cast_f32_bf16"}[entry.op]
-    case = next(c for c in CASES["host"] if c.name == f"{named}_{entry.lanes}")
+    case = next(c for c in cases("host") if c.name == f"{named}_{entry.lanes}")
     text = lower_kernel(case.kernel, InstructionSet(entry.features), {}, "#0")
     assert f"@{entry.intrinsic}(" in text
     assert entry.intrinsic not in lower_kernel(case.kernel, InstructionSet(frozenset()), {}, "#0")

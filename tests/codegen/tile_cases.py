@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -337,7 +338,8 @@ def _constant_meaning(element: PlainFormat, stored: PlainFormat, lanes: int, val
     return meaning
 
 
-def all_cases(with_f16: bool = True) -> list[Case]:
+@cache
+def all_cases(with_f16: bool = True) -> tuple[Case, ...]:
     makers = (
         binary_cases(),
         float_cases(),
@@ -347,4 +349,4 @@ def all_cases(with_f16: bool = True) -> list[Case]:
         bit_cases(),
         shape_cases(),
     )
-    return [case for maker in (*makers, constant_cases()) for case in maker]
+    return tuple(case for maker in (*makers, constant_cases()) for case in maker)

@@ -10,8 +10,9 @@ the same unit, link, direction and stream; different queues share links, drives 
 have begun, a collective when all have.
 
 A prefetch or computation with a `cache` takes place when at least `rank` of the experts asked for are missing (a
-computation maybe when fewer are): `missing` says by cache how many are; one that is not named misses all. Time only depends on plan, target and `missing`.
-Memory is counted, not enforced: `passes.schedule.check_stream` proves that a plan fits.
+computation maybe when fewer are): `missing` says by cache how many are; one that is not named misses all. Time only
+depends on plan, target and `missing`. Memory is counted, not enforced: `passes.schedule.check_stream` proves that a
+plan fits.
 
 Raises DiagnosticError for places and rates the target lacks, and for plans whose units wait for each other for ever.
 """

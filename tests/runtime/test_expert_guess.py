@@ -6,14 +6,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.await_info import AwaitInfo, RouterInfo
 from runtime.expert_guess import LEAST_SHARE, MOST_TOKENS, ExpertGuess
 from runtime.manifest import (
-    AwaitInfo,
     KVInfo,
     Manifest,
     PieceInfo,
     ProgramInfo,
-    RouterInfo,
     TargetInfo,
     WeightsInfo,
 )

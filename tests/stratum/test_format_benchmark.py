@@ -130,7 +130,7 @@ def test_a_model_that_no_recipe_builds_is_a_fault(tmp_path: Path) -> None:
         (["--text", "x"], "--text goes with --formats"),
         (["--json"], "--json goes with --formats"),
         (["--formats", "-n", "8,16"], "one value for -n, not 2"),
-        (["--formats", "--recipe", "w8a8"], "neither --recipe"),
+        (["--formats", "--recipe", "w8a8"], "none of --recipe"),
         (["--formats", "-p", "0", "-n", "0"], "nothing to measure"),
         (["--formats", "--recipes", " "], "no recipe is named"),
     ],

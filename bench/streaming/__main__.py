@@ -27,14 +27,15 @@ from typing import Any
 from bench.measure import machine
 from bench.peers.child import Engine, EngineError
 from bench.peers.models import Models
-from bench.prediction.__main__ import host_of
+from bench.prediction.machine import Moment, between, host_of
 from bench.streaming.disk import disk_bytes_per_s, forget, read_ahead, read_by
 from bench.streaming.forecast import forecast
 from bench.streaming.memory_group import MemoryGroup
 from bench.streaming.report import Result, table
 from bench.streaming.rows import ROWS, Row, chosen
 from hw_targets import load as load_target
-from hw_targets.calibrate import Calibration, calibrate
+from hw_targets.calibrate import calibrate
+from hw_targets.host import usable_cores
 from ir.diagnostics import DiagnosticError
 
 BEST_READ_AHEAD_KIB = 128
@@ -110,12 +111,13 @@ def _ours(row: Row, artifact: Path, options: argparse.Namespace) -> Result:
         answer = measured("stratum", words, weights, row, options)
     except EngineError as fault:
         return _said(Result(row, "stratum", {}, fault=str(fault)))
-    target = host_of(limits, _limits())
+    target = host_of(between(limits, _limits()), usable_cores())
     return _said(Result(row, "stratum", answer, (before, disk_bytes_per_s(weights, scattered=row.scattered)), target))
 
 
-def _limits() -> Calibration:
-    return calibrate(nbytes=1 << 28, seconds=0.01, repeats=5)
+def _limits() -> Moment:
+    found = calibrate(nbytes=1 << 28, seconds=0.01, repeats=5)
+    return Moment(found.read_bandwidth, found.f32_peak, found.bf16_peak or 0.0, found.i8_peak or 0.0)
 
 
 def _llama(row: Row, gguf: Path, kib: int | None, options: argparse.Namespace) -> Result:

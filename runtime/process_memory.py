@@ -50,15 +50,20 @@ def give_back_read_ahead() -> None:
             os.close(descriptor)
 
 
+def _memory_groups(own: Path) -> Iterator[tuple[str, bool]]:
+    """The control groups that count this process's memory, as `own` lists them: (path, whether of version 1)."""
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        first = "memory" in controllers.split(",")
+        if first or not controllers:
+            yield path, first
+
+
 def memory_limit(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
     """The limit of the control groups this process is in, of version 1 or 2; None where there is none."""
     limits: list[int] = []
     with suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            first = "memory" in controllers.split(",")
-            if controllers and not first:
-                continue
+        for path, first in _memory_groups(own):
             folder, name = (root / "memory", "memory.limit_in_bytes") if first else (root, "memory.max")
             group = Path(path.lstrip("/"))
             for part in (group, *group.parents):
@@ -71,11 +76,7 @@ def memory_limit(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
 def charged_cache(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
     """Bytes of cached files that the control group of this process is charged for; None where nobody says."""
     with suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            first = "memory" in controllers.split(",")
-            if controllers and not first:
-                continue
+        for path, first in _memory_groups(own):
             group, name = (root / "memory", "total_cache") if first else (root, "file")
             with suppress(OSError, ValueError):
                 lines = (group / path.lstrip("/") / "memory.stat").read_text().splitlines()

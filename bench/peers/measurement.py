@@ -144,7 +144,7 @@ def measure_section(
             results[name].about = engines[name].about
             results[name].file_bytes = int(engines[name].about["bytes"])
         if section.action == "batch":
-            return _measure_batches(section, engines, machine, effort, say)
+            return _measure_batches(section, engines, models, machine, effort, say)
         before = machine.limits()
         turns = effort.rounds * section.turns
         for number in range(turns + 1):
@@ -186,14 +186,20 @@ def _add_work(samples: Samples, section: Section, engine: Engine, models: Models
     if section.action == "decode":
         samples.bytes = float(engine.ask({"do": "work", "generate": section.tokens, "depth": section.depth})["bytes"])
     elif section.model == DENSE:
-        config = json.loads((models.checkpoint(section.model) / "config.json").read_text())
-        samples.operations = product_operations(config, section.tokens)
+        samples.operations = _operations(models, section.model, section.tokens)
+
+
+def _operations(models: Models, preset: str, tokens: int) -> float:
+    config = json.loads((models.checkpoint(preset) / "config.json").read_text())
+    return product_operations(config, tokens)
 
 
 def _measure_batches(
-    section: Section, engines: dict[str, Engine], machine: Machine, effort: Effort, say: Say
+    section: Section, engines: dict[str, Engine], models: Models, machine: Machine, effort: Effort, say: Say
 ) -> Measured:
     found = {count: Samples(f"batch {count}") for count in BATCHES}
+    for samples in found.values():
+        samples.operations = section.tokens * _operations(models, section.model, 1)  # of one of its sequences
     for name, engine in engines.items():
         before = machine.limits()
         for number in range(effort.rounds * section.turns + 1):

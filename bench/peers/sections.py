@@ -91,7 +91,7 @@ SECTIONS = (
         bars=(Bar("bandwidth", 0.80),), each=True,
     ),
     Section(
-        "batch", "dense decode, ragged batches", DENSE, ("stratum:w4a8-g32",), "batch", 12, turns=2,
+        "batch", "dense decode, ragged batches", DENSE, ("stratum:w4a8-g32",), "batch", 12, turns=5,
         bars=(Bar("linear", 0.7),),
     ),
 )  # fmt: skip

@@ -102,6 +102,15 @@ def test_batches_are_set_against_one_sequence() -> None:
     assert found.passed and found.found == "56.0 tok/s, 0.70 x linear"
 
 
+def test_a_batch_says_what_the_products_allow() -> None:
+    rates = {1: 10.0, 2: 19.0, 4: 36.0, 8: 50.0, 16: 80.0}
+    rows = [samples(f"batch {n}", rates[n], rates[n], operations=150.0) for n in BATCHES]
+    item = Measured(section(Bar("linear", 0.7), action="batch"), rows)
+    (found,) = report.verdicts([item], None)
+    # 150 operations for ten tokens of one sequence: at 1000 a second 66.7 tokens/s, where eight times one are 80.
+    assert found.found == "50.0 tok/s, 0.62 x linear; 0.83 x would be all of the VNNI peak" and not found.passed
+
+
 def test_quantizing_has_a_rate_and_a_peak() -> None:
     found = report.verdicts([], Quantized(3 * 10**9, (10.0, 20.0, 12.0), 900 << 20))
     assert [(v.found, v.passed) for v in found] == [("250 MB/s of source", True), ("900 MiB", True)]

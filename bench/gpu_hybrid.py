@@ -28,7 +28,8 @@ from ir.diagnostics import DiagnosticError
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import CudaDevice, Device, open_device
 from runtime.cuda.driver import NoDevice, OutOfDeviceMemory
-from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
+from runtime.cuda.hybrid_report import HybridReport
+from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.session import CudaSession, gpu_step
 from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic

@@ -4,11 +4,7 @@
 a stream of its own copies the next one while this one is used; events say when a copy is there and when a place is no
 longer read. The last pieces of a step are followed by the first of the next.
 
-Experts lie in slots. Behind the router the host waits for the tiles that the dispatching kernel has made (expert, first
-row, rows, 0), decides with `runtime.expert_cache` what is there, copies what is missing into slots that were given up,
-and writes the numbers of the slots over those of the experts: kernels find expert s at `base + s * stride` whether all
-experts are there or some. So the bits are those of a device that has room for everything. Missing experts are never
-computed by the CPU, whose kernels round sums in another order: that would change the bits.
+Experts lie in slots (`runtime.cuda.hybrid_experts`), and come to them behind the router.
 
 A step takes at most `most_tokens` tokens, whose experts always fit. Raises RuntimeDiagnostic and OutOfDeviceMemory.
 """
@@ -16,55 +12,23 @@ A step takes at most `most_tokens` tokens, whose experts always fit. Raises Runt
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from runtime.artifact import Artifact
 from runtime.cuda.device import Device, host_view
+from runtime.cuda.hybrid_experts import HybridExperts
 from runtime.cuda.hybrid_plan import HbmPlan, plan_hbm
+from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
-from runtime.cuda.program import ArenaArgument, GpuLaunch, GpuStep, SizeArgument, Wait, WeightArgument
+from runtime.cuda.program import GpuLaunch, GpuStep, WeightArgument
 from runtime.errors import RuntimeDiagnostic
-from runtime.expert_cache import ExpertCache
 from runtime.manifest_fields import REBUILD_HINT
 
-TILE_WORDS = 4  # of a tile of experts: expert, first row, rows, 0
 _READ_BYTES = 8 << 20
-
-
-@dataclass
-class HybridReport:
-    """What went over the link since the store was made, beside what was found on the device."""
-
-    steps: int = 0
-    dense_bytes: int = 0
-    expert_bytes: int = 0
-    dense_copies: int = 0
-    lookups: int = 0
-    hits: int = 0
-    router_wait_s: float = 0.0  # the host's, for the tiles of experts
-    resident_bytes: int = 0
-    host_bytes: int = 0
-    slots: tuple[int, ...] = ()
-
-    @property
-    def link_bytes(self) -> int:
-        return self.dense_bytes + self.expert_bytes
-
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        steps = max(1, self.steps)
-        parts = [f"GPU: {self.resident_bytes / 2**20:.0f} MiB of weights stay there, {self.host_bytes / 2**20:.0f} MiB "
-                 f"are in pinned host memory; {self.link_bytes / steps / 1e6:.1f} MB a step over the link"]  # fmt: skip
-        if self.lookups:
-            parts.append(
-                f"{self.hits / self.lookups:.1%} of {self.lookups} experts were there, missing ones were fetched"
-            )
-        return ", ".join(parts)
 
 
 @dataclass
@@ -79,17 +43,6 @@ class _Place:
     read: bool = False  # since it was filled: `free` tells when that is over
 
 
-@dataclass
-class _Slots:
-    """Experts of a piece: which slot has which."""
-
-    address: int
-    unit: int
-    count: int
-    unused: list[int]
-    slot_of: dict[int, int] = field(default_factory=dict)
-
-
 class HybridWeights:
     """The store of an artifact by a plan. `stream` is that of the steps."""
 
@@ -102,17 +55,15 @@ class HybridWeights:
         self.report = HybridReport(resident_bytes=plan.device_bytes, slots=tuple(count for _, count in plan.slots))
         self._step = _gpu(artifact)
         self._offsets = dict(plan.offsets)
-        self._arena = 0
-        self._region = self._image = self._host_tiles = 0
+        self._region = self._image = 0
         self._copies: Any = None
-        self._expert_copies: Any = None  # of its own: what is waited for is not behind what is only needed next
+        self._experts: HybridExperts | None = None
         self._events: list[Any] = []
         self._places: list[_Place] = []
-        self._slots: dict[int, _Slots] = {}
         self._first = {id(program.launches[0]) for program in self._step.programs if program.launches}
-        self._host = dict.fromkeys((*plan.streamed, *(p for p, n in plan.slots if n < self._experts(p))), 0)
+        self._host = dict.fromkeys((*plan.streamed, *(p for p, n in plan.slots if n < self._count(p))), 0)
         per_token = max(1, artifact.manifest.experts_per_token or 1)
-        tight = [n for p, n in plan.slots if n < self._experts(p)]
+        tight = [n for p, n in plan.slots if n < self._count(p)]
         self.most_tokens = min(tight) // per_token if tight else 0
         try:
             self._acquire()
@@ -120,13 +71,8 @@ class HybridWeights:
         except BaseException:
             self.close()
             raise
-        self._caches = {
-            piece: ExpertCache([self._pieces[piece].unit], count * self._pieces[piece].unit, policy=policy)
-            for piece, count in plan.slots
-            if count < self._experts(piece)
-        }
 
-    def _experts(self, piece: int) -> int:
+    def _count(self, piece: int) -> int:
         return self._pieces[piece].bytes // self._pieces[piece].unit
 
     def _acquire(self) -> None:
@@ -141,28 +87,27 @@ class HybridWeights:
         self.report.host_bytes = at
         with uninterrupted():
             self._image = device.allocate_pinned(max(1, at), "the weights that stay on the host")
-        tiles = max([1, *(_most_tiles(launch) for p in self._step.programs for launch in p.launches)])
         with uninterrupted():
-            self._host_tiles = device.allocate_pinned(tiles * TILE_WORDS * 4, "tiles of experts")
             self._copies = device.new_stream()
-        with uninterrupted():
-            self._expert_copies = device.new_stream()
         for offset in plan.window_offsets:
             with uninterrupted():
                 events = [device.new_event() for _ in range(2)]
                 self._events += events
             self._places.append(_Place(self._region + offset, *events))
-        with uninterrupted():
-            self._experts_there = device.new_event()
-            self._events.append(self._experts_there)
-        for piece, count in plan.slots:
-            address = self._region + self._offsets[piece]
-            self._slots[piece] = _Slots(address, self._pieces[piece].unit, count, list(range(count))[::-1])
+        self._experts = HybridExperts(
+            device, self._stream, self._step, self._pieces, plan,
+            region=self._region, source=self._expert_addresses, report=self.report, policy=self._policy,
+        )  # fmt: skip
+
+    def _expert_addresses(self, piece: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Where experts lie in pinned memory."""
+        base, unit = self._image + self._host[piece], self._pieces[piece].unit
+        yield from ((expert, base + expert * unit) for expert in experts)
 
     def _load(self, artifact: Artifact) -> None:
         """What stays goes to the device, the rest into the image."""
         where = str(artifact.path / artifact.manifest.weights.file)
-        whole = [p for p, count in self.plan.slots if count == self._experts(p)]
+        whole = [p for p, count in self.plan.slots if count == self._count(p)]
         descriptor = artifact.open_weights()
         buffer = 0
         try:
@@ -189,7 +134,8 @@ class HybridWeights:
 
     def attach(self, arena: int) -> None:
         """Where the step's memory begins on the device."""
-        self._arena = arena
+        assert self._experts is not None
+        self._experts.attach(arena)
 
     def address(self, argument: WeightArgument) -> int:
         return self._place_of(argument)[0] + argument.offset - self._pieces[argument.piece].offset
@@ -202,9 +148,9 @@ class HybridWeights:
     def _place_of(self, argument: WeightArgument) -> tuple[int, int]:
         """Where the piece of an argument begins, always, and the bytes that are there."""
         piece = argument.piece
-        if piece in self._slots:
-            slots = self._slots[piece]
-            return slots.address, slots.count * slots.unit
+        slots = self._experts.place(piece) if self._experts is not None else None
+        if slots is not None:
+            return slots
         if piece in self.plan.streamed:
             return self._places[self.plan.streamed.index(piece) % len(self._places)].address, self._pieces[piece].bytes
         return self._region + self._offsets[piece], self._pieces[piece].bytes
@@ -216,8 +162,8 @@ class HybridWeights:
         for wait in launch.waits:
             for piece in wait.done:
                 self._give_up(piece)
-            if wait.piece in self._caches:
-                self._bring_experts(wait, launch, sizes)
+            if self._experts is not None and self._experts.passes(wait.piece):
+                self._experts.bring(wait, launch, sizes)
             elif wait.piece in self.plan.streamed:
                 self._await(wait.piece)
 
@@ -274,73 +220,24 @@ class HybridWeights:
             if place.used:
                 self._mark_free(place)
 
-    # -- experts
-
-    def _bring_experts(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
-        """What a layer's tiles ask for, into slots, and the tiles by slots instead of experts."""
-        try:
-            self._exchange_experts(wait, launch, sizes)
-        except BaseException:
-            self._forget_experts(wait.piece)  # what was admitted may not have come
-            raise
-
-    def _forget_experts(self, piece: int) -> None:
-        """No expert of a piece is there."""
-        slots = self._slots[piece]
-        self._caches[piece] = ExpertCache([slots.unit], slots.count * slots.unit, policy=self._policy)
-        slots.slot_of.clear()
-        slots.unused = list(range(slots.count))[::-1]
-
-    def _exchange_experts(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
-        device, slots, cache = self._device, self._slots[wait.piece], self._caches[wait.piece]
-        offset, count = _tiles(launch, sizes)
-        nbytes = 4 * TILE_WORDS * count
-        device.copy_out(self._host_tiles, self._arena + offset, nbytes, self._stream)
-        started = time.perf_counter()
-        device.synchronize(self._stream)
-        self.report.router_wait_s += time.perf_counter() - started
-        tiles = host_view(self._host_tiles, nbytes).view(np.int32).reshape(-1, TILE_WORDS)
-        filled = tiles[:, 2] > 0
-        wanted = np.unique(tiles[filled, 0]).tolist()
-        if any(not 0 <= expert < self._experts(wait.piece) for expert in wanted) or len(wanted) > slots.count:
-            raise RuntimeDiagnostic(
-                f"a step asks for the experts {wanted[:8]} of {self._pieces[wait.piece].origin}",
-                expected=f"at most {slots.count} of {self._experts(wait.piece)}", hint=REBUILD_HINT,
-            )  # fmt: skip
-        hits, missing = cache.lookup(0, wanted)
-        self.report.lookups += len(wanted)
-        self.report.hits += len(hits)
-        for _, expert in cache.admit(0, missing):  # all that read their slots is done: the stream was waited for
-            slots.unused.append(slots.slot_of.pop(expert))
-        for expert in missing:
-            slot = slots.slot_of[expert] = slots.unused.pop()
-            source = self._image + self._host[wait.piece] + expert * slots.unit
-            device.copy_in(slots.address + slot * slots.unit, source, slots.unit, self._expert_copies)
-        self.report.expert_bytes += len(missing) * slots.unit
-        if missing:
-            device.record(self._experts_there, self._expert_copies)
-            device.wait(self._stream, self._experts_there)
-        tiles[filled, 0] = [slots.slot_of[expert] for expert in tiles[filled, 0].tolist()]
-        device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
-
     def close(self) -> None:
         device = self._device
         if device.lost:
             return
         with uninterrupted():
-            for stream in (self._copies, self._expert_copies):
-                if stream is not None:
-                    device.synchronize(stream)
-                    device.free_stream(stream)
+            if self._experts is not None:
+                self._experts.close()
+            if self._copies is not None:
+                device.synchronize(self._copies)
+                device.free_stream(self._copies)
             for event in self._events:
                 device.free_event(event)
             if self._region:
                 device.free(self._region)
-            for buffer in (self._image, self._host_tiles):
-                if buffer:
-                    device.free_pinned(buffer)
-            self._copies = self._expert_copies = None
-            self._events, self._region, self._image, self._host_tiles = [], 0, 0, 0
+            if self._image:
+                device.free_pinned(self._image)
+            self._copies = self._experts = None
+            self._events, self._region, self._image = [], 0, 0
 
 
 def plan_of(artifact: Artifact, budget_bytes: int) -> HbmPlan:
@@ -354,28 +251,6 @@ def plan_of(artifact: Artifact, budget_bytes: int) -> HbmPlan:
 def _gpu(artifact: Artifact) -> GpuStep:
     assert artifact.gpu is not None
     return artifact.gpu
-
-
-def _tiles(launch: GpuLaunch, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """(offset in the arena, number) of the tiles that a product of experts goes by: its arguments are the matrices (one
-    or two), x, order, tiles, y, and how many tiles there are at most."""
-    weights = sum(isinstance(argument, WeightArgument) for argument in launch.arguments)
-    found = launch.arguments[weights + 2 : weights + 3]
-    most = launch.arguments[-1] if launch.arguments else None
-    if not found or not isinstance(found[0], ArenaArgument) or not isinstance(most, SizeArgument):
-        raise RuntimeDiagnostic(
-            f"the launch {launch.kernel} waits for experts, but takes no tiles",
-            expected="matrices, x, order, tiles, y, number of tiles", hint=REBUILD_HINT,
-        )  # fmt: skip
-    return found[0].offset, min(most.size.evaluate(sizes), found[0].bytes // (4 * TILE_WORDS))
-
-
-def _most_tiles(launch: GpuLaunch) -> int:
-    """Room for the tiles of a launch that waits for experts, 0 for others."""
-    if not any(wait.ids >= 0 for wait in launch.waits):
-        return 0
-    found: Sequence[Any] = [a for a in launch.arguments if isinstance(a, ArenaArgument)]
-    return max((a.bytes for a in found[2:3]), default=0) // (4 * TILE_WORDS)
 
 
 def _read(descriptor: int, view: np.ndarray, offset: int, where: str) -> None:

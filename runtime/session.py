@@ -1,9 +1,8 @@
 """Session: an opened artifact ready to step, and the one place where native code is called.
 
 Takes an artifact's path, a thread count, a context length and a number of sequences (slots). Gives `step`: token ids,
-positions and slots of a ragged batch in, float32 logits out. Every index is checked here, because the native code
-checks nothing. Holds the mapped weights, the KV cache, the arena and the threads; `close`, leaving a `with` block,
-dropping the object and interpreter exit all release them.
+positions and slots of a ragged batch in, float32 logits out. Holds the mapped weights, the KV cache, the arena and the
+threads; `close`, leaving a `with` block, dropping the object and interpreter exit all release them.
 
 A session serves one step at a time (callers on several threads wait for each other) and only in the process that made
 it: after `os.fork` the child has no worker threads and is told so.
@@ -12,7 +11,6 @@ it: after `os.fork` the child has no worker threads and is told so.
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -34,17 +32,15 @@ from runtime.manifest import Manifest, ProgramInfo
 from runtime.memory import Reservation
 from runtime.native import CycleCounter, NativeCode
 from runtime.process_memory import give_back_read_ahead
+from runtime.session_base import SessionBase
 from runtime.session_parts import (
     MemoryReport,
     Resources,
     check_kv_waits,
-    check_ring,
-    checked_context,
-    checked_count,
     refuse_gpu,
     release_all,
 )
-from runtime.step_inputs import StepInputs, check_step
+from runtime.step_inputs import StepInputs
 from runtime.step_reader import RoutingListener, StepReader
 from runtime.stream_plan import StreamPlan
 from runtime.team import WorkerTeam, on_cpu
@@ -54,11 +50,10 @@ from runtime.weight_streamer import WeightStreamer
 
 STEP_ARGUMENT_WORDS = 32
 ENDED_EARLY = 2  # a step's status: its weights did not come
-MAX_SLOTS = 1 << 16
 MEASURED_TOKENS = 64  # of a step that tells what computing a position costs: shorter ones read weights for few tokens
 
 
-class Session:
+class Session(SessionBase):
     """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
 
     With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill` sequences
@@ -69,6 +64,8 @@ class Session:
     """
 
     device_name = architecture = ""  # of a GPU
+    _of_parent = "its threads exist"
+    _after_fault = ("a failed step", "open a new one")
 
     def __init__(
         self,
@@ -84,28 +81,22 @@ class Session:
         kv_spill: SpillOptions | None = None,
         kv_stream: KVStreamOptions | None = None,
     ) -> None:
+        super().__init__(path)
         self.artifact = open_artifact(path, verify=verify)
         refuse_gpu(self.artifact.manifest, str(path))
         self.manifest: Manifest = self.artifact.manifest
-        self.max_context = checked_context(max_context, self.manifest, str(path))
-        self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)
+        self._hold_sequences(max_context, num_slots)
         self.threads = host.available_cores().default_threads if threads is None else threads
-        self.vocab_size = self.manifest.vocab_size
-        self._where = str(path)
-        self._lock = threading.Lock()
         self._resources = resources = Resources()
         self._finalizer = weakref.finalize(self, release_all, resources)
         self._stream, self._preadv = stream, preadv
         self._routing, self._kv_spill, self._kv_stream = routing, kv_spill, kv_stream
-        self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
-        self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
         self._computed_s, self._computed_tokens = 0.0, 0  # of longer steps
         try:
             self._acquire()
         except BaseException:
             self.close()
             raise
-        self._broken = False
         self._profile: Profile | None = None
 
     def _acquire(self) -> None:
@@ -167,38 +158,9 @@ class Session:
             give_back_read_ahead()  # of what linking took
             self.streamer.load()
 
-    def step(
-        self,
-        ids: Sequence[int] | np.ndarray,
-        positions: Sequence[int] | np.ndarray,
-        slots: Sequence[int] | np.ndarray,
-        rows: Sequence[int] | np.ndarray,
-    ) -> np.ndarray:
-        """Runs one step over a ragged batch.
-
-        `ids`, `positions`, `slots` [tokens]: token t belongs to the sequence in `slots[t]` and stands at
-        `positions[t]`; the positions of a sequence continue where it stands (or go back and overwrite). `rows` names
-        the tokens whose logits are wanted, each at most once. Gives float32 [len(rows), vocab_size], in the order of
-        `rows`. A step longer than the program takes is run in pieces, with the same meaning.
-        """
-        inputs = check_step(ids, positions, slots, rows, self.vocab_size, self.max_context, self.num_slots)
-        logits = np.empty((len(inputs.rows), self.vocab_size), dtype=np.float32)
-        if len(inputs.ids) == 0:
-            return logits
-        order = np.argsort(inputs.rows, kind="stable")
-        sorted_rows = inputs.rows[order]
-        in_order = bool(np.all(order == np.arange(len(order))))
-        target = logits if in_order else np.empty_like(logits)
-        with self._lock:
-            self._check_usable()
-            inputs.check_continues(self._filled)
-            check_ring(self.manifest.kv, inputs, self._newest, self._where)
-            if self.kv_spill is not None:
-                self.kv_spill.make_room(inputs.slots, inputs.positions)
-            self._run_all(inputs, sorted_rows, target)
-        if not in_order:
-            logits[order] = target
-        return logits
+    def _make_room(self, inputs: StepInputs) -> None:
+        if self.kv_spill is not None:
+            self.kv_spill.make_room(inputs.slots, inputs.positions)
 
     def _run_all(self, inputs: StepInputs, rows: np.ndarray, logits: np.ndarray) -> None:
         """All tokens, in as few native calls as they take; `rows` ascend."""
@@ -234,8 +196,7 @@ class Session:
         """
         slot = self._checked_slot(slot)
         last = len(ids) - 1
-        inputs = check_step(ids, range(len(ids)), [slot] * len(ids), [], self.vocab_size, self.max_context,
-                            self.num_slots)  # fmt: skip
+        inputs = self._checked_inputs(ids, range(len(ids)), [slot] * len(ids), [])
         with self._lock:
             self._check_usable()
             if self.kv_stream is not None:
@@ -348,22 +309,6 @@ class Session:
         if profile is not None and stamps is not None:
             profile.add(StepRecord(program, stop - start, len(rows), stamps, started_s, ended_s))
 
-    def _check_usable(self) -> None:
-        if not self._finalizer.alive:
-            raise RuntimeDiagnostic("the session is closed", where=self._where, hint="open a new one")
-        if self._resources.owner_pid != os.getpid():
-            raise RuntimeDiagnostic(
-                "the session was opened before this process was forked, its threads exist only in the parent",
-                where=self._where,
-                hint="open the session in the child",
-            )
-        if self._broken:
-            raise RuntimeDiagnostic("the session stopped after a failed step", where=self._where, hint="open a new one")
-
-    def filled(self, slot: int) -> int:
-        """How many positions of `slot` are written: the position the next token of that sequence takes."""
-        return int(self._filled[self._checked_slot(slot)])
-
     def release(self, slot: int) -> int:
         """Forgets the sequence in `slot` and gives its memory back; returns the bytes of its whole pages."""
         slot = self._checked_slot(slot)
@@ -395,11 +340,6 @@ class Session:
                 )
             return self.kv_spill.spill(slot)
 
-    def _checked_slot(self, slot: int) -> int:
-        if not 0 <= slot < self.num_slots:
-            raise RuntimeDiagnostic(f"slot {slot} does not exist", expected=f"0..{self.num_slots - 1}")
-        return slot
-
     @contextmanager
     def profile(self) -> Iterator[Profile]:
         """Records every step inside the `with` block; read the profile after it."""
@@ -429,9 +369,3 @@ class Session:
         """Ends the threads and unmaps everything, after a step in progress. Closing twice is fine."""
         with self._lock:
             self._finalizer()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -25,16 +25,20 @@ _C = TypeVar("_C", bound=Closable)
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes by part. Weights are shared with the page cache, the KV cache is reserved and fills on demand."""
+    """Bytes by part. `mapped` weights are shared with the page cache; the KV cache is reserved and fills on demand.
+
+    `arena` has the activations, on a GPU also the inputs and logits.
+    """
 
     weights: int
     kv_reserved: int
     kv_committed: int
     arena: int
+    mapped: bool = True
 
     def __str__(self) -> str:
         return (
-            f"weights {mebibytes(self.weights)} (mapped), KV cache {mebibytes(self.kv_committed)} of "
+            f"weights {mebibytes(self.weights)}{' (mapped)' * self.mapped}, KV cache {mebibytes(self.kv_committed)} of "
             f"{mebibytes(self.kv_reserved)} (on demand), activations {mebibytes(self.arena)}"
         )
 

@@ -1,8 +1,8 @@
 """CudaSession: an artifact for GPUs on one of them, ready to step like `runtime.session.Session`.
 
 Takes an artifact's path, a context length and a number of sequences (slots), and a bound of the device memory that all
-of it together may take. `step` checks every index on the host, since kernels check nothing, makes room in the cache,
-and runs a step in pieces where it is longer than the program takes or wants more logits than there is room for.
+of it together may take. A step first gets room in the cache; it is run in pieces where it is longer than the program
+takes or wants more logits than there is room for.
 
 A session serves one step at a time, from any thread, and only in the process that made it. Ctrl-C comes through
 between steps: what a sequence holds is then what its finished steps wrote. After a fault that ends the GPU's context
@@ -12,11 +12,9 @@ the session says so and can only be closed.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,27 +33,11 @@ from runtime.cuda.program import GpuProgram, GpuStep
 from runtime.cuda.weights import LoadProgress, ResidentWeights, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
-from runtime.session_parts import check_ring, checked_context, checked_count, mebibytes
-from runtime.step_inputs import StepInputs, check_step
+from runtime.session_base import SessionBase
+from runtime.session_parts import MemoryReport
+from runtime.step_inputs import StepInputs
 
-MAX_SLOTS = 1 << 16
 SPARE_BYTES = 256 << 20  # beside what is counted: modules, and the driver's own
-
-
-@dataclass(frozen=True)
-class GpuMemoryReport:
-    """Bytes on the GPU by part. `arena` has activations, inputs and logits; the cache fills on demand."""
-
-    weights: int
-    kv_reserved: int
-    kv_committed: int
-    arena: int
-
-    def __str__(self) -> str:
-        return (
-            f"weights {mebibytes(self.weights)}, KV cache {mebibytes(self.kv_committed)} of "
-            f"{mebibytes(self.kv_reserved)} (on demand), activations {mebibytes(self.arena)}"
-        )
 
 
 class _Held:
@@ -90,7 +72,7 @@ def _release(held: _Held) -> None:
 MakeWeights = Callable[[Device, Any, Artifact], WeightStore]
 
 
-class CudaSession:
+class CudaSession(SessionBase):
     """An artifact on a GPU. `memory` bounds the device memory in bytes; `device` is one that is open, which the session
     then closes; `weights` makes another store than one that has them all on the device.
 
@@ -100,6 +82,8 @@ class CudaSession:
 
     streamer = kv_spill = kv_stream = None
     threads = 1  # of the host, that give the GPU its work
+    _of_parent = "its GPU context exists"
+    _after_fault = ("a fault of the GPU", "open a new one, in a new process")
 
     def __init__(
         self,
@@ -113,20 +97,15 @@ class CudaSession:
         weights: MakeWeights | None = None,
         progress: LoadProgress | None = None,
     ) -> None:
+        super().__init__(path)
         self._held = held = _Held()
         held.device = device
         self._finalizer = weakref.finalize(self, _release, held)
-        self._where = str(path)
-        self._lock = threading.Lock()
         try:
             self.artifact = open_artifact(path, verify=verify)
             self.manifest: Manifest = self.artifact.manifest
             self.gpu = gpu_step(self.artifact)
-            self.max_context = checked_context(max_context, self.manifest, self._where)
-            self.num_slots = checked_count(num_slots, "sequence slots", MAX_SLOTS)
-            self.vocab_size = self.manifest.vocab_size
-            self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
-            self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
+            self._hold_sequences(max_context, num_slots)
             if held.device is None:
                 with uninterrupted():
                     held.device = open_device(limit_bytes=memory)
@@ -134,7 +113,6 @@ class CudaSession:
         except BaseException:
             self.close()
             raise
-        self._broken = False
         self._profile: GpuProfile | None = None
 
     def _acquire(self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None) -> None:
@@ -180,33 +158,8 @@ class CudaSession:
                 hint="quantize the weights (--recipe), allow more memory, or run on the CPU (--device cpu)",
             )
 
-    def step(
-        self,
-        ids: Sequence[int] | np.ndarray,
-        positions: Sequence[int] | np.ndarray,
-        slots: Sequence[int] | np.ndarray,
-        rows: Sequence[int] | np.ndarray,
-    ) -> np.ndarray:
-        """Runs one step over a ragged batch; see `runtime.session.Session.step`, whose meaning this has."""
-        inputs = check_step(ids, positions, slots, rows, self.vocab_size, self.max_context, self.num_slots)
-        logits = np.empty((len(inputs.rows), self.vocab_size), dtype=np.float32)
-        if len(inputs.ids) == 0:
-            return logits
-        order = np.argsort(inputs.rows, kind="stable")
-        in_order = bool(np.all(order == np.arange(len(order))))
-        target = logits if in_order else np.empty_like(logits)
-        with self._lock:
-            device = self._check_usable()
-            inputs.check_continues(self._filled)
-            check_ring(self.manifest.kv, inputs, self._newest, self._where)
-            device.enter()
-            self._make_room(inputs)
-            self._run_all(inputs, inputs.rows[order], target)
-        if not in_order:
-            logits[order] = target
-        return logits
-
     def _make_room(self, inputs: StepInputs) -> None:
+        self._device().enter()
         assert self.executor.kv is not None
         ends: dict[int, int] = {}
         for slot, position in zip(inputs.slots.tolist(), inputs.positions.tolist(), strict=True):
@@ -258,40 +211,21 @@ class CudaSession:
         if profile is not None and times is not None:
             profile.add_step(program, len(ids), len(rows), times)
 
-    def _check_usable(self) -> Device:
-        device = self._held.device
-        if not self._finalizer.alive or device is None:
-            raise RuntimeDiagnostic("the session is closed", where=self._where, hint="open a new one")
-        if self._held.owner_pid != os.getpid():
-            raise RuntimeDiagnostic(
-                "the session was opened before this process was forked, its GPU context exists only in the parent",
-                where=self._where,
-                hint="open the session in the child",
-            )
-        if self._broken:
-            raise RuntimeDiagnostic("the session stopped after a fault of the GPU", where=self._where,
-                                    hint="open a new one, in a new process")  # fmt: skip
-        return device
-
-    def filled(self, slot: int) -> int:
-        """How many positions of `slot` are written: the position the next token of that sequence takes."""
-        return int(self._filled[self._checked_slot(slot)])
+    def _device(self) -> Device:
+        self._check_usable()
+        assert self._held.device is not None
+        return self._held.device
 
     def release(self, slot: int) -> int:
         """Forgets the sequence in `slot`; returns the bytes of device memory that became free."""
         slot = self._checked_slot(slot)
         with self._lock:
-            self._check_usable().enter()
+            self._device().enter()
             assert self.executor.kv is not None
             self.executor.settle()
             with uninterrupted():
                 self._filled[slot], self._newest[slot] = 0, -1
                 return self.executor.kv.release(slot)
-
-    def _checked_slot(self, slot: int) -> int:
-        if not 0 <= slot < self.num_slots:
-            raise RuntimeDiagnostic(f"slot {slot} does not exist", expected=f"0..{self.num_slots - 1}")
-        return slot
 
     @contextmanager
     def profile(self) -> Iterator[GpuProfile]:
@@ -305,19 +239,18 @@ class CudaSession:
             self._profile = None
             profile.finish()
 
-    def memory(self) -> GpuMemoryReport:
+    def memory(self) -> MemoryReport:
         """Where the device memory goes, now."""
         self._check_usable()
         kv, weights = self.executor.kv, self._held.weights
         assert kv is not None and weights is not None
-        return GpuMemoryReport(
-            weights.device_bytes, kv.reserved_bytes, kv.committed_bytes(), self.executor.arena_bytes
-        )  # fmt: skip
+        arena = self.executor.arena_bytes
+        return MemoryReport(weights.device_bytes, kv.reserved_bytes, kv.committed_bytes(), arena, mapped=False)
 
     def copy_bandwidth(self) -> float:
         """Bytes read and written in a second by a copy within the GPU, measured now."""
         with self._lock:
-            device = self._check_usable()
+            device = self._device()
             device.enter()
             return copy_bandwidth(device, max(1, min(COPY_BYTES, device.free_bytes() // 4)))
 
@@ -331,12 +264,6 @@ class CudaSession:
         """Gives the device memory back, after a step in progress. Closing twice is fine."""
         with self._lock, uninterrupted():
             self._finalizer()
-
-    def __enter__(self) -> CudaSession:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def gpu_step(artifact: Artifact) -> GpuStep:

@@ -30,7 +30,7 @@ MAX_CONTEXT = 200
 FIRST_WEIGHT = 0x1234567
 WEIGHT_BYTES = 8192
 DEAD_WORKER_ID = 47  # a step whose first token is this: thread 1 never arrives at the barrier
-STUCK_WORKER_ID = 48  # a step whose first token is this: thread 1 sleeps for four seconds
+STUCK_WORKER_ID = 48  # a step whose first token is this: thread 1 sleeps for three seconds
 _MASK = (1 << 64) - 1
 
 _PRELUDE = """
@@ -75,7 +75,7 @@ maybe_stuck:
   %stuck = and i1 %stuck_id, %is_worker
   br i1 %stuck, label %sleep, label %store_start
 sleep:
-  %unslept = call i32 @sleep(i32 4)
+  %unslept = call i32 @sleep(i32 3)
   br label %store_start
 store_start:
   call void @mark(ptr %profile, i64 %p00)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,13 +238,13 @@ def test_a_failed_step_back_takes_what_it_may_have_written_over(toy: Path) -> No
             session.step([4], [3], [0], [0])
 
 
-def test_a_forked_child_has_no_part_in_it(toy: Path) -> None:
+def test_a_forked_child_has_no_part_in_it(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = emulated_driver()
     with open_toy(toy, driver) as session:
-        session._held.owner_pid += 1
-        with pytest.raises(RuntimeDiagnostic, match="open the session in the child"):
-            session.step([1], [0], [0], [0])
-        session._held.owner_pid -= 1
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: -1)
+            with pytest.raises(RuntimeDiagnostic, match="GPU context exists only in the parent"):
+                session.step([1], [0], [0], [0])
         np.testing.assert_array_equal(session.step([1], [0], [0], [0])[0], sequence_logits([1]))
     assert driver.leaks() == []
 

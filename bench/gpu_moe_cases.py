@@ -15,6 +15,7 @@ from bench.gpu_cases import GpuCase, numbers, packed_weights
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
 from codegen.nvptx.kernels.gemm_packed import PackedShape
+from codegen.nvptx.kernels.int8 import ActivationScales
 from codegen.nvptx.kernels.moe_products import Experts, grouped_blocks, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
 from codegen.nvptx.kernels.wide import wide_blocks, wide_kernel
@@ -32,11 +33,11 @@ def real_experts() -> list[GpuCase]:
         experts_case(f"experts_{name}_m{m}", m, 128, 8, 1536, 2048, format, rows=8)
         for name, format in (("w16", BF16), ("w8", Q8), ("w4", Q4))
         for m in (1, 16)
-    ]
+    ] + [experts_case("experts_w4a8_m16", 16, 128, 8, 1536, 2048, Q4, rows=8, x_group=128)]
     many = [
         experts_case(f"experts_{name}_m4096", 4096, 128, 8, 1536, 2048, format)
         for name, format in (("w16", BF16), ("w4", Q4))
-    ]
+    ] + [experts_case("experts_w4a8_m4096", 4096, 128, 8, 1536, 2048, Q4, x_group=128)]
     routing = [router_case("router_m16", 16, 128, 2048, 1), route_case("route_m4096", 4096, 128, 8)]
     groups = [dispatch_case("dispatch_m16", 16, 128, 8, 8), dispatch_case("dispatch_m4096", 4096, 128, 8, 64)]
     return [*few, *many, *routing, *groups]
@@ -48,6 +49,8 @@ def small_experts() -> list[GpuCase]:
         experts_case("experts_w16", 3, 3, 2, 32, 128, BF16, rows=8),
         experts_case("experts_w4", 5, 2, 1, 48, 64, Q4, rows=16),
         experts_case("experts_many_w8", 20, 3, 1, 32, 64, Q8, shape=PackedShape(16, 2, 16, 1, 2)),
+        experts_case("experts_w4a8", 5, 2, 1, 48, 128, Q4, rows=16, x_group=64),
+        experts_case("experts_many_w8a8", 20, 3, 1, 32, 64, Q8, shape=PackedShape(16, 2, 16, 1, 2), x_group=64),
         router_case("router", 3, 5, 36, 2),
         route_case("route", 2, 70, 3),
         dispatch_case("dispatch", 20, 5, 2, 8),
@@ -61,14 +64,18 @@ def routing(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> 
 
 def experts_case(
     name: str, tokens: int, experts: int, top_k: int, n: int, k: int, format: Any, *, rows: int = 0,
-    shape: PackedShape = MANY,
+    shape: PackedShape = MANY, x_group: int = 0,
 ) -> GpuCase:  # fmt: skip
-    """gate | up of n rows with the gate inside: few tokens in tiles of `rows`, or many in those of `shape`."""
+    """gate | up of n rows with the gate inside: few tokens in tiles of `rows`, or many in those of `shape`.
+
+    With `x_group` x is int8 under scales of so many columns.
+    """
     layout, pairs, tile = Fragments.of(n, k, format), tokens * top_k, rows or shape.rows
-    of = Experts(layout, layout.nbytes, top_k, True, BF16)
+    of_x = ActivationScales(k, x_group, by_row=True) if x_group else None
+    of = Experts(layout, layout.nbytes, top_k, True, BF16, of_x)
     most = most_tiles(pairs, experts, tile)
     held: list[np.ndarray] = []
-    order = turns(n)
+    order, first = turns(n), 2 if layout.group else 1  # the number of x among the arguments
     chosen = np.unique(np.linspace(0, pairs - 1, CHECKED).astype(int))
 
     def make(rng: np.random.Generator) -> list[Any]:
@@ -86,19 +93,26 @@ def experts_case(
         grouped, offsets = DispatchOp.reference(ids, num_experts=experts)
         tiles = np.zeros((most, 4), np.int32)
         entries = [
-            (e, first, min(tile, last - first), 0)
+            (e, start, min(tile, last - start), 0)
             for e, (begin, last) in enumerate(pairwise(offsets))
-            for first in range(begin, last, tile)
+            for start in range(begin, last, tile)
         ]
         tiles[: len(entries)] = entries
         y = np.full((pairs, n // 2), -1).astype(BF16.dtype)
-        return [*weights, numbers(rng, (tokens, k)), grouped, tiles, y, most]
+        if of_x is None:
+            return [*weights, numbers(rng, (tokens, k)), grouped, tiles, y, most]
+        x = rng.integers(-127, 128, (tokens, k)).astype(np.int8)
+        scales = (rng.random((tokens, of_x.row), np.float32) + 1) / 128
+        return [*weights, x, grouped, tiles, scales, y, most]
 
     def meant(arguments: Sequence[Any]) -> list[np.ndarray]:
-        x, grouped, tiles = arguments[-5:-2]
+        x, grouped, tiles = arguments[first : first + 3]
+        if of_x is not None:
+            each = arguments[first + 3][:, : of_x.groups]
+            x = x.astype(np.float32) * np.repeat(each, k // of_x.groups, axis=1)
         made = np.zeros((len(chosen), n // 2), np.float32)
         for i, row in enumerate(chosen):
-            expert = next(e for e, first, count, _ in tiles.tolist() if first <= row < first + count)
+            expert = next(e for e, start, count, _ in tiles.tolist() if start <= row < start + count)
             gate, up = np.split(held[expert % 2] @ x[grouped[row] // top_k].astype(np.float32), 2)
             made[i] = gate / (1 + np.exp(-gate)) * up
         return [made]
@@ -106,8 +120,8 @@ def experts_case(
     few = rows > 0
     kernel = grouped_decode_kernel(of, name, rows=rows) if few else grouped_gemm_kernel(of, name, shape)
     blocks = most * layout.tiles if few else grouped_blocks(of, shape, most)
-    moved = min(experts, pairs) * layout.nbytes + 2 * tokens * k + pairs * n
-    last = 5 + (1 if layout.group else 0) - 1
+    moved = min(experts, pairs) * layout.nbytes + (1 if of_x else 2) * tokens * k + pairs * n
+    last = first + (4 if of_x else 3)
     return GpuCase(name, kernel, blocks, make, meant, (last,), moved, 2 * pairs * n * k, 2.0**-7, chosen)
 
 

@@ -42,7 +42,9 @@ class Rounded:
     of: ActivationScales
 
 
-def rounded(op: Op, quantize: QuantizeOp, x: GridArgument, element: PlainFormat) -> tuple[Rounded, GridLaunch]:
+def rounded(
+    op: Op, quantize: QuantizeOp, x: GridArgument, element: PlainFormat, *, by_row: bool
+) -> tuple[Rounded, GridLaunch]:
     """The rows `x` (of `element`) as the quantize of a product's region wants them. Refuses other formats than int8."""
     format, type = quantize.format, tensor_type(quantize.x)
     width = type.shape[-1]
@@ -51,11 +53,12 @@ def rounded(op: Op, quantize: QuantizeOp, x: GridArgument, element: PlainFormat)
     if not (plain and isinstance(format, GroupedIntFormat) and format.scale == F32 and format.channel is None):
         raise refused(op, f"activations in {format} have no kernel on GPUs", "q8_sym with scale=f32, or 16 bits")
     try:
-        of = ActivationScales(width, 0 if format.group in (0, width) else format.group)
+        of = ActivationScales(width, 0 if format.group in (0, width) else format.group, by_row)
     except DiagnosticError as fault:
         raise refused_by(op, fault) from None
     rows = type.shape[0]
-    made = Rounded(Temporary(TensorType((rows, width), I8)), Temporary(TensorType((rows, of.groups), F32)), of)
+    scales = of.row if by_row else of.groups
+    made = Rounded(Temporary(TensorType((rows, width), I8)), Temporary(TensorType((rows, scales), F32)), of)
     launch = GridLaunch(
         f"quantize_{width}", ("quantize", of, element), [x, made.codes, made.scales, SizeArgument(rows)], (1, 2),
         size_text(rows), lambda name: quantize_rows_kernel(of, name, element),

@@ -51,10 +51,6 @@ def gemm_form(op: Op) -> GemmForm:
         raise refused(op, f"no kernel for this '{op.name}' of kind \"gemm\": {fault}") from None
     if form.rotate is not None:
         raise refused(op, "rotated activations have no kernel on GPUs", "a recipe without a rotation of weights")
-    if form.quantize is not None and isinstance(form.product, GroupedGemmOp):
-        raise refused(
-            op, "experts with 8-bit activations have no kernel on GPUs", "16 bits: the recipes w4a16-g32 and w8a16"
-        )
     return form
 
 
@@ -74,7 +70,6 @@ def emit_product(op: Op, context: GridContext) -> list[GridLaunch]:
         value, rest, element = rest[0].results[0], (), BF16
     output = Output(temporary_like(value) if rest else op.results[0], element, gate)
     if isinstance(product, GroupedGemmOp):
-        assert not isinstance(x, Rounded)
         launches.append(_of_experts(op, form, x, output, context))
     else:
         launches.append(_dense(op, product, x, weight, output, context))
@@ -98,7 +93,8 @@ def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: Gri
         launches.append(part_launch(before, outer, made, context))
     if form.quantize is None:
         return made
-    found, launch = rounded(op, form.quantize, made, F32 if before else context.element(x))
+    grouped = isinstance(form.product, GroupedGemmOp)
+    found, launch = rounded(op, form.quantize, made, F32 if before else context.element(x), by_row=grouped)
     launches.append(launch)
     return found
 
@@ -149,17 +145,17 @@ def expert_shape(op: Op, context: GridContext, pairs_of_token: int, experts: int
     return PackedShape.of(max(1, context.options.prefill_tokens * pairs_of_token // experts))
 
 
-def _of_experts(op: Op, form: GemmForm, x: GridArgument, output: Output, context: GridContext) -> GridLaunch:
+def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Output, context: GridContext) -> GridLaunch:
     """A grouped product: rows of one expert are a tile, whose number the dispatch has written."""
     product = form.product
     assert isinstance(product, GroupedGemmOp) and form.order is not None
     weight, order = op.operands[form.weight], op.operands[form.order]
     type = tensor_type(weight)
-    if tensor_type(product.x).element != BF16 or type.layout is None:
+    if type.layout is None or not (isinstance(x, Rounded) or tensor_type(product.x).element == BF16):
         raise refused(
             op,
             f"experts of {type} have no product on GPUs",
-            "bf16 activations and matrices of a multiple of 64 columns",
+            "activations in bf16 or int8 and matrices of a multiple of 64 columns",
         )
     if product.first:
         raise refused(op, "stand-ins of experts have no kernel on GPUs", "a build without stand-ins")
@@ -168,11 +164,19 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument, output: Output, context
     group = context.groups[order]
     layout = fragments_of(op, type)
     stride = context.strides.get(weight, layout.nbytes)
-    experts = Experts(layout, stride, product.gather, output.gate, output.element)
-    parts = weight_parts(layout, weight)
-    arguments = [*parts, x, order, group.tiles, output.y, Count(group.most)]
-    stem = f"{layout.n}x{layout.k}_w{layout.bits}{'_gate' if output.gate else ''}"
-    writes = (len(parts) + 3,)
+    scales = x.of if isinstance(x, Rounded) else None
+    experts = Experts(layout, stride, product.gather, output.gate, output.element, scales)
+    try:
+        experts.check()
+    except DiagnosticError as fault:
+        raise refused_by(op, fault) from None
+    rows_of_x: list[GridArgument] = [x.codes] if isinstance(x, Rounded) else [x]
+    scales_of_x: list[GridArgument] = [x.scales] if isinstance(x, Rounded) else []
+    before = [*weight_parts(layout, weight), *rows_of_x, order, group.tiles, *scales_of_x]
+    arguments = [*before, output.y, Count(group.most)]
+    bits = f"w{layout.bits}{'a8' if scales else ''}"
+    stem = f"{layout.n}x{layout.k}_{bits}{'_gate' if output.gate else ''}"
+    writes = (len(before),)
     if context.few:
         most = group.rows
         return GridLaunch(

@@ -77,7 +77,8 @@ class DecodeProduct:
         self.lane, self.warp = k.lane_and_warp()
         self.g, self.q = self.lane // 4, self.lane % 4
         own = [(self.g + p * ROWS).min(self.count - 1) for p in range(self.parts)]  # what is not there repeats the last
-        self.places = [(row if part.source is None else part.source(row)) * layout.k for row in own]
+        self.row_of_x = part.source or (lambda row: row)
+        self.places = [self.row_of_x(row) * layout.k for row in own]
 
     def build(self, ahead: int = 0) -> None:
         ahead = ahead or max(2, 4 // self.layout.loads)

@@ -118,12 +118,13 @@ class PackedGemm:
         self.lane, warp = b.lane_and_warp()
         across = shape.tiles // shape.warp_tiles
         self.warp_row, self.warp_tile = warp // across * shape.warp_rows, warp % across * shape.warp_tiles
-        self.places = self._sources(tile.source)
+        self.source = tile.source
+        rows = [self.row + number // self.pieces for number, _ in self._share(shape.rows * self.pieces)]
+        self.places = [self.row_of_x(row) * layout.k for row in rows]  # looked up once, before the loop
 
-    def _sources(self, source: Callable[[Expr], Expr] | None) -> list[Expr]:
-        """Where the rows of x begin that this thread copies. They are looked up once, before the loop."""
-        rows = [self.row + number // self.pieces for number, _ in self._share(self.shape.rows * self.pieces)]
-        return [(row if source is None else source(row.min(self.m - 1))) * self.layout.k for row in rows]
+    def row_of_x(self, row: Expr) -> Expr:
+        """What a row of y is made of; of the last one for rows behind it."""
+        return row if self.source is None else self.source(row.min(self.m - 1))
 
     def build(self) -> None:
         b, shape = self.b, self.shape
@@ -137,7 +138,7 @@ class PackedGemm:
             b.barrier()  # this stage is there for all; the one before it has been read by all
             before = b.select(stage.compare("eq", 0), b.index_value(shape.stages - 1), stage - 1)
             self._fetch(loop.i + (shape.stages - 1), before)
-            sums = self._multiply(stage, sums)
+            sums = self._multiply(loop.i, stage, sums)
             loop.carry(b.select(stage.compare("eq", shape.stages - 1), zero, stage + 1), *sums)
         self._write(loop.results[1:])
 
@@ -193,8 +194,9 @@ class PackedGemm:
 
     # -- products
 
-    def _multiply(self, stage: Expr, sums: list[Expr]) -> list[Expr]:
-        """The warp's sums with one chunk. Of a segment its tiles' factors first, then 8 rows of x after the other.
+    def _multiply(self, chunk: Expr, stage: Expr, sums: list[Expr]) -> list[Expr]:
+        """The warp's sums with a chunk, which lies in a stage. Of a segment its tiles' factors first, then 8 rows of x
+        after the other.
 
         Scales are applied to the sum of each segment, also where wider groups share one: few registers are live so.
         """

@@ -25,10 +25,14 @@ _QUAD = 4  # scales of rows that are copied together
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Scales of x [m, k]: f32 [groups, m rounded up to a multiple of 4], so that those of a block are neighbours."""
+    """Scales of x [m, k]: f32 [groups, m rounded up to a multiple of 4], so that those of a block are neighbours.
+
+    With `by_row` f32 [m, groups rounded up to a multiple of 4]: those of a row are, for rows that are gathered.
+    """
 
     k: int
     group: int = 0  # columns that share a scale, 0 for whole rows
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         if self.group % CHUNK or (self.group and self.k % self.group):
@@ -41,9 +45,18 @@ class ActivationScales:
     def groups(self) -> int:
         return self.k // self.group if self.group else 1
 
+    @property
+    def row(self) -> int:
+        """Numbers of a row where those of a row are neighbours."""
+        return -(-self.groups // _QUAD) * _QUAD
+
     def count(self, m: int) -> int:
         """How many there are for m rows."""
-        return self.groups * -(-m // _QUAD) * _QUAD
+        return m * self.row if self.by_row else self.groups * -(-m // _QUAD) * _QUAD
+
+    def place(self, group: Expr, row: Expr, m: Expr) -> Expr:
+        """Where the scale of a row's group lies; `m` rows there are."""
+        return row * self.row + group if self.by_row else group * _stride(m) + row
 
     def unit(self, chunk: Expr) -> Expr:
         """The group of a chunk of columns."""
@@ -91,25 +104,35 @@ def decode_int8_kernel(
     codes, scales, x, held = _buffers(k, layout)
     y, count = k.buffer("y", out), k.size("rows")
     part = DecodePart(k.block_id(), count, k.index(0))
-    product = _DecodeInt8(k, layout, (codes, scales), (x, y), part, rows, gate_up)
-    product.x_scales, product.of_x = x_scales, held
-    product.build(ahead)
+    DecodeInt8(k, layout, (codes, scales), (x, y), part, rows, gate_up).with_scales(x_scales, held).build(ahead)
     return k.grid_kernel(blocks_at_once=blocks_at_once(rows))
 
 
-class _DecodeInt8(DecodeProduct):
+class DecodeInt8(DecodeProduct):
+    """A product of a few rows of int8 or f8e4m3; rows that are gathered have their scales by row."""
+
     x_scales: ActivationScales
     of_x: Buffer
+
+    def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> DecodeInt8:
+        """With the scales of x, before `build`."""
+        self.x_scales, self.of_x = x_scales, of_x
+        parts = [self.q * 2 + part * ROWS for part in range(self.parts)]
+        if x_scales.by_row:
+            self.scale_rows = [[self.row_of_x((first + i).min(self.count - 1)) for i in range(2)] for first in parts]
+        else:
+            self.scale_rows = [[first.min(_stride(self.count) - 2)] for first in parts]
+        return self
 
     def _activations(self, chunk: Expr, part: int) -> list[Expr]:
         """Of each segment 8 neighbours of this lane's row; then the scales of rows 2q and 2q + 1, twice."""
         k, words = self.k, self.x.view(I32)
         at = (self.places[part] + chunk * CHUNK + self.q * 8) // 4
         right = [int8_right(k, self.layout, words.load(at + s * (SEGMENT // 4), 2)) for s in range(2)]
-        stride = _stride(self.count)
-        pair = (self.q * 2 + part * ROWS).min(stride - 2)
-        both = self.of_x.load(self.x_scales.unit(chunk) * stride + pair, 2)
-        return [*right, k.join(both, both)]
+        rows, group = self.scale_rows[part], self.x_scales.unit(chunk)
+        lanes = 2 // len(rows)
+        both = [self.of_x.load(self.x_scales.place(group, row, self.count), lanes) for row in rows]
+        return [*right, k.join(*both, *both)]
 
     def _add_chunk(self, words: list[Expr], scale: Expr | None, xs: list[list[Expr]], sums: list[Expr]) -> list[Expr]:
         assert scale is not None
@@ -148,11 +171,13 @@ def gemm_int8_kernel(
     y, m = b.buffer("y", out), b.size("rows")
     block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
     tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
-    _Int8Gemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).with_scales(x_scales, held).build()
+    GemmInt8(b, shape, layout, (codes, scales), (x, y), tile, gate_up).with_scales(x_scales, held).build()
     return b.grid_kernel()
 
 
-class _Int8Gemm(PackedGemm):
+class GemmInt8(PackedGemm):
+    """A product of many rows of int8 or f8e4m3; rows that are gathered have their scales by row."""
+
     x_scales: ActivationScales
     of_x: Buffer
 
@@ -160,25 +185,48 @@ class _Int8Gemm(PackedGemm):
     def element(self) -> PlainFormat:
         return element_of_x(self.layout)
 
-    def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> _Int8Gemm:
+    def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> GemmInt8:
+        """With the scales of x, before `build`."""
         self.x_scales, self.of_x = x_scales, of_x
-        self.held_of_x = self.b.shared(self.shape.stages * self.shape.rows, F32)
+        held = self.shape.stages * self.shape.rows * (_QUAD if x_scales.by_row else 1)
+        self.held_of_x = self.b.shared(held, F32)
+        self.scale_rows = []
+        if x_scales.by_row:
+            shared = self._share(self.shape.rows)
+            self.scale_rows = [self.row_of_x(self.row + number) * x_scales.row for number, _ in shared]
         return self
 
     def _fetch_more(self, chunk: Expr, stage: Expr, there: Expr) -> None:
-        """The scales of the block's rows of x."""
+        """The scales of the block's rows of x: of four rows at once, or by row those of four groups."""
+        group = self.x_scales.unit(chunk)
+        if self.x_scales.by_row:
+            for (number, here), first in zip(self._share(self.shape.rows), self.scale_rows, strict=True):
+                inside = there & (self.row + number).compare("lt", self.m)
+                at = (stage * self.shape.rows + number) * _QUAD
+                self._copy(self.held_of_x, at, self.of_x, first + group // _QUAD * _QUAD, inside, here)
+            return
         stride = _stride(self.m)
-        first = self.x_scales.unit(chunk) * stride + self.row
+        first = group * stride + self.row
         for number, here in self._share(self.shape.rows // _QUAD):
             inside = there & (self.row + number * _QUAD).compare("lt", stride)
             at = stage * self.shape.rows + number * _QUAD
             self._copy(self.held_of_x, at, self.of_x, first + number * _QUAD, inside, here)
 
+    def _x_scale(self, stage: Expr, part: int, group: Expr) -> Expr:
+        """Of rows 2q and 2q + 1 of a part, twice."""
+        first = stage * self.shape.rows + self.warp_row + part * ROWS + self.lane % 4 * 2
+        if not self.x_scales.by_row:
+            both = self.held_of_x.load(first, 2)
+            return self.b.join(both, both)
+        low, high = (self.held_of_x.load((first + i) * _QUAD + group % _QUAD) for i in range(2))
+        return self.b.join(low, high, low, high)
+
     def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
         """Lanes read half of each of four rows of 64 bytes at once: rows 2 and 3 change their halves."""
         return ((stage * self.shape.rows + row) * self.pieces + self.b.xor(piece, row // 2 % 2 * 2)) * self.piece
 
-    def _multiply(self, stage: Expr, sums: list[Expr]) -> list[Expr]:
+    def _multiply(self, chunk: Expr, stage: Expr, sums: list[Expr]) -> list[Expr]:
+        group = self.x_scales.unit(chunk)
         b, shape, layout = self.b, self.shape, self.layout
         left, scales = [], []
         for t in range(shape.warp_tiles):
@@ -193,9 +241,7 @@ class _Int8Gemm(PackedGemm):
             for s in range(2):
                 at = self._place(stage, row, self.lane % 4 // 2 + s * 2) // 4 + self.lane % 2 * 2
                 right.append(int8_right(b, layout, words_of_x.load(at, 2)))
-            of_rows = stage * shape.rows + self.warp_row + part * ROWS + self.lane % 4 * 2
-            both = self.held_of_x.load(of_rows, 2)
-            x_scale = b.join(both, both)
+            x_scale = self._x_scale(stage, part, group)
             for t in range(shape.warp_tiles):
                 at = part * shape.warp_tiles + t
                 made[at] = _add_columns(b, layout, made[at], left[t], right, scales[t], x_scale)
@@ -223,7 +269,7 @@ def quantize_rows_kernel(
     x, codes, scales, m = k.buffer("x", element), k.buffer("codes", to), k.buffer("scales", F32), k.size("rows")
     work = k.shared(_THREADS // WARP, F32)
     row, width = k.block_id(), x_scales.k
-    stride, own = _stride(m), k.thread_id() * LANES
+    own = k.thread_id() * LANES
 
     def load(column: Expr) -> Expr:
         return x.load(row * width + column.min(width - LANES), LANES).cast(F32)
@@ -248,7 +294,7 @@ def quantize_rows_kernel(
             most = k.warp_reduce(largest(values), combine, group // LANES)
             store(column, values, most)
             with k.when((column % group).compare("eq", 0) & column.compare("lt", width)):
-                scales.store(column // group * stride + row, most * (1.0 / limit))
+                scales.store(x_scales.place(column // group, row, m), most * (1.0 / limit))
         return k.grid_kernel()
     with k.loop(own, width, _THREADS * LANES, [k.f32(0.0)]) as loop:
         loop.carry(loop.carried[0].max(largest(load(loop.i))))
@@ -262,5 +308,5 @@ def quantize_rows_kernel(
     with k.loop(own, width, _THREADS * LANES) as loop:
         store(loop.i, load(loop.i), most)
     with k.when(k.thread_id().compare("eq", 0)):
-        scales.store(row, most * (1.0 / limit))
+        scales.store(x_scales.place(k.index_value(0), row, m), most * (1.0 / limit))
     return k.grid_kernel()

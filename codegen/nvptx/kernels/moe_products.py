@@ -4,21 +4,26 @@ Both kernels go by the tiles of `moe_route.dispatch_kernel`: a block has rows of
 tile has none. The experts' matrices lie in the order of `codegen.nvptx.fragments`, `stride` bytes apart, each with its
 scales behind its codes or elsewhere at the same distance. Only chosen experts are read.
 
-`grouped_decode_kernel` is for tiles of up to 8 or 16 rows, `grouped_gemm_kernel` for those of `shape.rows`.
+`grouped_decode_kernel` is for tiles of up to 8 or 16 rows, `grouped_gemm_kernel` for those of `shape.rows`. Rows of x
+are bf16, or int8 (with weights in f8e4m3: f8e4m3) under scales that lie by row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import ROWS, WARPS, DecodePart, DecodeProduct, blocks_at_once
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.int8 import ActivationScales, DecodeInt8, GemmInt8, check_int8, element_of_x
 from codegen.nvptx.kernels.moe_route import TILE_WORDS
 from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, I32, PlainFormat
+
+AnyProduct = TypeVar("AnyProduct", DecodeProduct, PackedGemm)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Experts:
     """Matrices [n, k] of experts, `stride` bytes from one to the next.
 
     `gather` > 0: x has a row for each token, and row j of y is made of row order[j] // gather; 0: x is grouped already.
-    `gate_up`: y [pairs, n / 2] is silu(gate) * up.
+    `gate_up`: y [pairs, n / 2] is silu(gate) * up. `x_scales`, by row: x has 8 bits.
     """
 
     layout: Fragments
@@ -34,9 +39,13 @@ class Experts:
     gather: int = 0
     gate_up: bool = False
     out: PlainFormat = F32
+    x_scales: ActivationScales | None = None
 
     def check(self) -> None:
-        """Raises DiagnosticError unless every matrix begins where 16 bytes can be read."""
+        """Raises DiagnosticError unless every matrix begins where 16 bytes can be read, and integers meet integers."""
+        if self.x_scales is not None:
+            assert self.x_scales.by_row
+            check_int8(self.layout)
         if self.stride % 16:
             raise DiagnosticError(f"experts {self.stride} bytes apart on GPUs", expected="a multiple of 16")
 
@@ -44,15 +53,17 @@ class Experts:
 def grouped_decode_kernel(
     of: Experts, name: str, *, rows: int = ROWS, warps: int = WARPS, ahead: int = 0
 ) -> GridKernel:
-    """A kernel (codes i32, [scales f16,] x bf16, order i32 [pairs], tiles i32 [max tiles, 4], y `of.out`, max tiles),
-    launched with max tiles * `of.layout.tiles` blocks. Tiles have up to `rows` rows, 8 or 16."""
+    """A kernel (codes i32, [scales,] x, order i32 [pairs], tiles i32 [max tiles, 4], [x_scales f32,] y `of.out`,
+    max tiles), launched with max tiles * `of.layout.tiles` blocks. Tiles have up to `rows` rows, 8 or 16."""
     k = GridBuilder(name, warps * WARP)
     launch = _Launch.of(k, of)
     block = k.block_id()
     expert, first, count = launch.entry(block // of.layout.tiles)
     with k.when(count.compare("gt", 0)):
         part = DecodePart(block % of.layout.tiles, count, first, lambda row: launch.source(first + row))
-        DecodeProduct(k, of.layout, launch.weights(expert), (launch.x, launch.y), part, rows, of.gate_up).build(ahead)
+        kind = DecodeProduct if launch.x_scales is None else DecodeInt8
+        product = kind(k, of.layout, launch.weights(expert), (launch.x, launch.y), part, rows, of.gate_up)
+        launch.scaled(product).build(ahead)
     return k.grid_kernel(blocks_at_once=blocks_at_once(rows))
 
 
@@ -65,7 +76,9 @@ def grouped_gemm_kernel(of: Experts, name: str, shape: PackedShape) -> GridKerne
     expert, first, count = launch.entry(block % launch.most)
     with k.when(count.compare("gt", 0)):
         tile = PackedTile(first, first + count, block // launch.most * shape.tiles, launch.source)
-        PackedGemm(k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up).build()
+        kind = PackedGemm if launch.x_scales is None else GemmInt8
+        product = kind(k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up)
+        launch.scaled(product).build()
     return k.grid_kernel()
 
 
@@ -84,6 +97,7 @@ class _Launch:
     x: Buffer
     order: Buffer
     tiles: Buffer
+    x_scales: Buffer | None
     y: Buffer
     most: Expr
 
@@ -92,8 +106,17 @@ class _Launch:
         of.check()
         codes = k.buffer("codes", I32)
         scales = k.buffer("scales", of.layout.scale_element) if of.layout.group else None
-        x, order, tiles = k.buffer("x", BF16), k.buffer("order", I32), k.buffer("tiles", I32)
-        return cls(of, codes, scales, x, order, tiles, k.buffer("y", of.out), k.size("tiles"))
+        x = k.buffer("x", BF16 if of.x_scales is None else element_of_x(of.layout))
+        order, tiles = k.buffer("order", I32), k.buffer("tiles", I32)
+        x_scales = k.buffer("xs", F32) if of.x_scales is not None else None
+        return cls(of, codes, scales, x, order, tiles, x_scales, k.buffer("y", of.out), k.size("tiles"))
+
+    def scaled(self, product: AnyProduct) -> AnyProduct:
+        """The product with the scales of x, where x has some."""
+        if isinstance(product, DecodeInt8 | GemmInt8):
+            assert self.experts.x_scales is not None and self.x_scales is not None
+            product.with_scales(self.experts.x_scales, self.x_scales)
+        return product
 
     def entry(self, number: Expr) -> tuple[Expr, Expr, Expr]:
         """(expert, first row in grouped order, rows) of a tile."""

@@ -85,6 +85,10 @@ def _model_kernels() -> list[GridKernel]:
         up = Experts(layout, layout.nbytes, 8, True, BF16)
         made.append(grouped_decode_kernel(up, f"experts_{end}"))
         made.append(grouped_gemm_kernel(up, f"experts_many_{end}", PackedShape.of(64)))
+    layout = Fragments.of(1536, 2048, Q4)
+    up = Experts(layout, layout.nbytes, 8, True, F32, ActivationScales(2048, 128, by_row=True))
+    made.append(grouped_decode_kernel(up, "experts_w4a8"))
+    made.append(grouped_gemm_kernel(up, "experts_many_w4a8", PackedShape.of(64)))
     made.append(prefill_kernel(HEADS, 128**-0.5, "prefill_kv4", planes=four))
     made.append(split_kernel(HEADS, 128**-0.5, 8, "split_kv8", planes=eight))
     return [*made, join_kernel(HEADS, 8, "join_rotated", rotate=64)]

@@ -90,15 +90,18 @@ def test_every_code_meets_its_activation(format: GroupedIntFormat) -> None:
     st.sampled_from([64, 256, 2176, 4224]),
     st.sampled_from([0, 64, 128]),
     st.sampled_from([F32, BF16]),
+    st.booleans(),
 )
-def test_rows_are_rounded(m: int, k: int, group: int, element: PlainFormat) -> None:
+def test_rows_are_rounded(m: int, k: int, group: int, element: PlainFormat, by_row: bool) -> None:
     group = group if group and k % group == 0 else 0
-    held = ActivationScales(k, group)
+    held = ActivationScales(k, group, by_row)
     x = normal(m, k, element=element)
     x[0, :64] = 0  # a group of zeros, or a part of one
-    codes, scales = np.full((m, k), 99, np.int8), np.full((held.groups, held.count(m) // held.groups), 7, np.float32)
+    shape = (m, held.row) if by_row else (held.groups, held.count(m) // held.groups)
+    codes, scales = np.full((m, k), 99, np.int8), np.full(shape, 7, np.float32)
     made = quantize_rows_kernel(held, "rounded", element)
     interpret_grid(made.func, [x, codes, scales, m], blocks=m, threads=made.threads)
+    scales = scales[:, : held.groups].T if by_row else scales
     wide = x.astype(np.float64).reshape(m, held.groups, -1)
     largest = np.abs(wide).max(axis=-1)
     np.testing.assert_allclose(scales[:, :m].T, largest / 127, rtol=1e-6)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
 from codegen.nvptx.kernels.gemm_packed import PackedShape
+from codegen.nvptx.kernels.int8 import ActivationScales
 from codegen.nvptx.kernels.moe_products import Experts, grouped_blocks, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
 from codegen.nvptx.kernels.wide import wide_blocks, wide_kernel
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
+from ir.formats import BF16, F8E4M3, F32, I8, FP8Format, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
 from ir.grid_interpreter import interpret_grid
 from ir.ops.gemm import MatmulOp
 from ir.ops.low_bit import unpacked
@@ -102,7 +103,7 @@ def test_sizes_without_a_kernel() -> None:
 
 # -- products of experts
 
-Q8, Q4 = GroupedIntFormat(8, 32), GroupedIntFormat(4, 64)
+Q8, Q4, FP8 = GroupedIntFormat(8, 32), GroupedIntFormat(4, 64), FP8Format(F8E4M3)
 SMALL = PackedShape(16, 2, 16, 1, 2)
 
 
@@ -115,7 +116,8 @@ def stack(
     stored, numbers = [], []
     for e in range(experts):
         w = normal(n, k, seed=f"w{e}")
-        packed = format.pack(w[order]) if isinstance(format, GroupedIntFormat) else w[order].astype(BF16.dtype)
+        low = isinstance(format, GroupedIntFormat | FP8Format)
+        packed = format.pack(w[order]) if low else w[order].astype(BF16.dtype)
         scales = layout.scales(packed).view(np.uint8) if isinstance(packed, PackedArray) else np.zeros(0, np.uint8)
         stored.append(np.concatenate([layout.codes(packed).view(np.uint8), scales]))
         wide = unpacked(packed).astype(np.float32)
@@ -125,26 +127,37 @@ def stack(
     whole = np.concatenate(stored)
     arguments: list[np.ndarray] = [whole.view(np.int32)]
     if layout.group:
-        arguments.append(whole[layout.tiles * 16 * k * layout.bits // 8 :].copy().view(np.float16))
+        arguments.append(whole[layout.tiles * 16 * k * layout.bits // 8 :].copy().view(layout.scale_element.dtype))
     return arguments, np.stack(numbers), layout.nbytes
 
 
 def grouped(
-    ids: np.ndarray, experts: int, n: int, k: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int
-) -> None:
+    ids: np.ndarray, experts: int, n: int, k: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int,
+    x_scales: ActivationScales | None = None,
+) -> None:  # fmt: skip
     """One of the kernels for tiles of 8 or 16 rows, or of `SMALL` where rows is 0, against moe.grouped_gemm."""
     tokens, top_k = ids.shape
     order, offsets, _, tiles = dispatch(ids.reshape(-1), experts, rows or SMALL.rows)
     weights, numbers, stride = stack(experts, n, k, format, gate_up)
     x = normal(tokens if gather else tokens * top_k, k, element=BF16)
-    of = Experts(Fragments.of(n, k, format), stride, top_k if gather else 0, gate_up, BF16 if gate_up else F32)
+    layout = Fragments.of(n, k, format)
+    of = Experts(layout, stride, top_k if gather else 0, gate_up, BF16 if gate_up else F32, x_scales)
+    scales: list[np.ndarray] = []
+    if x_scales is not None:
+        codes = np.rint(x.astype(np.float32) * 40).astype(I8.dtype) if not layout.fp8 else x.astype(F8E4M3.dtype)
+        of_x = np.full((len(x), x_scales.row), np.nan, np.float32)  # those behind the last group are nobody's
+        of_x[:, : x_scales.groups] = 1 + np.random.default_rng(1).random((len(x), x_scales.groups), np.float32)
+        wide = np.repeat(of_x[:, : x_scales.groups], k // x_scales.groups, axis=1) / 40
+        x, scales, held = codes, [of_x / 40], codes.astype(np.float32) * wide
+    else:
+        held = x
     y = np.full((tokens * top_k, n // 2 if gate_up else n), -1).astype(of.out.dtype)
     made = grouped_decode_kernel(of, "few", rows=rows, warps=2) if rows else grouped_gemm_kernel(of, "many", SMALL)
     blocks = len(tiles) * of.layout.tiles if rows else grouped_blocks(of, SMALL, len(tiles))
-    arguments = [*weights, x, order, tiles, y, len(tiles)]
+    arguments = [*weights, x, order, tiles, *scales, y, len(tiles)]
     report = interpret_grid(made.func, arguments, blocks=blocks, threads=made.threads)
     assert report.bank_conflicts == 0
-    meant = GroupedGemmOp.reference(x, numbers, order, offsets, gather=of.gather)
+    meant = GroupedGemmOp.reference(held, numbers, order, offsets, gather=of.gather)
     if gate_up:
         meant = SwigluOp.reference(meant)
     near = 2.0**-8 if gate_up else 1e-5
@@ -163,6 +176,30 @@ def test_grouped_products(  # type: ignore[no-untyped-def]
     top_k = min(top_k, experts)
     ids = np.array([random.sample(range(experts), top_k) for _ in range(tokens)], np.int32)
     grouped(ids, experts, 48 if gate_up else 40, 128, format, gather, gate_up, rows)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(1, 12), st.integers(1, 3), st.sampled_from([1, 3, 7]), st.sampled_from([Q8, Q4, FP8]),
+    st.sampled_from([(128, 0), (128, 64), (640, 64), (256, 128)]), st.booleans(), st.booleans(),
+    st.sampled_from([8, 16, 0]), st.randoms(),
+)  # fmt: skip
+def test_grouped_products_of_bytes(  # type: ignore[no-untyped-def]
+    tokens: int, top_k: int, experts: int, format: NumberFormat, columns: tuple[int, int], gather: bool, gate_up: bool,
+    rows: int, random,
+) -> None:  # fmt: skip
+    """Activations of 8 bits: a row that is gathered meets its own scales, in each of its groups."""
+    (k, group), top_k = columns, min(top_k, experts)
+    ids = np.array([random.sample(range(experts), top_k) for _ in range(tokens)], np.int32)
+    scales = ActivationScales(k, group, by_row=True)
+    grouped(ids, experts, 48 if gate_up else 40, k, format, gather, gate_up, rows, scales)
+
+
+def test_scales_of_every_row_are_its_own() -> None:
+    """The largest tiles, more rows than a tile has, groups that four scales do not hold."""
+    ids = np.arange(40, dtype=np.int32)[:, None] % 3 % 2
+    for rows in (0, 16):
+        grouped(ids, 2, 16, 384, Q4, True, False, rows, ActivationScales(384, 64, by_row=True))
 
 
 def test_experts_that_lie_crooked() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from runtime import host
 from runtime.cuda.modules import Image
 from runtime.cuda.program import GpuStep
+from runtime.cuda.program_reader import read_step
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import MAX_MANIFEST_BYTES, REBUILD_HINT, FileInfo, Manifest, TargetInfo, parse_manifest
 from runtime.memory import FileMapping
@@ -50,7 +51,7 @@ class Artifact:
         if not isinstance(values, dict):
             raise RuntimeDiagnostic("the artifact is for a GPU and has no program for one", where=where,
                                     hint=REBUILD_HINT)  # fmt: skip
-        return GpuStep.from_json(values, where, weights.bytes, len(weights.pieces))
+        return read_step(values, where, weights.bytes, len(weights.pieces))
 
     def gpu_images(self) -> list[Image]:
         """The code for GPUs, checked again as it is read."""

@@ -1,4 +1,4 @@
-"""Lowered programs for a GPU as the manifest has them: `gpu`, which the runtime reads (`runtime.cuda.program`).
+"""Lowered programs for a GPU as the manifest has them: `gpu`, which the runtime reads (`runtime.cuda.program_reader`).
 
 Made from the plan IR alone, so that what runs is what the checks have seen.
 """

@@ -1,8 +1,9 @@
-"""What a GPU runs, as data: kernels, the launches of each program in order, memory. Frozen, and JSON both ways.
+"""What a GPU runs, as data: kernels, the launches of each program in order, memory. Frozen.
 
-Made by `codegen.nvptx.lower_to_grid`, stored in the manifest under `gpu`, read without importing the compiler. Launches
-run in the order they are listed, each after all before it: one stream is enough. Everything that changes between two
-steps of equal sizes (ids, positions, slots, rows) is in device memory, so that a captured step can be replayed.
+Made by `codegen.nvptx.program_entry`, stored in the manifest under `gpu`, read by `runtime.cuda.program_reader`.
+Launches run in the order they are listed, each after all before it: one stream is enough. Everything that changes
+between two steps of equal sizes (ids, positions, slots, rows) is in device memory, so that a captured step can be
+replayed.
 
 A launch's arguments are pointers and 64-bit numbers, in the order of the kernel's parameters:
 
@@ -11,33 +12,21 @@ A launch's arguments are pointers and 64-bit numbers, in the order of the kernel
     {"kv": layer, "plane": number}                    one plane of one layer's cache, see `KVPlan`
     {"input": name}                                   ids, positions, slots, rows, pieces (i32) or logits (f32)
     {"size": text}                                    a number: see `runtime.cuda.sizes`
-
-The JSON is hostile until proven otherwise: every field is typed and bounded, every place lies inside of its memory,
-every launch names a kernel that is there. Refuses with one RuntimeDiagnostic that names the field.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from runtime.cuda.sizes import SizeExpr
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest_fields import Fields
 
 INPUTS = ("ids", "positions", "slots", "rows", "pieces", "logits")
 PIECE_WORDS = 4  # of a piece of a prompt: first token, tokens, slot, position of the first token
 ALIGNMENT = 256  # of the arena, the weights and each plane in device memory; of every place in them 16 at least
-MAX_THREADS = 1024
-MAX_SHARED_BYTES = 227 << 10
-MAX_LAUNCHES = 1 << 20
-MAX_ARGUMENTS = 64
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
-_ARCHITECTURE = re.compile(r"sm_[0-9]{2,3}a?")
 
 
 @dataclass(frozen=True)
@@ -219,30 +208,6 @@ class GpuStep:
         most = self.programs[-1].max_tokens
         raise RuntimeDiagnostic(f"a step of {tokens} tokens", expected=f"at most {most}")
 
-    def to_json(self) -> dict[str, Any]:
-        """The form in the manifest."""
-        return {
-            "code": [{"architecture": c.architecture, "ptx": c.ptx, "cubin": c.cubin} for c in self.code],
-            "kernels": [
-                {"name": k.name, "threads": k.threads, "static": k.static_bytes, "dynamic": k.dynamic_bytes}
-                for k in self.kernels
-            ],
-            "programs": [_program_json(p) for p in self.programs],
-            "kv": {
-                "layers": self.kv.layers,
-                "block": self.kv.block,
-                "planes": [
-                    {"name": p.name, "heads": p.heads, "bytes": p.bytes, "positions": p.positions}
-                    for p in self.kv.planes
-                ],
-            },
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], where: str, weights_bytes: int, pieces: int) -> GpuStep:
-        """Checks and types what `to_json` gave; the file of weights has that many bytes and pieces."""
-        return _Reader(Fields(values, where, "gpu"), weights_bytes, pieces).step()
-
 
 def prompt_pieces(positions: np.ndarray, slots: np.ndarray, piece_tokens: int) -> np.ndarray:
     """i32 [n, 4]: the tokens of a step cut into pieces of one slot at consecutive positions, `piece_tokens` at most."""
@@ -255,162 +220,3 @@ def prompt_pieces(positions: np.ndarray, slots: np.ndarray, piece_tokens: int) -
                 continue
         found.append([token, 1, slot, position])
     return np.array(found, np.int32).reshape(-1, PIECE_WORDS)
-
-
-# -- to JSON
-
-
-def _program_json(program: GpuProgram) -> dict[str, Any]:
-    return {
-        "name": program.name,
-        "max_tokens": program.max_tokens,
-        "arena_bytes": program.arena_bytes,
-        "piece_tokens": program.piece_tokens,
-        "replays": program.replays,
-        "launches": [_launch_json(launch) for launch in program.launches],
-    }
-
-
-def _launch_json(launch: GpuLaunch) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "kernel": launch.kernel,
-        "grid": launch.grid.text,
-        "arguments": [_argument_json(argument) for argument in launch.arguments],
-        "writes": list(launch.writes),
-        "origin": launch.origin,
-    }
-    return entry | ({"waits": [_wait_json(wait) for wait in launch.waits]} if launch.waits else {})
-
-
-def _wait_json(wait: Wait) -> dict[str, Any]:
-    entry: dict[str, Any] = {"piece": wait.piece, "done": list(wait.done)}
-    return entry if wait.pairs is None else entry | {"ids": wait.ids, "pairs": wait.pairs.text}
-
-
-def _argument_json(argument: Argument) -> dict[str, Any]:
-    match argument:
-        case ArenaArgument(offset, nbytes):
-            return {"arena": offset, "bytes": nbytes}
-        case WeightArgument(offset, nbytes, piece):
-            return {"weight": offset, "bytes": nbytes, "piece": piece}
-        case KVArgument(layer, plane):
-            return {"kv": layer, "plane": plane}
-        case InputArgument(which):
-            return {"input": which}
-        case SizeArgument(size):
-            return {"size": size.text}
-
-
-# -- from JSON
-
-
-class _Reader:
-    """Reads one `gpu` object."""
-
-    def __init__(self, top: Fields, weights_bytes: int, pieces: int) -> None:
-        self.top, self.weights_bytes, self.pieces = top, weights_bytes, pieces
-
-    def step(self) -> GpuStep:
-        code = self._code()
-        self.kernels = {k.name: k for k in self._kernels()}
-        self.kv = self._kv(self.top.child("kv"))
-        programs = [self._program(fields) for fields in self.top.children("programs", 64)]
-        if not programs:
-            self.top.fail("programs", "at least one", [])
-        programs.sort(key=lambda p: (p.max_tokens, p.name))
-        return GpuStep(code, tuple(self.kernels.values()), tuple(programs), self.kv)
-
-    def _code(self) -> tuple[CodeFiles, ...]:
-        found = []
-        for fields in self.top.children("code", 64):
-            name = fields.text("architecture")
-            if not _ARCHITECTURE.fullmatch(name):
-                fields.fail("architecture", "a name like sm_90", name)
-            found.append(CodeFiles(name, fields.text("ptx"), fields.text("cubin", "")))
-        if not found:
-            self.top.fail("code", "code for one architecture at least", [])
-        return tuple(found)
-
-    def _kernels(self) -> list[KernelInfo]:
-        found = []
-        for fields in self.top.children("kernels", 1 << 14):
-            name, threads = fields.text("name"), fields.integer("threads", 32, MAX_THREADS)
-            if not _NAME.fullmatch(name):
-                fields.fail("name", "a C identifier", name)
-            if threads % 32:
-                fields.fail("threads", "whole warps of 32", threads)
-            static, dynamic = (fields.integer(key, 0, MAX_SHARED_BYTES) for key in ("static", "dynamic"))
-            found.append(KernelInfo(name, threads, static, dynamic))
-        return found
-
-    def _kv(self, fields: Fields) -> KVPlan:
-        planes = tuple(
-            KVPlane(
-                plane.text("name"),
-                plane.integer("heads", 1, 1 << 16),
-                plane.integer("bytes", 1, 1 << 20),
-                plane.integer("positions", 0, 1 << 30, 0),
-            )
-            for plane in fields.children("planes", 16)
-        )
-        return KVPlan(fields.integer("layers", 0, 1 << 16), planes, fields.integer("block", 1, 1 << 16))
-
-    def _program(self, fields: Fields) -> GpuProgram:
-        tokens, arena = fields.integer("max_tokens", 1, 1 << 20), fields.integer("arena_bytes", 0, 1 << 44)
-        launches = tuple(self._launch(launch, arena) for launch in fields.children("launches", MAX_LAUNCHES))
-        replays = fields.values.get("replays")
-        if not isinstance(replays, bool):
-            fields.fail("replays", "true or false", replays)
-        name, piece_tokens = fields.text("name"), fields.integer("piece_tokens", 0, 1 << 16)
-        return GpuProgram(name, tokens, arena, launches, piece_tokens, replays)
-
-    def _launch(self, fields: Fields, arena: int) -> GpuLaunch:
-        kernel = fields.text("kernel")
-        if kernel not in self.kernels:
-            fields.fail("kernel", "one of gpu.kernels", kernel)
-        arguments = tuple(self._argument(argument, arena) for argument in fields.children("arguments", MAX_ARGUMENTS))
-        writes = tuple(fields.integers("writes", 0, max(0, len(arguments) - 1)))
-        if any(isinstance(arguments[i], SizeArgument | WeightArgument) for i in writes):
-            fields.fail("writes", "numbers of arguments that are memory and no weights", list(writes))
-        waits = tuple(self._wait(wait, arena) for wait in fields.children("waits", 1 << 10, ()))
-        return GpuLaunch(kernel, _size(fields, "grid"), arguments, writes, fields.text("origin", ""), waits)
-
-    def _wait(self, fields: Fields, arena: int) -> Wait:
-        last = self.pieces - 1
-        piece, done = fields.integer("piece", 0, last), tuple(fields.integers("done", 0, last))
-        if "pairs" not in fields.values:
-            return Wait(piece, done)
-        return Wait(piece, done, fields.integer("ids", 0, arena), _size(fields, "pairs"))
-
-    def _argument(self, fields: Fields, arena: int) -> Argument:
-        values = fields.values
-        if "arena" in values:
-            return ArenaArgument(*self._range(fields, "arena", arena))
-        if "weight" in values:
-            offset, nbytes = self._range(fields, "weight", self.weights_bytes)
-            return WeightArgument(offset, nbytes, fields.integer("piece", 0, self.pieces - 1))
-        if "kv" in values:
-            layer = fields.integer("kv", 0, self.kv.layers - 1)
-            return KVArgument(layer, fields.integer("plane", 0, len(self.kv.planes) - 1))
-        if "input" in values:
-            if values["input"] not in INPUTS:
-                fields.fail("input", f"one of {', '.join(INPUTS)}", values["input"])
-            return InputArgument(str(values["input"]))
-        if "size" not in values:
-            fields.fail("", "an argument: arena, weight, kv, input or size", values)
-        return SizeArgument(_size(fields, "size"))
-
-    def _range(self, fields: Fields, key: str, end: int) -> tuple[int, int]:
-        """(offset, bytes) inside of memory of `end` bytes."""
-        offset, nbytes = fields.integer(key, 0, end), fields.integer("bytes", 0, end)
-        if offset + nbytes > end or offset % 16:
-            fields.fail(key, f"a multiple of 16 with {nbytes} bytes behind it below {end}", offset)
-        return offset, nbytes
-
-
-def _size(fields: Fields, key: str) -> SizeExpr:
-    text = fields.text(key)
-    try:
-        return SizeExpr(text)
-    except RuntimeDiagnostic as refused:
-        fields.fail(key, refused.expected, text)

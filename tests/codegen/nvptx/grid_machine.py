@@ -21,13 +21,13 @@ from runtime.cuda.program import (
     ArenaArgument,
     GpuLaunch,
     GpuProgram,
-    GpuStep,
     InputArgument,
     KVArgument,
     SizeArgument,
     WeightArgument,
     prompt_pieces,
 )
+from runtime.cuda.program_reader import read_step
 from tests.codegen.harness import Batch
 from tests.codegen.models import Model
 
@@ -48,7 +48,7 @@ class GridMachine:
         entry = json.loads(json.dumps(gpu_entry(lowered, NO_CODE)))
         weights = stored_weights(lowered, model)
         assert len(weights) == lowered.file.nbytes
-        self.step = GpuStep.from_json(entry, "test", len(weights), len(lowered.file.pieces))
+        self.step = read_step(entry, "test", len(weights), len(lowered.file.pieces))
         self.kernels = {kernel.name: kernel for kernel in lowered.kernels}
         self.vocab, self.ctx, self.slots = model.shape.vocab, ctx, slots
         kv_bytes = self.step.kv.nbytes(slots, ctx)

@@ -28,6 +28,7 @@ from runtime.cuda.program import (
 from runtime.cuda.sizes import SizeExpr
 from tests.runtime.cuda.emulated_kernels import PythonRunner
 from tests.runtime.cuda.emulated_streams import Ranges
+from tests.runtime.cuda.program_json import step_json
 from tests.runtime.fake_artifact import DECODE_TOKENS, PREFILL_TOKENS, VOCAB, default_files, write_artifact
 
 EXPERTS, CHOSEN, UNIT, PAGE = 5, 2, 4096, 4096
@@ -148,7 +149,7 @@ def write_passing(root: Path, layers: list[int]) -> Path:
         manifest["model"] |= {"experts_per_token": CHOSEN}
         manifest["target"] = {"name": "cuda", "triple": "nvptx64-nvidia-cuda", "cpu": "sm_80", "features": []}
         manifest["weights"] |= {"tensors": [], "pieces": pieces}
-        manifest["gpu"] = step.to_json()
+        manifest["gpu"] = step_json(step)
         for program in manifest["programs"].values():
             program["symbol"] = program["symbol"].removeprefix("stratum_step_")
             program["launches"] = [

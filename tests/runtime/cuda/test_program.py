@@ -27,8 +27,10 @@ from runtime.cuda.program import (
     WeightArgument,
     prompt_pieces,
 )
+from runtime.cuda.program_reader import read_step
 from runtime.cuda.sizes import SizeExpr
 from runtime.errors import RuntimeDiagnostic
+from tests.runtime.cuda.program_json import step_json
 
 WEIGHTS_BYTES, PIECES = 1 << 20, 3
 
@@ -54,11 +56,11 @@ def example() -> GpuStep:
 
 
 def read(values: Any) -> GpuStep:
-    return GpuStep.from_json(values, "manifest.json", WEIGHTS_BYTES, PIECES)
+    return read_step(values, "manifest.json", WEIGHTS_BYTES, PIECES)
 
 
 def test_a_step_comes_back_from_json() -> None:
-    text = json.dumps(example().to_json())
+    text = json.dumps(step_json(example()))
     assert read(json.loads(text)) == example()
 
 
@@ -97,7 +99,7 @@ def test_the_smallest_program_takes_a_step() -> None:
     ],
 )
 def test_what_is_wrong_is_named(path: tuple[Any, ...], value: Any, said: str) -> None:
-    values = copy.deepcopy(example().to_json())
+    values = copy.deepcopy(step_json(example()))
     place: Any = values
     for key in path[:-1]:
         place = place[key]

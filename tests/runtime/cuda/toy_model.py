@@ -33,6 +33,7 @@ from runtime.cuda.sizes import SizeExpr
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
 from tests.runtime.cuda.emulated_kernels import PythonRunner
 from tests.runtime.cuda.emulated_streams import Ranges
+from tests.runtime.cuda.program_json import step_json
 from tests.runtime.fake_artifact import DECODE_TOKENS, PREFILL_TOKENS, VOCAB, default_files, write_artifact
 
 CELL_BYTES = 512
@@ -143,7 +144,7 @@ def write_toy(root: Path, change: Callable[[dict], None] | None = None) -> Path:
         manifest["weights"]["pieces"] = [
             {"kind": "dense", "offset": 0, "bytes": nbytes, "unit": 0, "origin": "all"}
         ]  # fmt: skip
-        manifest["gpu"] = toy_step().to_json()
+        manifest["gpu"] = step_json(toy_step())
         for program in manifest["programs"].values():
             program["symbol"] = program["symbol"].removeprefix("stratum_step_")
         if change is not None:

@@ -1,6 +1,6 @@
 """Everything code generation makes for one model and target, as one cacheable record.
 
-The key is the content that decides it: imported graph IR, pipeline text, target, generator version. A warm start reads
+The key is the content that decides it: imported graph IR, pipeline text, target, this compiler's sources. A warm start reads
 the record and skips passes, lowering and LLVM.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from codegen.compile_step import CodegenTarget, CompiledStep
-from codegen.compile_worker import CODEGEN_VERSION
+from codegen.generator_version import generator_version
 from codegen.llvm.step import step_symbol
 from codegen.object_cache import ObjectCache, content_key
 from ir import print_module
@@ -56,7 +56,7 @@ class CodeBundle:
 def bundle_key(imported_text: str, pipeline: str, target: CodegenTarget, extra: Sequence[str] = ()) -> str:
     """The cache key of a bundle."""
     machine = [target.llvm_triple, target.llvm_cpu, target.feature_string()]
-    return content_key(["code-bundle-3", str(CODEGEN_VERSION), imported_text, pipeline, *machine, *extra])
+    return content_key(["code-bundle-4", generator_version(), imported_text, pipeline, *machine, *extra])
 
 
 def load_bundle(cache: ObjectCache | None, key: str) -> CodeBundle | None:

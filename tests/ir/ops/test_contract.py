@@ -1,5 +1,6 @@
 """What every op owes its readers: docs with an example that is text of the IR, samples, and inference that agrees with
-the values its meaning gives. Ops are found in the registry; nothing here lists them.
+the values its meaning gives. Ops are found in the registry; nothing here lists them. The text of samples is
+`tests/ir/test_op_text.py`'s.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 
 import ir.ops  # noqa: F401  # registers every op
-from ir import parse, print_module, structural_equal, verify
+from ir import parse, print_module, verify
 from ir.diagnostics import DiagnosticSink
 from ir.grid_memory_model import GridBuffer
 from ir.kv_state import KVState
 from ir.op_def import OPS, InferenceError, Op
 from ir.tile_memory_model import BufferView
-from ir.traits import ReadsKVCache, Terminator, WritesKVCache, has_trait
+from ir.traits import ReadsKVCache, Terminator, WritesKVCache
 from ir.types import KVCacheType, SymbolicDim, TensorType, Type
 from tests.samples import all_faults, all_samples
 from tests.samples.base import Fault, Sample, parts_of, run_sample, type_like, type_of
@@ -81,13 +82,6 @@ def test_labels_are_distinct() -> None:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_sample_verifies(sample: Sample) -> None:
-    if has_trait(sample.build()[1], Terminator):
-        return  # ends regions only; the samples of ops with regions hold it
-    verify(sample.module())
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_inference_agrees_with_the_reference(sample: Sample) -> None:
     _, op = sample.build()
     sizes = bind(sample)
@@ -99,18 +93,13 @@ def test_inference_agrees_with_the_reference(sample: Sample) -> None:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_reference_is_a_function(sample: Sample) -> None:
-    """Twice the same results, bit by bit, and inputs left alone."""
+    """Twice the same results, bit by bit, none of them undefined (NaN), and inputs left alone."""
     before = copy.deepcopy(sample.inputs)
     first, second = run_sample(sample), run_sample(sample)
     for a, b in [*zip(first, second, strict=True), *zip(before, sample.inputs, strict=True)]:
         for left, right in zip(arrays(a), arrays(b), strict=True):
             np.testing.assert_array_equal(left, right)
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_no_result_is_undefined(sample: Sample) -> None:
-    """No NaN, whatever is masked; infinities only where scores and masks mean them."""
-    for value in run_sample(sample):
+    for value in first:
         for array in arrays(value):
             assert not np.isnan(array.astype(np.float64)).any()
 
@@ -147,17 +136,6 @@ def test_fault_is_refused(fault: Fault) -> None:
     for message in messages:
         assert message[0].islower() or message[0] == "'"
         assert not message.endswith(".")
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_sample_is_text_of_the_ir(sample: Sample) -> None:
-    if has_trait(sample.build()[1], Terminator):
-        return
-    module = sample.module()
-    text = print_module(module)
-    again = parse(text)
-    assert structural_equal(module, again) is None
-    assert print_module(again) == text
 
 
 @pytest.mark.parametrize("name", OP_NAMES)

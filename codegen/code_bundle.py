@@ -1,7 +1,7 @@
 """Everything code generation makes for one model and target, as one cacheable record.
 
-The key is the content that decides it: imported graph IR, pipeline text, target, this compiler's sources. A warm start reads
-the record and skips passes, lowering and LLVM.
+The key is the content that decides it: imported graph IR, pipeline text, target, this compiler's sources. A warm start
+reads the record and skips passes, lowering and LLVM.
 """
 
 from __future__ import annotations

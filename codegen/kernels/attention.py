@@ -95,12 +95,8 @@ def _build(name: str, op: AttentionOp, out_element: PlainFormat, context: EmitCo
             with k.when(together.compare("eq", 0)), k.loop(row, end) as single:
                 one_tile(single.i, head, 1)
 
-    if decode:
-        first, last = k.thread_share(tiles * kv.heads)
-        with k.loop(first, last) as mine:
-            unit(mine.i)
-        return k.finish()
-    # Later tokens of a prompt see more positions: the long units first, each to whoever is free.
+    # Units differ: later tokens of a prompt see more positions, and each sequence of a batch has its own length. Each
+    # goes to whoever is free, a prompt's long ones first.
     tickets, count = Tickets(k), tiles * kv.heads
     with k.loop(0, count) as number, tickets.piece(number.i):
         unit(count - 1 - number.i)

@@ -26,6 +26,7 @@ from hw_targets.cache_dir import cache_root
 from hw_targets.calibrate import machine_identity
 from hw_targets.disk_reads import ScratchFile
 from hw_targets.memory import Storage, StoragePoint
+from hw_targets.quantities import format_bytes
 from ir.diagnostics import DiagnosticError
 
 VERSION = 2
@@ -106,7 +107,7 @@ def calibrate_disk(
         raise DiagnosticError("not a directory", where=str(path), expected="a directory on the drive to measure")
     if not MIN_BYTES <= nbytes <= MAX_BYTES and seconds == _SECONDS:
         raise DiagnosticError(
-            f"a scratch file of {nbytes} bytes",
+            f"a scratch file of {format_bytes(nbytes)}",
             where=str(path),
             expected=f"{MIN_BYTES >> 20} MiB to {MAX_BYTES >> 30} GiB",
         )
@@ -135,6 +136,17 @@ def stored() -> list[DiskCalibration]:
     kept = [c for c in found if c is not None and _path(c.device).is_file() and c.kernel == platform.release()]
     unique = {c.device: c for c in kept if _load(_path(c.device)) == c}
     return [unique[name] for name in sorted(unique)]
+
+
+def lies_in_memory(directory: str | os.PathLike[str], mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether files of this directory are kept in memory (tmpfs); False where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        number = os.stat(directory).st_dev
+        for line in mounts.read_text().splitlines():
+            device, kind = line.split()[2], line.partition(" - ")[2].split()[0]
+            if device == f"{os.major(number)}:{os.minor(number)}":
+                return kind in ("tmpfs", "ramfs")
+    return False
 
 
 def device_of(directory: Path, sys_block: Path = _SYS_BLOCK) -> tuple[str, str, int | None]:

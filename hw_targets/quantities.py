@@ -2,19 +2,20 @@
 
 `parse_quantity(text, kind)` gives a float in the base unit of the kind (bytes, bytes/s, seconds, FLOP/s, Hz, W,
 J for each byte).
-Decimal prefixes are powers of 1000, binary ones (Ki, Mi, Gi, Ti) powers of 1024. A plain number is in the base unit
-already.
+Decimal prefixes are powers of 1000, binary ones (Ki, Mi, Gi, Ti, Pi) powers of 1024. A plain number is in the base unit
+already. Of bytes capitals do not matter: `2gib` is `2GiB`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 from ir.diagnostics import DiagnosticError
 
 _NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
 _SMALL = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p": 1e-12}
 
 # kind -> (unit symbols, prefixes, examples)
@@ -41,9 +42,14 @@ def parse_quantity(text: str | int | float, kind: str, *, where: str = "") -> fl
         if match is None:
             raise DiagnosticError(f"{text!r} is not a number with a unit", where=where, expected=examples)
         value, unit = float(match[1]), match[2]
+    if kind == "bytes":  # nobody measures memory in millibytes
+        unit, units = unit.lower(), ("b",)
+        prefixes = {prefix.lower(): factor for prefix, factor in prefixes.items()}
     factor = 1.0 if not unit else _factor(unit, units, prefixes)
     if factor is None:
-        raise DiagnosticError(f"{text!r} is not a quantity of kind {kind}", where=where, expected=examples)
+        named = ", ".join(p + u for u in _KINDS[kind][0] for p in _KINDS[kind][1] if u and p not in ("K", "P", "Pi"))
+        known = f"{examples}; units are {named}" if named else examples
+        raise DiagnosticError(f"{text!r} is not a quantity of kind {kind}", where=where, expected=known)
     if not 0 <= value * factor < 1e30:
         raise DiagnosticError(f"{text!r} is out of range", where=where, expected=f"a value such as {examples}")
     return value * factor
@@ -64,3 +70,11 @@ def format_bytes(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.1f} {symbol}B"
     return f"{value:.0f} B"
+
+
+def enough_bytes(value: float) -> str:
+    """`15.61GiB`: a size to give that holds so many bytes, rounded up to a hundredth of the unit."""
+    for symbol, factor in reversed(_BINARY.items()):
+        if value >= factor:
+            return f"{math.ceil(value * 100 / factor) / 100:.2f}{symbol}B"
+    return f"{math.ceil(value)}B"

@@ -20,7 +20,7 @@ from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
 from hw_targets import load as load_target
 from hw_targets.expert_cache import replay as replay_trace
-from hw_targets.quantities import format_bytes, parse_quantity
+from hw_targets.quantities import enough_bytes, format_bytes, parse_quantity
 from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
@@ -31,7 +31,7 @@ from passes.place.format_menu import Menu, menu_of
 from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of, main_tier
 from passes.place.parallel import device_unit, search, together
-from passes.place.pins import parse_pin
+from passes.place.pins import MEASURE_DRIVE, parse_pin
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated, simulated_prompt
@@ -43,7 +43,7 @@ from runtime.artifact import is_artifact, open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
-from stratum.process_account import FORESEEN_BYTES, room_of
+from stratum.process_account import FORESEEN_BYTES, budget_of_room, room_of
 from stratum.run_prediction import predict, problem_for
 from stratum.stream_placement import budget_of, read_placement, recipe_of, stream_of_placement
 
@@ -117,7 +117,12 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
         return Planned(shape, target, placement, warnings=shape.warnings)
-    planned = _placed(request, shape, target, formats, session, slo, given, menu)
+    try:
+        planned = _placed(request, shape, target, formats, session, slo, given, menu)
+    except NoFit as fault:
+        if target.name == "host":
+            raise _advised(fault, request, target) from None
+        raise
     return planned if manifest is None or target.name != "host" else _as_run(request, planned, manifest)
 
 
@@ -306,11 +311,30 @@ def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
             name, whole = main_tier(target), target.name == "host"  # `run --memory` bounds the whole process
         elif name == "disk":
             if not target.storage:
-                raise DiagnosticError(f"target {target.name} has no storage", where="--disk")
+                hint = MEASURE_DRIVE if target.name == "host" else ""
+                raise DiagnosticError(f"target {target.name} has no storage", where="--disk", hint=hint)
             name = target.storage[0].name
         nbytes = int(parse_quantity(size, "bytes", where=f"budget of {name}"))
         found[name] = room_of(nbytes) if whole else nbytes
     return found
+
+
+def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
+    """The same for this machine: what --memory would have to be, and that a drive helps once it was measured."""
+    least, notes = [], []
+    for tier, nbytes in fault.least:
+        if tier == main_tier(target) and "memory" in dict(request.budgets):
+            least.append((tier, budget_of_room(nbytes)))
+            notes.append(f"with --memory {enough_bytes(least[-1][1])} it fits")
+        else:
+            least.append((tier, nbytes))
+            notes.append(f"with {enough_bytes(nbytes)} of {tier} it fits")
+    if not target.storage:
+        notes.append(f"weights could be read from a drive: {MEASURE_DRIVE}")
+    return NoFit(
+        fault.diagnostics[0].message, least=tuple(least), context=fault.context, batch=fault.batch, pins=fault.pins,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _no_room(problem: Problem) -> NoFit:

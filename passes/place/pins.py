@@ -21,6 +21,7 @@ from passes.place.option import CACHED, RESIDENT, SPLIT, STREAMED
 from passes.place.parts import GROUPS
 from passes.place.problem import Pin
 
+MEASURE_DRIVE = "'compile-model targets calibrate --disk DIR' measures one of this machine"
 MODES = (RESIDENT, STREAMED, CACHED, SPLIT)
 _PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._,-]+)")
 
@@ -52,6 +53,7 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
         raise DiagnosticError(
             f"pin {text!r}: target {machine.target.name} has nothing named {where!r}{did_you_mean(where, known)}",
             expected=", ".join(known),
+            hint=MEASURE_DRIVE if where == "disk" and machine.target.name == "host" else "",
         )
     return Pin(text.strip(), group, known[where], layers)
 

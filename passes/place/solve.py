@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hw_targets.quantities import format_bytes
+from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
 from passes.place.greedy import greedy
@@ -57,17 +57,20 @@ class NoFit(DiagnosticError):
         context: int | None = None,
         batch: int | None = None,
         pins: tuple[str, ...] = (),
+        notes: tuple[str, ...] | None = None,
     ) -> None:
         self.least, self.context, self.batch, self.pins = least, context, batch, pins
         super().__init__(message)
-        notes = [Diagnostic("note", f"with {format_bytes(n)} of {tier} it fits") for tier, n in least]
+        if notes is None:
+            notes = tuple(f"with {enough_bytes(n)} of {tier} it fits" for tier, n in least)
+        said = list(notes)
         if context is not None:
-            notes.append(Diagnostic("note", f"the largest context that fits is {context}"))
+            said.append(f"the largest context that fits is {context}")
         if batch is not None:
-            notes.append(Diagnostic("note", f"the largest batch that fits is {batch}"))
+            said.append(f"the largest batch that fits is {batch}")
         if pins:
-            notes.append(Diagnostic("note", f"without --pin {' '.join(pins)} it fits"))
-        self.diagnostics = (Diagnostic("error", message, notes=tuple(notes)),)
+            said.append(f"without --pin {' '.join(pins)} it fits")
+        self.diagnostics = (Diagnostic("error", message, notes=tuple(Diagnostic("note", text) for text in said)),)
 
 
 def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:

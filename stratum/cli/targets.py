@@ -82,11 +82,16 @@ def calibrate_target(threads: int | None, disk: str | None, size: str, as_json: 
         result = measure(threads, refresh=True)
         lines = _calibration_lines(result)
     else:
-        from hw_targets.calibrate_disk import calibrate_disk
+        from hw_targets.calibrate_disk import calibrate_disk, lies_in_memory
         from hw_targets.quantities import parse_quantity
+        from ir.diagnostics import DiagnosticError
         from stratum.progress import make_reporter
 
         nbytes = int(parse_quantity(size, "bytes", where="--size"))
+        if lies_in_memory(disk):
+            raise DiagnosticError(
+                "files lie in memory here", where=disk, expected="a directory on the drive to measure"
+            )
         with make_reporter(quiet=as_json) as reporter:
             result = calibrate_disk(disk, nbytes=nbytes, tell=reporter)
         lines = _disk_lines(result)

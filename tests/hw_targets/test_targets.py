@@ -4,11 +4,13 @@ import dataclasses
 import importlib.metadata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hw_targets
 from codegen.compile_worker import CompileRequest, compile_many, shutdown
 from hw_targets import Target, registry
-from hw_targets.quantities import format_bytes, parse_quantity
+from hw_targets.quantities import enough_bytes, format_bytes, parse_quantity
 from hw_targets.schema import load_file, parse_target
 from ir.diagnostics import DiagnosticError
 
@@ -302,11 +304,30 @@ def test_quantities(text, kind, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("80GiB", "time"), ("80 GiB/s", "bytes"), ("ns", "time"), ("1e99B", "bytes"), ("5kIB", "bytes")]
+    ("text", "kind"),
+    [
+        ("80GiB", "time"),
+        ("80 GiB/s", "bytes"),
+        ("ns", "time"),
+        ("1e99B", "bytes"),
+        ("5kIX", "bytes"),
+        ("2g", "bytes"),
+        ("5gb/s", "bandwidth"),
+    ],
 )
 def test_faulty_quantities(text, kind):
     with pytest.raises(DiagnosticError):
         parse_quantity(text, kind)
+
+
+@pytest.mark.parametrize("text", ["2GiB", "2gib", "2 GIB", "2048MiB", "2147483648", "0.000002PiB"])
+def test_sizes_in_any_case(text):
+    assert parse_quantity(text, "bytes") == pytest.approx(2 << 30, rel=0.1)
+
+
+@given(st.integers(0, 1 << 60))
+def test_enough_bytes_are_enough(value):
+    assert value <= parse_quantity(enough_bytes(value), "bytes") <= value * 1.011 + 1
 
 
 def test_format_bytes():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from hw_targets import calibrate
 from hw_targets.calibrate import Calibration
+from hw_targets.quantities import parse_quantity
+from ir.diagnostics import DiagnosticError
+from passes.place.solve import NoFit
 from stratum.planning import PlanRequest, make_plan
 from stratum.process_account import PROCESS_BYTES
 
@@ -32,3 +37,21 @@ def test_the_process_is_part_of_the_budget(llama_directory: Path, monkeypatch: p
     request = PlanRequest(str(llama_directory), context=64, generate=2, budgets=(("memory", "256MiB"),), what_if=False)
     dram = next(t for t in make_plan(request).placement.tiers if t.name == "dram")
     assert dram.capacity == (256 << 20) - PROCESS_BYTES - (1 << 20)
+
+
+def test_the_budget_that_is_named_is_enough(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "cached", lambda threads: FOUND)
+    monkeypatch.setattr("hw_targets.calibrate_disk.stored", lambda: ())
+    request = PlanRequest(
+        str(llama_directory), context=64, generate=2, budgets=(("memory", "107MiB"),), what_if=False, simulate=False
+    )
+    with pytest.raises(NoFit) as fault:
+        make_plan(request)
+    named = re.search(r"note: with --memory (\S+) it fits", str(fault.value))
+    assert named is not None and "'compile-model targets calibrate --disk DIR'" in str(fault.value)
+    assert make_plan(dataclasses.replace(request, budgets=(("memory", named[1]),))).placement
+    assert dict(fault.value.least)["dram"] <= parse_quantity(named[1], "bytes")
+    with pytest.raises(DiagnosticError, match="calibrate --disk"):
+        make_plan(dataclasses.replace(request, pins=("weights=disk",)))
+    with pytest.raises(DiagnosticError, match="calibrate --disk"):
+        make_plan(dataclasses.replace(request, budgets=(("disk", "1GiB"),)))

@@ -99,7 +99,12 @@ def test_calibrate_a_drive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert asked == [("somewhere", 1 << 30), ("somewhere", 2 << 30)]
 
 
-def test_calibrate_a_drive_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_a_drive_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate_disk, "lies_in_memory", lambda _: True)
+    assert "files lie in memory here" in said(capsys, "calibrate", "--disk", str(tmp_path), code=2)
+    monkeypatch.setattr(calibrate_disk, "lies_in_memory", lambda _: False)
     assert "not a directory" in said(capsys, "calibrate", "--disk", str(tmp_path / "nothing"), code=2)
     assert "'lots' is not a number" in said(capsys, "calibrate", "--disk", str(tmp_path), "--size", "lots", code=2)
     assert "64 MiB to 64 GiB" in said(capsys, "calibrate", "--disk", str(tmp_path), "--size", "1MiB", code=2)

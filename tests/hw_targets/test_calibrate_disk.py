@@ -256,9 +256,8 @@ def test_memory_is_no_drive(tmp_path):
     number = os.stat(tmp_path).st_dev
     mounts = tmp_path / "mountinfo"
     for kind, found in (("tmpfs", True), ("ext4", False)):
-        mounts.write_text(
-            f"22 1 0:7 / /x rw - tmpfs none rw\n23 1 {os.major(number)}:{os.minor(number)} / /y rw shared:1 - {kind} dev rw\n"
-        )
+        device = f"{os.major(number)}:{os.minor(number)}"
+        mounts.write_text(f"22 1 0:7 / /x rw - tmpfs none rw\n23 1 {device} / /y rw shared:1 - {kind} dev rw\n")
         assert calibrate_disk.lies_in_memory(tmp_path, mounts) is found
     assert not calibrate_disk.lies_in_memory(tmp_path, tmp_path / "nothing")
 

@@ -1,9 +1,9 @@
 """Reads ranges of a file (weights, spilled KV) straight from the disk into their place in memory, on a few threads.
 
 Takes an open file and a reservation as large as the file: byte b of the file goes to byte b of the reservation, so a
-read needs no copy and an offset means the same everywhere. Reads are O_DIRECT (no page cache, which would count against
-the memory of the process a second time); where a file system refuses that, buffered, with the cached pages dropped
-behind. The interpreter lock is free while a thread reads.
+read needs no copy and an offset means the same everywhere. (Or any memory, where each job says its place.) Reads are
+O_DIRECT (no page cache, which would count against the memory of the process a second time); where a file system refuses
+that, buffered, with the cached pages dropped behind. The interpreter lock is free while a thread reads.
 
 A short read goes on where it stopped. EIO and the like are tried again a few times. What cannot be read ends in one
 RuntimeDiagnostic, kept with the job, for whoever waits for it.
@@ -47,8 +47,11 @@ class ReadJob:
         self._latch = threading.Lock()  # held until the end; an Event could be left locked by an interrupt
         self._latch.acquire()
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """`meanwhile` is called now and then; what it raises ends the wait, not the job."""
         while not self.done:
+            if meanwhile is not None:
+                meanwhile()
             if self._latch.acquire(timeout=_LATCH_S):
                 self._latch.release()  # for others that wait
         if self.fault is not None:
@@ -85,9 +88,10 @@ class ReadCounters:
 class WeightReader:
     """Threads that read one file. `descriptor` is taken over: `close` closes it.
 
-    `memory` is the reservation's bytes. `preadv` may be replaced (tests plant faults there). `direct` is False where
-    reads are buffered. `prepare` is called with (offset, bytes) of each request before it is read, by the thread that
-    reads: it finds pages for it. `what` the file holds and `hint`, what to do when it is cut short, go to diagnostics.
+    `memory` is the reservation's bytes, or those of any memory where `submit` says the places. `preadv` may be replaced
+    (tests plant faults there). `direct` is False where reads are buffered. `prepare` is called with (offset, bytes) of
+    each request before it is read, by the thread that reads: it finds pages for it. `what` the file holds and `hint`,
+    what to do when it is cut short, go to diagnostics.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class WeightReader:
         self._memory: memoryview = memory.data
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
         self._prepare, self._on_done = prepare, on_done
-        self._requests: deque[tuple[int, int, ReadJob]] = deque()
+        self._requests: deque[tuple[int, int, int, ReadJob]] = deque()  # offset, bytes, place, job
         # Callers take the lock itself: an interrupt inside of a condition's own methods could leave it locked.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -131,28 +135,33 @@ class WeightReader:
         label: str,
         *,
         urgent: bool = False,
+        place: int | None = None,
     ) -> ReadJob:
-        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting."""
-        parts = [
-            (at, min(self._request_bytes, offset + nbytes - at))
-            for offset, nbytes in ranges
-            for at in range(offset, offset + nbytes, self._request_bytes)
-        ]
+        """Begins to read [offset, offset + bytes) ranges of whole pages; urgent ones go before what is waiting.
+
+        `place`: where in the memory the ranges go, one behind the other, on a page; None: each at its own offset.
+        """
+        parts: list[tuple[int, int, int]] = []
+        for offset, nbytes in ranges:
+            goal = offset if place is None else place
+            for at in range(0, nbytes, self._request_bytes):
+                parts.append((offset + at, min(self._request_bytes, nbytes - at), goal + at))
+            place = None if place is None else place + nbytes
         job = ReadJob(label, sum(nbytes for _, nbytes in ranges), len(parts))
         with self._lock:
             if self._closed:
                 raise RuntimeDiagnostic(f"the file of {self._what} is closed", where=self.path)
             if urgent:
-                self._requests.extendleft((at, size, job) for at, size in reversed(parts))
+                self._requests.extendleft((*part, job) for part in reversed(parts))
             else:
-                self._requests.extend((at, size, job) for at, size in parts)
+                self._requests.extend((*part, job) for part in parts)
             self._changed.notify(len(parts))
         return job
 
     def drain(self) -> None:
         """Returns when nothing is waiting or in flight any more."""
         with self._lock:
-            for at, size, job in self._requests:
+            for at, size, _, job in self._requests:
                 job.finish_one(RuntimeDiagnostic(f"the read of {size} bytes at {at} was given up"), 0.0)
             self._requests.clear()
         while self._in_flight:  # not by the condition: an interrupt inside of its methods could spoil it
@@ -163,7 +172,7 @@ class WeightReader:
         with self._lock:
             self._closed = True
             closed = RuntimeDiagnostic(f"the file of {self._what} was closed while it was read", where=self.path)
-            for _, _, job in self._requests:
+            for *_, job in self._requests:
                 job.finish_one(closed, time.perf_counter())
             self._requests.clear()
             self._changed.notify_all()
@@ -182,7 +191,7 @@ class WeightReader:
                     self._changed.wait()
                 if not self._requests:
                     return
-                at, size, job = self._requests.popleft()
+                at, size, place, job = self._requests.popleft()
                 started_s = time.perf_counter()
                 if self._in_flight == 0:
                     self._busy_since = started_s
@@ -192,7 +201,7 @@ class WeightReader:
                 try:
                     if self._prepare is not None:
                         self._prepare(at, size)
-                    self._read(at, size)
+                    self._read(at, size, place)
                 except RuntimeDiagnostic as error:
                     fault = error
                 except Exception as error:  # noqa: BLE001 - a thread that died would leave its waiter for ever
@@ -208,12 +217,12 @@ class WeightReader:
             if last and self._on_done is not None:
                 self._on_done(job)
 
-    def _read(self, at: int, size: int) -> None:
+    def _read(self, at: int, size: int, place: int) -> None:
         """All of one range, however many system calls that takes."""
-        end, tries = at + size, 0
+        end, tries, moved = at + size, 0, place - at
         while at < end:
             try:
-                got = self.preadv(self._descriptor, [self._memory[at:end]], at)
+                got = self.preadv(self._descriptor, [self._memory[at + moved : end + moved]], at)
             except OSError as fault:
                 if fault.errno == errno.EINTR:
                     continue

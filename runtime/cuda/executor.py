@@ -3,7 +3,8 @@
 Takes a device, the program with its code, and the weights. Each call runs one program on at most its `max_tokens`
 tokens. A program that replays is captured once for each number of tokens and rows, its copies of inputs and logits
 included, and launched as one graph from then on; ids, positions, slots and rows lie at fixed places in device memory.
-Graphs and plain launches give the same bits: they are the same launches.
+Where weights pass through and the host acts within a step (a router is read, a piece comes from the disk), each run of
+launches between two such places is a graph. Graphs and plain launches give the same bits: they are the same launches.
 
 A step is given to the stream and waited for. Where Ctrl-C or a fault ends the call before that, the next one waits for
 what is still under way before it touches anything.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,11 +117,13 @@ class Executor:
         self.step, self.weights, self.vocab_size = step, weights, vocab_size
         self.most_rows = most_rows(step, vocab_size)
         self.arena_bytes = scratch_bytes(step, vocab_size)
-        self.replayed = self.launched = 0  # steps
+        self.replayed = self.launched = 0  # steps: as one graph, and not
         self._under_way = False  # of a step, maybe, that nobody has waited for
         self._device, self._stream, self._slots = device, stream, slots
         self._prepared: OrderedDict[tuple[str, int, int, int], list[_Ready]] = OrderedDict()
-        self._graphs: OrderedDict[tuple[str, int, int], Any] = OrderedDict()
+        self._graphs: OrderedDict[tuple[str, int, int, Any], tuple[Any, Any]] = OrderedDict()  # and what it does
+        self._segments: OrderedDict[tuple[str, int, int], dict[int, Any]] = OrderedDict()  # graphs by first launch
+        self._cuts: dict[str, list[tuple[int, int]]] = {}  # of a program: its segments
         self._events: list[Any] = []
         self._memory: list[int] = []
         self._pinned: list[int] = []
@@ -189,11 +194,14 @@ class Executor:
         if timed:
             times = self._run_timed(program, sizes)
         elif program.replays and self.weights.captured:
-            self._device.launch_graph(self._graph(program, sizes), self._stream)
+            self._replay(program, sizes)
             self.replayed += 1
         else:
             with uninterrupted():  # a store of weights keeps books between launches
-                self._give(program, sizes)
+                if program.replays:
+                    self._give_segments(program, sizes)
+                else:
+                    self.weights.given(self._give(program, sizes), 0)
             self.launched += 1
         self.settle()
         if len(rows):
@@ -206,39 +214,100 @@ class Executor:
             self._device.synchronize(self._stream)
             self._under_way = False
 
-    def _graph(self, program: GpuProgram, sizes: dict[str, int]) -> Any:
-        """The captured step of these sizes, captured now if it is the first."""
-        key = (program.name, sizes["tokens"], sizes["rows"])
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-            return self._graphs[key]
+    def _replay(self, program: GpuProgram, sizes: dict[str, int]) -> None:
+        """The step as one graph."""
         with uninterrupted():
-            self._device.begin_capture(self._stream)
-            try:
+            self.weights.settle()
+            graph, does = self._graph(program, sizes)
+            self.weights.replayed(None)  # in case that it is not given
+            self._device.launch_graph(graph, self._stream)
+            self.weights.replayed(does)
+            self.weights.given(0, 1)
+
+    def _graph(self, program: GpuProgram, sizes: dict[str, int]) -> tuple[Any, Any]:
+        """(the captured step of these sizes, what it does to the weights), captured now if it is the first."""
+        key = (program.name, sizes["tokens"], sizes["rows"], self.weights.state)
+        if key not in self._graphs:
+            with self._capture() as made, self.weights.capturing() as does:
                 self._give(program, sizes)
-                self._graphs[key] = self._device.end_capture(self._stream)
-            except BaseException:
-                if not self._device.lost:
-                    self._device.abandon_capture(self._stream)
-                raise
+            self._graphs[key] = made[0], does[0]
             if len(self._graphs) > KEPT_STEPS:
-                self._device.free_graph(self._graphs.popitem(last=False)[1])
+                self._device.free_graph(self._graphs.popitem(last=False)[1][0])
+        self._graphs.move_to_end(key)
         return self._graphs[key]
 
-    def _give(self, program: GpuProgram, sizes: dict[str, int], events: Sequence[Any] = ()) -> None:
-        """The whole step to the stream; event i + 1 behind launch i, event 0 before the first."""
+    @contextmanager
+    def _capture(self) -> Iterator[list[Any]]:
+        """What the block gives to the stream is captured; the list has the graph behind it."""
+        made: list[Any] = []
+        self._device.begin_capture(self._stream)
+        try:
+            yield made
+            made.append(self._device.end_capture(self._stream))
+        except BaseException:
+            if not self._device.lost:
+                self._device.abandon_capture(self._stream)
+            raise
+
+    def _give_segments(self, program: GpuProgram, sizes: dict[str, int]) -> None:
+        """The step to the stream: what lies between two launches that the store acts at as one graph."""
+        inputs = self._inputs[program.name]
+        self._device.copy_in(inputs.device, inputs.host, inputs.nbytes, self._stream)
+        ready = self._ready(program, sizes)
+        key = (program.name, sizes["tokens"], sizes["rows"])
+        graphs = self._segments.setdefault(key, {})
+        self._segments.move_to_end(key)
+        if len(self._segments) > KEPT_STEPS:
+            self._free_segments(self._segments.popitem(last=False)[1])
+        single = 0
+        for start, stop in self._segments_of(program):
+            self.weights.before(ready[start].launch, sizes)
+            given = [one for one in ready[start:stop] if one.blocks]
+            if len(given) <= 1:
+                self._launch(given)
+                single += len(given)
+                continue
+            if start not in graphs:
+                with self._capture() as made:
+                    self._launch(given)
+                graphs[start] = made[0]
+            self._device.launch_graph(graphs[start], self._stream)
+            self.weights.given(0, 1)
+        self.weights.given(single, 0)
+        self._copy_logits(sizes)
+
+    def _segments_of(self, program: GpuProgram) -> list[tuple[int, int]]:
+        """(first launch, end) of each run of launches at whose first alone the store acts."""
+        if program.name not in self._cuts:
+            starts = [n for n, launch in enumerate(program.launches) if n == 0 or self.weights.cuts(launch)]
+            self._cuts[program.name] = list(pairwise([*starts, len(program.launches)]))
+        return self._cuts[program.name]
+
+    def _launch(self, given: Sequence[_Ready]) -> None:
+        for one in given:
+            self._device.launch(one.function, one.blocks, one.threads, one.dynamic_bytes, one.arguments, self._stream)
+
+    def _free_segments(self, graphs: dict[int, Any]) -> None:
+        while graphs:
+            self._device.free_graph(graphs.popitem()[1])
+
+    def _give(self, program: GpuProgram, sizes: dict[str, int], events: Sequence[Any] = ()) -> int:
+        """The whole step to the stream; event i + 1 behind launch i, event 0 before the first. Gives the launches."""
         inputs = self._inputs[program.name]
         self._device.copy_in(inputs.device, inputs.host, inputs.nbytes, self._stream)
         if events:
             self._device.record(events[0], self._stream)
-        for ready in self._ready(program, sizes):
+        ready_ones = self._ready(program, sizes)
+        for ready in ready_ones:
             self.weights.before(ready.launch, sizes)
             if ready.blocks:
-                self._device.launch(
-                    ready.function, ready.blocks, ready.threads, ready.dynamic_bytes, ready.arguments, self._stream
-                )
+                self._launch([ready])
             if events:
                 self._device.record(events[ready.number + 1], self._stream)
+        self._copy_logits(sizes)
+        return sum(ready.blocks > 0 for ready in ready_ones)
+
+    def _copy_logits(self, sizes: dict[str, int]) -> None:
         nbytes = 4 * self.vocab_size * sizes["rows"]
         if nbytes:
             self._device.copy_out(self._host_logits, self._logits, nbytes, self._stream)
@@ -250,7 +319,7 @@ class Executor:
                 self._events.append(self._device.new_event(timed=True))
         started_s = time.perf_counter()
         with uninterrupted():
-            self._give(program, sizes, self._events[:count])
+            self.weights.given(self._give(program, sizes, self._events[:count]), 0)
         self.launched += 1
         self._device.synchronize(self._stream)
         ended_s = time.perf_counter()
@@ -306,7 +375,9 @@ class Executor:
         """After weights have moved: nothing that was prepared or captured is used any more."""
         self._prepared.clear()
         while self._graphs:
-            self._device.free_graph(self._graphs.popitem()[1])
+            self._device.free_graph(self._graphs.popitem()[1][0])
+        while self._segments:
+            self._free_segments(self._segments.popitem()[1])
 
     def close(self) -> None:
         """Gives back all that it made, not the weights."""

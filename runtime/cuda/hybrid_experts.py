@@ -51,7 +51,7 @@ class HybridExperts:
         self._device, self._stream, self._pieces, self._policy = device, stream, pieces, policy
         self._source, self._report = source, report
         self._arena = self._host_tiles = 0
-        self._copies: Any = None  # of its own: what is waited for is not behind what is only needed next
+        self.copies: Any = None  # of its own: what is waited for is not behind what is only needed next
         self._there: Any = None
         offsets = dict(plan.offsets)
         self._slots = {
@@ -68,7 +68,7 @@ class HybridExperts:
             with uninterrupted():
                 self._host_tiles = device.allocate_pinned(tiles * TILE_WORDS * 4, "tiles of experts")
             with uninterrupted():
-                self._copies = device.new_stream()
+                self.copies = device.new_stream()
             with uninterrupted():
                 self._there = device.new_event()
         except BaseException:
@@ -129,10 +129,10 @@ class HybridExperts:
             slots.unused.append(slots.slot_of.pop(expert))
         for expert, address in self._source(wait.piece, missing):
             slot = slots.slot_of[expert] = slots.unused.pop()
-            device.copy_in(slots.address + slot * slots.unit, address, slots.unit, self._copies)
+            device.copy_in(slots.address + slot * slots.unit, address, slots.unit, self.copies)
         self._report.expert_bytes += len(missing) * slots.unit
         if missing:
-            device.record(self._there, self._copies)
+            device.record(self._there, self.copies)
             device.wait(self._stream, self._there)
         tiles[filled, 0] = [slots.slot_of[expert] for expert in tiles[filled, 0].tolist()]
         device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
@@ -143,14 +143,14 @@ class HybridExperts:
         if device.lost:
             return
         with uninterrupted():
-            if self._copies is not None:
-                device.synchronize(self._copies)
-                device.free_stream(self._copies)
+            if self.copies is not None:
+                device.synchronize(self.copies)
+                device.free_stream(self.copies)
             if self._there is not None:
                 device.free_event(self._there)
             if self._host_tiles:
                 device.free_pinned(self._host_tiles)
-            self._copies, self._there, self._host_tiles = None, None, 0
+            self.copies, self._there, self._host_tiles = None, None, 0
 
 
 def _tiles(launch: GpuLaunch, sizes: Mapping[str, int]) -> tuple[int, int]:

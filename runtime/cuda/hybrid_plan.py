@@ -51,7 +51,8 @@ def plan_hbm(
     experts = [i for i in sorted(order) if pieces[i].kind == "experts"]
     fixed = [i for i in range(len(pieces)) if i not in passes and i not in experts]
     least_slots = sum(_slots_bytes(pieces[i], min(_count(pieces[i]), max(1, experts_per_token))) for i in experts)
-    passing = _passing(pieces, passes, budget_bytes - least_slots - sum(_padded(pieces[i].bytes) for i in fixed))
+    room = budget_bytes - least_slots - sum(_padded(pieces[i].bytes) for i in fixed)
+    passing = fewest_passing(pieces, passes, room, WINDOW, ALIGNMENT)
     if passing is None:
         every = _window(pieces, passes) * WINDOW
         needed = least_slots + sum(_padded(pieces[i].bytes) for i in fixed) + every
@@ -75,13 +76,16 @@ def plan_hbm(
     return HbmPlan(tuple(sorted(resident)), tuple(passing), tuple(slots), tuple(offsets), window, total)
 
 
-def _passing(pieces: Sequence[PieceInfo], dense: Sequence[int], room: int) -> list[int] | None:
-    """The fewest dense pieces that pass through, spread evenly over the program, so that the others fit; else None."""
-    sizes = {i: _padded(pieces[i].bytes) for i in dense}
+def fewest_passing(
+    pieces: Sequence[PieceInfo], dense: Sequence[int], room: int, places: int, alignment: int
+) -> list[int] | None:
+    """The fewest dense pieces that pass through so many places, spread evenly over the program, so that the others fit
+    into `room` beside the places; None where not even all of them do. Sizes are rounded up to the alignment."""
+    sizes = {i: -(-pieces[i].bytes // alignment) * alignment for i in dense}
     total = sum(sizes.values())
     for count in range(len(dense) + 1):
         chosen = [dense[(2 * k + 1) * len(dense) // (2 * count)] for k in range(count)]
-        if total - sum(sizes[i] for i in chosen) + WINDOW * _window(pieces, chosen) <= room:
+        if total - sum(sizes[i] for i in chosen) + places * max((sizes[i] for i in chosen), default=0) <= room:
             return chosen
     return None
 

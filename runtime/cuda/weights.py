@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,8 +34,8 @@ class LoadProgress(Protocol):
 
 
 class WeightStore(Protocol):
-    """The weights as launches find them. `captured`: addresses stay and nothing happens between two launches, so that a
-    step may be captured as one graph."""
+    """The weights as launches find them. `captured`: addresses stay and the host decides nothing between two launches,
+    so that a step may be captured as one graph, with what the store gives to streams of its own."""
 
     captured: bool
     device_bytes: int
@@ -56,6 +57,33 @@ class WeightStore(Protocol):
         """What has to be given to the step's stream, or waited for, before this launch."""
         ...
 
+    def cuts(self, launch: GpuLaunch) -> bool:
+        """Whether `before` does anything for this launch; where not, it may be captured with the launch before it."""
+        ...
+
+    def given(self, launches: int, graphs: int) -> None:
+        """So many kernels and graphs were launched: for reports."""
+        ...
+
+    # Of a store whose steps are captured whole.
+
+    @property
+    def state(self) -> Hashable:
+        """What a captured step depends on beside its sizes."""
+        ...
+
+    def settle(self) -> None:
+        """What the step's stream is given from now on is behind all that the store has given to others."""
+        ...
+
+    def capturing(self) -> AbstractContextManager[list[Any]]:
+        """Round the capture of a step: the list then has what `replayed` takes. Nothing is done, nothing changes."""
+        ...
+
+    def replayed(self, step: Any) -> None:
+        """A captured step was given to the stream; None: maybe."""
+        ...
+
     def close(self) -> None:
         """Gives everything back; no work may be under way."""
         ...
@@ -66,6 +94,7 @@ class ResidentWeights:
 
     captured = True
     most_tokens = 0
+    state = ()
 
     def __init__(
         self, device: Device, stream: Any, artifact: Artifact, progress: LoadProgress | None = None,
@@ -102,6 +131,21 @@ class ResidentWeights:
 
     def before(self, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         """Everything is there."""
+
+    def cuts(self, launch: GpuLaunch) -> bool:
+        return False
+
+    def given(self, launches: int, graphs: int) -> None:
+        """Nobody reports it."""
+
+    def settle(self) -> None:
+        """Nothing is under way."""
+
+    def capturing(self) -> AbstractContextManager[list[None]]:
+        return nullcontext([None])
+
+    def replayed(self, step: None) -> None:
+        """A step does nothing to weights that do not move."""
 
     def close(self) -> None:
         if self._base is not None and not self._device.lost:

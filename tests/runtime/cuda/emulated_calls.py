@@ -29,6 +29,8 @@ class Status(IntEnum):
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904
+    CUDA_ERROR_STREAM_CAPTURE_ISOLATION = 905
 
 
 OK = Status.CUDA_SUCCESS
@@ -59,6 +61,37 @@ class Node:
     name: str
     make: Callable[[], Callable[[], tuple[Ranges, Ranges]]]
     seconds: float
+
+
+class Capture:
+    """What streams are given while one of them is captured: `origin`, and those that events have brought in.
+
+    Each entry is (node, stream, entries that it follows). `last`: of each stream the newest entry and what its next one
+    follows beside it.
+    """
+
+    def __init__(self, origin: int) -> None:
+        self.origin = origin
+        self.entries: list[tuple[Node, int, tuple[int, ...]]] = []
+        self.last: dict[int, tuple[int, ...]] = {origin: ()}
+
+    def give(self, stream: int, node: Node) -> None:
+        self.entries.append((node, stream, self.last[stream]))
+        self.last[stream] = (len(self.entries) - 1,)
+
+    def wait(self, stream: int, follows: tuple[int, ...]) -> None:
+        """The stream's next entry follows these too; a stream that is new becomes part of the capture."""
+        self.last[stream] = tuple(dict.fromkeys((*self.last.get(stream, ()), *follows)))
+
+    def joined(self) -> bool:
+        """Whether the end of the origin follows all that was given."""
+        reached, look = set[int](), list(self.last[self.origin])
+        while look:
+            entry = look.pop()
+            if entry not in reached:
+                reached.add(entry)
+                look += self.entries[entry][2]
+        return len(reached) == len(self.entries)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from tests.runtime.cuda.emulated_calls import (
     KERNEL_SECONDS,
     OK,
     RESULTS,
+    Capture,
     Constants,
     Node,
     Planted,
@@ -62,7 +63,7 @@ class EmulatedDriver(Constants):
         self._planted: dict[str, Planted] = {}
         self._lost = OK
         self._objects: dict[int, tuple[str, Any]] = {}  # handle -> kind, what it is
-        self._capturing: dict[int, list[Node]] = {}
+        self._capturing: dict[int, Capture] = {}
         self._spoilt: set[int] = set()
         self._to_be_read: list[tuple[int, int]] = []  # memory of the host, by copies that wait
         self._next = 1000
@@ -242,8 +243,7 @@ class EmulatedDriver(Constants):
 
     def cuStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
         if stream in self._capturing:
-            self._spoilt.add(stream)
-            return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
+            return self._spoil(stream, Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
         last = self.streams.last[stream]
         if last is not None:
             self.streams.seen(last)
@@ -257,20 +257,36 @@ class EmulatedDriver(Constants):
         return (OK,)
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[Status]:  # noqa: N802
-        if stream in self._capturing:
-            self._spoilt.add(stream)
-            return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
-        self._object("event", event).at = self.streams.give(stream, "event", None)
+        if capture := self._capturing.get(stream):
+            if self._object("event", event).timed:
+                return self._spoil(stream, Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+            self._object("event", event).at = (capture, capture.last[stream])
+        else:
+            self._object("event", event).at = self.streams.give(stream, "event", None)
         return (OK,)
 
+    def _spoil(self, stream: int, status: Status) -> tuple[Status]:
+        self._spoilt.add(self._capturing[stream].origin)
+        return (status,)
+
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Status]:  # noqa: N802
-        at: Operation | None = self._object("event", event).at
-        if at is not None:
+        at: Operation | tuple[Capture, tuple[int, ...]] | None = self._object("event", event).at
+        capture = self._capturing.get(stream)
+        if isinstance(at, tuple):
+            if at[0] not in self._capturing.values() or capture not in (None, at[0]):
+                raise EmulationFault("a wait for an event of a capture that is over, or of another one")
+            at[0].wait(stream, at[1])
+            self._capturing[stream] = at[0]
+        elif at is not None and capture is not None:
+            return self._spoil(stream, Status.CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
+        elif at is not None:
             self.streams.wait(stream, at)
         return (OK,)
 
     def cuEventSynchronize(self, event: int) -> tuple[Status]:  # noqa: N802
-        at: Operation | None = self._object("event", event).at
+        at: Operation | tuple[Capture, tuple[int, ...]] | None = self._object("event", event).at
+        if isinstance(at, tuple):
+            raise EmulationFault("the host waits for an event of a capture")
         if at is not None:
             self.streams.seen(at)
         return (self._lost,)
@@ -285,7 +301,7 @@ class EmulatedDriver(Constants):
 
     def _give(self, stream: int, node: Node) -> tuple[Status]:
         if stream in self._capturing:
-            self._capturing[stream].append(node)
+            self._capturing[stream].give(stream, node)
         else:
             self.streams.give(stream, node.name, self._guarded(node.make()), node.seconds)
         return (OK,)
@@ -408,26 +424,49 @@ class EmulatedDriver(Constants):
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[Status]:  # noqa: N802
         assert stream not in self._capturing and mode == 1
-        self._capturing[stream] = []
+        self._capturing[stream] = Capture(stream)
         return (OK,)
 
     def cuStreamEndCapture(self, stream: int) -> tuple[Status, Any]:  # noqa: N802
-        nodes = self._capturing.pop(stream, None)
-        if stream in self._spoilt or nodes is None:
+        capture = self._capturing.get(stream)
+        if capture is None or capture.origin != stream:
+            return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
+        self._capturing = {s: other for s, other in self._capturing.items() if other is not capture}
+        if stream in self._spoilt:
             self._spoilt.discard(stream)
             return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
-        return OK, self._keep("graph", nodes)
+        if not capture.joined():
+            return Status.CUDA_ERROR_STREAM_CAPTURE_UNJOINED, None
+        return OK, self._keep("graph", capture)
 
     def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[Status, Any]:  # noqa: N802
-        return OK, self._keep("executable graph", list(self._object("graph", graph)))
+        return OK, self._keep("executable graph", self._object("graph", graph))
 
     def cuGraphDestroy(self, graph: int) -> tuple[Status]:  # noqa: N802
         self._drop("graph", graph)
         return (OK,)
 
     def cuGraphLaunch(self, graph: int, stream: int) -> tuple[Status]:  # noqa: N802
-        for node in self._object("executable graph", graph):
-            self._give(stream, node)
+        if stream in self._capturing:
+            return self._spoil(stream, Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        capture: Capture = self._object("executable graph", graph)
+        begin = self.streams.give(stream, "graph", None)
+        others = {
+            s: self.streams.make() for s in dict.fromkeys(s for _, s, _ in capture.entries) if s != capture.origin
+        }
+        given: list[Operation] = []
+        for node, of, follows in capture.entries:
+            goal = others.get(of, stream)
+            for before in follows:
+                self.streams.wait(goal, given[before])
+            if goal != stream and not follows:
+                self.streams.wait(goal, begin)
+            given.append(self.streams.give(goal, node.name, self._guarded(node.make()), node.seconds))
+        for entry in capture.last[capture.origin]:
+            self.streams.wait(stream, given[entry])
+        self.streams.give(stream, "end of a graph", None)
+        for other in others.values():
+            self.streams.drop(other)
         return (OK,)
 
     def cuGraphExecDestroy(self, graph: int) -> tuple[Status]:  # noqa: N802

@@ -57,7 +57,7 @@ class EmulatedMemory:
 
     def make(self, kind: str, nbytes: int) -> Region:
         """New memory, aligned as the driver's."""
-        align = self.granule if kind == "reserved" else 256
+        align = self.granule if kind == "reserved" else 4096 if kind == "pinned" else 256
         storage = np.empty(nbytes + align, np.uint8)
         address = -(-storage.ctypes.data // align) * align
         region = Region(kind, storage[address - storage.ctypes.data :][:nbytes], address, nbytes, self.granule)

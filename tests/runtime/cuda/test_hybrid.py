@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,12 +20,14 @@ from codegen import weight_pieces
 from runtime.artifact import Artifact
 from runtime.cuda.device import Device
 from runtime.cuda.driver import DeviceFault
+from runtime.cuda.host_plan import plan_host
 from runtime.cuda.hybrid_plan import plan_hbm
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.session import CudaSession
 from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import PieceInfo
+from runtime.weight_reader import Pread
 from tests.runtime.cuda import test_lowered_models as models
 from tests.runtime.cuda.emulated_driver import EmulatedDriver, Status
 from tests.runtime.cuda.emulated_kernels import GridRunner
@@ -151,11 +154,16 @@ def test_the_same_bits_under_the_least_budget(built: tuple[str, Path]) -> None:
 FAILING = ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel")
 
 
-def passing(path: Path, order: str, seed: int, budget: int | None) -> tuple[EmulatedDriver, CudaSession]:
+def passing(
+    path: Path, order: str, seed: int, budget: int | None, host: int | None = None, preadv: Pread = os.preadv
+) -> tuple[EmulatedDriver, CudaSession]:
+    """A session whose weights have `budget` bytes of the device and `host` of pinned memory."""
     driver = EmulatedDriver(RUNNER, order=order, seed=seed)
 
     def some(device: Device, stream: Any, artifact: Artifact) -> WeightStore:
-        return HybridWeights(device, stream, artifact, plan_of(artifact, budget or 0))
+        plan = plan_of(artifact, budget or 0)
+        below = plan_host(artifact.manifest.weights.pieces, plan, host)
+        return HybridWeights(device, stream, artifact, plan, below, preadv=preadv)
 
     return driver, CudaSession(path, device=open_checked(driver), weights=None if budget is None else some)
 
@@ -168,18 +176,25 @@ def passing(path: Path, order: str, seed: int, budget: int | None) -> tuple[Emul
     st.integers(0, 99),
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.tuples(st.sampled_from(FAILING), st.integers(0, 25)),
+    st.one_of(st.none(), st.floats(0, 1)),
 )
 def test_no_byte_is_late(
-    tmp_path: Path, layers: list[int], share: float, order: str, seed: int, counts: list[int], fault: tuple[str, int]
-) -> None:
-    """Any model, budget, order of work and batches; a call of the driver that fails changes nothing but its step."""
+    tmp_path: Path, layers: list[int], share: float, order: str, seed: int, counts: list[int], fault: tuple[str, int],
+    pinned: float | None,
+) -> None:  # fmt: skip
+    """Any model, budgets of the device and of pinned memory, order of work and batches; a call of the driver that fails
+    changes nothing but its step."""
     path = tmp_path / "-".join(map(str, layers))
     if not path.exists():
         write_passing(path, layers)
     full = sum(n * PAGE or EXPERTS * UNIT for n in layers) + PAGE
     least = sum(CHOSEN * UNIT for n in layers if not n) + 2 * PAGE * max([0, *layers]) + PAGE
     budget = max(least, round(least + share * (full - least)))
-    driver, session = passing(path, order, seed, budget)
+    host = None
+    if pinned is not None:
+        below = 3 * PAGE * max([0, *layers]) + 2 * UNIT
+        host = below + round(pinned * (full - below)) if full > below else below
+    driver, session = passing(path, order, seed, budget, host)
     whole_driver, whole = passing(path, "eager", 0, None)
     with session, whole:
         assert session.hybrid is not None

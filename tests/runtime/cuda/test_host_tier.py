@@ -1,0 +1,183 @@
+"""The disk behind pinned memory: faults of reads end in one message and change no bit afterwards, budgets hold, steps
+are captured as far as the host decides nothing in them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.cuda.host_plan import LOAD_BYTES, STAGES, plan_host
+from runtime.cuda.hybrid_plan import plan_hbm
+from runtime.cuda.session import CudaSession
+from runtime.errors import RuntimeDiagnostic
+from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, UNIT, write_passing
+from tests.runtime.cuda.test_hybrid import PIECES, passing, pieces_of
+
+LAYERS = [2, 0, 1, 3, 1, 2, 0, 3]
+DEVICE = PAGE + 6 * PAGE + 2 * CHOSEN * UNIT  # the least that does
+PINNED = STAGES * 3 * PAGE + 2 * UNIT
+STEPS = [([5, 9], [0, 1], [0, 0], [1]), ([3], [2], [0], [0]), ([7], [3], [0], [0])]
+
+
+@settings(max_examples=80, deadline=None)
+@given(PIECES, st.integers(0, 60), st.integers(0, 60), st.integers(1, 3))
+def test_plans_of_pinned_memory_keep_their_budget(
+    sizes: list[tuple[str, int, int]], room: int, budget: int, per_token: int
+) -> None:
+    """What does not stay on the device is in the image, or comes from the disk; the least that is named does; more
+    memory leaves no more on the disk."""
+    pieces = pieces_of(sizes)
+    try:
+        hbm = plan_hbm(pieces, room * PAGE, per_token)
+    except RuntimeDiagnostic as fault:
+        hbm = plan_hbm(pieces, int(str(fault.expected).split("at least ")[1].split()[0]), per_token)
+    try:
+        plan = plan_host(pieces, hbm, budget * PAGE)
+    except RuntimeDiagnostic as fault:
+        least = int(str(fault.expected).split("at least ")[1].split()[0])
+        assert least > budget * PAGE
+        plan, budget = plan_host(pieces, hbm, least), -(-least // PAGE)
+    assert plan.host_bytes <= max(budget, 2) * PAGE and plan.host_bytes % PAGE == 0
+    parts = [(at, at + pieces[piece].bytes) for piece, at in plan.image]
+    parts += [(plan.stages_at + n * plan.stage_bytes, plan.stages_at + (n + 1) * plan.stage_bytes)
+              for n in range(plan.stages)]  # fmt: skip
+    parts += [(plan.slots_at, plan.slots_at + plan.slots * plan.slot_bytes)] * bool(plan.slots)
+    parts.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(parts))
+    assert not parts or parts[-1][1] <= plan.host_bytes
+    lacking = [piece for piece, slots in hbm.slots if slots * pieces[piece].unit < pieces[piece].bytes]
+    assert sorted((*dict(plan.image), *plan.from_disk)) == sorted((*hbm.streamed, *lacking))
+    assert all(pieces[piece].bytes <= plan.stage_bytes for piece in plan.staged)
+    assert all(pieces[piece].unit <= plan.slot_bytes for piece in plan.cached)
+    more = plan_host(pieces, hbm, (budget + 3) * PAGE)
+    assert sum(pieces[p].bytes for p in more.staged) <= sum(pieces[p].bytes for p in plan.staged)
+    everything = plan_host(pieces, hbm)
+    assert everything.from_disk == () and everything.host_bytes <= max(LOAD_BYTES, sum(p.bytes for p in pieces))
+
+
+class Disk:
+    """`os.preadv` with faults: `errors` before reads that do, `short` of every read, the file gone at the end."""
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.short = self.ended = False
+        self.interrupt_in = -1  # reads until Ctrl-C is pressed
+
+    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.interrupt_in -= 1
+        if self.interrupt_in == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.errors > 0:
+            self.errors -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.ended:
+            return 0
+        views = [buffers[0][: max(PAGE, len(buffers[0]) // 2)]] if self.short else buffers
+        return os.preadv(descriptor, views, offset)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_passing(tmp_path / "artifact", LAYERS)
+
+
+def tokens_of(session: CudaSession) -> list[np.ndarray]:
+    return [session.step(*step) for step in STEPS]
+
+
+def whole(path: Path) -> list[np.ndarray]:
+    with passing(path, "eager", 0, None)[1] as session:
+        return tokens_of(session)
+
+
+def test_what_comes_from_the_disk(path: Path) -> None:
+    """Counted, and no other bits; the file may be gone once it is open."""
+    disk = Disk()
+    driver, session = passing(path, "lazy", 0, DEVICE, PINNED, disk)
+    expected = whole(path)
+    with session:
+        (path / "weights" / "weights.bin").unlink()
+        disk.short = True
+        disk.errors = 2  # tried again
+        for got, want in zip(tokens_of(session), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+        report = session.hybrid
+        assert report is not None and report.host_bytes <= PINNED and report.retries == 2
+        dense = sum(LAYERS) * PAGE
+        # The first pieces of the next step are there, or on their way.
+        assert report.steps * dense <= report.dense_bytes <= (report.steps + 1) * dense
+        assert report.read_bytes >= report.dense_bytes - dense and report.reads > 0
+        assert report.disk_bytes == dense + 2 * EXPERTS * UNIT
+        assert report.host_lookups == report.lookups - report.hits > report.host_hits
+        text = report.summary()
+        assert "lie on the disk only" in text and "2 reads tried again" in text and "in pinned memory" in text
+    assert driver.leaks() == []
+
+
+@pytest.mark.parametrize("what", ["errors", "ended"])
+def test_a_disk_that_fails_ends_a_step(path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one message; when it is well again the same step gives what it should."""
+    monkeypatch.setattr("runtime.weight_reader._PAUSES_S", (0, 0, 0))
+    expected, disk = whole(path), Disk()
+    driver, session = passing(path, "shuffled", 3, DEVICE, PINNED, disk)
+    with session:
+        np.testing.assert_array_equal(session.step(*STEPS[0]), expected[0])
+        disk.errors, disk.ended = (1 << 30 if what == "errors" else 0), what == "ended"
+        for _ in range(2):
+            with pytest.raises(RuntimeDiagnostic, match=r"cannot be read at byte|end at byte") as caught:
+                for _ in range(3):  # what was there already may do for one
+                    session.step(*STEPS[1])
+            assert "weights.bin" in str(caught.value.where)
+        disk.errors, disk.ended = 0, False
+        for step, want in zip(STEPS[1:], expected[1:], strict=True):
+            np.testing.assert_array_equal(session.step(*step), want)
+    assert driver.leaks() == []
+
+
+def test_ctrl_c_while_the_disk_reads(path: Path) -> None:
+    expected = whole(path)
+    for reads in range(1, 22, 4):
+        disk = Disk()
+        driver, session = passing(path, "lazy", 1, DEVICE, PINNED, disk)
+        with session:
+            disk.interrupt_in = reads
+            with contextlib.suppress(KeyboardInterrupt):
+                tokens_of(session)
+            disk.interrupt_in = -1
+            session.release(0)
+            for got, want in zip(tokens_of(session), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+        assert driver.leaks() == []
+
+
+def test_steps_are_captured_as_far_as_nothing_is_decided(tmp_path: Path) -> None:
+    """A dense model whose rest is pinned: one graph a step, whatever lies in the window. Where the host reads routers:
+    a graph of what lies between them."""
+    dense = write_passing(tmp_path / "dense", [1, 3, 2, 3, 1])
+    _, session = passing(dense, "lazy", 0, PAGE + 6 * PAGE)
+    with session:
+        for number in range(4):
+            session.step([number], [number], [0], [0])
+        report = session.hybrid
+        assert report is not None and (report.graphs, report.launches, report.steps) == (4, 0, 4)
+        assert 4 * 10 * PAGE <= report.dense_bytes <= 5 * 10 * PAGE
+        assert session.executor.replayed == 4
+    sparse = write_passing(tmp_path / "sparse", [1, 1, 0, 1, 1, 0, 1])
+    _, session = passing(sparse, "shuffled", 0, PAGE + 5 * PAGE + 2 * 3 * UNIT)
+    with session:
+        for number in range(3):
+            session.step([number], [number], [0], [0])
+        report = session.hybrid
+        # begin, mix, mix, route | experts, mix, mix, route | experts, mix, head
+        assert report is not None and (report.graphs, report.launches, report.steps) == (9, 0, 3)
+        assert report.dense_bytes == 0 and session.executor.launched == 3

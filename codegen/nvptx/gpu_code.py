@@ -13,6 +13,7 @@ from typing import Any
 
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for
+from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.lower_to_grid import LoweredGridStep
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
 from codegen.nvptx.ptxas import assemble, find_ptxas
@@ -51,16 +52,19 @@ def _number(architecture: str) -> int:
 
 @dataclass(frozen=True)
 class GpuCode:
-    """A lowered step with its code by architecture; `cubins` has those that were assembled."""
+    """A lowered step with its code by architecture; `cubins` has those that were assembled, `host` the objects of
+    experts by instruction set of the CPU."""
 
     lowered: LoweredGridStep
     ptx: dict[str, str]
     cubins: dict[str, bytes]
+    host: dict[str, bytes]
 
     def files(self) -> dict[str, str | bytes]:
         """Path in the artifact -> content."""
         made: dict[str, str | bytes] = {f"code/{name}.ptx": text for name, text in self.ptx.items()}
-        return made | {f"code/{name}.cubin": data for name, data in self.cubins.items()}
+        made |= {f"code/{name}.cubin": data for name, data in self.cubins.items()}
+        return made | {object_path(level): data for level, data in self.host.items()}
 
     def entries(self) -> dict[str, Any]:
         """What the manifest says of code, programs and cache."""
@@ -73,7 +77,7 @@ class GpuCode:
             for name in self.ptx
         ]
         return {
-            "gpu": gpu_entry(self.lowered, code),
+            "gpu": gpu_entry(self.lowered, code, tuple(self.host)),
             "programs": programs_entry(self.lowered),
             "kv": kv_entry(self.lowered),
         }
@@ -86,7 +90,7 @@ def compile_gpu_step(
     ptx = compile_ptx_for(lowered.kernels, architectures, cache)
     program = find_ptxas()
     cubins = {} if program is None else {name: _cubin(text, name, program, cache) for name, text in ptx.items()}
-    return GpuCode(lowered, ptx, cubins)
+    return GpuCode(lowered, ptx, cubins, lowered.host.objects(cache))
 
 
 def _cubin(ptx: str, architecture: str, program: Path, cache: ObjectCache | None) -> bytes:

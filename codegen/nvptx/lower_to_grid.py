@@ -21,6 +21,7 @@ from codegen.lower_to_plan import Lowering, ProgramBuilder
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
 from codegen.nvptx.emitters.rows import merged
+from codegen.nvptx.host.experts import HostStep, host_experts
 from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.launches import (
     GRID_EMITTERS,
@@ -86,7 +87,8 @@ class GridProgram(Program):
 
 @dataclass(frozen=True)
 class LoweredGridStep:
-    """A step for GPUs: programs, kernels, the weights file with its tables, the planes of the cache."""
+    """A step for GPUs: programs, kernels, the weights file with its tables, the planes of the cache; `host` is what the
+    CPU beside one can compute."""
 
     programs: tuple[GridProgram, ...]
     kernels: tuple[GridKernel, ...]
@@ -95,6 +97,7 @@ class LoweredGridStep:
     kv: KvPlanes
     kv_format: str
     num_layers: int
+    host: HostStep
 
     def plan_module(self) -> ModuleOp:
         """The programs as one printable module."""
@@ -170,7 +173,9 @@ def lower_grid_step(
         check_awaits(program.func, places).raise_if_errors()
     kernels = tuple(lowering.grid_kernels.values())
     check_launches([p.func for p in lowered], [k.func for k in kernels]).raise_if_errors()
-    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, lowering.kv_format, len(lowering.layers))
+    host = host_experts([call.spec for call in builders[0].calls], file, lowering.weights.get)
+    layers = len(lowering.layers)
+    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, lowering.kv_format, layers, host)
 
 
 def program_specs(options: GridOptions) -> tuple[GridSpec, ...]:

@@ -4,21 +4,29 @@ The host waits for the tiles that the dispatching kernel has made (expert, first
 `runtime.expert_cache` what is there, copies what is missing into slots that were given up, and writes the numbers of
 the slots over those of the experts: kernels find expert s at `base + s * stride` whether all experts are there or some.
 So the bits are those of a device that has room for everything.
+
+With a `host` (`runtime.cuda.host_side`) missing experts may be computed by the CPU instead, whichever is sooner by
+prices (`runtime.cuda.missed_experts`): their tiles get no rows. In the time that the link then has, some are brought
+all the same, for later. The numbers then depend on what was there, in their last bits.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from runtime.cuda.device import Device, host_view
+from runtime.cuda.host_experts import ExpertCode
+from runtime.cuda.host_side import HostExpert, HostProducts, HostSide
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
+from runtime.cuda.missed_experts import CPU, FETCH, FETCHED, ExpertPrices, Missed, SpareLink, divide
 from runtime.cuda.program import ArenaArgument, GpuLaunch, GpuStep, SizeArgument, Wait, WeightArgument
 from runtime.errors import RuntimeDiagnostic
 from runtime.expert_cache import ExpertCache
@@ -26,6 +34,7 @@ from runtime.manifest import PieceInfo
 from runtime.manifest_fields import REBUILD_HINT
 
 TILE_WORDS = 4  # of a tile of experts: expert, first row, rows, 0
+_MEASURED = 4  # experts that prices are measured by
 Source = Callable[[int, Sequence[int]], Iterable[tuple[int, int]]]  # piece, experts -> (expert, pinned address)
 
 
@@ -38,15 +47,19 @@ class Slots:
     count: int
     unused: list[int]
     slot_of: dict[int, int] = field(default_factory=dict)
+    later: Any = None  # an event: what was brought for later is there
+    coming: bool = False  # nobody has waited for it
 
 
 class HybridExperts:
     """The slots of a plan, from `region` on. `stream` is that of the steps, `source` says where experts lie in pinned
-    memory, each as soon as it is there."""
+    memory, each as soon as it is there. `missed` says what is done about those that are not on the device, by `code`
+    of the CPU (which is closed with this)."""
 
     def __init__(
         self, device: Device, stream: Any, step: GpuStep, pieces: Sequence[PieceInfo], plan: HbmPlan, *,
-        region: int, source: Source, report: HybridReport, policy: str = "lrfu",
+        region: int, source: Source, report: HybridReport, policy: str = "lrfu", most_tokens: int = 0,
+        missed: Missed = FETCHED, code: ExpertCode | None = None,
     ) -> None:  # fmt: skip
         self._device, self._stream, self._pieces, self._policy = device, stream, pieces, policy
         self._source, self._report = source, report
@@ -64,6 +77,9 @@ class HybridExperts:
             if slots.count < self._experts(piece)
         }
         tiles = max([1, *(_most_tiles(launch) for p in step.programs for launch in p.launches)])
+        self._missed, self._spare = missed, SpareLink()
+        self._host: HostSide | None = None
+        self._code = code
         try:
             with uninterrupted():
                 self._host_tiles = device.allocate_pinned(tiles * TILE_WORDS * 4, "tiles of experts")
@@ -71,6 +87,11 @@ class HybridExperts:
                 self.copies = device.new_stream()
             with uninterrupted():
                 self._there = device.new_event()
+            for piece in self._caches:
+                with uninterrupted():
+                    self._slots[piece].later = device.new_event()
+            if code is not None and missed.mode != FETCH and self._caches:
+                self._host = HostSide(device, stream, step, code, list(self._caches), most_tokens)
         except BaseException:
             self.close()
             raise
@@ -81,6 +102,8 @@ class HybridExperts:
     def attach(self, arena: int) -> None:
         """Where the step's memory begins on the device."""
         self._arena = arena
+        if self._host is not None:
+            self._host.attach(arena)
 
     def place(self, piece: int) -> tuple[int, int] | None:
         """Where the slots of a piece begin, and their bytes; None for a piece that has none."""
@@ -90,6 +113,45 @@ class HybridExperts:
     def passes(self, piece: int) -> bool:
         """Whether only some experts of a piece are there."""
         return piece in self._caches
+
+    def acts(self, launch: GpuLaunch) -> bool:
+        """Whether the host has work before a launch."""
+        ends = self._host is not None and self._host.ends(launch)
+        return ends or any(self.passes(wait.piece) for wait in launch.waits)
+
+    def measure(self) -> None:
+        """Prices of bringing and of computing, where they are needed and were not given; before the first step. Experts
+        are taken that nobody has touched, so that they come from memory."""
+        host, piece = self._host, max(self._caches, key=lambda p: (self._slots[p].unit, -p), default=-1)
+        layer = self._code.layer(piece) if self._code is not None and piece >= 0 else None
+        if host is None or layer is None or self._missed.prices is not None:
+            return
+        device, slots = self._device, self._slots[piece]
+        most = min(_MEASURED, self._experts(piece))
+        brought, one, four = math.inf, math.inf, math.inf
+        rows = min(4, host.most_rows(layer))
+        address = 0
+        for expert, address in self._source(piece, range(most)):
+            seconds = []
+            for work in (
+                lambda address=address: device.copy_in(slots.address, address, slots.unit, self.copies),
+                lambda address=address: host.run_once(layer, address, 1),
+                lambda address=address: host.run_once(layer, address, rows),
+            ):
+                started = time.perf_counter()
+                work()
+                device.synchronize(self.copies)
+                seconds.append(time.perf_counter() - started)
+            if expert or most == 1:  # the first is slow, whatever it does
+                brought, one, four = (min(a, b) for a, b in zip((brought, one, four), seconds, strict=True))
+        share = min(1.0, max(0.0, (four / one - 1.0) / max(1, rows - 1)))
+        started = time.perf_counter()
+        device.copy_in(slots.address, address, 16, self.copies)
+        device.synchronize(self.copies)
+        start_s = time.perf_counter() - started
+        prices = ExpertPrices(slots.unit / brought, slots.unit / one, share, start_s)
+        self._missed = replace(self._missed, prices=prices)
+        self._report.prices = (prices.link_bytes_per_s, prices.host_bytes_per_s)
 
     def bring(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         """What a layer's tiles ask for, into slots, and the tiles by slots instead of experts."""
@@ -102,15 +164,19 @@ class HybridExperts:
     def _forget(self, piece: int) -> None:
         """No expert of a piece is there."""
         slots = self._slots[piece]
+        slots.coming = False
         self._caches[piece] = ExpertCache([slots.unit], slots.count * slots.unit, policy=self._policy)
         slots.slot_of.clear()
         slots.unused = list(range(slots.count))[::-1]
 
     def _exchange(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
-        device, slots, cache = self._device, self._slots[wait.piece], self._caches[wait.piece]
+        device, slots, cache, host = self._device, self._slots[wait.piece], self._caches[wait.piece], self._host
         offset, count = _tiles(launch, sizes)
         nbytes = 4 * TILE_WORDS * count
+        products = host.products(launch) if host is not None else None
         device.copy_out(self._host_tiles, self._arena + offset, nbytes, self._stream)
+        if host is not None and products is not None:
+            host.copy_down(products, sizes["tokens"])
         started = time.perf_counter()
         device.synchronize(self._stream)
         self._report.router_wait_s += time.perf_counter() - started
@@ -125,29 +191,102 @@ class HybridExperts:
         hits, missing = cache.lookup(0, wanted)
         self._report.lookups += len(wanted)
         self._report.hits += len(hits)
-        for _, expert in cache.admit(0, missing):  # all that read their slots is done: the stream was waited for
+        if slots.coming:  # brought for later, behind an earlier step
+            device.wait(self._stream, slots.later)
+            slots.coming = False
+        brought, computed, later = self._divided(products, missing, tiles[filled], slots, len(hits))
+        for _, expert in cache.admit(0, [*brought, *later]):  # all that read their slots is done: the stream is empty
             slots.unused.append(slots.slot_of.pop(expert))
-        for expert, address in self._source(wait.piece, missing):
-            slot = slots.slot_of[expert] = slots.unused.pop()
-            device.copy_in(slots.address + slot * slots.unit, address, slots.unit, self.copies)
-        self._report.expert_bytes += len(missing) * slots.unit
-        if missing:
-            device.record(self._there, self.copies)
-            device.wait(self._stream, self._there)
-        tiles[filled, 0] = [slots.slot_of[expert] for expert in tiles[filled, 0].tolist()]
+        self._copy(wait.piece, brought, computed, later, tiles[filled], products, sizes)
+        tiles[filled, 2] *= ~np.isin(tiles[filled, 0], computed)  # no rows for the GPU
+        tiles[filled, 0] = [0 if e in computed else slots.slot_of[e] for e in tiles[filled, 0].tolist()]
         device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
 
+    def _divided(
+        self, products: HostProducts | None, missing: list[int], tiles: np.ndarray, slots: Slots, hits: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Of missing experts those to bring, those that the CPU computes, and those of them to bring for later."""
+        prices = self._missed.prices
+        if products is None or prices is None or not missing:
+            return missing, [], []
+        rows = [int(tiles[tiles[:, 0] == expert, 2].sum()) for expert in missing]
+        first: list[int] = []
+        second = sorted(range(len(missing)), key=lambda i: (rows[i], -i))
+        if self._missed.mode != CPU:
+            first, second = divide(rows, prices, slots.unit)
+        brought, computed = [missing[i] for i in first], [missing[i] for i in second]
+        room = slots.count - hits - len(brought)
+        spare = self._spare.count(prices, slots.unit, [rows[i] for i in second], len(brought), room)
+        return brought, computed, computed[::-1][:spare]  # those of the most tokens
+
+    def _copy(
+        self, piece: int, brought: list[int], computed: list[int], later: list[int], tiles: np.ndarray,
+        products: HostProducts | None, sizes: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        """Starts the copies of what is brought, then the CPU, then the copies for later."""
+        device, slots, report = self._device, self._slots[piece], self._report
+        places: dict[int, int] = {}
+        for expert, address in self._source(piece, [*brought, *computed]):
+            places[expert] = address
+            if expert in brought:
+                self._bring(slots, expert, address)
+        if brought:
+            device.record(self._there, self.copies)
+            device.wait(self._stream, self._there)
+        if computed:
+            assert self._host is not None and products is not None
+            experts = []
+            for expert in computed:
+                chosen = tiles[tiles[:, 0] == expert]
+                experts.append(HostExpert(places[expert], int(chosen[:, 1].min()), int(chosen[:, 2].sum())))
+            self._host.start(products, experts, sizes["tokens"])
+        for expert in later:
+            self._bring(slots, expert, places[expert])
+        if later:
+            device.record(slots.later, self.copies)
+            slots.coming = True
+        report.computed += len(computed)
+        report.later += len(later)
+        report.expert_bytes += (len(brought) + len(later)) * slots.unit
+
+    def _bring(self, slots: Slots, expert: int, address: int) -> None:
+        """Starts the copy of an expert to a slot of its own."""
+        slot = slots.slot_of[expert] = slots.unused.pop()
+        self._device.copy_in(slots.address + slot * slots.unit, address, slots.unit, self.copies)
+
+    def finish(self, launch: GpuLaunch) -> None:
+        """Before a launch: what the CPU computed for it is copied up."""
+        if self._host is not None and self._host.ends(launch):
+            started = time.perf_counter()
+            self._host.copy_up()
+            self._report.host_wait_s += time.perf_counter() - started
+
+    def forget(self) -> None:
+        """A step begins: nobody waits for what the CPU computed for one that was given up."""
+        if self._host is not None:
+            self._host.forget()
+
     def close(self) -> None:
-        """Gives back its stream, event and pinned memory; the slots belong to the region."""
+        """Ends the CPU's part; gives back its stream, events and pinned memory. The slots belong to the region."""
         device = self._device
+        if self.copies is not None and not device.lost:
+            device.synchronize(self.copies)
+        if self._host is not None:
+            self._host.close()
+        elif self._code is not None:
+            self._code.close()
+        self._host = self._code = None
         if device.lost:
             return
         with uninterrupted():
             if self.copies is not None:
                 device.synchronize(self.copies)
                 device.free_stream(self.copies)
-            if self._there is not None:
-                device.free_event(self._there)
+            for event in (self._there, *(slots.later for slots in self._slots.values())):
+                if event is not None:
+                    device.free_event(event)
+            for slots in self._slots.values():
+                slots.later = None
             if self._host_tiles:
                 device.free_pinned(self._host_tiles)
             self.copies, self._there, self._host_tiles = None, None, 0

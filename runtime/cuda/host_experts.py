@@ -1,0 +1,165 @@
+"""The CPU beside a GPU, computing experts: its native code from the artifact, run by a team of threads.
+
+`HostProgram` is what the manifest says under `gpu.experts`: which layers' experts have code and where their matrices
+lie in an expert's bytes. `HostExperts` loads the object for this CPU and runs jobs: one expert with some rows each,
+from the very bytes that are copied to the GPU otherwise. `codegen.nvptx.host.experts` says how functions are called.
+
+Refuses damaged manifests with one RuntimeDiagnostic; a CPU that no object is for has no code (`open_host` gives None).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from runtime import host
+from runtime.artifact import Artifact
+from runtime.errors import RuntimeDiagnostic
+from runtime.manifest import PieceInfo
+from runtime.manifest_fields import Fields
+from runtime.native import NativeCode
+from runtime.team import WorkerTeam
+
+JOB_WORDS = 10
+_LARGEST = 1 << 24  # columns
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    """Experts of a piece: x has rows of `columns` bf16 numbers, of which each token has `choices` results; gated rows
+    have `hidden`, y has `out` f32 numbers. `places`: codes, scales (-1: none) of gate|up and of down, from the first
+    byte of an expert."""
+
+    piece: int
+    function: str
+    columns: int
+    hidden: int
+    out: int
+    choices: int
+    places: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class HostProgram:
+    """Layers by piece; object files with the triple and the features that each wants."""
+
+    layers: dict[int, HostLayer]
+    code: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> HostProgram:
+        """What an artifact has for the CPU beside a GPU; empty where it has nothing."""
+        gpu: Any = artifact.manifest.raw.get("gpu")
+        values = gpu.get("experts") if isinstance(gpu, dict) else None
+        if values is None:
+            return cls({}, ())
+        return _read(Fields(values, str(artifact.path), "gpu.experts"), artifact.manifest.weights.pieces)
+
+    def file_for(self, architecture: str, features: frozenset[str]) -> str:
+        """The object that asks most of what this CPU has; "" for none."""
+        fits = [
+            (len(wanted), name)
+            for name, triple, wanted in self.code
+            if host.normalized_architecture(triple) == architecture and features.issuperset(wanted)
+        ]
+        return max(fits)[1] if fits else ""
+
+
+def _read(fields: Fields, pieces: Sequence[PieceInfo]) -> HostProgram:
+    layers: dict[int, HostLayer] = {}
+    for entry in fields.children("layers", 1 << 16):
+        piece = entry.integer("piece", 0, len(pieces) - 1)
+        columns, hidden, out, choices = (
+            entry.integer(name, 1, _LARGEST) for name in ("columns", "hidden", "out", "choices")
+        )
+        places = tuple(entry.integers("places", -1, max(0, pieces[piece].unit - 1)))
+        if pieces[piece].kind != "experts" or len(places) != 4 or piece in layers:
+            entry.fail("places", "four places in the bytes of an expert", list(places))
+        a, b, c, d = places
+        layers[piece] = HostLayer(piece, entry.text("function"), columns, hidden, out, choices, (a, b, c, d))
+    code = []
+    for entry in fields.children("code", 64):
+        features = entry.values.get("features")
+        if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+            entry.fail("features", "a list of names", features)
+        code.append((entry.text("file"), entry.text("triple"), tuple(str(name) for name in features or ())))
+    return HostProgram(layers, tuple(code))
+
+
+@dataclass(frozen=True)
+class HostJob:
+    """An expert with some rows. Addresses: its bytes; x, rows of tokens; the numbers of the rows of x (i32); room for
+    gated rows; y, one row each."""
+
+    weights: int
+    x: int
+    sources: int
+    hidden: int
+    y: int
+    rows: int
+
+
+class ExpertCode(Protocol):
+    """What computes experts on the CPU."""
+
+    threads: int
+
+    def layer(self, piece: int) -> HostLayer | None:
+        """How a piece's experts are computed; None for those that must be on the GPU."""
+        ...
+
+    def run(self, layer: HostLayer, jobs: Sequence[HostJob]) -> None:
+        """Writes y of all jobs; returns when they are done."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HostExperts:
+    """Code of an artifact, with `threads` threads of its own."""
+
+    def __init__(self, artifact: Artifact, program: HostProgram, file: str, threads: int) -> None:
+        self._layers, self._where, self.threads = program.layers, str(artifact.path / file), threads
+        names = sorted({layer.function for layer in program.layers.values()})
+        self._native = NativeCode(artifact.read_bytes(file), names, where=self._where)
+        try:
+            self._team = WorkerTeam(self._native, threads)
+        except BaseException:
+            self._native.close()
+            raise
+
+    def layer(self, piece: int) -> HostLayer | None:
+        return self._layers.get(piece)
+
+    def run(self, layer: HostLayer, jobs: Sequence[HostJob]) -> None:
+        """Raises RuntimeDiagnostic where a thread did not come to a barrier in time."""
+        words = (ctypes.c_int64 * (JOB_WORDS * len(jobs)))()
+        for number, job in enumerate(jobs):
+            matrices = [0 if place < 0 else job.weights + place for place in layer.places]
+            words[number * JOB_WORDS : number * JOB_WORDS + 9] = [
+                *matrices, job.x, job.sources, job.hidden, job.y, job.rows,
+            ]  # fmt: skip
+        arguments = (ctypes.c_int64 * 4)(self._team.threads, self._team.address, ctypes.addressof(words), len(jobs))
+        if self._team.run(self._native.functions[layer.function], ctypes.addressof(arguments)):
+            raise RuntimeDiagnostic(
+                "the CPU's threads did not finish some experts in time", where=self._where,
+                hint="leave a core to each (--threads), or have experts brought to the GPU (--missed-experts fetch)",
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the threads. Code that a thread did not come back from stays."""
+        if self._team.close():
+            self._native.close()
+
+
+def open_host(artifact: Artifact, threads: int | None = None) -> HostExperts | None:
+    """The code for this CPU with `threads` threads (one core is left to whoever drives the GPU, where there are more
+    than two); None where the artifact has none for it."""
+    program = HostProgram.of(artifact)
+    file = program.file_for(host.host_architecture(), host.host_features()) if program.layers else ""
+    if not file:
+        return None
+    cores = host.available_cores().default_threads
+    return HostExperts(artifact, program, file, threads or (cores - 1 if cores > 2 else cores))

@@ -137,16 +137,16 @@ def agree(got: np.ndarray, want: np.ndarray, share: float) -> None:
 
 
 INTEGER: list[Key] = [(w, INT8) for w in (*WIDTHS, *OTHERS)] + [
-    (w, x) for w in (*WIDTHS[::3], *OTHERS[::3]) for x in (INT8_ROW, INT8_LONG)
+    (w, x) for w in (*WIDTHS[::4], *OTHERS[::5]) for x in (INT8_ROW, INT8_LONG)
 ]
 INTEGER += PRODUCT
 FLOATS: list[Key] = [(w, "bf16") for w in (*WIDTHS, *OTHERS, *FLOAT8)]
-FLOATS += [(w, "f32") for w in (*WIDTHS[::3], *OTHERS[::4], FLOAT8[0])]
+FLOATS += [(w, "f32") for w in (*WIDTHS[3::4], *OTHERS[::6], FLOAT8[0])]
 ODD: list[Key] = [
     ("q8_sym<group=row, scale=f32>", x, n, k)
     for x in (INT8_ROW, "bf16", "f32")
     for n, k in ((1, 1), (17, 33), (33, 70))
-] + [("q4_sym<group=32, scale=f16>", x, n, 32) for x in (INT8, "bf16") for n in (1, 15, 33)]
+] + [("q4_sym<group=32, scale=f16>", x, n, 32) for x in (INT8, "bf16") for n in (1, 33)]
 AROUND: list[Key] = [
     ("q4_sym<group=32, scale=f16>", x, 20, 128, p, e)
     for x, p, e in (
@@ -154,11 +154,16 @@ AROUND: list[Key] = [
         (INT8_ROW, "norm", ""), (INT8_ROW, "64", "bias"), ("bf16", "norm", "swiglu"), ("bf16", "norm 128", ""),
     )
 ]  # fmt: skip
+GATHERS = (("norm", "swiglu", TOP_K), ("", "", 0), ("", "bias", TOP_K))
 GROUPED: list[Key] = [
     (w, x, 20, 64, p, e, gather)
-    for w in ("q4_sym<group=32, scale=f16>", "k4<group=32, scale=f16>", "q3_zp<group=64, scale=bf16>")
+    for w, gathers in (
+        ("q4_sym<group=32, scale=f16>", GATHERS),
+        ("k4<group=32, scale=f16>", GATHERS[:1]),
+        ("q3_zp<group=64, scale=bf16>", GATHERS[1:2]),
+    )
     for x in (INT8, "bf16")
-    for p, e, gather in (("norm", "swiglu", TOP_K), ("", "", 0), ("", "bias", TOP_K))
+    for p, e, gather in gathers
 ]
 WIDE: list[Key] = [
     ("q4_sym<group=32, scale=f16>", INT8, 100, 96, "", "", None, 32),
@@ -246,7 +251,7 @@ def test_saturated_activations_and_weights(kernels: NativeKernels) -> None:
             check(kernels, made, values)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.sampled_from([*AROUND, *GROUPED]), st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_a_row_has_the_same_bits_whatever_is_around_it(
     kernels: NativeKernels, key: Key, tokens: int, seed: int, threads: int

@@ -2,8 +2,9 @@
 
 `Device` is what the executor asks for; `CudaDevice` does it through the driver (`runtime.cuda.driver`). Addresses are
 ints; streams, events, functions and graphs are the driver's own handles. Everything that is made is given back by its
-`free_...` function. `limit_bytes` bounds what may be held at once. Raises OutOfDeviceMemory beyond it or where the GPU
-has no more, DeviceFault for whatever else the driver refuses.
+`free_...` function. `limit_bytes` bounds what may be held of the device's memory at once, `host_limit_bytes` what may
+be pinned of the host's. Raises OutOfDeviceMemory beyond them or where there is no more, DeviceFault for whatever else
+the driver refuses.
 
 A device serves the thread that called `enter` last in it: the driver keeps a current context for each thread.
 """
@@ -54,6 +55,7 @@ class Device(Protocol):
     name: str
     capability: tuple[int, int]
     total_bytes: int
+    host_limit_bytes: int | None
 
     @property
     def lost(self) -> bool: ...
@@ -65,6 +67,7 @@ class Device(Protocol):
     def free(self, address: int) -> None: ...
     def allocate_pinned(self, nbytes: int, what: str) -> int: ...
     def free_pinned(self, address: int) -> None: ...
+    def pinned_bytes(self) -> int: ...
     def new_stream(self) -> Any: ...
     def free_stream(self, stream: Any) -> None: ...
     def synchronize(self, stream: Any) -> None: ...
@@ -117,6 +120,8 @@ class CudaDevice:
             )
         self.total_bytes = int(self._call("cuDeviceTotalMem", self._device))
         self.limit_bytes = limit_bytes
+        self.host_limit_bytes: int | None = None
+        self._pinned: dict[int, int] = {}  # bytes by address
         self._held: dict[int, int] = {}  # bytes by address: allocations and what is mapped
         self._handles: dict[int, Any] = {}  # of physical memory, by the address where it is mapped
         self._property: Any = None
@@ -195,18 +200,28 @@ class CudaDevice:
 
     def allocate_pinned(self, nbytes: int, what: str) -> int:
         """Host memory that copies reach without a detour."""
-        try:
-            return int(self._call("cuMemHostAlloc", max(1, nbytes), 0))
-        except OutOfDeviceMemory as fault:
+        nbytes, limit = max(1, nbytes), self.host_limit_bytes
+        message = f"no room for {what}: {nbytes} bytes of pinned host memory"
+        if limit is not None and self.pinned_bytes() + nbytes > limit:
             raise OutOfDeviceMemory(
-                f"no room for {what}: {nbytes} bytes of pinned host memory",
-                fault.status,
-                where=self.name,
-                hint="free host memory, or raise its limits (ulimit -l)",
-            ) from None
+                message, 2, where=self.name, expected=f"at most {max(0, limit - self.pinned_bytes())} bytes, the rest "
+                f"of the {limit} that may be pinned", hint="allow more memory (--memory)",
+            )  # fmt: skip
+        try:
+            address = int(self._call("cuMemHostAlloc", nbytes, 0))
+        except OutOfDeviceMemory as fault:
+            hint = "free host memory, or raise its limits (ulimit -l)"
+            raise OutOfDeviceMemory(message, fault.status, where=self.name, hint=hint) from None
+        self._pinned[address] = nbytes
+        return address
 
     def free_pinned(self, address: int) -> None:
+        self._pinned.pop(address)
         self._call("cuMemFreeHost", address)
+
+    def pinned_bytes(self) -> int:
+        """What this device object has pinned."""
+        return sum(self._pinned.values())
 
     # -- virtual memory
 

@@ -107,6 +107,13 @@ def scratch_bytes(step: GpuStep, vocab_size: int) -> int:
     return max(p.arena_bytes for p in step.programs) + inputs + 4 * vocab_size * most_rows(step, vocab_size)
 
 
+def pinned_bytes(step: GpuStep, vocab_size: int) -> int:
+    """What a step needs of pinned host memory: its inputs, and the logits that come back."""
+    return sum(_Inputs.bytes_for(program.max_tokens) for program in step.programs) + 4 * vocab_size * most_rows(
+        step, vocab_size
+    )
+
+
 class Executor:
     """Programs on a device. Whoever makes it closes it, with no step under way."""
 

@@ -13,7 +13,7 @@ RuntimeDiagnostic and OutOfDeviceMemory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,26 +31,23 @@ from runtime.weight_reader import Pread
 
 
 class HybridWeights:
-    """The store of an artifact by a plan of the device and one of the host (None: all of the rest is pinned there).
-    `stream` is that of the steps, `preadv` the seam where tests plant faults."""
+    """The store of an artifact by a plan of the device. What does not stay there is pinned on the host as far as the
+    device's `host_limit_bytes` allow beside `others_pinned`. `stream` is that of the steps, `preadv` the seam where
+    tests plant faults."""
 
     def __init__(
-        self, device: Device, stream: Any, artifact: Artifact, plan: HbmPlan, host_plan: HostPlan | None = None,
-        *, policy: str = "lrfu", preadv: Pread = os.preadv,
+        self, device: Device, stream: Any, artifact: Artifact, plan: HbmPlan, *,
+        others_pinned: int = 0, policy: str = "lrfu", preadv: Pread = os.preadv,
     ) -> None:  # fmt: skip
         self._device, self._stream, self.plan = device, stream, plan
         self._pieces = artifact.manifest.weights.pieces
-        self.host_plan = plan_host(self._pieces, plan) if host_plan is None else host_plan
         self.device_bytes = plan.device_bytes
-        self._report = HybridReport(
-            resident_bytes=plan.device_bytes, slots=tuple(count for _, count in plan.slots),
-            host_bytes=self.host_plan.host_bytes, host_slots=self.host_plan.slots,
-            disk_bytes=sum(self._pieces[piece].bytes for piece in self.host_plan.from_disk),
-        )  # fmt: skip
+        self._report = HybridReport(resident_bytes=plan.device_bytes, slots=tuple(count for _, count in plan.slots))
         self._step = _gpu(artifact)
         self._offsets = dict(plan.offsets)
         self._region = 0
         self._copies: Any = None
+        self.host_plan: HostPlan | None = None
         self._host: HostTier | None = None
         self._experts: HybridExperts | None = None
         self._events: list[Any] = []
@@ -59,9 +56,8 @@ class HybridWeights:
         per_token = max(1, artifact.manifest.experts_per_token or 1)
         tight = [n for p, n in plan.slots if n < self._count(p)]
         self.most_tokens = min(tight) // per_token if tight else 0
-        self.captured = not tight and not self.host_plan.staged
         try:
-            self._acquire(artifact, policy, preadv)
+            self._acquire(artifact, others_pinned, policy, preadv)
         except BaseException:
             self.close()
             raise
@@ -69,7 +65,7 @@ class HybridWeights:
     def _count(self, piece: int) -> int:
         return self._pieces[piece].bytes // self._pieces[piece].unit
 
-    def _acquire(self, artifact: Artifact, policy: str, preadv: Pread) -> None:
+    def _acquire(self, artifact: Artifact, others_pinned: int, policy: str, preadv: Pread) -> None:
         """Memory, streams and events; then what stays is loaded."""
         device, plan = self._device, self.plan
         with uninterrupted():
@@ -79,13 +75,19 @@ class HybridWeights:
         for _ in range(2 * len(plan.window_offsets) + 2):
             with uninterrupted():
                 self._events.append(device.new_event())
-        with uninterrupted():
-            host = self._host = HostTier(device, artifact, self.host_plan, self._copies, policy=policy, preadv=preadv)
         self._experts = HybridExperts(
             device, self._stream, self._step, self._pieces, plan,
-            region=self._region, source=host.experts, report=self._report, policy=policy,
+            region=self._region, source=self._expert_addresses, report=self._report, policy=policy,
         )  # fmt: skip
+        limit = device.host_limit_bytes
+        room = None if limit is None else limit - device.pinned_bytes() - others_pinned
+        host_plan = self.host_plan = plan_host(self._pieces, plan, room)
+        self.captured = not self.most_tokens and not host_plan.staged
+        with uninterrupted():
+            host = self._host = HostTier(device, artifact, host_plan, self._copies, policy=policy, preadv=preadv)
         host.copies_of_experts = self._experts.copies
+        self._report.host_bytes, self._report.host_slots = host_plan.host_bytes, host_plan.slots
+        self._report.disk_bytes = sum(self._pieces[piece].bytes for piece in host_plan.from_disk)
         self._window = DenseWindow(
             device, self._stream, self._copies, self._pieces, plan,
             region=self._region, host=host, report=self._report, events=self._events,
@@ -96,6 +98,10 @@ class HybridWeights:
             for piece in (*plan.resident, *whole)
         ])  # fmt: skip
         self._loaded = (host.reads.requests, host.reads.bytes, host.reads.busy_s)
+
+    def _expert_addresses(self, piece: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        assert self._host is not None
+        return self._host.experts(piece, experts)
 
     @property
     def report(self) -> HybridReport:

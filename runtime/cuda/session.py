@@ -22,7 +22,7 @@ import numpy as np
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
-from runtime.cuda.executor import Executor, scratch_bytes
+from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
@@ -30,7 +30,7 @@ from runtime.cuda.kv import capacity_of
 from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
 from runtime.cuda.profile import GpuProfile
 from runtime.cuda.program import GpuProgram, GpuStep
-from runtime.cuda.weights import LoadProgress, ResidentWeights, WeightStore
+from runtime.cuda.weights import BUFFERS, CHUNK_BYTES, LoadProgress, ResidentWeights, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
 from runtime.session_base import SessionBase
@@ -73,8 +73,9 @@ MakeWeights = Callable[[Device, Any, Artifact], WeightStore]
 
 
 class CudaSession(SessionBase):
-    """An artifact on a GPU. `memory` bounds the device memory in bytes; `device` is one that is open, which the session
-    then closes; `weights` makes another store than one that has them all on the device.
+    """An artifact on a GPU. `memory` bounds the device memory in bytes, `host_memory` what is pinned of the host's:
+    weights for which neither has room are read from the disk. `device` is one that is open, which the session then
+    closes; `weights` makes another store than one that has them all on the device.
 
     Raises NoDevice without a usable GPU, OutOfDeviceMemory where something does not fit, RuntimeDiagnostic for whatever
     is wrong with the artifact or the sizes.
@@ -93,6 +94,7 @@ class CudaSession(SessionBase):
         num_slots: int = 1,
         verify: bool = False,
         memory: int | None = None,
+        host_memory: int | None = None,
         device: Device | None = None,
         weights: MakeWeights | None = None,
         progress: LoadProgress | None = None,
@@ -109,6 +111,7 @@ class CudaSession(SessionBase):
             if held.device is None:
                 with uninterrupted():
                     held.device = open_device(limit_bytes=memory)
+            held.device.host_limit_bytes = host_memory
             self._acquire(held.device, weights, progress)
         except BaseException:
             self.close()
@@ -119,12 +122,19 @@ class CudaSession(SessionBase):
         held = self._held
         device.enter()
         plan = self._hybrid_plan(device) if weights is None else None
+        others = pinned_bytes(self.gpu, self.vocab_size)
         if plan is not None:
-            weights = lambda device, stream, artifact: HybridWeights(device, stream, artifact, plan)  # noqa: E731
+            weights = lambda device, stream, artifact: HybridWeights(  # noqa: E731
+                device, stream, artifact, plan, others_pinned=others
+            )
         self._check_room(device, weights is None)
         with uninterrupted():
             held.stream = device.new_stream()
-        make = weights or (lambda device, stream, artifact: ResidentWeights(device, stream, artifact, progress))
+        make = weights or (
+            lambda device, stream, artifact: ResidentWeights(
+                device, stream, artifact, progress, chunk_bytes=_chunk_bytes(device, others)
+            )
+        )
         held.weights = make(device, held.stream, self.artifact)
         self.executor = held.executor = Executor(
             device, held.stream, self.gpu, self.artifact.gpu_images(), held.weights,
@@ -264,6 +274,12 @@ class CudaSession(SessionBase):
         """Gives the device memory back, after a step in progress. Closing twice is fine."""
         with self._lock, uninterrupted():
             self._finalizer()
+
+
+def _chunk_bytes(device: Device, others: int) -> int:
+    """Of the buffers that all weights come through, where the pinned memory has room for `others` too."""
+    limit = device.host_limit_bytes
+    return CHUNK_BYTES if limit is None else max(1, min(CHUNK_BYTES, (limit - others) // BUFFERS))
 
 
 def gpu_step(artifact: Artifact) -> GpuStep:

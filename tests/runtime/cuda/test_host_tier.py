@@ -16,12 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_plan import LOAD_BYTES, STAGES, plan_host
 from runtime.cuda.hybrid_plan import plan_hbm
 from runtime.cuda.session import CudaSession
 from runtime.errors import RuntimeDiagnostic
-from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, UNIT, write_passing
+from tests.runtime.cuda.emulated_driver import EmulatedDriver
+from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, write_passing
 from tests.runtime.cuda.test_hybrid import PIECES, passing, pieces_of
+from tests.runtime.cuda.toy_model import open_checked
+from tests.runtime.fake_artifact import VOCAB
 
 LAYERS = [2, 0, 1, 3, 1, 2, 0, 3]
 DEVICE = PAGE + 6 * PAGE + 2 * CHOSEN * UNIT  # the least that does
@@ -181,3 +185,25 @@ def test_steps_are_captured_as_far_as_nothing_is_decided(tmp_path: Path) -> None
         # begin, mix, mix, route | experts, mix, mix, route | experts, mix, head
         assert report is not None and (report.graphs, report.launches, report.steps) == (9, 0, 3)
         assert report.dense_bytes == 0 and session.executor.launched == 3
+
+
+def test_a_session_under_both_budgets(path: Path) -> None:
+    """All that is pinned is within the bound: inputs, logits and tiles too. What is too little is said; a model that
+    fits the device comes through buffers as large as there is room for."""
+    expected = whole(path)
+    with passing(path, "eager", 0, None)[1] as session:
+        scratch = session.memory().arena
+    pinned = pinned_bytes(session.gpu, VOCAB)
+    for host, memory in ((pinned + PINNED + 4096, scratch + DEVICE + 4 * PAGE + 4096), (pinned + (4 << 10), None)):
+        driver = EmulatedDriver(RUNNER, granule=1 << 12)
+        device = open_checked(driver, None if memory is None else memory * 16 // 15)
+        with CudaSession(path, device=device, host_memory=host, max_context=16) as session:
+            assert (session.hybrid is None) == (memory is None)
+            for got, want in zip(tokens_of(session), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+            assert host - (8 << 10) <= device.pinned_bytes() <= host or memory is None
+        assert driver.leaks() == []
+    device = open_checked(EmulatedDriver(RUNNER, granule=1 << 12), (scratch + DEVICE + 4 * PAGE + 4096) * 16 // 15)
+    with pytest.raises(RuntimeDiagnostic, match="pinned host memory are too few") as caught:
+        CudaSession(path, device=device, host_memory=pinned + PAGE, max_context=16)
+    assert "at least" in str(caught.value.expected)

@@ -79,12 +79,13 @@ class FormatRow:
 
 
 def default_recipes() -> tuple[str, ...]:
-    """The float build and every shipped recipe that says in which format weights are, most bits first."""
-    from passes.quantize.recipe import shipped_recipes
+    """The float build and every shipped recipe that says in which format weights are, most bits first; none for GPUs
+    alone."""
+    from passes.quantize.recipe import is_fp8, shipped_recipes
 
     found = [
         (name, recipe.weights.format) for name, recipe in shipped_recipes().items()
-        if name not in NEEDS_OTHERS and recipe.weights.format is not None
+        if name not in NEEDS_OTHERS and recipe.weights.format is not None and not is_fp8(recipe.weights.activations)
     ]  # fmt: skip
     sized = sorted((-_bits_of(format), name) for name, format in found)
     return (FLOAT, *(name for _, name in sized))

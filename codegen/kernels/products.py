@@ -208,7 +208,7 @@ def _refusal(w: TensorType, x: NumberFormat, pack: int | None, op: Op) -> str:
         if isinstance(w.element, PlainFormat):
             return f"'{op.name}' has int8 activations and {w.element} weights; quantize the weights too"
     elif pack is None:
-        return f"no matrix kernel for activations of {x}; have bf16, f32 and q8_sym"
+        return f"no matrix kernel on CPUs for activations of {x}; have bf16, f32 and q8_sym"
     if isinstance(w.element, PlainFormat) and w.element != x:
         return f"'{op.name}' has {x} activations and {w.element} weights; set-precision makes them agree"
     if w.layout.pack != pack:

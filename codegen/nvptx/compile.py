@@ -72,4 +72,4 @@ def _refuse(kernel: GridKernel, architecture: str) -> None:
     if not runs_on(kernel, architecture):
         message = f"@{kernel.name} has instructions that {architecture} lacks"
         expected = " or ".join(_needs(kernel))
-        raise DiagnosticError(message, expected=expected, hint="there is one in bf16 for others")
+        raise DiagnosticError(message, expected=expected, hint="activations in bf16 run on all (recipe fp8)")

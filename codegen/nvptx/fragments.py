@@ -1,8 +1,9 @@
 """Where the weights of a GPU's decode products lie: in the order in which the lanes of a warp want them.
 
-A matrix [n, k] is cut into tiles of 16 rows and chunks of 64 columns; k is a multiple of 64, n is filled up with rows
-of zeros. A chunk is two segments of 32 columns, a segment two products of `grid.mma`. Lane l = 4g + q of a warp holds,
-of every segment, columns 8q .. 8q + 7 of rows g and g + 8: those of product m are 8q + 4m .. 8q + 4m + 3, so that the
+A matrix [n, k] is cut into tiles of 16 rows and chunks of 64 columns, and filled up with zeros in both directions; k is
+a multiple of 8. Where zeros stand, kernels read what x has elsewhere in the row, or zeros, and nothing behind it. A
+chunk is two segments of 32 columns, a segment two products of `grid.mma`. Lane l = 4g + q of a warp holds, of every
+segment, columns 8q .. 8q + 7 of rows g and g + 8: those of product m are 8q + 4m .. 8q + 4m + 3, so that the
 activations of a segment are 8 neighbours too. Which columns a product takes is free as long as both factors agree.
 
     bits   a lane's loads of 16 bytes for a chunk       bytes of a load
@@ -24,6 +25,7 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F8E4M3, F16, F32, FP8Format, GroupedIntFormat, PackedArray, PlainFormat
 
 TILE, CHUNK, SEGMENT = 16, 64, 32
+STEP = 8  # columns of x that a lane reads at once
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class Fragments:
         if isinstance(format, FP8Format):
             return cls._of_fp8(n, k, format)
         message = ""
-        if k % CHUNK or k == 0:
-            message = f"a matrix of {k} columns has no product on GPUs; expected a multiple of {CHUNK}"
+        if k % STEP or k == 0:
+            message = f"a matrix of {k} columns has no product on GPUs; expected a multiple of {STEP}"
         elif isinstance(format, GroupedIntFormat):
             plain = not format.zero_point and format.channel is None and format.scale == F16
-            group = format.group or k
-            fits = group == SEGMENT or (group % CHUNK == 0 and k % group == 0)
+            whole = format.group in (0, k)
+            group = _padded(k) if whole else format.group
+            fits = whole or group == SEGMENT or (group % CHUNK == 0 and k % group == 0)
             if format.bits < 2 or not plain or not fits:
                 message = (
                     f"{format} has no product on GPUs; expected q2_sym to q8_sym with scale=f16 and groups of"
@@ -68,10 +71,15 @@ class Fragments:
     @classmethod
     def _of_fp8(cls, n: int, k: int, format: FP8Format) -> Fragments:
         """Of f8e4m3 with scales of rows or of blocks."""
-        group = format.block_cols or k
-        if k % CHUNK or k == 0 or format.element != F8E4M3 or group % CHUNK or k % group:
+        whole = format.block_cols in (0, k)
+        group = _padded(k) if whole else format.block_cols
+        fits = whole or (group % CHUNK == 0 and k % group == 0)
+        if k % STEP or k == 0 or format.element != F8E4M3 or not fits:
             message = f"{format} of {k} columns has no product on GPUs"
-            expected = f"f8e4m3 with scales of rows, or of blocks of a multiple of {CHUNK} columns that divides them"
+            expected = (
+                f"a multiple of {STEP} columns in f8e4m3, with scales of rows or of blocks of a multiple of {CHUNK}"
+                " columns that divides them"
+            )
             raise DiagnosticError(message, expected=expected)
         return cls(n, k, 8, group, True)
 
@@ -84,8 +92,18 @@ class Fragments:
         return -(-self.n // TILE)
 
     @property
+    def columns(self) -> int:
+        """Columns as they lie, those of zeros too."""
+        return _padded(self.k)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last chunk has columns that x does not have."""
+        return self.columns != self.k
+
+    @property
     def chunks(self) -> int:
-        return self.k // CHUNK
+        return self.columns // CHUNK
 
     @property
     def loads(self) -> int:
@@ -104,13 +122,13 @@ class Fragments:
     @property
     def code_bytes(self) -> int:
         """Where scales begin when they lie behind the codes."""
-        return self.tiles * TILE * self.k * self.bits // 8
+        return self.tiles * TILE * self.columns * self.bits // 8
 
     @property
     def nbytes(self) -> int:
         """Codes and scales."""
         each = self.scale_element.dtype.itemsize
-        scales = self.tiles * TILE * self.k // self.group * each if self.group else 0
+        scales = self.tiles * TILE * self.columns // self.group * each if self.group else 0
         return self.code_bytes + scales
 
     # -- packing
@@ -125,8 +143,8 @@ class Fragments:
             numbers = w.code_array() + np.uint8(zero - (1 << (w.format.bits - 1)))
         else:
             numbers = w.view(np.uint16)
-        padded = np.full((self.tiles * TILE, self.k), zero, numbers.dtype)
-        padded[: self.n] = numbers
+        padded = np.full((self.tiles * TILE, self.columns), zero, numbers.dtype)
+        padded[: self.n, : self.k] = numbers
         tiles = padded.reshape(self.tiles, TILE, self.chunks, CHUNK).swapaxes(1, 2)
         rows, columns = fragment_places()
         lanes = tiles[:, :, rows, columns]  # [tile, chunk, segment, product, lane, i]
@@ -149,11 +167,15 @@ class Fragments:
 
     def scales(self, w: PackedArray) -> np.ndarray:
         """[tiles, units, 8, 2 rows, groups of a unit] of `scale_element`, flat; those of blocks are repeated."""
-        padded = np.zeros((self.tiles * TILE, self.k // self.group), self.scale_element.dtype)
+        padded = np.zeros((self.tiles * TILE, self.columns // self.group), self.scale_element.dtype)
         rows = w.format.block_rows if isinstance(w.format, FP8Format) else 1
-        padded[: self.n] = np.repeat(w.scales, rows, axis=0)[: self.n]
+        padded[: self.n, : w.scales.shape[1]] = np.repeat(w.scales, rows, axis=0)[: self.n]
         shape = (self.tiles, 2, 8, -1, self.groups_of_unit)
         return np.ascontiguousarray(padded.reshape(shape).transpose(0, 3, 2, 1, 4)).reshape(-1)
+
+
+def _padded(k: int) -> int:
+    return -(-k // CHUNK) * CHUNK
 
 
 def fragment_places() -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codegen.compile_worker import CODEGEN_VERSION
-from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for
+from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for, runs_on
 from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.lower_to_grid import LoweredGridStep
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
@@ -86,8 +86,12 @@ class GpuCode:
 def compile_gpu_step(
     lowered: LoweredGridStep, architectures: Sequence[str], cache: ObjectCache | None = None
 ) -> GpuCode:
-    """PTX of all kernels for each architecture, machine code where there is ptxas. Raises DiagnosticError."""
-    ptx = compile_ptx_for(lowered.kernels, architectures, cache)
+    """PTX of all kernels for each architecture that runs them, machine code where there is ptxas.
+
+    Raises DiagnosticError where none of these architectures does.
+    """
+    runs = [name for name in architectures if all(runs_on(kernel, name) for kernel in lowered.kernels)]
+    ptx = compile_ptx_for(lowered.kernels, runs or architectures, cache)
     program = find_ptxas()
     cubins = {} if program is None else {name: _cubin(text, name, program, cache) for name, text in ptx.items()}
     return GpuCode(lowered, ptx, cubins, lowered.host.objects(cache))

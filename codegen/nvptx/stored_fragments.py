@@ -87,7 +87,7 @@ def load_fragments(raw: np.ndarray, format: NumberFormat, shape: tuple[int, ...]
 
 
 def _load_matrix(raw: np.ndarray, whole: Fragments, format: NumberFormat, layout: Layout) -> np.ndarray:
-    size = whole.tiles * TILE * whole.k * whole.bits // 8
+    size = whole.code_bytes
     codes = stored_codes(np.ascontiguousarray(raw[:size]).view(np.uint32), whole)
     if isinstance(format, PlainFormat):
         numbers = codes.astype(np.uint16).view(format.dtype)
@@ -97,8 +97,8 @@ def _load_matrix(raw: np.ndarray, whole: Fragments, format: NumberFormat, layout
         zero = 0 if whole.fp8 else 1 << (whole.bits - 1)
         held = codes.astype(np.uint8).view(F8E4M3.dtype) if whole.fp8 else codes
         levels = held.astype(np.float32) - zero
-        numbers = (levels.reshape(*by_row.shape, -1) * by_row[:, :, None]).reshape(-1, whole.k)
-    rows = numbers[: whole.n]
+        numbers = (levels.reshape(*by_row.shape, -1) * by_row[:, :, None]).reshape(-1, whole.columns)
+    rows = numbers[: whole.n, : whole.k]
     if layout.interleave == 1:
         return rows
     back = np.empty_like(rows)
@@ -107,7 +107,7 @@ def _load_matrix(raw: np.ndarray, whole: Fragments, format: NumberFormat, layout
 
 
 def stored_codes(words: np.ndarray, whole: Fragments) -> np.ndarray:
-    """The codes [rows, k], rows filled up to whole tiles, of u32 words as `Fragments.codes` lays them."""
+    """The codes [rows, columns], filled up to whole tiles and chunks, of u32 words as `Fragments.codes` lays them."""
     shape = (whole.tiles, whole.chunks, 2, 2, 32, 8)  # segment, product, lane, number
     if whole.bits == 4:
         by_product = np.moveaxis(words.reshape(*shape[:2], 32, 4), 2, 3).reshape(shape[:-1])
@@ -124,4 +124,4 @@ def stored_codes(words: np.ndarray, whole: Fragments) -> np.ndarray:
     tiles = np.zeros((whole.tiles, whole.chunks, TILE, CHUNK), np.uint32)
     rows, columns = fragment_places()
     tiles[:, :, rows, columns] = lanes
-    return tiles.swapaxes(1, 2).reshape(whole.tiles * TILE, whole.k)
+    return tiles.swapaxes(1, 2).reshape(whole.tiles * TILE, whole.columns)

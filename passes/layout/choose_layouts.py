@@ -13,7 +13,7 @@ that a kernel sums. The gate | up pair in front of a swiglu is interleaved, half
 rows), so that one tile holds both halves of a pair.
 
 With `grid` the strips are those of GPUs: 16 rows and 64 columns in the order of a warp's lanes, or 8 rows of gate and 8
-of up where a swiglu follows the product. f32 weights, and bf16 ones of columns that are no multiple of 64, stay
+of up where a swiglu follows the product. f32 weights, and bf16 ones of columns that are no multiple of 8, stay
 row-major.
 
 Options left at 0 follow `vector_bits`; that option left at 0 follows `PassContext.options["vector_bits"]`, else 512.
@@ -39,6 +39,7 @@ from passes.pass_base import FunctionPass, PassContext, register_pass
 
 MIN_ROWS = 16  # rows of the smallest strip: the matrix kernels sum 16 outputs at a time
 GRID_ROWS, GRID_COLUMNS, GRID_LANES = 16, 64, 32  # of a tile of the matrix unit, a chunk of it, and a warp
+GRID_STEP = 8  # columns that a lane reads at once
 
 
 def _columns(type: TensorType) -> int:
@@ -97,11 +98,7 @@ class ChooseLayoutsPass(FunctionPass):
         if not is_constant_expression(weight):
             rewriter.no_match(op, "the weight is computed from step inputs")
             return
-        if (
-            self.grid
-            and isinstance(type.element, PlainFormat)
-            and (type.element != BF16 or _columns(type) % GRID_COLUMNS)
-        ):
+        if self.grid and isinstance(type.element, PlainFormat) and (type.element != BF16 or _columns(type) % GRID_STEP):
             return  # row-major
         pairs = form.has_swiglu or any(isinstance(user, SwigluOp) for user in op.results[0].users)
         if self.grid:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ir.core import Op, Value
-from ir.formats import BF16, F16, F32, PLAIN_FORMATS, NumberFormat, PlainFormat
+from ir.formats import BF16, F16, F32, PLAIN_FORMATS, FP8Format, NumberFormat, PlainFormat
 from ir.op_def import Op as DeclaredOp
 from ir.ops.fused import FusedOp
 from ir.ops.gemm import MatmulOp
@@ -36,7 +36,7 @@ from passes.analysis.constants import is_constant_expression
 from passes.analysis.exactness import is_exact
 from passes.analysis.value_types import tensor_type
 from passes.pass_base import FunctionPass, PassContext, register_pass
-from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, has_integer_levels, is_int8, load_recipe
+from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, can_meet, has_integer_levels, load_recipe
 from passes.quantize.roles import weight_parts
 from passes.quantize.set_precision import FloatName, set_cache, set_embedding
 
@@ -114,7 +114,7 @@ class _Quantizer:
         activations = max((s.activations for s in found), key=_precision)
         if isinstance(widest.weights, PlainFormat):
             activations = widest.weights  # products of floats multiply floats of one kind
-        elif is_int8(activations) and not has_integer_levels(widest.weights):
+        elif not can_meet(activations, widest.weights):
             activations = self.floats
         storage = replace(widest, activations=activations)
         if len({s.weights for s in found}) > 1:
@@ -145,7 +145,7 @@ class _Quantizer:
         if isinstance(weights, PlainFormat):
             chosen = weights
         elif not isinstance(chosen, PlainFormat):
-            chosen = self._fitting(op, chosen, k, replace(chosen, group=0))  # int8 has groups
+            chosen = self._fitting_rows(op, chosen, k)
         float_weights = isinstance(weights, PlainFormat)
         return Storage(
             weights,
@@ -155,6 +155,14 @@ class _Quantizer:
             0 if as_stored or float_weights or choice.outliers else self._block(op, choice.rotate or 0, k),
             0 if as_stored or float_weights else min(choice.outliers or 0, k),
         )
+
+    def _fitting_rows(self, op: Op, format: NumberFormat, k: int) -> NumberFormat:
+        """A format of activations, int8 or f8e4m3, with scales of fewer columns, or of rows, where those do not fill
+        rows of k."""
+        if not isinstance(format, FP8Format):
+            return self._fitting(op, format, k, replace(format, group=0))
+        whole = not format.block_cols or k % format.block_cols == 0
+        return format if whole else replace(format, block_cols=0)
 
     def _fitting(self, op: Op, format: NumberFormat, k: int, last: NumberFormat) -> NumberFormat:
         """`format`, with smaller groups where its own do not fill rows of k elements; `last` when none do."""
@@ -281,4 +289,4 @@ def _bits(format: NumberFormat, op: MatmulOp | GroupedGemmOp) -> float:
 
 def _precision(format: NumberFormat) -> int:
     """Activation formats by how little they lose."""
-    return 2 if format == F32 else int(format in (F16, BF16))  # others are int8
+    return 2 if format == F32 else int(format in (F16, BF16))  # others have 8 bits

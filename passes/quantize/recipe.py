@@ -320,10 +320,11 @@ def _activations(table: _Table) -> NumberFormat | str | None:
     found = _format(table, "activations")
     if found is None or found == FLOAT or found in FLOATS:
         return found
-    if found == STORED or not is_int8(found):
+    if found == STORED or not (is_int8(found) or is_fp8(found)):
         raise table.fault(
             f"activations = {str(found)!r} cannot be made while a product runs",
-            '"bf16", "f32", "f16", "float", or "q8_sym<group=N, scale=f32>", "q8_sym<group=row, scale=f32>"',
+            '"bf16", "f32", "f16", "float", "q8_sym<group=N, scale=f32>", "q8_sym<group=row, scale=f32>", or, in front '
+            'of FP8, "f8e4m3<block=row, scale=f32>", "f8e4m3<block=1xN, scale=f32>"',
         )
     return found
 
@@ -356,21 +357,33 @@ def is_int8(format: object) -> bool:
     return words.startswith("q8_sym<") and words.endswith("scale=f32>")
 
 
+def is_fp8(format: object) -> bool:
+    """Whether this is a format of activations in 8-bit floats: f8e4m3, a scale a row or so many columns of one."""
+    return re.fullmatch(r"f8e4m3<block=(row|1x\d+), scale=f32>", str(format)) is not None
+
+
+def can_meet(activations: object, weights: object) -> bool:
+    """Whether products multiply them: int8 integers, f8e4m3 weights in f8e4m3, floats everything."""
+    if is_fp8(activations):
+        return str(weights).startswith("f8e4m3<")
+    return not is_int8(activations) or has_integer_levels(weights)
+
+
 def has_integer_levels(format: object) -> bool:
     """Whether the codes of a low-bit format stand for small integers, which int8 activations multiply exactly."""
     return not isinstance(format, PlainFormat) and hasattr(format, "integer_levels")
 
 
 def _check_pairs(recipe: Recipe, where: str) -> None:
-    """Refuses int8 activations in front of weights that are no integers, where one table says both."""
+    """Refuses activations of 8 bits in front of weights of another kind, where one table says both."""
     named = [("[weights]", recipe.weights), *((rule.where or "rule", rule.choice) for rule in recipe.rules)]
     for what, choice in named:
         weights, activations = choice.format, choice.activations
-        if weights is None or activations is None or isinstance(weights, str) or not is_int8(activations):
+        if weights is None or activations is None or isinstance(weights, str):
             continue
-        if not has_integer_levels(weights):
+        if not can_meet(activations, weights):
             raise DiagnosticError(
                 f"{what}: {activations} activations cannot be multiplied by {weights} weights",
                 where=where,
-                expected='activations = "bf16" or "f32" in front of floating-point weights',
+                expected='activations = "bf16" or "f32", q8_sym in front of integers, or f8e4m3 in front of f8e4m3',
             )

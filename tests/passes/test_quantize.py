@@ -48,6 +48,7 @@ PAIRS = [  # weights, activations
     ("q2_sym<group=64, scale=f16>", "f32"),
     ("q1_sym<group=32, scale=f16>", INT8),
     ("f8e4m3<block=row, scale=f32>", "f32"),
+    ("f8e4m3<block=1x64, scale=f32>", "f8e4m3<block=row, scale=f32>"),
     ("ternary<group=32, scale=f16>", INT8),
     ("nf4<group=32, scale=f16>", INT8),
     ("mxfp4", "bf16"),
@@ -274,6 +275,13 @@ def test_groups_that_do_not_fill_the_rows_give_way(tmp_path):
     changed, _ = quantized(product(4, 48), path)
     formats = [str(op.format) for op in changed.walk() if op.name == "quant.quantize"]
     assert formats == ["q8_sym<group=row, scale=f16>", INT8_ROW]
+    for k, kept in ((48, "row"), (64, "1x32")):
+        path.write_text(
+            '[weights]\nformat = "f8e4m3<block=row, scale=f32>"\nactivations = "f8e4m3<block=1x32, scale=f32>"\n'
+        )
+        changed, _ = quantized(product(4, k), path)
+        formats = [str(op.format) for op in changed.walk() if op.name == "quant.quantize"]
+        assert formats == ["f8e4m3<block=row, scale=f32>", f"f8e4m3<block={kept}, scale=f32>"]
 
 
 def test_routers_and_tables_follow_only_rules_that_name_them(tmp_path):

@@ -16,7 +16,7 @@ SHIPPED = shipped_recipes()
 INT8 = SHIPPED["w4a8-g32"].weights.activations
 EXPECTED = {
     *("w8a8", "w6a8", "w5a8", "w4a8-g32", "w4a8-g128", "w4a16-g32", "w4a16-g128", "w3", "w2a8", "w1a8"),
-    *("ternary", "nf4", "nl4", "mxfp4", "fp8", "pq2", "k4", "outliers16", "rotate64"),
+    *("ternary", "nf4", "nl4", "mxfp4", "fp8", "w8a8-fp8", "pq2", "k4", "outliers16", "rotate64"),
     *("as-stored", "none", "kv8", "kv4", "kv2"),
 }
 
@@ -124,6 +124,12 @@ FAULTS = [
         "[weights]\nformat = 'bf16'\nactivations = 'q8_sym<group=32, scale=f32>'",
         "[weights]: q8_sym<group=32, scale=f32> activations cannot be multiplied by bf16 weights",
     ),
+    (
+        "[weights]\nformat = 'q8_sym<group=32, scale=f16>'\nactivations = 'f8e4m3<block=row, scale=f32>'",
+        "f8e4m3<block=row, scale=f32> activations cannot be multiplied by q8_sym<group=32, scale=f16> weights",
+    ),
+    ("[weights]\nactivations = 'f8e5m2<block=row, scale=f32>'", "cannot be made while a product runs"),
+    ("[weights]\nactivations = 'f8e4m3<block=2x64, scale=f32>'", "cannot be made while a product runs"),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Launches of products with int8 activations: rows rounded under scales, then the product of both kinds of integers."""
+"""Launches of products with activations of 8 bits: rows rounded under scales, then the product with weights alike.
+
+Int8 meets integers, f8e4m3 (from sm_89 on) meets weights in f8e4m3.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     check_int8,
     decode_int8_kernel,
+    element_of_x,
     gemm_int8_kernel,
     quantize_rows_kernel,
 )
@@ -28,7 +32,7 @@ from codegen.nvptx.launches import (
 )
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import F32, I8, GroupedIntFormat, PlainFormat
+from ir.formats import F8E4M3, F32, I8, FP8Format, GroupedIntFormat, NumberFormat, PlainFormat
 from ir.ops.quant import QuantizeOp
 from ir.types import Dim, TensorType
 
@@ -45,37 +49,57 @@ class Rounded:
 def rounded(
     op: Op, quantize: QuantizeOp, x: GridArgument, element: PlainFormat, *, by_row: bool
 ) -> tuple[Rounded, GridLaunch]:
-    """The rows `x` (of `element`) as the quantize of a product's region wants them. Refuses other formats than int8."""
-    format, type = quantize.format, tensor_type(quantize.x)
-    width = type.shape[-1]
+    """The rows `x` (of `element`) as the quantize of a product's region wants them. Refuses other formats than int8 and
+    f8e4m3 under f32 scales of rows or of columns of one row."""
+    type = tensor_type(quantize.x)
+    width, found = type.shape[-1], _columns_of_scale(quantize.format)
     assert isinstance(width, int)
-    plain = isinstance(format, GroupedIntFormat) and format.bits == 8 and not format.zero_point
-    if not (plain and isinstance(format, GroupedIntFormat) and format.scale == F32 and format.channel is None):
-        raise refused(op, f"activations in {format} have no kernel on GPUs", "q8_sym with scale=f32, or 16 bits")
+    if found is None:
+        message = f"activations in {quantize.format} have no kernel on GPUs"
+        raise refused(op, message, "q8_sym or f8e4m3 with scale=f32 and groups of columns, or 16 bits")
+    group, to = found
     try:
-        of = ActivationScales(width, 0 if format.group in (0, width) else format.group, by_row)
+        of = ActivationScales(width, 0 if group == width else group, by_row)
     except DiagnosticError as fault:
         raise refused_by(op, fault) from None
     rows = type.shape[0]
     scales = of.row if by_row else of.groups
-    made = Rounded(Temporary(TensorType((rows, width), I8)), Temporary(TensorType((rows, scales), F32)), of)
+    made = Rounded(Temporary(TensorType((rows, width), to)), Temporary(TensorType((rows, scales), F32)), of)
     launch = GridLaunch(
-        f"quantize_{width}", ("quantize", of, element), [x, made.codes, made.scales, SizeArgument(rows)], (1, 2),
-        size_text(rows), lambda name: quantize_rows_kernel(of, name, element),
+        f"quantize_{width}", ("quantize", of, element, to), [x, made.codes, made.scales, SizeArgument(rows)], (1, 2),
+        size_text(rows), lambda name: quantize_rows_kernel(of, name, element, to),
     )  # fmt: skip
     return made, launch
+
+
+def _columns_of_scale(format: NumberFormat) -> tuple[int, PlainFormat] | None:
+    """The columns that share a scale (0: all) and what activations are rounded to; None for other formats."""
+    if isinstance(format, GroupedIntFormat):
+        plain = format.bits == 8 and not format.zero_point and format.channel is None
+        return (format.group, I8) if plain and format.scale == F32 else None
+    if isinstance(format, FP8Format) and format.element == F8E4M3 and format.block_rows == 1 and format.scale == F32:
+        return format.block_cols, F8E4M3
+    return None
+
+
+def check_alike(op: Op, layout: Fragments, x: Rounded) -> None:
+    """Raises DiagnosticError where rounded rows and weights are not of one kind."""
+    try:
+        check_int8(layout)
+    except DiagnosticError as fault:
+        raise refused_by(op, fault) from None
+    if element_of_x(layout) != x.codes.type.element:
+        kinds = f"activations in {x.codes.type.element} and weights in {'f8e4m3' if layout.fp8 else 'integers'}"
+        raise refused(op, f"{kinds} have no product on GPUs", "both integers, or both f8e4m3")
 
 
 def int8_launch(
     op: Op, layout: Fragments, x: Rounded, weight: Value, output: Output, rows: Dim, context: GridContext
 ) -> GridLaunch:
     """The product alone."""
-    try:
-        check_int8(layout)
-    except DiagnosticError as fault:
-        raise refused_by(op, fault) from None
+    check_alike(op, layout, x)
     arguments = [*weight_parts(layout, weight), x.codes, x.scales, output.y, SizeArgument(rows)]
-    stem = f"{layout.n}x{layout.k}_w{layout.bits}a8{'_gate' if output.gate else ''}"
+    stem = f"{layout.n}x{layout.k}_w{layout.bits}a8{'_fp8' * layout.fp8}{'_gate' if output.gate else ''}"
     of, made = x.of, {"out": output.element, "gate_up": output.gate}
     if context.few:
         most = tile_rows(context)

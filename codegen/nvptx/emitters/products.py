@@ -9,7 +9,7 @@ what comes behind it           a row by row kernel, unless the product's kernel 
 from __future__ import annotations
 
 from codegen.kernels.call import SizeArgument, rows_of
-from codegen.nvptx.emitters.int8 import Rounded, int8_launch, rounded
+from codegen.nvptx.emitters.int8 import Rounded, check_alike, int8_launch, rounded
 from codegen.nvptx.emitters.rows import part_launch, temporary_like
 from codegen.nvptx.emitters.stored import Output, fragments_of, tile_rows, weight_parts
 from codegen.nvptx.fragments import Fragments
@@ -155,7 +155,7 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Outpu
         raise refused(
             op,
             f"experts of {type} have no product on GPUs",
-            "activations in bf16 or int8 and matrices of a multiple of 64 columns",
+            "activations in bf16 or 8 bits and matrices of a multiple of 8 columns",
         )
     if product.first:
         raise refused(op, "stand-ins of experts have no kernel on GPUs", "a build without stand-ins")
@@ -164,17 +164,15 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Outpu
     group = context.groups[order]
     layout = fragments_of(op, type)
     stride = context.strides.get(weight, layout.nbytes)
+    if isinstance(x, Rounded):
+        check_alike(op, layout, x)
     scales = x.of if isinstance(x, Rounded) else None
     experts = Experts(layout, stride, product.gather, output.gate, output.element, scales)
-    try:
-        experts.check()
-    except DiagnosticError as fault:
-        raise refused_by(op, fault) from None
     rows_of_x: list[GridArgument] = [x.codes] if isinstance(x, Rounded) else [x]
     scales_of_x: list[GridArgument] = [x.scales] if isinstance(x, Rounded) else []
     before = [*weight_parts(layout, weight), *rows_of_x, order, group.tiles, *scales_of_x]
     arguments = [*before, output.y, Count(group.most)]
-    bits = f"w{layout.bits}{'a8' if scales else ''}"
+    bits = f"w{layout.bits}" + (f"a8{'_fp8' * layout.fp8}" if scales else "")
     stem = f"{layout.n}x{layout.k}_{bits}{'_gate' if output.gate else ''}"
     writes = (len(before),)
     if context.few:

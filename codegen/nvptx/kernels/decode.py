@@ -115,15 +115,19 @@ class DecodeProduct:
         if self.scales is None:
             return None
         layout = self.layout
-        units = layout.k // (CHUNK * layout.chunks_of_unit)
+        units = layout.chunks // layout.chunks_of_unit
         lanes = 2 * layout.groups_of_unit
         at = ((self.tile * units + chunk // layout.chunks_of_unit) * 8 + self.g) * lanes
         return self.scales.load(at, lanes).cast(F32)
 
     def _activations(self, chunk: Expr, part: int) -> list[Expr]:
         """Of each segment 8 neighbours of this lane's row."""
-        at = self.places[part] + chunk * CHUNK + self.q * 8
-        return [self.x.load(at + s * SEGMENT, 8) for s in range(2)]
+        return [self.x.load(self.places[part] + self._column(chunk, s), 8) for s in range(2)]
+
+    def _column(self, chunk: Expr, s: int) -> Expr:
+        """The first of 8 neighbours of a segment. Where the row has none, weights are 0 and it is the last eight's."""
+        column = chunk * CHUNK + self.q * 8 + s * SEGMENT
+        return column.min(self.layout.k - 8) if self.layout.ragged else column
 
     def _add_chunk(self, words: list[Expr], scale: Expr | None, xs: list[list[Expr]], sums: list[Expr]) -> list[Expr]:
         k, layout = self.k, self.layout

@@ -163,9 +163,11 @@ class PackedGemm:
         there = chunk.compare("lt", layout.chunks)
         for (number, here), first in zip(self._share(shape.rows * self.pieces), self.places, strict=True):
             row, piece = number // self.pieces, number % self.pieces
-            source = first + chunk * CHUNK + piece * self.piece
+            column = chunk * CHUNK + piece * self.piece
             inside = there & (self.row + row).compare("lt", self.m)
-            self._copy(self.held_x, self._place(stage, row, piece), self.x, source, inside, here)
+            if layout.ragged:
+                inside = inside & column.compare("lt", layout.k)
+            self._copy(self.held_x, self._place(stage, row, piece), self.x, first + column, inside, here)
         self._fetch_tiles(self.held_codes, self.codes, self.code_words, 4, layout.chunks, chunk, stage, there)
         if self.scales is not None and self.held_scales is not None:
             units = layout.chunks // layout.chunks_of_unit

@@ -20,7 +20,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import F8E4M3, F32, I8, I32, PlainFormat
 
 _MANY = PackedShape()
-_QUAD = 4  # scales of rows that are copied together
+_QUAD = 4  # scales that are copied together
+_COPY = 16  # activations that are
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class ActivationScales:
     by_row: bool = False
 
     def __post_init__(self) -> None:
-        if self.group % CHUNK or (self.group and self.k % self.group):
+        fits = self.group in (0, SEGMENT) or self.group % CHUNK == 0
+        if not fits or self.k % (self.group or 1) or self.k % _COPY:
             raise DiagnosticError(
-                f"int8 activations of {self.k} columns in groups of {self.group} have no product on GPUs",
-                expected=f"groups of a multiple of {CHUNK} columns that divides {self.k}, or whole rows",
+                f"activations of 8 bits and {self.k} columns in groups of {self.group} have no product on GPUs",
+                expected=f"a multiple of {_COPY} columns, in whole rows or groups of {SEGMENT} or a multiple of {CHUNK}"
+                " that divides them",
             )
 
     @property
@@ -58,9 +61,18 @@ class ActivationScales:
         """Where the scale of a row's group lies; `m` rows there are."""
         return row * self.row + group if self.by_row else group * _stride(m) + row
 
-    def unit(self, chunk: Expr) -> Expr:
-        """The group of a chunk of columns."""
-        return chunk // (self.group // CHUNK) if self.group else chunk * 0
+    @property
+    def each(self) -> int:
+        """Groups of a chunk of columns: one, or one for each segment."""
+        return 2 if self.group == SEGMENT else 1
+
+    def units(self, chunk: Expr) -> list[Expr]:
+        """The groups of a chunk. Where the row has none, weights are 0 and it is the last group."""
+        if not self.group:
+            return [chunk * 0]
+        if self.each == 1:
+            return [chunk // (self.group // CHUNK)]
+        return [chunk * 2, (chunk * 2 + 1).min(self.groups - 1)]
 
 
 def _stride(m: Expr) -> Expr:
@@ -127,29 +139,34 @@ class DecodeInt8(DecodeProduct):
     def _activations(self, chunk: Expr, part: int) -> list[Expr]:
         """Of each segment 8 neighbours of this lane's row; then the scales of rows 2q and 2q + 1, twice."""
         k, words = self.k, self.x.view(I32)
-        at = (self.places[part] + chunk * CHUNK + self.q * 8) // 4
-        right = [int8_right(k, self.layout, words.load(at + s * (SEGMENT // 4), 2)) for s in range(2)]
-        rows, group = self.scale_rows[part], self.x_scales.unit(chunk)
+        places = [(self.places[part] + self._column(chunk, s)) // 4 for s in range(2)]
+        right = [int8_right(k, self.layout, words.load(at, 2)) for at in places]
+        rows = self.scale_rows[part]
         lanes = 2 // len(rows)
-        both = [self.of_x.load(self.x_scales.place(group, row, self.count), lanes) for row in rows]
-        return [*right, k.join(*both, *both)]
+        for group in self.x_scales.units(chunk):
+            both = [self.of_x.load(self.x_scales.place(group, row, self.count), lanes) for row in rows]
+            right.append(k.join(*both, *both))
+        return right
 
     def _add_chunk(self, words: list[Expr], scale: Expr | None, xs: list[list[Expr]], sums: list[Expr]) -> list[Expr]:
         assert scale is not None
         left = [int8_left(self.k, self.layout, words, s) for s in range(2)]
-        return [_add_columns(self.k, self.layout, t, left, x[:2], scale, x[2]) for t, x in zip(sums, xs, strict=True)]
+        return [_add_columns(self.k, self.layout, t, left, x[:2], scale, x[2:]) for t, x in zip(sums, xs, strict=True)]
 
 
 def _add_columns(
-    k: GridBuilder, layout: Fragments, total: Expr, left: list[Expr], right: list[Expr], scale: Expr, x_scale: Expr
-) -> Expr:
-    """total and the products of a chunk."""
-    partial = int8_zero(k, layout)
+    k: GridBuilder, layout: Fragments, total: Expr, left: list[Expr], right: list[Expr], scale: Expr,
+    x_scales: list[Expr],
+) -> Expr:  # fmt: skip
+    """total and the products of a chunk; segments are apart where their scales are."""
+    partial, groups = int8_zero(k, layout), layout.groups_of_unit
+    apart = groups == 2 or len(x_scales) == 2
     for s in range(2):
         partial = k.mma(partial, left[s], right[s])
-        if layout.groups_of_unit == 2:
-            total, partial = add_int8(k, layout, total, partial, scale, s, x_scale), int8_zero(k, layout)
-    return total if layout.groups_of_unit == 2 else add_int8(k, layout, total, partial, scale, 0, x_scale)
+        if apart or s == 1:
+            total = add_int8(k, layout, total, partial, scale, s % groups, x_scales[s % len(x_scales)])
+            partial = int8_zero(k, layout)
+    return total
 
 
 def gemm_int8_kernel(
@@ -188,7 +205,7 @@ class GemmInt8(PackedGemm):
     def with_scales(self, x_scales: ActivationScales, of_x: Buffer) -> GemmInt8:
         """With the scales of x, before `build`."""
         self.x_scales, self.of_x = x_scales, of_x
-        held = self.shape.stages * self.shape.rows * (_QUAD if x_scales.by_row else 1)
+        held = self.shape.stages * self.shape.rows * (_QUAD if x_scales.by_row else x_scales.each)
         self.held_of_x = self.b.shared(held, F32)
         self.scale_rows = []
         if x_scales.by_row:
@@ -198,27 +215,29 @@ class GemmInt8(PackedGemm):
 
     def _fetch_more(self, chunk: Expr, stage: Expr, there: Expr) -> None:
         """The scales of the block's rows of x: of four rows at once, or by row those of four groups."""
-        group = self.x_scales.unit(chunk)
+        groups = self.x_scales.units(chunk)
         if self.x_scales.by_row:
             for (number, here), first in zip(self._share(self.shape.rows), self.scale_rows, strict=True):
                 inside = there & (self.row + number).compare("lt", self.m)
                 at = (stage * self.shape.rows + number) * _QUAD
-                self._copy(self.held_of_x, at, self.of_x, first + group // _QUAD * _QUAD, inside, here)
+                self._copy(self.held_of_x, at, self.of_x, first + groups[0] // _QUAD * _QUAD, inside, here)
             return
         stride = _stride(self.m)
-        first = group * stride + self.row
-        for number, here in self._share(self.shape.rows // _QUAD):
-            inside = there & (self.row + number * _QUAD).compare("lt", stride)
-            at = stage * self.shape.rows + number * _QUAD
-            self._copy(self.held_of_x, at, self.of_x, first + number * _QUAD, inside, here)
+        for i, group in enumerate(groups):
+            first = group * stride + self.row
+            for number, here in self._share(self.shape.rows // _QUAD):
+                inside = there & (self.row + number * _QUAD).compare("lt", stride)
+                at = (stage * len(groups) + i) * self.shape.rows + number * _QUAD
+                self._copy(self.held_of_x, at, self.of_x, first + number * _QUAD, inside, here)
 
-    def _x_scale(self, stage: Expr, part: int, group: Expr) -> Expr:
-        """Of rows 2q and 2q + 1 of a part, twice."""
-        first = stage * self.shape.rows + self.warp_row + part * ROWS + self.lane % 4 * 2
+    def _x_scale(self, stage: Expr, part: int, groups: list[Expr], i: int) -> Expr:
+        """Of rows 2q and 2q + 1 of a part in group i of a chunk, twice."""
+        row = self.warp_row + part * ROWS + self.lane % 4 * 2
         if not self.x_scales.by_row:
-            both = self.held_of_x.load(first, 2)
+            both = self.held_of_x.load((stage * len(groups) + i) * self.shape.rows + row, 2)
             return self.b.join(both, both)
-        low, high = (self.held_of_x.load((first + i) * _QUAD + group % _QUAD) for i in range(2))
+        first = stage * self.shape.rows + row
+        low, high = (self.held_of_x.load((first + r) * _QUAD + groups[i] % _QUAD) for r in range(2))
         return self.b.join(low, high, low, high)
 
     def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
@@ -226,7 +245,7 @@ class GemmInt8(PackedGemm):
         return ((stage * self.shape.rows + row) * self.pieces + self.b.xor(piece, row // 2 % 2 * 2)) * self.piece
 
     def _multiply(self, chunk: Expr, stage: Expr, sums: list[Expr]) -> list[Expr]:
-        group = self.x_scales.unit(chunk)
+        groups = self.x_scales.units(chunk)
         b, shape, layout = self.b, self.shape, self.layout
         left, scales = [], []
         for t in range(shape.warp_tiles):
@@ -241,10 +260,10 @@ class GemmInt8(PackedGemm):
             for s in range(2):
                 at = self._place(stage, row, self.lane % 4 // 2 + s * 2) // 4 + self.lane % 2 * 2
                 right.append(int8_right(b, layout, words_of_x.load(at, 2)))
-            x_scale = self._x_scale(stage, part, group)
+            x_scales = [self._x_scale(stage, part, groups, i) for i in range(len(groups))]
             for t in range(shape.warp_tiles):
                 at = part * shape.warp_tiles + t
-                made[at] = _add_columns(b, layout, made[at], left[t], right, scales[t], x_scale)
+                made[at] = _add_columns(b, layout, made[at], left[t], right, scales[t], x_scales)
         return made
 
 

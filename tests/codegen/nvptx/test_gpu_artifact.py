@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import hw_targets
 from codegen.build import build_artifact
 from codegen.nvptx import gpu_code
+from codegen.nvptx.compile import ARCHITECTURES
 from codegen.nvptx.ptxas import Assembled
 from codegen.object_cache import ObjectCache
 from frontends.huggingface import import_model
@@ -17,6 +20,7 @@ from runtime.artifact import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.session import Session
 from stratum.checkpoint_report import artifact_text, describe_artifact
+from tests.codegen.nvptx.kernel_list import fp8_kernels
 from tests.goldens import GOLDENS
 
 
@@ -73,6 +77,17 @@ def test_the_cpu_says_what_it_is(built: tuple[Path, Path]) -> None:
 )  # fmt: skip
 def test_which_gpus_code_is_for(target: str, architectures: tuple[str, ...]) -> None:
     assert gpu_code.gpu_architectures(hw_targets.load(target)) == architectures
+
+
+def test_architectures_that_lack_an_instruction_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations in f8e4m3: code for any GPU is for those that multiply them; one that does not is refused by name."""
+    lowered: Any = SimpleNamespace(kernels=fp8_kernels()[:1], host=SimpleNamespace(objects=lambda cache: {}))
+    with pytest.raises(DiagnosticError, match="@decode_fp8 has instructions that sm_80 lacks") as caught:
+        gpu_code.compile_gpu_step(lowered, ("sm_80",))
+    assert "sm_89 or sm_90" in str(caught.value) and "recipe fp8" in str(caught.value)
+    monkeypatch.setattr(gpu_code, "compile_ptx_for", lambda kernels, names, cache: dict.fromkeys(names, ""))
+    monkeypatch.setattr(gpu_code, "find_ptxas", lambda: None)
+    assert list(gpu_code.compile_gpu_step(lowered, ARCHITECTURES).ptx) == ["sm_89", "sm_90"]
 
 
 @pytest.mark.parametrize(("target", "architecture"), [("t4-gcp", "sm_75"), ("mi300x", "gfx942")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -39,13 +41,21 @@ def operands(m: int, n: int, k: int, format: GroupedIntFormat, x_group: int):  #
     return w, x, stored, held, wide @ format.unpack(w).astype(np.float64).T
 
 
-@settings(max_examples=5, deadline=None)
+def fitting(group: int, k: int) -> int:
+    """Groups of so many columns where they fill rows of k, else of 32, or whole rows."""
+    return next(g for g in (group, 32, 0) if k % (g or 1) == 0)
+
+
+COLUMNS = st.sampled_from([32, 48, 64, 96, 128, 192, 224, 256, 320])
+
+
+@settings(max_examples=8, deadline=None)
 @given(
-    st.sampled_from([1, 3, 8, 11, 16]), st.sampled_from([16, 40]), st.integers(1, 5), st.sampled_from(FORMATS),
-    st.sampled_from([0, 64, 128]),
+    st.sampled_from([1, 3, 8, 11, 16]), st.sampled_from([16, 40]), COLUMNS, st.sampled_from(FORMATS),
+    st.sampled_from([0, 32, 64, 128]),
 )  # fmt: skip
-def test_few_rows(m: int, n: int, chunks: int, format: GroupedIntFormat, x_group: int) -> None:
-    k = 64 * chunks * (2 if 128 in (format.group, x_group) else 1)
+def test_few_rows(m: int, n: int, k: int, format: GroupedIntFormat, x_group: int) -> None:
+    format, x_group = replace(format, group=fitting(format.group, k)), fitting(x_group, k)
     w, x, of_x, held, meant = operands(m, n, k, format, x_group)
     layout = Fragments.of(n, k, format)
     made = decode_int8_kernel(layout, held, "product", rows=8 if m <= 8 else 16, warps=2)
@@ -56,13 +66,13 @@ def test_few_rows(m: int, n: int, chunks: int, format: GroupedIntFormat, x_group
     np.testing.assert_array_equal(y, meant)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    st.sampled_from([1, 17, 34]), st.sampled_from([16, 40]), st.integers(1, 4), st.sampled_from(FORMATS),
-    st.sampled_from([0, 64, 128]), st.sampled_from(SHAPES),
+    st.sampled_from([1, 17, 34]), st.sampled_from([16, 40]), COLUMNS, st.sampled_from(FORMATS),
+    st.sampled_from([0, 32, 64, 128]), st.sampled_from(SHAPES),
 )  # fmt: skip
-def test_many_rows(m: int, n: int, chunks: int, format: GroupedIntFormat, x_group: int, shape: PackedShape) -> None:
-    k = 64 * chunks * (2 if 128 in (format.group, x_group) else 1)
+def test_many_rows(m: int, n: int, k: int, format: GroupedIntFormat, x_group: int, shape: PackedShape) -> None:
+    format, x_group = replace(format, group=fitting(format.group, k)), fitting(x_group, k)
     w, x, of_x, held, meant = operands(m, n, k, format, x_group)
     np.testing.assert_array_equal(product(w, x, of_x, held, shape), meant)
 
@@ -84,11 +94,23 @@ def test_every_code_meets_its_activation(format: GroupedIntFormat) -> None:
     np.testing.assert_array_equal(product(w, x, of_x, held, SHAPES[0]), meant)
 
 
+def test_columns_that_end_within_a_chunk() -> None:
+    """Scales of 32 activations; where the last chunk has no columns, x has the next row, or ends."""
+    w, x, of_x, held, meant = operands(18, 24, 96, FORMATS[4], 32)
+    np.testing.assert_array_equal(product(w, x, of_x, held, SHAPES[0]), meant)
+    layout = Fragments.of(24, 96, w.format)
+    made = decode_int8_kernel(layout, held, "product", rows=16, warps=2)
+    few, y = np.ascontiguousarray(of_x[:, :12]), np.full((11, 24), np.nan, np.float32)
+    arguments = [layout.codes(w), layout.scales(w), x[:11].copy(), few, y, 11]
+    interpret_grid(made.func, arguments, blocks=layout.tiles, threads=made.threads)
+    np.testing.assert_array_equal(y, meant[:11])
+
+
 @settings(max_examples=5, deadline=None)
 @given(
     st.integers(1, 3),
-    st.sampled_from([64, 256, 2176, 4224]),
-    st.sampled_from([0, 64, 128]),
+    st.sampled_from([64, 96, 256, 2176, 4224]),
+    st.sampled_from([0, 32, 64, 128]),
     st.sampled_from([F32, BF16]),
     st.booleans(),
 )
@@ -96,7 +118,7 @@ def test_rows_are_rounded(m: int, k: int, group: int, element: PlainFormat, by_r
     group = group if group and k % group == 0 else 0
     held = ActivationScales(k, group, by_row)
     x = normal(m, k, element=element)
-    x[0, :64] = 0  # a group of zeros, or a part of one
+    x[0, :32] = 0  # a group of zeros, or a part of one
     shape = (m, held.row) if by_row else (held.groups, held.count(m) // held.groups)
     codes, scales = np.full((m, k), 99, np.int8), np.full(shape, 7, np.float32)
     made = quantize_rows_kernel(held, "rounded", element)
@@ -112,10 +134,12 @@ def test_rows_are_rounded(m: int, k: int, group: int, element: PlainFormat, by_r
 
 
 def test_what_has_no_product() -> None:
-    with pytest.raises(DiagnosticError, match="activations of 96 columns in groups of 32 have no product"):
-        ActivationScales(96, 32)
-    with pytest.raises(DiagnosticError, match="groups of a multiple of 64 columns that divides 192"):
+    with pytest.raises(DiagnosticError, match="of 8 bits and 96 columns in groups of 96 have no product"):
+        ActivationScales(96, 96)
+    with pytest.raises(DiagnosticError, match="a multiple of 16 columns, in whole rows or groups of 32 or a multiple"):
         ActivationScales(192, 128)
+    with pytest.raises(DiagnosticError, match="of 8 bits and 40 columns"):
+        ActivationScales(40)
     with pytest.raises(DiagnosticError, match="int8 activations meet weights in bf16"):
         decode_int8_kernel(Fragments.of(16, 64, BF16), ActivationScales(64), "product")
     with pytest.raises(DiagnosticError, match="rounded in groups of 192 columns"):

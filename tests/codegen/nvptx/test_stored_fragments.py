@@ -60,11 +60,12 @@ def constant(shape: tuple[int, ...], format: str, halves: int) -> Value:
 
 @settings(max_examples=12)
 @given(
-    st.sampled_from([(16, 64), (40, 128), (48, 192), (3, 32, 64)]), st.sampled_from(FORMATS), st.sampled_from([1, 2]),
-    st.sampled_from([1, 9000, 1 << 20]),
+    st.sampled_from([(16, 64), (40, 128), (48, 192), (3, 32, 64), (2, 16, 96), (40, 32)]), st.sampled_from(FORMATS),
+    st.sampled_from([1, 2]), st.sampled_from([1, 9000, 1 << 20]),
 )  # fmt: skip
 def test_what_is_stored_is_read_back(shape: tuple[int, ...], format: str, halves: int, piece: int) -> None:
     assume(halves == 1 or shape[-2] % 16 == 0)
+    assume(shape[-1] % 64 == 0 or "64" not in format)
     dense = np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
     source, value = Source(dense if len(shape) == 3 else dense[None]), constant(shape, format, halves)
     out = io.BytesIO()
@@ -81,8 +82,8 @@ def test_the_layout_has_a_text_form() -> None:
     assert parse_layout("strips<rows=16, pack=64, lanes=32>") == Layout(16, 64, lanes=32)
 
 
-@pytest.mark.parametrize("k", [32, 96])
+@pytest.mark.parametrize("k", [12, 100])
 def test_columns_that_are_no_chunks_are_refused(k: int) -> None:
     value = constant((16, k), "bf16", 1)
-    with pytest.raises(DiagnosticError, match="multiple of 64"):
+    with pytest.raises(DiagnosticError, match="multiple of 8"):
         write_weights([("w", value)], Source(np.zeros((1, 16, k), np.float32)), io.BytesIO())

@@ -20,7 +20,6 @@ import numpy as np
 
 from tests.runtime.cuda.emulated_calls import (
     BEFORE_CONTEXT,
-    COPY_BYTES_PER_S,
     INVALID,
     KERNEL_SECONDS,
     OK,
@@ -33,11 +32,12 @@ from tests.runtime.cuda.emulated_calls import (
     load_image,
 )
 from tests.runtime.cuda.emulated_kernels import Runner
-from tests.runtime.cuda.emulated_memory import POISON, EmulatedMemory, EmulationFault
+from tests.runtime.cuda.emulated_memory import EmulatedMemory, EmulationFault
+from tests.runtime.cuda.emulated_memory_calls import MemoryCalls
 from tests.runtime.cuda.emulated_streams import Operation, Ranges, Streams
 
 
-class EmulatedDriver(Constants):
+class EmulatedDriver(MemoryCalls, Constants):
     """One GPU. `order` as in `emulated_streams.Streams`; `memory_bytes` is all that it has."""
 
     def __init__(
@@ -65,7 +65,7 @@ class EmulatedDriver(Constants):
         self._objects: dict[int, tuple[str, Any]] = {}  # handle -> kind, what it is
         self._capturing: dict[int, Capture] = {}
         self._spoilt: set[int] = set()
-        self._to_be_read: list[tuple[int, int]] = []  # memory of the host, by copies that wait
+        self._to_be_read = []
         self._next = 1000
 
     # -- for tests
@@ -168,68 +168,6 @@ class EmulatedDriver(Constants):
         assert context == 77
         return (OK,)
 
-    # -- memory
-
-    def cuMemGetInfo(self) -> tuple[Status, int, int]:  # noqa: N802
-        return OK, self.memory.nbytes - self.memory.used(), self.memory.nbytes
-
-    def cuMemAlloc(self, nbytes: int) -> tuple[Status, int]:  # noqa: N802
-        if self.memory.used() + nbytes > self.memory.nbytes:
-            return Status.CUDA_ERROR_OUT_OF_MEMORY, 0
-        return (OK, self.memory.make("device", nbytes).address) if nbytes > 0 else (INVALID, 0)
-
-    def cuMemFree(self, address: int) -> tuple[Status]:  # noqa: N802
-        self.streams.seen_all()  # as the driver does
-        self.memory.drop(address, "device")
-        return (OK,)
-
-    def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Status, int]:  # noqa: N802
-        return OK, self.memory.make("pinned", nbytes).address
-
-    def cuMemFreeHost(self, address: int) -> tuple[Status]:  # noqa: N802
-        self.memory.drop(address, "pinned")
-        return (OK,)
-
-    def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> tuple[Status, int]:  # noqa: N802
-        return OK, self.memory.granule if properties.location.type == 1 else 1
-
-    def cuMemAddressReserve(self, nbytes: int, align: int, address: int, flags: int) -> tuple[Status, int]:  # noqa: N802
-        if nbytes <= 0 or nbytes % self.memory.granule or align % self.memory.granule:
-            return INVALID, 0
-        return OK, self.memory.make("reserved", nbytes).address
-
-    def cuMemAddressFree(self, address: int, nbytes: int) -> tuple[Status]:  # noqa: N802
-        if self.memory.find(address, nbytes, "cuMemAddressFree")[0].nbytes != nbytes:
-            return (INVALID,)
-        self.memory.drop(address, "reserved")
-        return (OK,)
-
-    def cuMemCreate(self, nbytes: int, properties: Any, flags: int) -> tuple[Status, int]:  # noqa: N802
-        if nbytes <= 0 or nbytes % self.memory.granule or properties.type != 1:
-            return INVALID, 0
-        if self.memory.used() + nbytes > self.memory.nbytes:
-            return Status.CUDA_ERROR_OUT_OF_MEMORY, 0
-        return OK, self.memory.create(nbytes)
-
-    def cuMemRelease(self, handle: int) -> tuple[Status]:  # noqa: N802
-        del self.memory.handles[handle]
-        return (OK,)
-
-    def cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> tuple[Status]:  # noqa: N802
-        if address % self.memory.granule or nbytes % self.memory.granule or offset:
-            return (INVALID,)
-        self.memory.map(address, nbytes, handle)
-        return (OK,)
-
-    def cuMemSetAccess(self, address: int, nbytes: int, access: list[Any], count: int) -> tuple[Status]:  # noqa: N802
-        allowed = count == len(access) == 1 and access[0].flags == 3 and access[0].location.type == 1
-        self.memory.view(address, nbytes, "cuMemSetAccess", kinds=("reserved",))
-        return (OK if allowed else INVALID,)
-
-    def cuMemUnmap(self, address: int, nbytes: int) -> tuple[Status]:  # noqa: N802
-        self.memory.unmap(address, nbytes)
-        return (OK,)
-
     # -- streams and events
 
     def cuStreamCreate(self, flags: int) -> tuple[Status, int]:  # noqa: N802
@@ -309,56 +247,6 @@ class EmulatedDriver(Constants):
     def _guarded(self, work: Callable[[], tuple[Ranges, Ranges]]) -> Callable[[], tuple[Ranges, Ranges]]:
         """Work that is not done any more once the context is lost."""
         return lambda: ([], []) if self._lost else work()
-
-    def cuMemcpyHtoDAsync(self, target: int, host: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
-        def make() -> Callable[[], tuple[Ranges, Ranges]]:
-            before = self._host_view(host, nbytes).copy()
-            self._to_be_read.append((host, host + nbytes))
-
-            def work() -> tuple[Ranges, Ranges]:
-                self._to_be_read.remove((host, host + nbytes))
-                source = self._host_view(host, nbytes)
-                if not np.array_equal(source, before):
-                    raise EmulationFault("the host changed memory that a copy to the GPU had still to read")
-                self._device_view(target, nbytes, "copy in")[:] = source
-                return [(host, host + nbytes)], [(target, target + nbytes)]
-
-            return work
-
-        return self._give(stream, Node("copy in", make, nbytes / COPY_BYTES_PER_S))
-
-    def cuMemcpyDtoHAsync(self, host: int, source: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
-        def make() -> Callable[[], tuple[Ranges, Ranges]]:
-            if not any(host < stop and start < host + nbytes for start, stop in self._to_be_read):
-                self._host_view(host, nbytes)[:] = POISON  # who reads too early reads this
-
-            def work() -> tuple[Ranges, Ranges]:
-                self._host_view(host, nbytes)[:] = self._device_view(source, nbytes, "copy out")
-                return [(source, source + nbytes)], [(host, host + nbytes)]
-
-            return work
-
-        return self._give(stream, Node("copy out", make, nbytes / COPY_BYTES_PER_S))
-
-    def cuMemcpyDtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
-        def work() -> tuple[Ranges, Ranges]:
-            self._device_view(target, nbytes, "copy")[:] = self._device_view(source, nbytes, "copy")
-            return [(source, source + nbytes)], [(target, target + nbytes)]
-
-        return self._give(stream, Node("copy", lambda: work, nbytes / COPY_BYTES_PER_S))
-
-    def cuMemsetD8Async(self, target: int, byte: int, nbytes: int, stream: int) -> tuple[Status]:  # noqa: N802
-        def work() -> tuple[Ranges, Ranges]:
-            self._device_view(target, nbytes, "fill")[:] = byte
-            return [], [(target, target + nbytes)]
-
-        return self._give(stream, Node("fill", lambda: work, nbytes / COPY_BYTES_PER_S))
-
-    def _host_view(self, address: int, nbytes: int) -> np.ndarray:
-        return self.memory.view(address, nbytes, "copy that goes on beside the host", kinds=("pinned",))
-
-    def _device_view(self, address: int, nbytes: int, what: str) -> np.ndarray:
-        return self.memory.view(address, nbytes, what, kinds=("device", "reserved"))
 
     # -- kernels
 

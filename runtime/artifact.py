@@ -13,7 +13,7 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,10 @@ from runtime.cuda.modules import Image
 from runtime.cuda.program import GpuStep
 from runtime.cuda.program_reader import read_step
 from runtime.errors import RuntimeDiagnostic
+from runtime.loaded_weights import LoadedWeights
 from runtime.manifest import MAX_MANIFEST_BYTES, REBUILD_HINT, FileInfo, Manifest, TargetInfo, parse_manifest
 from runtime.memory import FileMapping
+from runtime.weight_reader import Pread
 
 MANIFEST_NAME = "manifest.json"
 FULL_HASH_BELOW_BYTES = 64 << 20
@@ -78,6 +80,13 @@ class Artifact:
         weights = self.manifest.weights
         with _opened(self.path, weights.file, weights.bytes) as descriptor:
             return FileMapping(descriptor, weights.bytes, where=str(self.path / weights.file))
+
+    def load_weights(self, threads: int, preadv: Pread, but: Sequence[tuple[int, int]] = ()) -> LoadedWeights:
+        """A copy of the weights in memory, but for some ranges; see LoadedWeights."""
+        weights = self.manifest.weights
+        with _opened(self.path, weights.file, weights.bytes) as descriptor:
+            where = str(self.path / weights.file)
+            return LoadedWeights(descriptor, weights.bytes, where=where, threads=threads, but=but, preadv=preadv)
 
     def open_weights(self) -> int:
         """A descriptor of the weights, checked as `map_weights` does; the caller closes it."""

@@ -73,6 +73,16 @@ def memory_limit(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
     return min((limit for limit in limits if limit < physical), default=None)
 
 
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """What this process may still take: free memory with what the page cache would give up, within its limit."""
+    free = os.sysconf("SC_PHYS_PAGES") * PAGE_BYTES
+    with suppress(OSError, ValueError):
+        words = meminfo.read_text().split()
+        free = int(words[words.index("MemAvailable:") + 1]) << 10  # in kB
+    limit = memory_limit()
+    return free if limit is None else max(0, min(free, limit - resident_bytes()))
+
+
 def charged_cache(own: Path = _OWN / "cgroup", root: Path = _ROOT) -> int | None:
     """Bytes of cached files that the control group of this process is charged for; None where nobody says."""
     with suppress(OSError):

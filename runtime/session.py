@@ -56,9 +56,10 @@ MEASURED_TOKENS = 64  # of a step that tells what computing a position costs: sh
 class Session(SessionBase):
     """An artifact in memory. `max_context` defaults to the model's, `threads` to one a physical core of this process.
 
-    With `stream` the weights are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill` sequences
-    that a step does not use may lie on disk; with `kv_stream`, which excludes that, layers of the cache. `routing` is
-    told which experts every token chose.
+    Without `mmap` the weights are copied into memory of huge pages: slower to open, faster where the page cache is in
+    small pieces. With `stream` they are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill`
+    sequences that a step does not use may lie on disk; with `kv_stream`, which excludes that, layers of the cache.
+    `routing` is told which experts every token chose.
 
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
     """
@@ -80,6 +81,7 @@ class Session(SessionBase):
         preadv: Pread = os.preadv,
         kv_spill: SpillOptions | None = None,
         kv_stream: KVStreamOptions | None = None,
+        mmap: bool = True,
     ) -> None:
         super().__init__(path)
         self.artifact = open_artifact(path, verify=verify)
@@ -89,7 +91,7 @@ class Session(SessionBase):
         self.threads = host.available_cores().default_threads if threads is None else threads
         self._resources = resources = Resources()
         self._finalizer = weakref.finalize(self, release_all, resources)
-        self._stream, self._preadv = stream, preadv
+        self._stream, self._preadv, self._mmap = stream, preadv, mmap
         self._routing, self._kv_spill, self._kv_stream = routing, kv_spill, kv_stream
         self._computed_s, self._computed_tokens = 0.0, 0  # of longer steps
         try:
@@ -107,9 +109,12 @@ class Session(SessionBase):
             self.streamer = resources.add(WeightStreamer(self.artifact, self._stream, preadv=self._preadv))
             weights_address = self.streamer.address
         else:
-            weights = resources.add(self.artifact.map_weights())
-            copies = [piece for piece in self.manifest.weights.pieces if piece.kind == "stand_ins"]
-            weights.read_ahead(but=[(piece.offset, piece.bytes) for piece in copies])
+            but = [(piece.offset, piece.bytes) for piece in self.manifest.weights.pieces if piece.kind == "stand_ins"]
+            if self._mmap:
+                weights = resources.add(self.artifact.map_weights())
+                weights.read_ahead(but)
+            else:
+                weights = resources.add(self.artifact.load_weights(self.threads, self._preadv, but))
             weights_address = weights.address
         resources.native = NativeCode(self.artifact.code, [p.symbol for p in programs], where=self._where)
         self._kv = resources.add(KVCache(self.manifest.kv, self.max_context, self.num_slots))

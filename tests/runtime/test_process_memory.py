@@ -102,3 +102,14 @@ def test_pages_of_a_file(tmp_path: Path) -> None:
     assert cached_bytes(descriptor, 10 * PAGE_BYTES + 1) == 11 * PAGE_BYTES
     assert cached_bytes(descriptor, 0) == 0
     os.close(descriptor)
+
+
+def test_what_is_available_is_what_the_system_says_within_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       999 kB\nMemAvailable:       700 kB\n")
+    monkeypatch.setattr(process_memory, "resident_bytes", lambda: 100 << 10)
+    for limit, wanted in ((None, 700), (500 << 10, 400), (2000 << 10, 700), (50 << 10, 0)):
+        monkeypatch.setattr(process_memory, "memory_limit", lambda limit=limit: limit)
+        assert process_memory.available_bytes(meminfo) == wanted << 10

@@ -22,6 +22,7 @@ from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
 from ir.ops.quant import RotateOp
+from ir.ops.tensor import ConstantStackOp
 from ir.types import TensorType
 
 Box = tuple[tuple[int, int], ...]
@@ -99,8 +100,8 @@ class ConstantReader:
         if self.op.name == "tensor.constant":
             return [self.op.attributes["symbol"].name]
         if self.op.name == "tensor.constant_stack":
-            name, count = self.op.attributes["symbol"].name, self.op.attributes["count"]
-            return [name.replace("*", str(i), 1) for i in range(count)]
+            assert isinstance(self.op, ConstantStackOp)
+            return list(self.op.symbols())
         return [name for child in self.children for name in child.symbols()]
 
 
@@ -141,9 +142,9 @@ def _read_constant(node: ConstantReader, box: Box) -> np.ndarray:
 
 
 def _read_stack(node: ConstantReader, box: Box) -> np.ndarray:
-    symbol = node.op.attributes["symbol"].name
+    assert isinstance(node.op, ConstantStackOp)
     first, last = box[0]
-    parts = (_read_tensor(node, symbol.replace("*", str(i), 1), node.shape[1:], box[1:]) for i in range(first, last))
+    parts = (_read_tensor(node, name, node.shape[1:], box[1:]) for name in node.op.symbols()[first:last])
     if last - first == 1:
         return next(parts)[np.newaxis]
     out = np.empty([b - a for a, b in box], node.dtype)

@@ -18,7 +18,7 @@ from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
 from codegen.pending import Pending
 from codegen.programs import Launch, Program, ProgramSpec, WeightsFile
 from codegen.router_places import RouterPlace, StandInPlace, route_of, router_of
-from codegen.weight_pieces import ExpertBundle, expert_bundles, plan_pieces
+from codegen.weight_pieces import ExpertBundle, expert_bundles, in_file_order, plan_pieces
 from codegen.weights import plan_weights
 from ir.attributes import SymbolRef
 from ir.builder import Builder
@@ -88,7 +88,7 @@ class Lowering:
 
     def weights_file(self) -> WeightsFile:
         """Plans the file. Raises DiagnosticError for weights that cannot be stored."""
-        roots = tuple((name, value) for value, name in self.weights.items())
+        roots = in_file_order([(name, value) for value, name in self.weights.items()], self.bundles)
         tensors, nbytes = plan_weights(roots, [bundle.weights for bundle in self.bundles])
         pieces, piece_of = plan_pieces(roots, tensors, self.bundles)
         return WeightsFile(roots, self.bundles, tuple(tensors), nbytes, pieces, piece_of)
@@ -185,13 +185,13 @@ class ProgramBuilder:
     def _join(self, op: JoinRowsOp) -> None:
         """The two products write different rows of one buffer."""
         self._only_reader(op, op.y)
-        self._only_reader(op, op.stand_ins)
-        made = {result: step for step, call in enumerate(self.calls) for result in call.op.results}
-        if op.y not in made or op.stand_ins not in made or made[op.y] > made[op.stand_ins]:
-            raise DiagnosticError.of(
-                Diagnostic("error", "stand-ins are not computed behind what they stand in for", op.location)
-            )
-        self.alias[op.stand_ins] = self.alias[op.joined] = op.y
+        self._only_reader(op, op.others)
+        made: dict[Value, int] = {result: step for step, call in enumerate(self.calls) for result in call.op.results}
+        y = self.root(op.y)  # the buffer of rows that are joined already
+        if y not in made or op.others not in made or made[y] > made[op.others]:
+            message = "rows of experts, or of stand-ins, are not computed behind those that they are joined to"
+            raise DiagnosticError.of(Diagnostic("error", message, op.location))
+        self.alias[op.others] = self.alias[op.joined] = op.y
 
     def _only_reader(self, op: Op, value: Value) -> None:
         if len(value.uses) != 1:

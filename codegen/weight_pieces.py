@@ -3,7 +3,8 @@
 Takes the weights of a step and where they lie; gives pieces that cover the file in its order, each of one kind:
 
     rows      a table of which a token reads one row (the embedding)
-    experts   the experts of one layer: every matrix of expert 0, then of expert 1, ...; experts begin on a page
+    experts   the experts of one layer: every matrix of expert 0, then of expert 1, ...; experts begin on a page.
+              Where they differ in format, those of one format after another: the classes of the piece
     stand_ins the same experts in fewer bits, for those that are missing
     dense     what every token reads: a large matrix and the small tensors before it
 """
@@ -30,12 +31,14 @@ DENSE_BYTES = 1 << 20  # a dense piece ends behind the tensor that makes it this
 class ExpertBundle:
     """The stacks [E, n, k] of one layer's experts, in the order they are read, and the router's choice, i32.
 
-    `stand_in`: whether these are copies in fewer bits, which stand in for missing ones.
+    `stand_in`: whether these are copies in fewer bits, which stand in for missing ones. `members`: the numbers of the
+    experts, where these are some of the layer's only.
     """
 
     weights: tuple[Value, ...]
     ids: Value
     stand_in: bool = False
+    members: tuple[int, ...] = ()
 
     @property
     def stride(self) -> int:
@@ -45,19 +48,26 @@ class ExpertBundle:
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """Bytes [offset, offset + nbytes) of the file, whole pages. `unit` is the bytes of a row or of an expert, or 0."""
+    """Bytes [offset, offset + nbytes) of the file, whole pages. `unit` is the bytes of a row or of an expert, or 0.
+
+    `classes`: where experts differ in size, the bytes of one and the numbers of the experts, for each format in the
+    order of the file; `unit` is then that of the largest.
+    """
 
     kind: str
     offset: int
     nbytes: int
     origin: str
     unit: int = 0
+    classes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def manifest_entry(self) -> dict[str, object]:
         """The form in `manifest.json`."""
-        return {
+        entry: dict[str, object] = {
             "kind": self.kind, "offset": self.offset, "bytes": self.nbytes, "origin": self.origin, "unit": self.unit,
         }  # fmt: skip
+        classes = [{"unit": unit, "experts": list(experts)} for unit, experts in self.classes]
+        return entry | ({"classes": classes} if classes else {})
 
 
 def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBundle, ...]:
@@ -77,17 +87,36 @@ def expert_bundles(step: FuncOp, weights: Mapping[Value, str]) -> tuple[ExpertBu
             continue
         offsets, stack = op.operands[form.offsets], op.operands[form.weight]
         dispatch = offsets.defining_op()
-        first = form.product.first if isinstance(form.product, GroupedGemmOp) else 0
-        if first and len(stack.users) > 1:
+        product = form.product
+        assert isinstance(product, GroupedGemmOp)  # others have no offsets
+        first, copies = product.first, product.stand_ins
+        if copies and len(stack.users) > 1:
             raise _too_large(op)
         if isinstance(dispatch, DispatchOp) and stack in weights and len(stack.users) == 1:
             known = found.get((offsets, first))
             stacks = (*(known.weights if known is not None else ()), stack)
-            found[offsets, first] = ExpertBundle(stacks, dispatch.ids, first > 0)
-            whole = found.get((offsets, 0))
-            if first and (whole is None or found[offsets, first].stride >= whole.stride):
+            found[offsets, first] = ExpertBundle(stacks, dispatch.ids, copies, _members(product, dispatch))
+            whole = [bundle for (at, _), bundle in found.items() if at is offsets and not bundle.stand_in]
+            if copies and (not whole or found[offsets, first].stride >= min(bundle.stride for bundle in whole)):
                 raise _too_large(op)
     return tuple(found.values())
+
+
+def _members(product: GroupedGemmOp, dispatch: DispatchOp) -> tuple[int, ...]:
+    """The numbers of the experts of a product by some of them."""
+    if not product.of:
+        return ()
+    shape = product.w.type.shape
+    return tuple(dispatch.places.index(product.first + i) for i in range(shape[0]))
+
+
+def in_file_order(roots: Iterable[tuple[str, Value]], bundles: Sequence[ExpertBundle]) -> tuple[tuple[str, Value], ...]:
+    """The weights as they are read, all experts of a layer together, at the place of the first."""
+    layer_of = {value: bundle.ids for bundle in bundles if bundle.members for value in bundle.weights}
+    together: dict[Value, list[tuple[str, Value]]] = {}
+    for name, value in roots:
+        together.setdefault(layer_of.get(value, value), []).append((name, value))
+    return tuple(root for found in together.values() for root in found)
 
 
 def _too_large(op: Op) -> DiagnosticError:
@@ -153,15 +182,27 @@ def plan_pieces(
             pieces.append(WeightPiece("rows", tensor.offset, nbytes, tensor.name, tensor.nbytes // tensor.shape[0]))
             continue
         bundle = bundle_of[tensor.name]
+        origin = tensor.name.rsplit(".", 1)[0]
+        if bundle.members:
+            parts = [b for b in bundles if b.ids is bundle.ids and b.members]
+            piece_of.update((names[value], len(pieces)) for part in parts for value in part.weights)
+            pieces.append(_of_classes(parts, tensor.offset, origin))
+            continue
         piece_of.update((names[value], len(pieces)) for value in bundle.weights)
         nbytes = bundle.stride * tensor.shape[0]
-        origin = tensor.name.rsplit(".", 1)[0]
         if bundle.stand_in and pieces and pieces[-1].kind == "experts":
             origin = f"{pieces[-1].origin}.stand_ins"
         kind = "stand_ins" if bundle.stand_in else "experts"
         pieces.append(WeightPiece(kind, tensor.offset, nbytes, origin, bundle.stride))
     end_run()
     return tuple(pieces), piece_of
+
+
+def _of_classes(bundles: Sequence[ExpertBundle], offset: int, origin: str) -> WeightPiece:
+    """The piece of a layer whose experts differ in format; the bundles are in the order of the file."""
+    classes = tuple((bundle.stride, bundle.members) for bundle in bundles)
+    nbytes = sum(unit * len(experts) for unit, experts in classes)
+    return WeightPiece("experts", offset, nbytes, origin, max(unit for unit, _ in classes), classes)
 
 
 def _page_end(tensor: StoredTensor) -> int:

@@ -95,7 +95,7 @@ def _check_router(program: ProgramInfo, piece: int, router: RouterInfo, weights:
         top.fail(f"{where}.hidden", f"f32 rows inside of the arena of {program.arena_bytes} bytes", router.hidden)
     if router.weights % 4 or router.weights + router.bytes > weights.bytes:
         top.fail(f"{where}.weights", f"an f32 matrix inside of the {weights.bytes} bytes of weights", router.weights)
-    if info.kind != "experts" or router.experts * info.unit != info.bytes:
+    if info.kind != "experts" or router.experts != info.count:
         top.fail(f"{where}.experts", "as many as the piece has", router.experts)
 
 
@@ -104,9 +104,9 @@ def _check_stand_ins(program: ProgramInfo, piece: int, found: StandInInfo, manif
     where, pieces = f"programs.{program.name}.awaits.stand_ins", manifest.weights.pieces
     whole, info = pieces[piece], pieces[found.piece] if found.piece < len(pieces) else None
     kinds = (whole.kind, info.kind if info is not None else "")
-    if info is None or kinds != ("experts", "stand_ins") or info.bytes * whole.unit != whole.bytes * info.unit:
+    if info is None or kinds != ("experts", "stand_ins") or info.count != whole.count:
         top.fail(f"{where}.piece", "a piece of kind stand_ins, with as many as there are experts", found.piece)
-    if info.unit >= whole.unit:
+    if info.unit >= min((unit for unit, _ in whole.classes), default=whole.unit):
         top.fail(f"{where}.piece", "stand-ins smaller than the experts", found.piece)
     nbytes = 4 * program.max_tokens * manifest.experts_per_token
     if found.weights % 4 or found.weights + nbytes > program.arena_bytes:

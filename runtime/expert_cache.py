@@ -57,8 +57,9 @@ class _Partition:
 class ExpertCache:
     """Decides which experts are resident.
 
-    `entry_bytes[layer]`: bytes of one expert of that layer (all 1, to count slots); layers are those with experts,
-    numbered from 0 in the order in which a pass visits them; `stand_in_bytes` those of a stand-in. `capacity`: for all
+    `entry_bytes[layer]`: bytes of one expert of that layer (all 1, to count slots), or of each expert where they
+    differ: entries take what they are, there are no slots of one size. Layers are those with experts, numbered from 0
+    in the order in which a pass visits them; `stand_in_bytes` those of a stand-in. `capacity`: for all
     layers together, or with `scope="layer"` the sum of equal shares. `pinned`: entries that are there from the start
     and never leave; they count against the capacity. RuntimeDiagnostic when the pinned entries alone exceed it, or for
     an unknown policy or scope.
@@ -66,7 +67,7 @@ class ExpertCache:
 
     def __init__(
         self,
-        entry_bytes: Sequence[int],
+        entry_bytes: Sequence[int | Sequence[int]],
         capacity: int,
         *,
         policy: str = "lru",
@@ -76,14 +77,16 @@ class ExpertCache:
     ) -> None:
         if scope not in ("global", "layer"):
             raise RuntimeDiagnostic(f"the scope of an expert cache is {scope!r}", expected="global or layer")
-        if not entry_bytes or min(entry_bytes) <= 0 or capacity < 0:
+        sizes: list[tuple[int, ...]] = [(one,) if isinstance(one, int) else tuple(one) for one in entry_bytes]
+        if not sizes or not all(sizes) or min(min(layer) for layer in sizes) <= 0 or capacity < 0:
             raise RuntimeDiagnostic("an expert cache needs entries of a positive size and a budget of at least 0")
-        self._bytes, self._stand_in_bytes = tuple(entry_bytes), tuple(stand_in_bytes)
+        self._sizes, self._stand_in_bytes = sizes, tuple(stand_in_bytes)
+        means = [sum(layer) // len(layer) for layer in sizes]
         self.policy_name, self.scope = policy, scope
-        layers = len(self._bytes)
+        layers = len(sizes)
         count = layers if scope == "layer" else 1
         self._partitions = [
-            _Partition(capacity // count, make_policy(policy, self._bytes, self._stand_in_bytes)) for _ in range(count)
+            _Partition(capacity // count, make_policy(policy, means, self._stand_in_bytes)) for _ in range(count)
         ]
         self._pinned = dict.fromkeys(pinned)
         self._busy: dict[Entry, None] = {}  # entries of the batch in progress
@@ -92,7 +95,7 @@ class ExpertCache:
         self.counters = CacheCounters(layer_lookups=[0] * layers, layer_hits=[0] * layers)
         for entry in self._pinned:
             partition = self._partition(entry[0])
-            partition.used += self._bytes[entry[0]]
+            partition.used += self._size(entry)
             if partition.used > partition.capacity:
                 raise RuntimeDiagnostic(
                     "the pinned experts exceed the budget of the expert cache",
@@ -220,7 +223,10 @@ class ExpertCache:
             self._remove(partition, (layer, expert))
 
     def _size(self, entry: Entry) -> int:
-        return (self._bytes if entry[1] >= 0 else self._stand_in_bytes)[entry[0]]
+        if entry[1] < 0:
+            return self._stand_in_bytes[entry[0]]
+        sizes = self._sizes[entry[0]]
+        return sizes[entry[1] if len(sizes) > 1 else 0]
 
     def _partition(self, layer: int) -> _Partition:
         return self._partitions[layer if self.scope == "layer" else 0]

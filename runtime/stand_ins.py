@@ -72,5 +72,4 @@ def stand_in(expert: int) -> int:
 
 def in_program(entries: Sequence[int], piece: PieceInfo) -> list[int]:
     """Numbers of a program's experts for entries of a cache; `piece` holds the experts of the layer."""
-    count = piece.bytes // piece.unit
-    return [entry if entry >= 0 else count + stand_in(entry) for entry in entries]
+    return [entry if entry >= 0 else piece.count + stand_in(entry) for entry in entries]

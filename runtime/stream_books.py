@@ -127,10 +127,15 @@ class StreamBooks:
         info = self._pieces[self._expert_pieces[layer]]
         before = self._pieces[self._expert_pieces[layer - 1]]
         capacity = self.cache.capacity_bytes // (len(self._expert_pieces) if self._plan.scope == "layer" else 1)
-        room = max(0, capacity - (before.bytes if self._plan.scope == "global" else 0)) // info.unit
-        count = info.bytes // info.unit
-        have = [e for e in range(count) if self.cache.is_resident(layer, e)]
-        missing = [e for e in range(count) if not self.cache.is_resident(layer, e)][: max(0, room - len(have))]
+        room = capacity - (before.bytes if self._plan.scope == "global" else 0)
+        have = [e for e in range(info.count) if self.cache.is_resident(layer, e)]
+        room -= sum(info.place(e)[1] for e in have)
+        missing = []
+        for expert in (e for e in range(info.count) if not self.cache.is_resident(layer, e)):
+            room -= info.place(expert)[1]
+            if room < 0:
+                break
+            missing.append(expert)
         self._give_up(self.cache.admit(layer, missing))
         for expert in missing:
             if self.cache.is_resident(layer, expert):
@@ -140,8 +145,8 @@ class StreamBooks:
         """Of experts that the layer will probably want: those to be read now, as they are missing and there is room."""
         assert self.cache is not None
         missing = [expert for expert in experts if not self.cache.is_resident(layer, expert)]
-        unit = self._pieces[self._expert_pieces[layer]].unit
-        return missing[: min(self.most_guesses, max(0, self.cache.room_ahead(layer)) // unit)]
+        largest = self._pieces[self._expert_pieces[layer]].unit
+        return missing[: min(self.most_guesses, max(0, self.cache.room_ahead(layer)) // largest)]
 
     def read_guessed(self, layer: int, experts: Sequence[int]) -> None:
         """Reads them behind all that is waited for."""
@@ -165,7 +170,7 @@ class StreamBooks:
             info = self._pieces[self._expert_pieces[layer]]
         else:
             info, expert = self._pieces[self._stand_in_pieces[layer]], stand_in(expert)
-        return info.offset + expert * info.unit, info.unit
+        return info.place(expert)
 
     def _submit(self, layer: int, expert: int, *, urgent: bool) -> ReadJob:
         """Reads an expert."""

@@ -153,7 +153,7 @@ class WeightStreamer:
             jobs = self._books.experts(layer, used, done, weights)
             self._guess(program, number, layer, experts)
         self._wait(jobs, piece.origin)
-        if len(experts) >= ALL_EXPERTS_USED * (piece.bytes // piece.unit) and layer + 1 < len(self.expert_pieces):
+        if len(experts) >= ALL_EXPERTS_USED * piece.count and layer + 1 < len(self.expert_pieces):
             with self._keeping():
                 self._books.ahead(layer + 1)
         return in_program(used, piece) if self.stand_in_pieces else experts
@@ -229,7 +229,8 @@ class WeightStreamer:
         self._memory.close()
 
     def _new_cache(self) -> ExpertCache:
-        units, copies = ([self.pieces[n].unit for n in pieces] for pieces in (self.expert_pieces, self.stand_in_pieces))
+        units = [self.pieces[n].sizes for n in self.expert_pieces]
+        copies = [self.pieces[n].unit for n in self.stand_in_pieces]
         return ExpertCache(
             units, self.plan.expert_bytes, policy=self.plan.policy, scope=self.plan.scope, stand_in_bytes=copies
         )

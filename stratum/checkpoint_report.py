@@ -116,6 +116,7 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
         "formats": formats,
         "stand_ins": manifest.raw.get("stand_ins", ""),
         "stand_in_bytes": sum(piece.bytes for piece in manifest.weights.pieces if piece.kind == "stand_ins"),
+        "expert_classes": _expert_classes(manifest),
         "files": manifest.raw["files"],
         "weights_hashed": verify,
         "fault": fault,
@@ -189,6 +190,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"context {facts['max_context']}",
         *_ring_lines(facts),
         *_stand_in_lines(facts),
+        *_class_lines(facts),
         f"  target      {target['name']} ({target['triple']}, {target['cpu']})",
         _code_line(facts),
         f"  pipeline    {facts['pipeline']}",
@@ -204,6 +206,36 @@ def artifact_text(facts: dict[str, Any]) -> str:
     where = "on an NVIDIA GPU (--device cuda), " if facts["gpu_code"] else "yes, "
     lines.append(f"  loads here  {'no' if facts['fault'] else where + checked}")
     return "\n".join(lines)
+
+
+def _expert_classes(manifest: Manifest) -> list[dict[str, Any]]:
+    """Pieces of experts in several formats, equal ones together: which experts have which formats and bytes."""
+    found: dict[str, dict[str, Any]] = {}
+    for piece in manifest.weights.pieces:
+        classes = []
+        for unit, experts in piece.classes:
+            at = piece.place(experts[0])[0]
+            formats = [t.format for t in manifest.weights.tensors if at <= t.offset < at + unit]
+            classes.append({"experts": list(experts), "formats": list(dict.fromkeys(formats)), "bytes": unit})
+        if classes:
+            found.setdefault(repr(classes), {"pieces": [], "classes": classes})["pieces"].append(piece.origin)
+    return list(found.values())
+
+
+def _class_lines(facts: dict[str, Any]) -> list[str]:
+    """Which experts have which formats, where they differ."""
+    from passes.quantize.recipe import ranges_of, ranges_text
+
+    lines = []
+    for entry in facts["expert_classes"]:
+        origins = entry["pieces"]
+        more = f" and {len(origins) - 1} more" if len(origins) > 1 else ""
+        classes = (
+            f"{ranges_text(ranges_of(c['experts']))} {' + '.join(c['formats'])} {format_bytes(c['bytes'])}"
+            for c in entry["classes"]
+        )
+        lines.append(f"  experts     {origins[0]}{more}: {', '.join(classes)}")
+    return lines
 
 
 def _stand_in_lines(facts: dict[str, Any]) -> list[str]:

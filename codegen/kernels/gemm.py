@@ -87,7 +87,7 @@ class Gemm:
     def stem(self) -> str:
         """What the kernel's name begins with."""
         before = [o for o in (self.form.norm, self.form.rotate, self.form.quantize) if o is not None]
-        experts = "stand_ins" if self.grouped is not None and self.grouped.first else "experts"
+        experts = "stand_ins" if self.grouped is not None and self.grouped.stand_ins else "experts"
         parts = [experts if self.grouped else "gemm", f"{self.n}x{self.k}"]
         return "_".join(parts + [o.name.split(".")[1] for o in (*before, *self.epilogue)])
 

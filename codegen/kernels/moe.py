@@ -1,7 +1,7 @@
 """Routing: which experts a token meets, and the order that groups tokens by expert.
 
 moe.route     softmax over the experts, the top_k largest, lower number first on ties
-moe.dispatch  counting sort of the (token, choice) pairs by expert
+moe.dispatch  counting sort of the (token, choice) pairs by the places of their experts
 """
 
 from __future__ import annotations
@@ -89,13 +89,23 @@ def _build_dispatch(name: str, op: DispatchOp) -> FuncOp:
     ids, order, offsets = k.buffer("ids", I32), k.buffer("order", I32), k.buffer("offsets", I32)
     pairs = k.size("pairs")
     next_row = k.scratch(experts, I32)
+    place_of = k.scratch(experts, I32) if op.places else None
+
+    def group(pair: Expr) -> Expr:
+        """The group of a pair's expert."""
+        expert = ids.load(pair).to_index()
+        return expert if place_of is None else place_of.load(expert).to_index()
+
     with k.when(k.thread_id().compare("eq", 0)):
         zero = k.constant(ScalarType(I32), 0)
+        if place_of is not None:
+            for number, place in enumerate(op.places):
+                place_of.store(number, k.constant(ScalarType(I32), place))
         with k.loop(0, experts) as expert:
             next_row.store(expert.i, zero)
         with k.loop(0, pairs) as pair:
-            expert_id = ids.load(pair.i).to_index()
-            next_row.store(expert_id, next_row.load(expert_id) + 1)
+            met = group(pair.i)
+            next_row.store(met, next_row.load(met) + 1)
         with k.loop(0, experts, 1, [zero]) as expert:
             start = expert.carried[0]
             offsets.store(expert.i, start)
@@ -104,8 +114,8 @@ def _build_dispatch(name: str, op: DispatchOp) -> FuncOp:
             expert.carry(following)
         offsets.store(experts, expert.results[0])
         with k.loop(0, pairs) as pair:
-            expert_id = ids.load(pair.i).to_index()
-            place = next_row.load(expert_id)
-            order.store(place.to_index(), pair.i.from_index())
-            next_row.store(expert_id, place + 1)
+            met = group(pair.i)
+            row = next_row.load(met)
+            order.store(row.to_index(), pair.i.from_index())
+            next_row.store(met, row + 1)
     return k.finish()

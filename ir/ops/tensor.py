@@ -39,7 +39,7 @@ class ConstantOp(Op):
 
 @register_op
 class ConstantStackOp(Op):
-    """`count` equally shaped weights stacked along a new first axis: the experts of a layer.
+    """`count` equally shaped weights stacked along a new first axis: the experts of a layer, or some of them.
 
     Example:
         %w = tensor.constant_stack {symbol = @experts.*.up_proj.weight, count = 8} : () -> tensor<8 x 32 x 16 x bf16>
@@ -47,18 +47,22 @@ class ConstantStackOp(Op):
 
     name = "tensor.constant_stack"
     traits = (ConstantLike, Pure)
-    symbol = attr(SymbolRef, "name in the checkpoint with one `*`, which stands for 0 .. count-1")
+    symbol = attr(SymbolRef, "name in the checkpoint with one `*`, which stands for 0 .. count-1, or for `members`")
     count = attr(int, "how many tensors are stacked")
+    members = attr(tuple, "the numbers that `*` stands for, ascending; empty: 0 .. count-1", default=())
     value = result("[count, ...]")
 
     def symbols(self) -> tuple[str, ...]:
         """The names of the stacked tensors, in order."""
-        return tuple(self.symbol.name.replace("*", str(i), 1) for i in range(self.count))
+        return tuple(self.symbol.name.replace("*", str(i), 1) for i in self.members or range(self.count))
 
     def verify(self, diag: Any) -> None:
         if self.symbol.name.count("*") != 1:
             diag.error(self.location, f"expected one '*' in the symbol of {self.name}, got {self.symbol}")
-        found = self.value.type
+        numbers, found = self.members, self.value.type
+        whole = all(type(i) is int and i >= 0 for i in numbers) and len(numbers) == self.count
+        if numbers and not (whole and list(numbers) == sorted(set(numbers))):
+            diag.error(self.location, f"expected {self.count} ascending members of {self.name}, got {list(numbers)}")
         if not isinstance(found, TensorType) or found.rank < 1 or found.shape[0] != self.count:
             diag.error(self.location, f"expected a tensor whose first dimension is count = {self.count}, got {found}")
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ir.core import Op, Value
-from ir.ops.moe import CombineOp, DispatchOp, GroupedGemmOp, JoinRowsOp, StandInsOp
+from ir.ops.moe import DispatchOp, GroupedGemmOp, JoinRowsOp, StandInsOp
 from ir.rewriter import PatternRewriter
 from passes.clone import clone
 from passes.pass_base import FunctionPass, PassContext, register_pass
+from passes.quantize.split_experts import between
 
 
 @register_pass
@@ -41,7 +42,7 @@ class AddStandInsPass(FunctionPass):
 
 def _add(dispatch: DispatchOp, rewriter: PatternRewriter) -> None:
     experts = dispatch.num_experts
-    layer = _between(dispatch)
+    layer = between(dispatch) if len(dispatch.ids.users) == 1 else "the choice of experts has other readers"
     if isinstance(layer, str):
         rewriter.no_match(dispatch, layer)
         return
@@ -55,24 +56,7 @@ def _add(dispatch: DispatchOp, rewriter: PatternRewriter) -> None:
         copy = rewriter.insert_before(combine, clone(op, copies))
         if isinstance(copy, GroupedGemmOp):
             rewriter.set_attribute(copy, "first", experts)
-    joined = JoinRowsOp(combine.y, copies[combine.y], twice.offsets, first=experts, location=combine.location)
+    y = combine.operands[0]
+    joined = JoinRowsOp(y, copies[y], twice.offsets, first=experts, location=combine.location)
     rewriter.insert_before(combine, joined)
     rewriter.set_operand(combine, 0, joined.joined)
-
-
-def _between(dispatch: DispatchOp) -> tuple[CombineOp, list[Op]] | str:
-    """The combine, and the ops that make its rows from the dispatch, in order; or why the layer has another form."""
-    if len(dispatch.ids.users) != 1:
-        return "the choice of experts has other readers"
-    assert dispatch.parent is not None
-    made = dict.fromkeys(value for op in dispatch.offsets.users for value in op.results)
-    if not all(isinstance(op, GroupedGemmOp) for op in dispatch.offsets.users):
-        return "the groups have other readers than products"
-    found: list[Op] = []
-    for op in dispatch.parent.ops:
-        if isinstance(op, CombineOp) and op.order is dispatch.order:
-            return (op, found) if op.y in made else "the experts' answers are not what is added up"
-        if any(value in made for value in (*op.results, *op.operands)):
-            found.append(op)
-            made.update(dict.fromkeys(op.results))
-    return "the experts' answers are not added up"

@@ -8,8 +8,9 @@ Takes the place of set-precision, behind the fusions that join products: members
 most precise one that the recipe asks for among them. What a recipe leaves open are `floats`, or what the checkpoint
 stores: of a weight `dequantize(w)` the product takes w itself, bit by bit. Every product gets a quantize of its own,
 which fuse-norm-gemm moves into it; casts are shared. A format whose groups do not fill the rows of a weight gives way
-to one with smaller groups, at last to floats, with a remark. Products inside of regions are refused. Stand-ins
-(`add-stand-ins`) get their formats by a recipe of their own.
+to one with smaller groups, at last to floats, with a remark. Products inside of regions are refused. Experts of which
+the recipe says different things become stacks and products of their own (`split_experts`). Stand-ins (`add-stand-ins`)
+get their formats by a recipe of their own.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from passes.analysis.exactness import is_exact
 from passes.analysis.value_types import tensor_type
 from passes.pass_base import FunctionPass, PassContext, register_pass
 from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, can_meet, has_integer_levels, load_recipe
-from passes.quantize.roles import weight_parts
+from passes.quantize.roles import expert_parts, weight_parts
 from passes.quantize.set_precision import FloatName, set_cache, set_embedding
+from passes.quantize.split_experts import split_experts
 
 INT8 = parse_format("q8_sym<group=128, scale=f32>")  # activations in front of integers, unless a recipe says otherwise
 SMALLER_GROUPS = (128, 64, 32)
@@ -85,8 +87,12 @@ class _Quantizer:
         self.recipe, self.stand_ins, self.floats, self.ctx, self.rewriter = recipe, stand_ins, floats, ctx, rewriter
         self.roles: dict[str, str] = ctx.options.get("roles", {})
         self.made: dict[Hashable, Value] = {}
+        self.numbers: dict[Op, tuple[int, ...]] = {}  # of products by some of a layer's experts: which they are
+        self.parts: dict[Op, dict[int, list[tuple[str, str]]]] = {}  # names and roles by the number of the expert
 
     def function(self, func: Op) -> None:
+        if any(rule.match or rule.experts for rule in self.recipe.rules):
+            self.numbers = split_experts(func, self._said, self.rewriter)
         kept = self.recipe.kv or str(self.floats)
         for op in list(func.walk()):
             if isinstance(op, (MatmulOp, GroupedGemmOp)):
@@ -107,9 +113,7 @@ class _Quantizer:
         if not is_constant_expression(op.w):
             self.rewriter.no_match(op, "the weight is computed from step inputs")
             return
-        parts = weight_parts(op, self.roles)
-        recipe = self.stand_ins if isinstance(op, GroupedGemmOp) and op.first else self.recipe
-        found = [self._storage(op, recipe.choice(name, role), role) for name, role in parts]
+        found = [self._storage(op, choice, role) for choice, role in self._choices(op)]
         widest = max(found, key=lambda s: _bits(s.weights, op))
         activations = max((s.activations for s in found), key=_precision)
         if isinstance(widest.weights, PlainFormat):
@@ -120,6 +124,26 @@ class _Quantizer:
         if len({s.weights for s in found}) > 1:
             self.ctx.remark(op, f"its parts share one format, the most precise: {storage.weights}")
         self._store(op, storage)
+
+    def _choices(self, op: MatmulOp | GroupedGemmOp) -> list[tuple[Choice, str]]:
+        """What the recipe says of the weights of a product, each once, with their roles."""
+        recipe = self.stand_ins if isinstance(op, GroupedGemmOp) and op.stand_ins else self.recipe
+        if isinstance(op, GroupedGemmOp) and any(rule.experts for rule in recipe.rules):
+            numbers = self.numbers.get(op, tuple(range(_experts(op))))
+            return list(dict.fromkeys(said for e in numbers for said in self._of_expert(op, numbers, e, recipe)))
+        parts = weight_parts(op, self.roles)
+        return list(dict.fromkeys((recipe.choice(name, role), role) for name, role in parts))
+
+    def _said(self, op: GroupedGemmOp, expert: int) -> tuple[tuple[Choice, str], ...]:
+        """What the recipe says of one expert of a product of them all."""
+        return self._of_expert(op, tuple(range(_experts(op))), expert, self.recipe)
+
+    def _of_expert(
+        self, op: GroupedGemmOp, numbers: tuple[int, ...], expert: int, recipe: Recipe
+    ) -> tuple[tuple[Choice, str], ...]:
+        if op not in self.parts:
+            self.parts[op] = dict(zip(numbers, expert_parts(op, self.roles, numbers), strict=True))
+        return tuple((recipe.choice(name, role, expert), role) for name, role in self.parts[op][expert])
 
     def _storage(self, op: MatmulOp | GroupedGemmOp, choice: Choice, role: str) -> Storage:
         """What a choice comes to for this product."""
@@ -285,6 +309,13 @@ def _bits(format: NumberFormat, op: MatmulOp | GroupedGemmOp) -> float:
     for d in shape:
         elements *= d
     return format.nbytes(shape) * 8 / elements
+
+
+def _experts(op: GroupedGemmOp) -> int:
+    """How many experts a product has."""
+    count = tensor_type(op.w).shape[0]
+    assert isinstance(count, int)  # weights are constants
+    return count
 
 
 def _precision(format: NumberFormat) -> int:

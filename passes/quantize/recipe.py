@@ -12,6 +12,9 @@
     [[rule]]                                       # the last rule that fits decides, key by key
     role = "head"                                  # or match = "regular expression of a tensor's whole name", or both
     format = "q6_sym<group=32, scale=f16>"
+    [[rule]]
+    experts = "0-3,8"                              # some of the experts of a layer, by number
+    format = "q8_sym<group=32, scale=f16>"
     [kv]
     format = "bf16"
 
@@ -51,6 +54,7 @@ ROLES = {
     "router": (),
 }
 HELD_BACK = ("embedding", "router")  # only a rule that names the role reaches them
+_RANGE = re.compile(r"(\d{1,6})(?:\s*-\s*(\d{1,6}))?", re.ASCII)
 _ALL_ROLES = [*ROLES, *(f"{role}.{part}" for role, parts in ROLES.items() for part in parts)]
 
 
@@ -76,15 +80,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """A choice for the weights of a role and of names that `match` fits wholly; "" fits all."""
+    """A choice for the weights of a role and of names that `match` fits wholly; "" fits all. `experts` are ranges of
+    numbers of experts, first and last; none: all weights, those that are no experts' too."""
 
     choice: Choice
     role: str = ""
     match: str = ""
+    experts: tuple[tuple[int, int], ...] = ()
     where: str = field(default="", compare=False)
 
-    def fits(self, name: str, role: str) -> bool:
-        """Whether the rule is about the tensor `name` of `role` (like `mlp.up`)."""
+    def fits(self, name: str, role: str, expert: int | None = None) -> bool:
+        """Whether the rule is about the tensor `name` of `role` (like `mlp.up`), or about this expert of it."""
+        if self.experts and (expert is None or not any(a <= expert <= b for a, b in self.experts)):
+            return False
         if self.role and role != self.role and not role.startswith(self.role + "."):
             return False
         if role in HELD_BACK and self.role != role:
@@ -102,11 +110,14 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     kv: str = ""
 
-    def choice(self, name: str, role: str) -> Choice:
-        """All that is said of the tensor `name` of `role`: the last rule that fits decides, key by key."""
+    def choice(self, name: str, role: str, expert: int | None = None) -> Choice:
+        """All that is said of the tensor `name` of `role`: the last rule that fits decides, key by key.
+
+        `expert`: the number of the expert that the tensor belongs to, or that is meant of a tensor of many.
+        """
         found = Choice() if role in HELD_BACK else self.weights
         for rule in self.rules:
-            if rule.fits(name, role):
+            if rule.fits(name, role, expert):
                 found = rule.choice.over(found)
         return found
 
@@ -126,7 +137,7 @@ class Recipe:
         if self.weights != Choice():
             lines += ["", "[weights]", *_choice_lines(self.weights)]
         for rule in self.rules:
-            selectors = [(key, getattr(rule, key)) for key in ("role", "match")]
+            selectors = [("role", rule.role), ("match", rule.match), ("experts", ranges_text(rule.experts))]
             lines += ["", "[[rule]]", *(f"{key} = {_quoted(text)}" for key, text in selectors if text)]
             lines += _choice_lines(rule.choice)
         if self.kv:
@@ -276,10 +287,12 @@ def _choice(table: _Table) -> Choice:
 
 
 def _rule(table: _Table) -> Rule:
-    table.only(("role", "match", *(f.name for f in dataclasses.fields(Choice))))
-    role, match = table.text("role"), table.text("match")
-    if not role and not match:
-        raise table.fault("it says not what it is about", 'role = "head", or match = "regular expression", or both')
+    table.only(("role", "match", "experts", *(f.name for f in dataclasses.fields(Choice))))
+    role, match, experts = table.text("role"), table.text("match"), _experts(table)
+    if not role and not match and not experts:
+        raise table.fault(
+            "it says not what it is about", 'role = "head", match = "regular expression", experts = "0-3,8", or several'
+        )
     if role in ("norm", "bias"):
         raise table.fault(f"role {role!r} has no choice of formats: norms and biases stay f32")
     if role and role not in _ALL_ROLES:
@@ -298,7 +311,38 @@ def _rule(table: _Table) -> Rule:
         others = choice.activations is not None or choice.rotate or choice.outliers
         if low or others:
             raise table.fault("an embedding is looked up, not multiplied", 'format = "bf16", "f16", "f32" and no more')
-    return Rule(choice, role, match, f"{table.where}: {table.what}")
+    if experts and role.partition(".")[0] not in ("", "experts"):
+        raise table.fault(f"role {role!r} has no experts", 'role = "experts" or one of its parts, or no role')
+    return Rule(choice, role, match, experts, f"{table.where}: {table.what}")
+
+
+def _experts(table: _Table) -> tuple[tuple[int, int], ...]:
+    """`experts` of a rule: numbers and ranges of them by commas."""
+    text = table.text("experts")
+    found: list[tuple[int, int]] = []
+    for part in text.split(",") if text else ():
+        match = _RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise table.fault(f"experts = {text!r}", 'numbers and ranges of them by commas: "0-3,8"')
+        found.append((first, last))
+    return tuple(found)
+
+
+def ranges_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Numbers as ranges of neighbours, first and last."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return tuple(found)
+
+
+def ranges_text(ranges: Iterable[tuple[int, int]]) -> str:
+    """`0-3,8`: the text of `experts` in a rule."""
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def _format(table: _Table, key: str) -> NumberFormat | str | None:

@@ -9,7 +9,7 @@ then the role is read off the graph, and its finer part off the name). A table t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ir.core import Op, Value
 from ir.ops.attention import AttentionOp
@@ -37,6 +37,17 @@ def weight_parts(op: MatmulOp | GroupedGemmOp, roles: Mapping[str, str]) -> list
         for name in (_VIRTUAL.sub("", n) for n in names):
             found.setdefault(name, _role_of(name, coarse, roles))
     return list(found.items())
+
+
+def expert_parts(op: GroupedGemmOp, roles: Mapping[str, str], numbers: Sequence[int]) -> list[list[tuple[str, str]]]:
+    """(tensor name, role) of the weights of each expert of a product; `numbers`: which of the layer's they are."""
+    found: list[dict[str, str]] = [{} for _ in numbers]
+    for leaf in constant_leaves(op.w):
+        one = [leaf.attributes["symbol"].name] * len(numbers)
+        names = leaf.symbols() if isinstance(leaf, ConstantStackOp) and leaf.count == len(numbers) else one
+        for parts, name in zip(found, (_VIRTUAL.sub("", n) for n in names), strict=True):
+            parts.setdefault(name, _role_of(name, "experts", roles))
+    return [list(parts.items()) for parts in found]
 
 
 def _role_of(name: str, coarse: str, roles: Mapping[str, str]) -> str:

@@ -1,4 +1,5 @@
-"""Whole steps in low-bit formats, compiled, against the meaning of the same graph: weights, rotations, outlier columns.
+"""Whole steps in low-bit formats, compiled, against the meaning of the same graph: weights, rotations, outlier columns,
+experts of one layer in two formats.
 
 What is compared is the graph after the passes, so that only the kernels' own roundings differ: sums in another order,
 and once in a while an activation that lies between two int8 codes.
@@ -29,6 +30,9 @@ outliers = 16
 role = "experts"
 format = "q5_sym<group=32, scale=f16>"
 rotate = 32
+[[rule]]
+experts = "1,3"
+format = "float"
 """
 
 
@@ -49,6 +53,7 @@ def test_compiled_steps_mean_what_their_graphs_mean(tmp_path: Path) -> None:
     model = build_model(SHAPE, seed=3)
     PassManager(default_pipeline(target, "f32", ("w8a8", str(path)))).run(model.module)
     names = {op.name for op in model.module.walk()}
+    assert "moe.join_rows" in names  # experts in two formats
     assert names >= {"quant.rotate", "quant.outlier_columns", "quant.select_columns", "quant.clear_columns"}
     step = compile_step(model.step, target, cache=ObjectCache())
     states = model.states(SLOTS, CTX)

@@ -127,15 +127,17 @@ def route(experts: int, top_k: int, normalize: bool) -> OpKernel:
 
 
 @cache
-def dispatch(experts: int) -> OpKernel:
+def dispatch(experts: int, placed: bool = False) -> OpKernel:
     ids = m(TOKENS, 2, element=I32)
-    return OpKernel(single([ids], lambda x: DispatchOp(x, num_experts=experts)))
+    places = tuple(np.random.default_rng(experts).permutation(experts).tolist()) if placed else ()
+    return OpKernel(single([ids], lambda x: DispatchOp(x, num_experts=experts, places=places)))
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[NativeKernels]:
     made = [kernel(case, width) for case in CASES for width in WIDTHS]
     made += [route(*key, normalize) for key in ROUTES for normalize in (False, True)] + list(map(dispatch, DISPATCHES))
+    made += [dispatch(experts, True) for experts in DISPATCHES]
     with native_kernels([one.kernel for one in made], host_target()) as loaded:
         yield loaded
 
@@ -252,9 +254,9 @@ def test_dispatch(kernels: NativeKernels, experts: int, data: st.DataObject, thr
     lowest, highest = sorted(data.draw(st.tuples(*[st.integers(0, experts - 1)] * 2)))  # the others stay idle
     flat = data.draw(st.lists(st.integers(lowest, highest), min_size=2 * tokens, max_size=2 * tokens))
     ids = np.array(flat, np.int32).reshape(tokens, 2)
-    made = dispatch(experts)
-    for mine, meant in zip(made.native(kernels, [ids], threads), made.meant([ids]), strict=True):
-        np.testing.assert_array_equal(mine, meant)
+    for made in (dispatch(experts), dispatch(experts, True)):
+        for mine, meant in zip(made.native(kernels, [ids], threads), made.meant([ids]), strict=True):
+            np.testing.assert_array_equal(mine, meant)
 
 
 def test_dispatch_in_the_interpreter() -> None:

@@ -28,7 +28,15 @@ from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, VOCAB, write_model
 
 pytestmark = pytest.mark.slow
-FAMILIES = {"llama": LLAMA, "qwen3_moe": QWEN3_MOE}
+FAMILIES = {"llama": LLAMA, "qwen3_moe": QWEN3_MOE, "mixed": QWEN3_MOE}
+MIXED = """[[rule]]
+experts = "0,2"
+format = "bf16"
+[[rule]]
+experts = "3"
+role = "experts.down"
+format = "bf16"
+"""  # experts of three sizes
 Batch = tuple[list[int], list[int], list[int], list[int]]
 
 
@@ -40,7 +48,10 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with patch.object(codegen.weight_pieces, "DENSE_BYTES", 1), patch.dict(os.environ, STRATUM_CACHE=str(folder)):
         for name, family in FAMILIES.items():
             model = write_model(folder / name, family)
-            made[name] = stratum.build(model, folder / f"{name}.stratum", dtype="f32")
+            recipe = folder / "mixed.toml"
+            recipe.write_text(MIXED)
+            chosen = str(recipe) if name == "mixed" else None
+            made[name] = stratum.build(model, folder / f"{name}.stratum", dtype="f32", recipe=chosen)
     return made
 
 

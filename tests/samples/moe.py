@@ -61,6 +61,34 @@ def _combine(label: str, experts: int, ids: tuple) -> Sample:
     return sample("moe.combine", label, normal(order.size, 5), np.abs(normal(tokens, top_k)), order, types=types)
 
 
+def _some_experts(label: str, experts: int, ids: tuple[tuple[int, ...], ...]) -> tuple[Sample, ...]:
+    """Experts of odd numbers in a stack of their own, behind the others: the dispatch, both products, their rows."""
+    members = [*range(0, experts, 2), *range(1, experts, 2)]
+    places = tuple(members.index(e) for e in range(experts))
+    chosen = np.array(ids, np.int32)
+    order, offsets = DispatchOp.reference(chosen, num_experts=experts, places=places)
+    tokens, first = TOKENS * chosen.shape[1], (experts + 1) // 2
+    pairs, starts, y = t(tokens, element=I32), t(experts + 1, element=I32), t(tokens, 5)
+    made = [
+        sample(
+            "moe.dispatch", f"{label}_placed", chosen, types=(t(TOKENS, chosen.shape[1], element=I32),),
+            num_experts=experts, places=places,
+        ),
+        sample(
+            "moe.join_rows", f"{label}_placed", normal(order.size, 5), normal(order.size, 5), offsets,
+            types=(y, y, starts), first=first,
+        ),
+    ]  # fmt: skip
+    for at, count in ((0, first), (first, experts - first)):
+        rows, w = normal(order.size, 6), normal(count, 5, 6, element=BF16)
+        types = (t(tokens, 6), t(count, 5, 6, element=BF16), pairs, starts)
+        name = f"{label}_some_{at}"
+        made.append(
+            sample("moe.grouped_gemm", name, rows, w, order, offsets, types=types, gather=0, first=at, of=experts)
+        )
+    return tuple(made)
+
+
 def _stand_ins(label: str, experts: int, ids: tuple) -> tuple[Sample, ...]:
     """Every second pair is computed by a stand-in: the two products, and their rows together."""
     used = np.array(ids, np.int32)
@@ -93,6 +121,7 @@ SAMPLES = (
         for label, experts, ids in ROUTINGS[:2]
     ),
     *(made for routing in ROUTINGS for made in _stand_ins(*routing)),
+    *(made for routing in ROUTINGS[:5] for made in _some_experts(*routing)),
     sample("moe.route", "top2", normal(3, 8), types=(t(TOKENS, 8),), top_k=2, normalize=True),
     sample("moe.route", "top1", normal(1, 5), top_k=1, normalize=False),
     sample("moe.route", "ties", _TIES, top_k=2, normalize=False),
@@ -110,6 +139,16 @@ FAULTS = (
     fault("moe.route", "expected logits of rank 2", t(8), top_k=1, normalize=True),
     fault("moe.dispatch", "num_experts >= 1, got 0", t(3, 2, element=I32), num_experts=0),
     fault("moe.dispatch", "a known number of experts per token", t(3, TOKENS, element=I32), num_experts=4),
+    fault("moe.dispatch", "places to be 0 .. 2 in some order", t(3, 2, element=I32), num_experts=3, places=(0, 2, 2)),
+    fault("moe.dispatch", "places to be 0 .. 2 in some order", t(3, 2, element=I32), num_experts=3, places=(0, 1)),
+    fault(
+        "moe.grouped_gemm", "offsets of 5 experts + 1, got tensor<4 x i32>",
+        t(TOKENS, 6), t(3, 5, 6), _PAIRS2, t(4, element=I32), gather=2, of=5,
+    ),
+    fault(
+        "moe.grouped_gemm", "3 of 5 groups, the first in 0 .. 2, got first = 3",
+        t(TOKENS, 6), t(3, 5, 6), _PAIRS2, t(6, element=I32), gather=2, first=3, of=5,
+    ),
     fault(
         "moe.grouped_gemm", "k of x and w to match, got 7 and 6",
         t(TOKENS, 7), t(4, 5, 6), _PAIRS2, t(5, element=I32), gather=2,
@@ -137,11 +176,11 @@ FAULTS = (
     ),
     fault("moe.stand_ins", "num_experts >= 1, got 0", t(3, 2, element=I32), num_experts=0),
     fault(
-        "moe.join_rows", "y and stand_ins of one type",
+        "moe.join_rows", "y and others of one type",
         t(TOKENS * 2, 6), t(TOKENS * 2, 5), t(9, element=I32), first=4,
     ),
     fault(
-        "moe.join_rows", "offsets of 2 * 4 + 1, got tensor<5 x i32>",
+        "moe.join_rows", "first to be one of 4 groups but group 0, got 4",
         t(TOKENS * 2, 6), t(TOKENS * 2, 6), t(5, element=I32), first=4,
     ),
     fault("moe.combine", "rows of y and order to match, got 5 and tokens*2", t(5, 6), t(TOKENS, 2), _PAIRS2),

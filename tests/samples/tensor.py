@@ -25,6 +25,10 @@ SAMPLES = (
         "tensor.constant_stack", "three", (), (), {"symbol": SymbolRef("experts.*.up"), "count": 3},
         result_types=(t(3, 4, 2, element=BF16),), weights=_EXPERTS,
     ),
+    Sample(
+        "tensor.constant_stack", "some", (), (), {"symbol": SymbolRef("experts.*.up"), "count": 2, "members": (0, 2)},
+        result_types=(t(2, 4, 2, element=BF16),), weights=_EXPERTS,
+    ),
     sample("tensor.concat", "axis0", normal(2, 3), normal(4, 3, seed="b"), normal(1, 3), axis=0),
     sample("tensor.concat", "axis1_stacked", normal(2, 3, 5), normal(2, 4, 5), axis=1),
     sample("tensor.concat", "one", normal(7), axis=0),
@@ -69,14 +73,16 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def _stack_fault(message: str, symbol: str, *shape: int) -> Fault:
-    attributes = {"symbol": SymbolRef(symbol), "count": 2}
+def _stack_fault(message: str, symbol: str, *shape: int, members: tuple[int, ...] = ()) -> Fault:
+    attributes = {"symbol": SymbolRef(symbol), "count": 2, "members": members}
     return Fault("tensor.constant_stack", (), message, attributes, result_types=(t(*shape),))
 
 
 FAULTS = (
     _stack_fault("expected one '*'", "a", 2, 3),
     _stack_fault("expected a tensor whose first dimension is count = 2, got", "*", 3, 2),
+    _stack_fault("expected 2 ascending members of tensor.constant_stack, got [3, 1]", "*", 2, 3, members=(3, 1)),
+    _stack_fault("expected 2 ascending members of tensor.constant_stack, got [1]", "*", 2, 3, members=(1,)),
     fault("tensor.concat", "one operand or more, got none", axis=0),
     fault("tensor.concat", "0 <= axis < 2, got axis = 2", t(2, 3), t(2, 3), axis=2),
     fault("tensor.concat", "operands 0 and 1 to agree off axis 0", t(2, 3), t(2, 4), axis=0),

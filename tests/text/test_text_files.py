@@ -3,7 +3,7 @@
     // RUN: compile-model opt %s -p cse | filecheck %s
     // RUN: compile-model opt %s --split-input --verify-diagnostics
 
-The command runs in this process, not in a shell; `%s` is the file, `2>&1` joins the two streams.
+The command runs in this process, not in a shell; `%s` is the file, `%S` its folder, `2>&1` joins the two streams.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILES = sorted(HERE.rglob("*.ir"))
 def run_line(line: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs one RUN line and fails with what is wrong."""
     command, _, check = line.partition("|")
-    words = [str(path) if word == "%s" else word for word in shlex.split(command)]
+    words = [str(path) if word == "%s" else word.replace("%S", str(path.parent)) for word in shlex.split(command)]
     joined = "2>&1" in words
     words = [word for word in words if word != "2>&1"]
     assert words[:2] == ["compile-model", "opt"], f"a RUN line runs 'compile-model opt', not {line!r}"

@@ -6,7 +6,7 @@ from codegen.kernels.call import SizeArgument, rows_of
 from codegen.kernels.rowwise import element_of, width_of
 from codegen.nvptx.emitters.products import expert_shape, tile_rows
 from codegen.nvptx.kernels.moe_route import TILE_WORDS, dispatch_kernel, route_kernel
-from codegen.nvptx.launches import Count, GridContext, GridLaunch, Group, Temporary, grid_emitter, size_text
+from codegen.nvptx.launches import Count, GridContext, GridLaunch, Group, Temporary, grid_emitter, refused, size_text
 from ir.formats import I32
 from ir.ops.moe import DispatchOp, RouteOp
 from ir.types import TensorType
@@ -28,6 +28,10 @@ def emit_route(op: RouteOp, context: GridContext) -> list[GridLaunch]:
 @grid_emitter(DispatchOp)
 def emit_dispatch(op: DispatchOp, context: GridContext) -> list[GridLaunch]:
     """One block; writes the tiles of rows too, as the program's products want them."""
+    if op.places:
+        raise refused(
+            op, "experts of one layer in several formats have no kernel on GPUs", "a recipe with one format for them"
+        )
     experts, pairs = op.num_experts, rows_of(op.order.type)
     shape = expert_shape(op, context, width_of(op.ids), experts)
     rows = tile_rows(context) if context.few else shape.rows

@@ -2,7 +2,8 @@
 
     python -m bench.peers.stratum_child ARTIFACT --threads 2 --context 4096
 
-Slot 0 takes prompts and decoding from an empty context, slot 1 decoding at a depth, the others batches.
+Weights are copied into memory, as the peers do that repack them. Slot 0 takes prompts and decoding from an empty
+context, slot 1 decoding at a depth, the others batches.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Stratum:
     def __init__(self, options: argparse.Namespace) -> None:
         slots = FIRST_BATCH_SLOT + MOST_SEQUENCES
         self.session = Session(
-            options.artifact, threads=options.threads, max_context=options.context, num_slots=slots, verify=False
+            options.artifact, threads=options.threads, max_context=options.context, num_slots=slots, mmap=False
         )
         self.artifact = options.artifact
 
@@ -85,8 +86,10 @@ class Stratum:
         lengths = FIRST_PROMPT + PROMPT_STEP * np.arange(count, dtype=np.int32)
         ids = np.array(token_ids(int(lengths.max()) + steps * count, self.session.vocab_size), np.int32)
         for slot, length in zip(slots, lengths, strict=True):
-            self.session.release(int(slot))
-            self._prompt(int(slot), ids[:length], 0)
+            kept = self.session.filled(int(slot))  # of the turn before
+            if not length <= kept <= length + steps:
+                self.session.release(int(slot))
+                self._prompt(int(slot), ids[:length], 0)
         rows = np.arange(count, dtype=np.int32)
         start = time.perf_counter()
         for step in range(steps):

@@ -30,7 +30,7 @@ from runtime.cuda.measure import copy_bandwidth
 
 BEHIND_CACHES = 256 << 20  # bytes of argument sets that are taken in turns: several times a second-level cache
 MOST_SETS = 32
-BESIDE_TORCH = ("gemm", "gemm_wgmma", "prefill")  # what computing bounds, not memory
+BESIDE_TORCH = ("gemm", "wgmma", "prefill")  # what computing bounds, not memory
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def torch_seconds() -> dict[str, float]:
     attention = torch.nn.functional.scaled_dot_product_attention
     work = {
         "gemm": lambda: x @ w.T,
-        "gemm_wgmma": lambda: x @ w.T,
+        "wgmma": lambda: x @ w.T,
         "prefill": lambda: attention(q, keys, values, is_causal=True, enable_gqa=True),
     }
     return {name: _median_seconds(torch.cuda, action) for name, action in work.items()}

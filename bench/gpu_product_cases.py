@@ -10,7 +10,7 @@ import numpy as np
 from bench.gpu_cases import GpuCase, numbers, packed_weights, products_of
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
-from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel, swizzled_tiles
+from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
@@ -122,9 +122,14 @@ def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) 
 
     def make(rng: np.random.Generator) -> list[Any]:
         weights, held["w"] = packed_weights(rng, layout, format)
+        if isinstance(shape, WgmmaShape):
+            held["w"] = held["w"].astype(BF16.dtype)  # it rounds weights under their scales
         return [*weights, numbers(rng, (m, k)), np.full((m, n), -1).astype(BF16.dtype), m]
 
-    kernel = gemm_packed_kernel(layout, name, shape, BF16)
+    if isinstance(shape, WgmmaShape):
+        kernel = gemm_wgmma_kernel(layout, name, shape, BF16)
+    else:
+        kernel = gemm_packed_kernel(layout, name, shape, BF16)
     last = 3 if layout.group else 2
     return GpuCase(
         name, kernel, shape.blocks(m, layout), make, lambda a: [products_of(a[last - 1], held["w"])], (last,),
@@ -133,24 +138,18 @@ def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) 
 
 
 def real_wgmma() -> list[GpuCase]:
-    """For sm_90a."""
-    return [_wgmma("gemm_wgmma", 4096, 4096, 4096, WgmmaShape())]
+    """For sm_90a: beside torch's at one size, and the rows of a batch and of a prompt in every format."""
+    return [_packed("wgmma", 4096, 4096, 4096, BF16, WgmmaShape.of(4096))] + [
+        _packed(f"wgmma_{name}_m{m}", m, 14336, 4096, format, WgmmaShape.of(m))
+        for name, format in (("w16", BF16), ("w8", Q8), ("w4", Q4))
+        for m in (64, 512, 4096)
+    ]
 
 
 def small_wgmma() -> list[GpuCase]:
-    """The same kernel, a few blocks."""
-    return [_wgmma("gemm_wgmma", 70, 72, 320, WgmmaShape(2, 64, 4))]
-
-
-def _wgmma(name: str, m: int, n: int, k: int, shape: WgmmaShape) -> GpuCase:
-    held: dict[str, np.ndarray] = {}
-
-    def make(rng: np.random.Generator) -> list[Any]:
-        held["w"] = numbers(rng, (n, k))
-        return [numbers(rng, (m, k)), swizzled_tiles(held["w"]), np.full((m, n), -1).astype(BF16.dtype), m]
-
-    kernel, moved = gemm_wgmma_kernel(n, k, name, shape, BF16), 2 * (m * k + n * k + m * n)
-    return GpuCase(
-        name, kernel, shape.blocks(m, n), make, lambda a: [products_of(a[0], held["w"])], (2,), moved, 2 * m * n * k,
-        2.0**-8,
-    )  # fmt: skip
+    """The same kernel, a few blocks each."""
+    return [
+        _packed("wgmma_w16", 20, 72, 320, BF16, WgmmaShape.with_rows(16, 1, 4)),
+        _packed("wgmma_w8", 9, 64, 128, GroupedIntFormat(8, 128), WgmmaShape.with_rows(16, 1, 3)),
+        _packed("wgmma_w4", 20, 72, 256, Q4, WgmmaShape.with_rows(8, 2, 4)),
+    ]

@@ -17,6 +17,9 @@ from ir.tile_memory_model import KernelFault
 _GROUP, _ROWS, _DEPTH, _STEP, _PIECE, _ALIGN = 128, 64, 64, 16, 8, 1024
 _LANE = np.arange(_GROUP)
 _SUM_ROWS = (_LANE // 32 * 16 + _LANE % 32 // 4)[:, None]
+_LEFT = np.arange(8)  # numbers of a step that a thread has of the left factor
+_LEFT_ROWS = _SUM_ROWS + _LEFT // 2 % 2 * 8
+_LEFT_COLUMNS = (_LANE % 4 * 2)[:, None] + _LEFT // 4 * 8 + _LEFT % 2
 
 
 @dataclass
@@ -127,6 +130,8 @@ class WarpgroupProducts:
     def __init__(self, who: GridThreads) -> None:
         self.who = who
         self.started = np.zeros(who.total, np.int64)  # by the warpgroup of each thread
+        self.waited = np.zeros(who.total, np.int64)  # of these, how many are known to be done
+        self.by_op: dict[object, np.ndarray] = {}  # the number of an op's last product
         self.reads: list[tuple[GridMemory, np.ndarray, int, int]] = []  # units, first thread, number of the product
         self.memories: dict[int, GridMemory] = {}
 
@@ -136,24 +141,40 @@ class WarpgroupProducts:
             mine[mine] = self.who.active[memory.unfenced[mine]]
             memory.unfenced[mine] = NOBODY
 
-    def start(self, c: Any, a: GridBuffer, a_index: np.ndarray, b: GridBuffer, b_index: np.ndarray) -> PendingSums:
+    def start(self, op: object, c: Any, a: np.ndarray, b: GridBuffer, b_index: np.ndarray, step: int) -> PendingSums:
+        """Sums of c and of fragments `a` [threads, 8 for each step] times steps of the tiles of b."""
+        self._refuse_registers(op)
         sums = c.values if isinstance(c, PendingSums) else c
         sums = np.broadcast_to(sums, (self.who.total, sums.shape[-1]))
         made, columns = np.array(sums), sums.shape[-1] * 2
         elements = np.arange(sums.shape[-1])
         rows = _SUM_ROWS + elements % 4 // 2 * 8
         places = elements // 4 * 8 + _LANE[:, None] % 4 * 2 + elements % 2
+        lanes = np.broadcast_to(a, (self.who.total, a.shape[-1])).astype(np.float64)
         self.started[self.who.active] += 1
+        self.by_op[op] = self.started.copy()
         for first in np.flatnonzero(self.who.active)[::_GROUP]:
-            left = self._factor(a, a_index, int(first), _ROWS)
-            right = self._factor(b, b_index, int(first), columns)
             group = slice(first, first + _GROUP)
-            for k in range(0, _DEPTH, _STEP):
-                product = left[:, k : k + _STEP] @ right[:, k : k + _STEP].T
+            right = self._tile(b, b_index, int(first), columns)
+            for number, part in enumerate(np.split(lanes[group], a.shape[-1] // 8, axis=1)):
+                left = np.zeros((_ROWS, _STEP))
+                left[_LEFT_ROWS, _LEFT_COLUMNS] = part
+                at = (step + number) * _STEP
+                product = left @ right[:, at : at + _STEP].T
                 made[group] = (made[group] + product[rows, places]).astype(np.float32)
         return PendingSums(made, self.started.copy())
 
-    def _factor(self, buffer: GridBuffer, index: np.ndarray, first: int, rows: int) -> np.ndarray:
+    def _refuse_registers(self, op: object) -> None:
+        """A product whose op is met again while it goes on: its left factor has been computed anew over it."""
+        before = self.by_op.get(op)
+        if before is None:
+            return
+        early = self.who.active & (before > self.waited)
+        if early.any():
+            name = self.who.name(int(early.argmax()))
+            raise KernelFault(f"{name} writes registers of a left factor, read by a product that goes on")
+
+    def _tile(self, buffer: GridBuffer, index: np.ndarray, first: int, rows: int) -> np.ndarray:
         """[rows, 64] in f64 of a tile; all threads of the warpgroup name the same."""
         memory, who = buffer.memory, np.arange(first, first + _GROUP)
         starts = np.broadcast_to(index, self.who.total)[who]
@@ -174,11 +195,14 @@ class WarpgroupProducts:
         return stored[np.arange(rows)[:, None], swizzle].reshape(rows, _DEPTH).astype(np.float64)
 
     def wait(self, c: Any, pending: int) -> Any:
+        active = self.who.active
+        self.waited[active] = np.maximum(self.waited, self.started - pending)[active]
         left = []
         for memory, units, first, number in self.reads:
             if self.who.active[first] and number <= self.started[first] - pending:
                 memory.product_reads[units] -= 1
                 memory.products -= 1
+                memory.note_read(units, np.array([first]), by_warps=True)  # until now: others know after a barrier
             else:
                 left.append((memory, units, first, number))
         self.reads = left

@@ -195,9 +195,10 @@ def _async_copy(e: AmdEmitter, op: grid_async.AsyncCopyOp) -> None:
     e.declarations["@zeros"] = "@zeros = private addrspace(1) constant [16 x i8] zeroinitializer, align 16"
     source = e.assign(f"addrspacecast ptr {e.address(op.source, op.source_index, inbounds=False)} to {_GLOBAL}")
     chosen = e.assign(f"select i1 {e.name(op.condition)}, {_GLOBAL} {source}, {_GLOBAL} @zeros")
-    value = e.assign(f"load <4 x i32>, {_GLOBAL} {chosen}, align 16")
+    kind = f"<{op.bytes // 4} x i32>"
+    value = e.assign(f"load {kind}, {_GLOBAL} {chosen}, align {op.bytes}")
     target = e.assign(f"addrspacecast ptr {e.address(op.target, op.target_index)} to {_LOCAL}")
-    e.emit(f"store <4 x i32> {value}, {_LOCAL} {target}, align 16")
+    e.emit(f"store {kind} {value}, {_LOCAL} {target}, align {op.bytes}")
 
 
 @amd_lowering(grid_async.AsyncCommitOp)

@@ -87,12 +87,18 @@ class GridBuilder(KernelBuilder):
         return self.constant(ScalarType(I1), 1)
 
     def async_copy(
-        self, target: Buffer, at: Expr | int, source: Buffer, source_at: Expr | int, condition: Expr | None = None
+        self,
+        target: Buffer,
+        at: Expr | int,
+        source: Buffer,
+        source_at: Expr | int,
+        condition: Expr | None = None,
+        nbytes: int = 16,
     ) -> None:
-        """16 bytes from global to shared memory, or zeros where the condition fails."""
+        """4 or 16 bytes from global to shared memory, or zeros where the condition fails."""
         places = self.index(at).value, self.index(source_at).value
         chosen = self.yes() if condition is None else condition
-        op = grid_async.AsyncCopyOp(target.value, places[0], source.value, places[1], chosen.value)
+        op = grid_async.AsyncCopyOp(target.value, places[0], source.value, places[1], chosen.value, bytes=nbytes)
         self.emit_op(op)
 
     def async_commit(self) -> None:
@@ -130,9 +136,10 @@ class GridBuilder(KernelBuilder):
     def fence_async(self) -> None:
         self.emit_op(grid_warpgroup.FenceAsyncOp())
 
-    def group_mma(self, c: Expr, a: Buffer, a_at: Expr | int, b: Buffer, b_at: Expr | int) -> Expr:
-        places = self.index(a_at).value, self.index(b_at).value
-        return Expr(self, self.emit(grid_warpgroup.GroupMmaOp(c.value, a.value, places[0], b.value, places[1])))
+    def group_mma(self, c: Expr, a: Expr, b: Buffer, b_at: Expr | int, step: int = 0) -> Expr:
+        """A product of the left factor's registers `a` with columns 16 * step and on of the tile at `b_at`."""
+        op = grid_warpgroup.GroupMmaOp(c.value, a.value, b.value, self.index(b_at).value, step=step)
+        return Expr(self, self.emit(op))
 
     def wait_mma(self, c: Expr, pending: int) -> Expr:
         return Expr(self, self.emit(grid_warpgroup.WaitMmaOp(c.value, pending=pending)))

@@ -92,8 +92,8 @@ def pointer(e: GridEmitter, buffer: Value, index: Value, space: str, inbounds: b
 def _async_copy(e: GridEmitter, op: grid_async.AsyncCopyOp) -> None:
     target = pointer(e, op.target, op.target_index, SHARED)
     source = pointer(e, op.source, op.source_index, GLOBAL, inbounds=False)  # anywhere, where nothing is read
-    size = e.assign(f"select i1 {e.name(op.condition)}, i32 16, i32 0")
-    name = "llvm.nvvm.cp.async.cg.shared.global.16.s"
+    size = e.assign(f"select i1 {e.name(op.condition)}, i32 {op.bytes}, i32 0")
+    name = f"llvm.nvvm.cp.async.{'cg' if op.bytes == 16 else 'ca'}.shared.global.{op.bytes}.s"
     e.emit(e.in_space(name, "void", (SHARED, GLOBAL, "i32"), target, source, size))
 
 
@@ -190,7 +190,7 @@ def _part(e: GridEmitter, op: grid.PartOp) -> None:
 # -- matrices: numbers of 16 and 8 bits in registers of 32
 
 
-def _words(e: GridEmitter, value: Value) -> list[str]:
+def words_of(e: GridEmitter, value: Value) -> list[str]:
     """The registers of a vector of narrow numbers."""
     count = lanes_of(value.type) * element_of(value.type).bits // 32
     kind = f"<{count} x i32>"
@@ -219,7 +219,7 @@ def _mma(e: GridEmitter, op: grid_matrix.MmaOp) -> None:
     element = element_of(op.a.type)
     number = "i32" if element == I8 else "float"
     sums = [f"{number} {e.assign(f'extractelement {e.typed(op.c)}, i64 {i}')}" for i in range(4)]
-    factors = [*_words(e, op.a), *_words(e, op.b)]
+    factors = [*words_of(e, op.a), *words_of(e, op.b)]
     if element == F16:
         name = "llvm.nvvm.mma.m16n8k16.row.col.f32.f32"
         arguments = [f"<2 x half> {e.assign(f'bitcast i32 {w} to <2 x half>')}" for w in factors]

@@ -6,7 +6,7 @@ Source: NVIDIA, "Parallel Thread Execution ISA", 9.7.9 (bulk copies), 9.7.13 (mb
 
 from __future__ import annotations
 
-from codegen.nvptx.grid_lowerings import GLOBAL, SHARED, pointer
+from codegen.nvptx.grid_lowerings import GLOBAL, SHARED, pointer, words_of
 from codegen.nvptx.lowering import GridEmitter, grid_lowering
 from ir.core import Value
 from ir.formats import PlainFormat
@@ -16,7 +16,7 @@ from ir.types import BufferType
 
 # A descriptor beside the address / 16: 1 (not read with a swizzle), 1024 bytes between 8 rows, the 128-byte swizzle.
 _DESCRIPTOR = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-_STEP = 16  # columns of one instruction
+_STEP_BYTES = 2 * grid_warpgroup.STEP  # of a row, in one instruction
 
 
 def _bits(buffer: Value) -> int:
@@ -89,7 +89,7 @@ def _through(
     lanes = lanes_of(op.c.type)
     sums = [f"float {e.assign(f'extractelement {e.typed(op.c)}, i64 {i}')}" for i in range(lanes)]
     outputs, inputs = ",".join(["=f"] * lanes), ",".join(str(i) for i in range(lanes))
-    constraints = f"{outputs},{inputs},{'l,' * len(more)}"
+    constraints = f"{outputs},{inputs},{''.join('r,' if x.startswith('i32') else 'l,' for x in more)}"
     struct = f"{{{', '.join(['float'] * lanes)}}}"
     made = e.assign(_assembly(lines, constraints, [*sums, *more], struct))
     vector = "poison"
@@ -101,21 +101,24 @@ def _through(
 
 @grid_lowering(grid_warpgroup.GroupMmaOp)
 def _group_mma(e: GridEmitter, op: grid_warpgroup.GroupMmaOp) -> None:
+    """The left factor is moved to registers of this place, so that nothing is computed into them before it."""
     lanes = lanes_of(op.c.type)
-    assert isinstance(op.a.type, BufferType)
-    kind = str(op.a.type.element)
-    name = f"wgmma.mma_async.sync.aligned.m64n{2 * lanes}k{_STEP}.f32.{kind}.{kind}"
+    assert isinstance(op.b.type, BufferType)
+    kind = str(op.b.type.element)
+    name = f"wgmma.mma_async.sync.aligned.m64n{2 * lanes}k{grid_warpgroup.STEP}.f32.{kind}.{kind}"
     sums = ", ".join(f"${i}" for i in range(lanes))
-    lines, more = ["wgmma.fence.sync.aligned;"], []
-    starts = []
-    for buffer, index in ((op.a, op.a_index), (op.b, op.b_index)):
-        place = e.assign(f"zext i32 {_address(e, buffer, index)} to i64")
-        starts.append(e.assign(f"or disjoint i64 {e.assign(f'lshr i64 {place}, 4')}, {_DESCRIPTOR}"))
-    for step in range(grid_warpgroup.DEPTH // _STEP):
-        places = [2 * lanes + 2 * step + i for i in range(2)]
-        lines.append(f"{name} {{{sums}}}, ${places[0]}, ${places[1]}, 1, 1, 1, 0, 0;")
-        more += [f"i64 {e.assign(f'add i64 {start}, {step * _STEP * 2 // 16}')}" for start in starts]
-    lines.append("wgmma.commit_group.sync.aligned;")
+    words = words_of(e, op.a)
+    place = e.assign(f"zext i32 {_address(e, op.b, op.b_index)} to i64")
+    start = e.assign(f"or disjoint i64 {e.assign(f'lshr i64 {place}, 4')}, {_DESCRIPTOR}")
+    first, more = 2 * lanes, [f"i32 {word}" for word in words]  # operands behind the sums, which are there twice
+    lines = [f"{{ .reg .b32 %left<{len(words)}>;"]
+    lines += [f"mov.b32 %left{i}, ${first + i};" for i in range(len(words))]
+    lines.append("wgmma.fence.sync.aligned;")
+    for step in range(len(words) // 4):
+        left = ", ".join(f"%left{4 * step + i}" for i in range(4))
+        lines.append(f"{name} {{{sums}}}, {{{left}}}, ${first + len(words) + step}, 1, 1, 1, 0;")
+        more.append(f"i64 {e.assign(f'add i64 {start}, {(op.step + step) * _STEP_BYTES // 16}')}")
+    lines.append("wgmma.commit_group.sync.aligned; }")
     _through(e, op, lines, more)
 
 

@@ -16,12 +16,12 @@ from ir.ops.tile_types import element_of
 from ir.traits import Synchronizes, WritesMemory
 from ir.types import INDEX, BufferType, ScalarType, Type
 
-ASYNC_BYTES = 16
+ASYNC_BYTES = (4, 16)
 
 
 @register_op
 class AsyncCopyOp(Op):
-    """Starts to copy 16 bytes from global memory; to write zeros, and read nothing, where the condition fails.
+    """Starts to copy bytes from global memory; to write zeros, and read nothing, where the condition fails.
 
     grid.async_copy %s, %i, %x, %j, %ok : (buffer<bf16, shared>, index, buffer<bf16>, index, i1) -> ()
     """
@@ -29,14 +29,15 @@ class AsyncCopyOp(Op):
     name = "grid.async_copy"
     traits = (WritesMemory,)
     target = operand("shared buffer")
-    target_index = operand("first element written; its byte is a multiple of 16")
+    target_index = operand("first element written; its byte is a multiple of `bytes`")
     source = operand("global buffer of the same element")
-    source_index = operand("first element read; its byte is a multiple of 16")
+    source_index = operand("first element read; its byte is a multiple of `bytes`")
     condition = operand("i1")
+    bytes = attr(int, "4 or 16", default=16)
 
     @staticmethod
     def infer_types(
-        target: Type, target_index: Type, source: Type, source_index: Type, condition: Type
+        target: Type, target_index: Type, source: Type, source_index: Type, condition: Type, bytes: int
     ) -> tuple[Type, ...]:
         expect(isinstance(target, BufferType) and target.space == "shared", f"expected a shared buffer, got {target}")
         expect(isinstance(source, BufferType) and source.space == "global", f"expected a global buffer, got {source}")
@@ -45,10 +46,11 @@ class AsyncCopyOp(Op):
         expect(same, f"expected two buffers of one element, got {target} and {source}")
         expect(target_index == source_index == INDEX, f"expected an index, got {target_index} and {source_index}")
         expect(condition == ScalarType(I1), f"expected an i1 condition, got {condition}")
+        expect(bytes in ASYNC_BYTES, f"expected a copy of 4 or 16 bytes, got {bytes}")
         return ()
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
-        lanes = ASYNC_BYTES // element_of(ScalarType(values[0].element)).dtype.itemsize
+        lanes = self.bytes // element_of(ScalarType(values[0].element)).dtype.itemsize
         context.grid.copies.start(*values, lanes)
         return ()
 

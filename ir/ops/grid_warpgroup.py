@@ -1,10 +1,11 @@
-"""Grid level: products of four warps (a warpgroup) whose factors lie in shared memory and which go on by themselves.
+"""Grid level: products of four warps (a warpgroup) that go on by themselves: registers with a tile of shared memory.
 
-A tile of factors has rows of 64 numbers of 16 bits, 128 bytes each; piece p of 16 bytes of row r lies at piece
-p xor (r mod 8), and the first row on a multiple of 1024 bytes ("128-byte swizzle", NVIDIA, "Parallel Thread Execution
-ISA", 9.7.15). Sums of a product that has not been waited for may go into the next product and nowhere else, and the
-bytes of its factors may not be written. What a thread wrote, or copied by `grid.async_copy`, it makes known to products
-by `grid.fence_async`; bytes of `grid.bulk_copy` are known to them. For sm_90a.
+The left factor is in registers. A tile of the right one has rows of 64 numbers of 16 bits, 128 bytes each; piece p of
+16 bytes of row r lies at piece p xor (r mod 8), and the first row on a multiple of 1024 bytes ("128-byte swizzle",
+NVIDIA, "Parallel Thread Execution ISA", 9.7.15). Sums of a product that has not been waited for may go into the next
+product and nowhere else, and the registers and bytes of its factors may not be written. What a thread wrote, or copied
+by `grid.async_copy`, it makes known to products by `grid.fence_async`; bytes of `grid.bulk_copy` are known to them. For
+sm_90a.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from ir.traits import Synchronizes
 from ir.types import INDEX, BufferType, Type, VectorType
 
 WARPGROUP = 128  # threads
-ROWS, DEPTH = 64, 64  # of the left factor
+ROWS = 64  # of the left factor
+DEPTH, STEP = 64, 16  # columns of a tile, and of one instruction
+STEP_LANES = 8  # of the left factor in a step
 
 
 @register_op
@@ -43,38 +46,44 @@ class FenceAsyncOp(Op):
 
 @register_op
 class GroupMmaOp(Op):
-    """Starts c + a @ b.T for c [64, n], a [64, 64], b [n, 64]: one product of a warpgroup, which is here as a whole.
+    """Starts c + a @ b.T for c [64, n], a [64, 16 s], b [n, 16 s]: a product of a warpgroup, which is here as a whole.
 
-    n is twice the lanes of c. Lane l of warp w holds c at rows 16 w + l / 4 (+ 8 for i mod 4 >= 2) and columns
-    8 (i / 4) + 2 (l mod 4) + i mod 2. Sums over 16 columns are exact here, and rounded as they are added.
+    n is twice the lanes of c, s an eighth of those of a: 1 to 4 steps of 16 columns. Lane l of warp w holds c at rows
+    16 w + l / 4 (+ 8 for i mod 4 >= 2) and columns 8 (i / 4) + 2 (l mod 4) + i mod 2; of a the 16 rows of its warp as
+    the left factor of `grid.mma`, one step behind the other. b is the steps from `step` on of a tile of 64 columns.
+    The registers of a are read while the product goes on: the op may not be met again before it was waited for. Sums
+    over 16 columns are exact here, and rounded as they are added.
 
-    %d = grid.group_mma %c, %s, %i, %t, %j
-        : (vector<16 x f32>, buffer<bf16, shared>, index, buffer<bf16, shared>, index) -> vector<16 x f32>
+    %d = grid.group_mma %c, %a, %t, %j {step = 2}
+        : (vector<16 x f32>, vector<16 x bf16>, buffer<bf16, shared>, index) -> vector<16 x f32>
     """
 
     name = "grid.group_mma"
     traits = (Synchronizes,)
     c = operand("f32, 4 to 128 lanes, a multiple of 4")
-    a = operand("shared buffer of bf16 or f16")
-    a_index = operand("first element of the tile of 64 rows")
+    a = operand("bf16 or f16, 8 lanes for each step")
     b = operand("shared buffer of the same element")
     b_index = operand("first element of the tile of n rows")
+    step = attr(int, "first of the tile's four steps of 16 columns", default=0)
     out = result("type of c; to be waited for")
 
     @staticmethod
-    def infer_types(c: Type, a: Type, a_index: Type, b: Type, b_index: Type) -> Type:
+    def infer_types(c: Type, a: Type, b: Type, b_index: Type, step: int) -> Type:
         lanes = lanes_of(c)
         fits = isinstance(c, VectorType) and element_of(c) == F32 and lanes % 4 == 0 and 4 <= lanes <= 128
         expect(fits, f"expected 4, 8, ..., 128 lanes of f32 to add to, got {c}")
-        shared = isinstance(a, BufferType) and a.space == "shared" and a.element in (BF16, F16)
-        expect(shared, f"expected a shared buffer of bf16 or f16, got {a}")
-        expect(a == b, f"expected two buffers of one type, got {a} and {b}")
-        expect(a_index == b_index == INDEX, f"expected an index, got {a_index} and {b_index}")
+        steps, most = lanes_of(a) // STEP_LANES, DEPTH // STEP
+        fits = isinstance(a, VectorType) and element_of(a) in (BF16, F16) and lanes_of(a) % STEP_LANES == 0
+        expect(fits and steps <= most, f"expected 8, 16, 24 or 32 lanes of bf16 or f16, got {a}")
+        shared = isinstance(b, BufferType) and b.space == "shared" and b.element == element_of(a)
+        expect(shared, f"expected a shared buffer of {element_of(a)}, got {b}")
+        expect(b_index == INDEX, f"expected an index, got {b_index}")
+        expect(0 <= step <= most - steps, f"expected {steps} of {most} steps, got those from {step} on")
         return c
 
     def interpret(self, values: Sequence[Any], context: Any) -> tuple[Any, ...]:
         context.grid.whole_groups(self, WARPGROUP, "warpgroup")
-        return (context.grid.products.start(*values),)
+        return (context.grid.products.start(self, *values, self.step),)
 
 
 @register_op

@@ -1,6 +1,7 @@
 """Bulk copies and products of warpgroups in the interpreter: what is read or written too early is found.
 
-The good kernel copies a tile, multiplies it with one that was stored, and stores the sums; bad ones lack one thing.
+The good kernel copies half of a tile, stores the other, multiplies both with registers, and stores the sums; bad ones
+lack one thing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from codegen.nvptx.builder import GridBuilder
-from codegen.tile_builder import Buffer
 from ir.formats import BF16, F32, I64
 from ir.grid_interpreter import interpret_grid
 from ir.tile_memory_model import KernelFault
@@ -17,26 +17,28 @@ from tests.samples.base import normal
 
 LACKS = {
     "the barrier": "uses a barrier that nobody has made",
-    "the bytes": r"waits in vain: 8192 of bytes that nobody has expected were copied",
-    "half of the copy": r"waits in vain: 4096 of 8192 were copied",
+    "the bytes": r"waits in vain: 1024 of bytes that nobody has expected were copied",
+    "half of the copy": r"waits in vain: 512 of 1024 were copied",
     "the other parity": "waits in vain",
     "waiting": r"reads shared memory .* whose copy has not been waited for",
     "meeting": r"reads shared memory .* written by another without a barrier between",
     "the fence": r"multiplies bytes of shared memory .* written without grid.fence_async between",
     "the sums": r"'grid.part' reads sums of a product that has not been waited for",
     "enough waiting": r"'grid.part' reads sums of a product that has not been waited for",
-    "old factors": r"writes shared memory .* read by a product that goes on",
     "old tiles": r"writes shared memory .* read by a product that goes on",
+    "meeting again": r"writes shared memory .* read by another without a barrier between",
+    "old registers": r"thread 0 of block 0 writes registers of a left factor, read by a product that goes on",
     "one tile for all": "and others of its warpgroup name different tiles",
     "whole tiles": "no multiple of 1024",
     "all threads": "is not reached by thread 127 of block 0, but by others of its warpgroup",
 }
+COLUMNS = 16
 
 
 def kernel(lacks: str = "") -> GridBuilder:
     k = GridBuilder("product", threads=128)
-    x, w, y = k.buffer("x", BF16), k.buffer("w", BF16), k.buffer("y", F32)
-    left, right, barriers = k.shared(2 * 64 * 64, BF16), k.shared(8 * 64, BF16), k.shared(1, I64)
+    a, w, y = k.buffer("a", BF16), k.buffer("w", BF16), k.buffer("y", F32)
+    right, barriers = k.shared(2 * COLUMNS * 64, BF16), k.shared(1, I64)
     thread, zero = k.thread_id(), k.index_value(0)
     first = thread.compare("eq", 0)
     if lacks != "the barrier":
@@ -45,10 +47,10 @@ def kernel(lacks: str = "") -> GridBuilder:
     k.barrier()
     with k.when(first):
         if lacks != "the bytes":
-            k.expect_bytes(barriers, 0, 8192)
-        k.bulk_copy(left, zero, x, zero, 2048 if lacks == "half of the copy" else 4096, barriers, zero)
+            k.expect_bytes(barriers, 0, 1024)
+        k.bulk_copy(right, zero, w, zero, 256 if lacks == "half of the copy" else 512, barriers, zero)
     with k.when(thread.compare("lt", 64)):
-        right.store(thread * 8, w.load(thread * 8, 8))
+        right.store(thread * 8 + 512, w.load(thread * 8 + 512, 8))
     if lacks != "the fence":
         k.fence_async()
     if lacks != "waiting":
@@ -57,42 +59,44 @@ def kernel(lacks: str = "") -> GridBuilder:
             k.wait_barrier(barriers, 0, 1)
     if lacks != "meeting":
         k.barrier()
-    at = {"whole tiles": k.index_value(64), "one tile for all": (thread // 32).min(1) * 4096}.get(lacks, zero)
+    at = {"whole tiles": k.index_value(64), "one tile for all": (thread // 32).min(1) * 512}.get(lacks, zero)
+    left = a.load(thread * 32, 8), k.join(*(a.load(thread * 32 + 8 * i, 8) for i in range(1, 4)))
     if lacks == "all threads":
         with k.when(thread.compare("lt", 127)):
-            k.group_mma(k.f32(1.0, 4), left, at, right, 0)
-    sums = k.group_mma(k.f32(1.0, 4), left, at, right, 0)
-    _then(k, lacks, left, right)
+            k.group_mma(k.f32(1.0, 8), left[0], right, at)
+    sums = k.group_mma(k.group_mma(k.f32(1.0, 8), left[0], right, at), left[1], right, at, step=1)
+    k.barrier()
+    if lacks == "old tiles":
+        with k.when(first):
+            right.store(0, w.load(0))
+    if lacks == "old registers":
+        with k.loop(0, 3, 1, [sums]) as loop:
+            loop.carry(k.wait_mma(k.group_mma(loop.carried[0], left[0], right, at), 1))
+        sums = loop.results[0]
     if lacks == "enough waiting":
-        sums = k.wait_mma(k.group_mma(sums, left, 0, right, 0), 1)
+        sums = k.wait_mma(k.group_mma(sums, left[0], right, 0), 1)
     elif lacks != "the sums":
         sums = k.wait_mma(sums, 0)
+    if lacks == "meeting again":
+        with k.when(first):
+            right.store(0, w.load(0))
     lane, warp = k.lane_and_warp()
-    for half in range(2):
-        row = warp * 16 + lane // 4 + half * 8
-        y.store(row * 8 + lane % 4 * 2, k.part(sums, 2 * half, 2))
+    for i in range(4):
+        row = warp * 16 + lane // 4 + i % 2 * 8
+        y.store(row * COLUMNS + i // 2 * 8 + lane % 4 * 2, k.part(sums, 2 * i, 2))
     return k
-
-
-def _then(k: GridBuilder, lacks: str, left: Buffer, right: Buffer) -> None:
-    """What is done while the product goes on."""
-    k.barrier()
-    if lacks == "old factors":
-        with k.when(k.thread_id().compare("eq", 0)):
-            right.store(0, right.load(0))
-    if lacks == "old tiles":
-        left.store(k.thread_id() * 8, right.load(k.thread_id() % 64 * 8, 8))
 
 
 def run(lacks: str = "") -> tuple[np.ndarray, np.ndarray]:
     """(y, what it should be)"""
-    rows = np.arange(64)[:, None]
-    a, b = normal(64, 64, element=BF16), normal(8, 64, seed="b", element=BF16)
-    order = np.arange(8) ^ rows % 8
-    x = a.reshape(64, 8, 8)[rows, order].reshape(-1)
-    w = b.reshape(8, 8, 8)[rows[:8], order[:8]].reshape(-1)
-    y = np.zeros((64, 8), np.float32)
-    interpret_grid(kernel(lacks).grid_kernel().func, [x, w, y], blocks=1, threads=128)
+    thread, i = np.indices((128, 32))
+    rows = thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
+    columns = i // 8 * 16 + i // 4 % 2 * 8 + thread % 4 * 2 + i % 2
+    a, b = normal(64, 64, element=BF16), normal(COLUMNS, 64, seed="b", element=BF16)
+    row = np.arange(COLUMNS)[:, None]
+    w = b.reshape(COLUMNS, 8, 8)[row, np.arange(8) ^ row % 8].reshape(-1)
+    y = np.zeros((64, COLUMNS), np.float32)
+    interpret_grid(kernel(lacks).grid_kernel().func, [a[rows, columns], w, y], blocks=1, threads=128)
     return y, 1 + a.astype(np.float32) @ b.astype(np.float32).T
 
 

@@ -21,7 +21,7 @@ SOURCE = Stored(np.arange(64).astype(BF16.dtype))
 BYTES = np.array([127, -128, 5, -3] * 4, np.int8)
 BARRIERS = Stored(np.zeros(2, np.int64), "shared")
 TILES = Stored((np.arange(80 * 64) % 7 - 3).astype(BF16.dtype), "shared")
-COUNTED, OF_TILES = BufferType(I64, "shared"), BufferType(BF16, "shared")
+COUNTED, OF_TILES, LEFT = BufferType(I64, "shared"), BufferType(BF16, "shared"), VectorType(8, BF16)
 SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.block_id", "first"),
     low_sample("grid.num_blocks", "one"),
@@ -40,6 +40,7 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.async_wait", "but_one", pending=1),
     low_sample("grid.async_copy", "copies", ROWS, 8, SOURCE, 16, np.bool_(True)),
     low_sample("grid.async_copy", "zeros", ROWS, 56, SOURCE, 800, np.bool_(False)),
+    low_sample("grid.async_copy", "a_pair", ROWS, 6, SOURCE, 18, np.bool_(True), bytes=4),
     low_sample("grid.mma", "bf16", v(1, 2, 3, 4, element=F32), v(*range(8)), v(1, -1, 0.5, 2)),
     low_sample("grid.mma", "f16", v(*[0] * 4, element=F32), v(*range(8), element=F16), v(*range(4), element=F16)),
     low_sample("grid.mma", "i8", v(7, 0, -7, 2**31 - 1, element=I32), BYTES, -BYTES[:8]),
@@ -51,7 +52,8 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.bulk_copy", "some", ROWS, 8, SOURCE, 16, BARRIERS, 1, size=16),
     low_sample("grid.wait_barrier", "done_before", BARRIERS, 0, 1),
     low_sample("grid.fence_async", "nothing_written"),
-    low_sample("grid.group_mma", "one_tile", np.arange(8, dtype=np.float32), TILES, 0, TILES, 4096),
+    low_sample("grid.group_mma", "one_step", np.arange(8, dtype=np.float32), v(*range(8)), TILES, 4096),
+    low_sample("grid.group_mma", "two_more", np.arange(8, dtype=np.float32), v(*range(16)), TILES, 0, step=2),
     low_sample("grid.wait_mma", "nothing_started", np.arange(8, dtype=np.float32), pending=0),
 )
 
@@ -67,11 +69,18 @@ FAULTS: tuple[Fault, ...] = (
     fault("grid.join", "expected vectors of one element, got vector<2 x f32>, i32", VectorType(2, F32), INT),
     fault("grid.part", "expected a vector, got f32", F, first=0, lanes=1),
     fault("grid.part", "expected lanes of vector<4 x f32>, got 2 from 3 on", VectorType(4, F32), first=3, lanes=2),
-    fault("grid.async_copy", "expected a shared buffer, got buffer<bf16>", GLOBAL, INDEX, GLOBAL, INDEX, FLAG),
-    fault("grid.async_copy", "expected a global buffer, got buffer<bf16, sh", SHARED, INDEX, SHARED, INDEX, FLAG),
-    fault("grid.async_copy", "expected two buffers of one element", SHARED, INDEX, BufferType(F32), INDEX, FLAG),
-    fault("grid.async_copy", "expected an index, got i32 and index", SHARED, INT, GLOBAL, INDEX, FLAG),
-    fault("grid.async_copy", "expected an i1 condition, got f32", SHARED, INDEX, GLOBAL, INDEX, F),
+    fault(
+        "grid.async_copy", "expected a shared buffer, got buffer<bf16>", GLOBAL, INDEX, GLOBAL, INDEX, FLAG, bytes=16
+    ),
+    fault(
+        "grid.async_copy", "expected a global buffer, got buffer<bf16, sh", SHARED, INDEX, SHARED, INDEX, FLAG, bytes=16
+    ),
+    fault(
+        "grid.async_copy", "expected two buffers of one element", SHARED, INDEX, BufferType(F32), INDEX, FLAG, bytes=16
+    ),
+    fault("grid.async_copy", "expected an index, got i32 and index", SHARED, INT, GLOBAL, INDEX, FLAG, bytes=16),
+    fault("grid.async_copy", "expected an i1 condition, got f32", SHARED, INDEX, GLOBAL, INDEX, F, bytes=16),
+    fault("grid.async_copy", "expected a copy of 4 or 16 bytes, got 8", SHARED, INDEX, GLOBAL, INDEX, FLAG, bytes=8),
     fault("grid.async_wait", "expected 0 or more groups, got -1", pending=-1),
     fault("grid.mma", "expected vector<4 x f32> to add to, got f32", F, VectorType(8, BF16), VectorType(4, BF16)),
     fault(
@@ -103,15 +112,22 @@ FAULTS: tuple[Fault, ...] = (
         "grid.bulk_copy", "two buffers of one element", *(SHARED, INDEX, BufferType(F32), INDEX, COUNTED, INDEX), size=8
     ),
     fault("grid.wait_barrier", "expected an index for the parity, got i32", COUNTED, INDEX, INT),
+    fault("grid.group_mma", "4, 8, ..., 128 lanes of f32 to add to", VectorType(6, F32), LEFT, OF_TILES, INDEX, step=0),
     fault(
-        "grid.group_mma", "4, 8, ..., 128 lanes of f32 to add to", VectorType(6, F32), OF_TILES, INDEX, OF_TILES, INDEX
+        "grid.group_mma",
+        "8, 16, 24 or 32 lanes of bf16",
+        VectorType(8, F32),
+        VectorType(4, BF16),
+        OF_TILES,
+        INDEX,
+        step=0,
     ),
     fault(
-        "grid.group_mma", "buffer of bf16 or f16, got buffer<bf16>", VectorType(8, F32), GLOBAL, INDEX, GLOBAL, INDEX
+        "grid.group_mma", "a shared buffer of bf16, got buffer<bf16>", VectorType(8, F32), LEFT, GLOBAL, INDEX, step=0
     ),
-    fault(
-        "grid.group_mma", "two buffers of one type", VectorType(8, F32), SHARED, INDEX, BufferType(F16, "shared"), INDEX
-    ),
+    fault("grid.group_mma", "a shared buffer of f16", VectorType(8, F32), VectorType(8, F16), OF_TILES, INDEX, step=0),
+    fault("grid.group_mma", "expected an index, got i32", VectorType(8, F32), LEFT, OF_TILES, INT, step=0),
+    fault("grid.group_mma", "1 of 4 steps, got those from 4 on", VectorType(8, F32), LEFT, OF_TILES, INDEX, step=4),
     fault("grid.wait_mma", "expected a vector of f32, got f32", F, pending=0),
     fault("grid.wait_mma", "expected 0 .. 7 products, got 8", VectorType(8, F32), pending=8),
 )

@@ -83,9 +83,10 @@ def gemm_packed_kernel(
 
 
 class PackedGemm:
-    """Writes the product of one block, as lane 4g + q of a warp sees it. `element` is that of x."""
+    """Writes the product of one block, as lane 4g + q of a warp sees it. Copies of x have `piece_bytes`."""
 
     element = BF16
+    piece_bytes = PIECE_BYTES
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class PackedGemm:
         self.code_words = layout.loads * WARP * 4  # of a tile and chunk
         self.scale_count = 8 * 2 * layout.groups_of_unit if layout.group else 0  # of a tile and unit
         stages = shape.stages
-        self.piece = PIECE_BYTES // self.element.dtype.itemsize  # elements of x in a copy
+        self.piece = self.piece_bytes // self.element.dtype.itemsize  # elements of x in a copy
         self.pieces = CHUNK // self.piece
         self.held_x = b.shared(stages * shape.rows * CHUNK, self.element)
         self.held_codes = b.shared(stages * shape.tiles * self.code_words, I32)
@@ -151,11 +152,12 @@ class PackedGemm:
             yield number, number.compare("lt", count) if count - first < self.b.threads else None
 
     def _copy(self, held: Buffer, at: Expr, source: Buffer, source_at: Expr, inside: Expr, here: Expr | None) -> None:
+        nbytes = self.piece_bytes if held is self.held_x else PIECE_BYTES
         if here is None:
-            self.b.async_copy(held, at, source, source_at, inside)
+            self.b.async_copy(held, at, source, source_at, inside, nbytes)
             return
         with self.b.when(here):
-            self.b.async_copy(held, at, source, source_at, inside)
+            self.b.async_copy(held, at, source, source_at, inside, nbytes)
 
     def _fetch(self, chunk: Expr, stage: Expr) -> None:
         """Starts the copies of a chunk into a stage; zeros where x and w end."""

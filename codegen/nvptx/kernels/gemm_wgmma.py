@@ -1,137 +1,140 @@
-"""Matrix products of many rows on sm_90a: y[m, n] = x[m, k] w[n, k] in bf16 by products of warpgroups (wgmma).
+"""Matrix products of many rows on sm_90a by products of warpgroups (wgmma), weights as decoding has them.
 
-A block makes 64 rows of y for each of its warpgroups and `columns` columns. The weights lie as tiles of 64 rows and 64
-columns whose pieces are swizzled as shared memory has them (`swizzled_tiles`): one bulk copy of 8 KiB brings a tile, a
-barrier counts its bytes, one thread starts it. Rows of x come by copies of 16 bytes, each to its swizzled place. A
-product is started when its stage is there and waited for one stage later: two are under way. Refused: k or n that is no
-multiple of 64 or 8.
+y^T = w x^T: the weights are the left factor, which such a product takes from registers. So the bytes of
+`codegen.nvptx.fragments` serve here too, in 16, 8 or 4 bits, and lie once: a lane unpacks its 16 bytes as it does for
+`grid.mma`. Bulk copies bring them, counted by a barrier; one thread starts those of a stage.
+
+x is the right factor, in shared memory with the 128-byte swizzle. Its columns must come in the order in which lanes
+have those of w: of a segment of 32, pair j of piece q (8 columns) is pair q of piece j. Copies of 4 bytes put them so.
+
+A product takes a segment and is waited for when the next but one is to be started: the matrix unit has one to go on
+with while weights are unpacked. Scales multiply the weights here, in bf16, rounded once: sums of a group by themselves
+would take as many registers again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from codegen.nvptx.builder import GridBuilder, GridKernel
+from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.fragments import SEGMENT, Fragments
+from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.weight_factors import left_factor
 from codegen.tile_builder import Buffer, Expr
-from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, I64, PlainFormat
-from ir.ops.grid_warpgroup import DEPTH, ROWS, WARPGROUP
+from ir.formats import BF16, F32, I32, I64, PlainFormat
+from ir.ops.grid_warpgroup import STEP, WARPGROUP
+from ir.types import VectorType
 
-PIECE = 8  # elements of a copy of 16 bytes
-PIECES = DEPTH // PIECE
-TILE = ROWS * DEPTH  # elements of a tile of weights
+GROUP_TILES = WARPGROUP // WARP  # a tile of 16 rows for each warp of a warpgroup
+PIECES = 4  # of 8 columns in a segment, and pairs of columns in a piece
 
 
 @dataclass(frozen=True)
-class WgmmaShape:
-    """Warpgroups of a block, its columns of y, and how many stages of x and w are in shared memory."""
+class WgmmaShape(PackedShape):
+    """A block of warpgroups, each with 64 columns of y for all rows of the block, up to 256."""
 
-    groups: int = 2
-    columns: int = 256
-    stages: int = 4
+    @classmethod
+    def of(cls, rows: int) -> WgmmaShape:
+        """A shape for up to `rows` rows of x: few rows take small blocks, so that there are enough of them."""
+        shapes = ((32, 1, 6), (64, 1, 6), (128, 2, 5))
+        return cls.with_rows(*next((shape for shape in shapes if rows <= shape[0]), (256, 2, 4)))
 
-    @property
-    def rows(self) -> int:
-        return self.groups * ROWS
-
-    def blocks(self, m: int, n: int) -> int:
-        """Blocks of the launch for y [m, n]."""
-        return -(-m // self.rows) * -(-n // self.columns)
-
-
-def swizzled_tiles(w: np.ndarray) -> np.ndarray:
-    """bf16 [ceil(n / 64), k / 64, 64, 64] of w [n, k]: piece p of row r of a tile at piece p xor (r mod 8)."""
-    n, k = w.shape
-    padded = np.zeros((-(-n // ROWS) * ROWS, k), w.dtype)
-    padded[:n] = w
-    tiles = padded.reshape(-1, ROWS, k // DEPTH, PIECES, PIECE).swapaxes(1, 2)
-    rows = np.arange(ROWS)[:, None]
-    return np.ascontiguousarray(tiles[:, :, rows, np.arange(PIECES) ^ rows % 8]).reshape(-1, k // DEPTH, ROWS, DEPTH)
+    @classmethod
+    def with_rows(cls, rows: int, groups: int, stages: int) -> WgmmaShape:
+        """`rows` (a multiple of 8) of x for each block of so many warpgroups."""
+        return cls(rows, groups * GROUP_TILES, rows, 1, stages)
 
 
 def gemm_wgmma_kernel(
-    n: int, k: int, name: str, shape: WgmmaShape = WgmmaShape(), out: PlainFormat = F32
+    layout: Fragments, name: str, shape: WgmmaShape, out: PlainFormat = F32, *, gate_up: bool = False
 ) -> GridKernel:
-    """A kernel (x bf16 [m, k], w = swizzled_tiles, y f32 or bf16 [m, n], m) of `shape.blocks(m, n)` blocks."""
-    if n % PIECE or k % DEPTH or k == 0:
-        raise DiagnosticError(
-            f"a product of {n} x {k} weights on sm_90a", expected=f"multiples of {PIECE} rows and {DEPTH} columns"
-        )
-    assert shape.columns % ROWS == 0 and shape.columns <= 256 and shape.stages >= 3
-    b = GridBuilder(name, shape.groups * WARPGROUP)
-    x, w, y, m = b.buffer("x", BF16), b.buffer("w", BF16), b.buffer("y", out), b.size("rows")
-    _WgmmaKernel(b, shape, (x, w, y), (m, n, k)).build()
+    """A kernel (codes i32, [scales,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)` blocks.
+
+    As `gemm_packed_kernel`, for sm_90a only.
+    """
+    b = GridBuilder(name, shape.threads)
+    codes = b.buffer("codes", I32)
+    scales = b.buffer("scales", layout.scale_element) if layout.group else None
+    x, y, m = b.buffer("x", BF16), b.buffer("y", out), b.size("rows")
+    block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
+    tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
+    GroupGemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).build()
     return b.grid_kernel()
 
 
-class _WgmmaKernel:
-    def __init__(
-        self, b: GridBuilder, shape: WgmmaShape, buffers: tuple[Buffer, Buffer, Buffer], sizes: tuple[Expr, int, int]
-    ) -> None:
-        self.b, self.shape = b, shape
-        (self.x, self.w, self.y), (self.m, self.n, self.k) = buffers, sizes
-        self.steps = self.k // DEPTH
-        self.thread = b.thread_id()
-        self.group = self.thread // WARPGROUP
-        block, down = b.block_id(), (self.m + (shape.rows - 1)) // shape.rows
-        self.row, self.column = block % down * shape.rows, block // down * shape.columns
-        self.held_x = b.shared(shape.stages * shape.rows * DEPTH, BF16)
-        self.held_w = b.shared(shape.stages * shape.columns * DEPTH, BF16)
-        self.barriers = b.shared(shape.stages, I64)
+class GroupGemm(PackedGemm):
+    """Writes the product of one block; warp w of it has tile w of the block's weights and all of its rows of x."""
+
+    piece_bytes = 4
 
     def build(self) -> None:
-        b, shape, stages = self.b, self.shape, self.shape.stages
-        ahead = stages - 2  # of a step: the two stages before it are read by products that may go on
+        b, shape = self.b, self.shape
+        assert isinstance(shape, WgmmaShape) and shape.rows <= 256
+        stages, ahead = shape.stages, shape.stages - 2  # products with the two stages before one may go on
+        assert ahead > 0
+        self.barriers = b.shared(stages, I64)
         with b.when(self.thread.compare("lt", stages)):
             b.init_barrier(self.barriers, self.thread)
         b.barrier()
         for stage in range(ahead):
             self._fetch(b.index_value(stage), b.index_value(stage))
         zero = b.index_value(0)
-        sums = b.f32(0.0, shape.columns // 2)
-        with b.loop(0, self.steps, 1, [zero, zero, sums]) as loop:
+        with b.loop(0, self.layout.chunks, 1, [zero, zero, b.f32(0.0, shape.rows // 2)]) as loop:
             stage, parity, sums = loop.carried
             b.async_wait(ahead - 1)
             b.fence_async()
             b.wait_barrier(self.barriers, stage, parity)
             b.barrier()  # this stage is there for all; products with the one to be filled are done
-            x_tile = (stage * shape.rows + self.group * ROWS) * DEPTH
-            sums = b.group_mma(sums, self.held_x, x_tile, self.held_w, stage * (shape.columns * DEPTH))
+            sums = self._add_chunk(stage, sums)
             later = stage + ahead
             self._fetch(loop.i + ahead, b.select(later.compare("lt", stages), later, later - stages))
-            sums = b.wait_mma(sums, 1)
             last = stage.compare("eq", stages - 1)
             loop.carry(b.select(last, zero, stage + 1), b.select(last, 1 - parity, parity), sums)
-        self._write(b.wait_mma(loop.results[2], 0))
+        sums = b.wait_mma(loop.results[2], 0)
+        self._write([b.part(sums, 4 * part, 4) for part in range(shape.rows // 8)])
 
-    def _fetch(self, step: Expr, stage: Expr) -> None:
-        """Starts the copies of a step into a stage; zeros where x ends."""
-        b, shape = self.b, self.shape
-        there = step.compare("lt", self.steps)
-        for first in range(0, shape.rows * PIECES, b.threads):
-            number = self.thread + first
-            row, piece = number // PIECES, number % PIECES
-            source = (self.row + row) * self.k + step * DEPTH + piece * PIECE
-            at = ((stage * shape.rows + row) * PIECES + b.xor(piece, row % 8)) * PIECE
-            b.async_copy(self.held_x, at, self.x, source, there & (self.row + row).compare("lt", self.m))
-        b.async_commit()
-        tiles = shape.columns // ROWS
+    def _add_chunk(self, stage: Expr, sums: Expr) -> Expr:
+        """Starts the products of a stage's two segments."""
+        b, words, scales = self.b, self._words(stage, 0), self._scales(stage, 0)
+        for s in range(2):
+            factors = [self._left(words, scales, s, m) for m in range(2)]
+            sums = b.wait_mma(sums, 1)  # the product that read these registers is done
+            tile = stage * (self.shape.rows * PIECES * SEGMENT // 2)
+            sums = b.group_mma(sums, b.join(*factors), self.held_x, tile, step=s * (SEGMENT // STEP))
+        return sums
+
+    def _left(self, words: list[Expr], scales: Expr | None, s: int, m: int) -> Expr:
+        """The 8 numbers of this lane for product m of segment s, under their scales."""
+        b, layout = self.b, self.layout
+        codes = left_factor(b, layout, words, s, m)
+        if scales is None:
+            return codes
+        wide = [scales.extract(half * layout.groups_of_unit + s % layout.groups_of_unit) for half in range(2)]
+        high = [x.cast(BF16) for x in wide]
+        low = [(x - top.cast(F32)).cast(BF16) for x, top in zip(wide, high, strict=True)]
+        first, second = (b.join(*(pair[row] for row in (0, 0, 1, 1, 0, 0, 1, 1))) for pair in (high, low))
+        zero = b.constant(VectorType(4, I32), 0).bitcast(codes.type)
+        return b.fma_pairs(codes, first, b.fma_pairs(codes, second, zero))
+
+    # -- copies
+
+    def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
+        """Where pair `piece` of a row of x goes: into the order of the weights' columns, and swizzled."""
+        segment, q, j = piece // (PIECES * PIECES), piece // PIECES % PIECES, piece % PIECES
+        at = self.b.xor(segment * PIECES + j, row % 8) * PIECES + q
+        return ((stage * self.shape.rows + row) * self.pieces + at) * self.piece
+
+    def _fetch_tiles(
+        self, held: Buffer, source: Buffer, size: int, piece: int, units: int, unit: Expr, stage: Expr, there: Expr
+    ) -> None:
+        """Codes by bulk copies; scales, which are few, as elsewhere. Tiles behind the last one are not stored."""
+        if held is not self.held_codes:
+            super()._fetch_tiles(held, source, size, piece, units, unit, stage, there)
+            return
+        b, tiles = self.b, self.shape.tiles
         with b.when(there & self.thread.compare("eq", 0)):
-            b.expect_bytes(self.barriers, stage, tiles * TILE * 2)
+            b.expect_bytes(self.barriers, stage, tiles * size * held.element.dtype.itemsize)
             for t in range(tiles):
-                tile = (self.column // ROWS + t).min(-(-self.n // ROWS) - 1)  # those behind the last are not stored
-                at = (stage * tiles + t) * TILE
-                b.bulk_copy(self.held_w, at, self.w, (tile * self.steps + step) * TILE, TILE, self.barriers, stage)
-
-    def _write(self, sums: Expr) -> None:
-        b, shape = self.b, self.shape
-        lane, warp = self.thread % 32, self.thread % WARPGROUP // 32
-        for j in range(shape.columns // 8):
-            column = self.column + j * 8 + lane % 4 * 2
-            for half in range(2):
-                row = self.row + self.group * ROWS + warp * 16 + half * 8 + lane // 4
-                with b.when(row.compare("lt", self.m) & column.compare("lt", self.n)):
-                    pair = b.part(sums, 4 * j + 2 * half, 2)
-                    self.y.store(row * self.n + column, pair.cast(self.y.element))
+                tile = (self.tile + t).min(self.layout.tiles - 1)
+                first = (tile * units + unit) * size
+                b.bulk_copy(held, (stage * tiles + t) * size, source, first, size, self.barriers, stage)

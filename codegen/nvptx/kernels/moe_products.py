@@ -17,6 +17,7 @@ from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import ROWS, WARPS, DecodePart, DecodeProduct, blocks_at_once
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.gemm_wgmma import GroupGemm, WgmmaShape
 from codegen.nvptx.kernels.int8 import ActivationScales, DecodeInt8, GemmInt8, check_int8, element_of_x
 from codegen.nvptx.kernels.moe_route import TILE_WORDS
 from codegen.tile_builder import Buffer, Expr
@@ -69,14 +70,15 @@ def grouped_decode_kernel(
 
 def grouped_gemm_kernel(of: Experts, name: str, shape: PackedShape) -> GridKernel:
     """A kernel with the arguments of `grouped_decode_kernel`, launched with `grouped_blocks` blocks. Tiles have up to
-    `shape.rows` rows."""
+    `shape.rows` rows; a `WgmmaShape` takes products of warpgroups (activations in bf16, on sm_90a)."""
     k = GridBuilder(name, shape.threads)
     launch = _Launch.of(k, of)
     block = k.block_id()
     expert, first, count = launch.entry(block % launch.most)
     with k.when(count.compare("gt", 0)):
         tile = PackedTile(first, first + count, block // launch.most * shape.tiles, launch.source)
-        kind = PackedGemm if launch.x_scales is None else GemmInt8
+        many = GroupGemm if isinstance(shape, WgmmaShape) else PackedGemm
+        kind = many if launch.x_scales is None else GemmInt8
         product = kind(k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up)
         launch.scaled(product).build()
     return k.grid_kernel()

@@ -12,7 +12,7 @@ from codegen.nvptx.kernels.attention_rows import AttentionShape
 from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
-from codegen.nvptx.kernels.gemm_wgmma import gemm_wgmma_kernel
+from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
@@ -97,7 +97,13 @@ def _model_kernels() -> list[GridKernel]:
 @cache
 def hopper_kernels() -> tuple[GridKernel, ...]:
     """What only sm_90a runs."""
-    return (gemm_wgmma_kernel(4096, 4096, "gemm_wgmma"),)
+    made = [
+        gemm_wgmma_kernel(Fragments.of(4096, 4096, format), f"wgmma_{name}", WgmmaShape.of(rows))
+        for name, format, rows in (("w16", BF16, 512), ("w8", Q8, 512), ("w4", Q4, 512), ("w4_32", Q4, 32))
+    ]
+    layout = Fragments.of(1536, 2048, Q4)
+    up = Experts(layout, layout.nbytes, 8, True, BF16)
+    return (*made, grouped_gemm_kernel(up, "experts_wgmma_w4", WgmmaShape.of(32)))
 
 
 @cache
@@ -144,19 +150,21 @@ def one_of_each_on_hopper() -> GridKernel:
     """Every op that only sm_90a has."""
     k = GridBuilder("one_of_each_on_hopper", threads=128)
     x, y = k.buffer("x", BF16), k.buffer("y", F32)
-    left, right, barriers = k.shared(64 * 64, BF16), k.shared(16 * 64, BF16), k.shared(1, I64)
+    right, barriers = k.shared(16 * 64, BF16), k.shared(1, I64)
     first, thread = k.thread_id().compare("eq", 0), k.thread_id()
     zero = k.index_value(0)
     with k.when(first):
         k.init_barrier(barriers, 0)
     k.barrier()
     with k.when(first):
-        k.expect_bytes(barriers, 0, 64 * 64 * 2)
-        k.bulk_copy(left, zero, x, zero, 64 * 64, barriers, zero)
-    right.store(thread * 8, x.load(thread * 8, 8))
+        k.expect_bytes(barriers, 0, 8 * 64 * 2)
+        k.bulk_copy(right, zero, x, zero, 8 * 64, barriers, zero)
+    with k.when(thread.compare("lt", 64)):
+        right.store(512 + thread * 8, x.load(512 + thread * 8, 8))
     k.fence_async()
     k.wait_barrier(barriers, 0, 0)
     k.barrier()
-    c = k.group_mma(k.f32(1.0, 8), left, 0, right, 0)
+    left = k.join(*(x.load(1024 + thread * 16 + half * 8, 8) for half in range(2)))
+    c = k.group_mma(k.f32(1.0, 8), left, right, 0, step=2)
     y.store(thread * 8, k.part(k.wait_mma(c, 0), 0, 4))
     return k.grid_kernel()

@@ -73,17 +73,22 @@ class HopperInstructions:
     def _wgmma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         if words[1] != "mma_async":
             return  # fence, commit_group, wait_group
-        assert operands[3:] == ("1", "1", "1", "0", "0")
+        assert operands[3:] == ("1", "1", "1", "0")
         lanes = len(operands[0])
         sums = np.stack([self.read(r, "f32", who) for r in operands[0]], axis=1).astype(np.float64)
         thread = np.arange(_GROUP)
         rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + np.arange(lanes) % 4 // 2 * 8
         columns = np.arange(lanes) // 4 * 8 + thread[:, None] % 4 * 2 + np.arange(lanes) % 2
+        held = np.stack([self.read(r, "u32", who) for r in operands[1]], axis=1).astype(np.uint32)
+        factors = held.view(ml_dtypes.bfloat16).astype(np.float64)
+        place = np.arange(8)
+        left_rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + place // 2 % 2 * 8
+        left_columns = thread[:, None] % 4 * 2 + place // 4 * 8 + place % 2
         for first in range(0, len(who), _GROUP):
-            left, right = (
-                self._tile(int(self.read(o, "u64", who[first : first + 1])[0]), size, int(who[first]) // self.threads)
-                for o, size in ((operands[1], 64), (operands[2], 2 * lanes))
-            )
+            descriptor = int(self.read(operands[2], "u64", who[first : first + 1])[0])
+            right = self._tile(descriptor, 2 * lanes, int(who[first]) // self.threads)
+            left = np.zeros((64, 16))
+            left[left_rows, left_columns] = factors[first : first + _GROUP]
             sums[first : first + _GROUP] += (left @ right.T)[rows, columns]
         for i, target in enumerate(operands[0]):
             self.write(target, np.ascontiguousarray(sums[:, i].astype(np.float32)), who)

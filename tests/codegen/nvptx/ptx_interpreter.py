@@ -30,7 +30,7 @@ _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
 _FACTORS: dict[str, Any] = {
     "bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
-_WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1, "done": 1}  # bytes of registers by their names
+_WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1, "done": 1, "%left": 4}  # bytes of registers by their names
 _WARP = 32
 _TOGETHER = {"mma": _WARP, "shfl": _WARP, "ldmatrix": _WARP, "wgmma": 4 * _WARP}  # threads of one instruction
 _COMPARE = {
@@ -218,6 +218,8 @@ class PtxMachine(HopperInstructions):
             made = np.sqrt(values[0])
         elif name == "neg":
             made = -values[0]
+        elif name == "not":
+            made = ~values[0]
         elif name == "abs":
             made = np.abs(values[0])
         elif name == "ex2":
@@ -319,13 +321,15 @@ class PtxMachine(HopperInstructions):
         if words[2] == "bulk":
             self._bulk(operands, who)
             return
-        if words[2] != "cg":
+        if words[2] not in ("ca", "cg"):
             return  # commit_group, wait_group
-        target, shared = self.bytes_at(operands[0], 16, "shared", who)
+        nbytes = int(operands[2])
+        assert nbytes == 16 or (words[2], nbytes) == ("ca", 4)
+        target, shared = self.bytes_at(operands[0], nbytes, "shared", who)
         shared[target] = 0
-        there = self.read(operands[3], "u32", who) == 16
+        there = self.read(operands[3], "u32", who) == nbytes
         if there.any():
-            index, memory = self.bytes_at(operands[1], 16, "global", who[there])
+            index, memory = self.bytes_at(operands[1], nbytes, "global", who[there])
             shared[tuple(axis[there] for axis in target)] = memory[index]
 
     # -- warps

@@ -95,7 +95,7 @@ def test_kernels_for_hopper_assemble_without_spills() -> None:
     """Products of warpgroups that ptxas would run one after the other, it says so."""
     text = compile_ptx([one_of_each_on_hopper(), *hopper_kernels()], HOPPER)
     assert ".version 8.0" in text and f".target {HOPPER}" in text
-    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk", "mbarrier.try_wait.parity"):
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk", "cp.async.ca", "try_wait.parity"):
         assert instruction in text
     made = assemble(text, HOPPER)
     assert "serialized" not in made.report

@@ -58,7 +58,9 @@ class BitBudget:
         if (self.bits_per_weight is None) == (self.size is None):
             raise DiagnosticError("a budget is bits per weight or a size", expected="one of the two")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 64:
-            raise DiagnosticError(f"{self.bits_per_weight} bits per weight", expected="a number above 0, such as 4.25")
+            raise DiagnosticError(
+                f"{self.bits_per_weight} bits per weight", expected="a number above 0 and at most 64, such as 4.25"
+            )
         if self.size is not None and self.size < 1:
             raise DiagnosticError(f"a size of {self.size} bytes", expected="one byte or more, such as 2GiB")
 

@@ -5,6 +5,8 @@ Verbs import what they need inside their functions, so that `--help` and a misty
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from stratum import __version__
@@ -23,7 +25,7 @@ from stratum.cli.run import run
 from stratum.cli.targets import targets
 
 EPILOG = (
-    "Exit codes: 0 done, 2 a fault that you can mend (one diagnostic on stderr), 70 a bug of ours "
+    "Exit codes: 0 done, 2 a fault that you can mend (one diagnostic on stderr), 3 nothing fits, 70 a bug of ours "
     "(STRATUM_TRACEBACK=1 shows the traceback), 130 interrupted."
 )
 
@@ -40,7 +42,10 @@ for command in (build, run, batch, plan, inspect, opt, bench, evaluate, quantize
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; `arguments` default to those of the process. Returns the exit code."""
-    return guarded(lambda: cli.main(arguments, prog_name="compile-model", standalone_mode=False))
+    given = sys.argv[1:] if arguments is None else arguments
+    return guarded(
+        lambda: cli.main(arguments, prog_name="compile-model", standalone_mode=False), as_json="--json" in given
+    )
 
 
 __all__ = ["cli", "main"]

@@ -3,12 +3,13 @@
 Diagnostics of the compiler and of the runtime, mistakes on the command line and what the operating system refuses
 (disk full, no permission, out of memory) are the user's to mend: exit code 2, no traceback; 3 where a model does not
 fit the memory it was given. Anything else is a bug of ours: one line that says how to see the traceback, exit code 70.
-Ctrl-C is 130, a reader that closed our pipe is 141.
+Ctrl-C is 130, a reader that closed our pipe is 141. With `--json` the message is also the last object on stdout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import traceback
@@ -26,50 +27,68 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 TRACEBACK_VARIABLE = "STRATUM_TRACEBACK"
 
 
-def guarded(work: Callable[[], object]) -> int:
-    """Calls `work` and returns the exit code. An int that `work` returns is its exit code; anything else means 0."""
+def guarded(work: Callable[[], object], *, as_json: bool = False) -> int:
+    """Calls `work` and returns the exit code. An int that `work` returns is its exit code; anything else means 0.
+
+    With `as_json` a fault is told on stdout too: `{"event": "error", "message": ..., "exit_code": ...}`.
+    """
+    told: list[str] = []
+    code = _code_of(work, told)
+    if as_json and told:
+        with contextlib.suppress(OSError, ValueError):
+            print(json.dumps({"event": "error", "message": told[0], "exit_code": code}, ensure_ascii=False), flush=True)
+    return code
+
+
+def _code_of(work: Callable[[], object], told: list[str]) -> int:
+    """The exit code of `work`; what is said of a fault is said on stderr and put into `told`."""
+
+    def say(text: str) -> None:
+        told.append(text)
+        _to_stderr(text)
+
     try:
         result = work()
         sys.stdout.flush()
     except (DiagnosticError, RuntimeDiagnostic) as error:
-        return _fault(str(error), getattr(error, "exit_code", EXIT_FAULT))
+        return _fault(say, str(error), getattr(error, "exit_code", EXIT_FAULT))
     except click.exceptions.NoArgsIsHelpError as error:
-        _to_stderr(error.format_message())
+        say(error.format_message())
         return EXIT_FAULT
     except click.ClickException as error:
-        _to_stderr(_usage_text(error))
+        say(_usage_text(error))
         return EXIT_FAULT
     except click.exceptions.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _to_stderr("interrupted")
+        say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _discard_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        return _fault(_os_error_text(error))
+        return _fault(say, _os_error_text(error))
     except MemoryError:
         return _fault(
-            "error: not enough memory\nhint: a smaller --context needs less; 'inspect' shows what a model needs"
+            say, "error: not enough memory\nhint: a smaller --context needs less; 'inspect' shows what a model needs"
         )
     except Exception as error:  # noqa: BLE001 - the last line of defence; the traceback is one variable away
-        return _bug(error)
+        return _bug(say, error)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
-def _fault(text: str, code: int = EXIT_FAULT) -> int:
+def _fault(say: Callable[[str], None], text: str, code: int = EXIT_FAULT) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         traceback.print_exc()
-    _to_stderr(text)
+    say(text)
     return code
 
 
-def _bug(error: Exception) -> int:
+def _bug(say: Callable[[str], None], error: Exception) -> int:
     if os.environ.get(TRACEBACK_VARIABLE):
         traceback.print_exc()
     first_line = (str(error).splitlines() or [""])[0]
-    _to_stderr(
+    say(
         f"internal error: {type(error).__name__}: {first_line}\n"
         f"hint: this is a bug in stratum; run again with {TRACEBACK_VARIABLE}=1 and report the traceback"
     )

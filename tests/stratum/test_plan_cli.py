@@ -170,3 +170,12 @@ def test_texts() -> None:
     assert [seconds_text(s) for s in (2.5, 0.0123, 4e-5, 3e-9)] == ["2.5 s", "12.3 ms", "40 us", "3 ns"]
     assert shortened("0-3") == "0-3" and shortened(",".join(map(str, range(0, 60, 2)))).endswith("… (30)")
     assert (parse_slo("ttft=2s, tpot=50ms").ttft, parse_slo("tpot=50ms").tpot) == (2.0, 0.05)
+
+
+def test_faults_are_objects_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "llama-3.1", "--json")
+    found = json.loads(out)
+    assert code == 2 == found["exit_code"] and found["event"] == "error" and found["message"] == err.rstrip("\n")
+    assert "did you mean 'Llama-3.1-8B'" in err  # what begins so, not what is spelled alike
+    code, out, _ = run(capsys, "Llama-3.1-8B", "--json", "--batch", "none")
+    assert json.loads(out)["exit_code"] == code == 2 and run(capsys, "llama-3.1")[1] == ""

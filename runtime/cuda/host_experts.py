@@ -122,6 +122,7 @@ class HostExperts:
 
     def __init__(self, artifact: Artifact, program: HostProgram, file: str, threads: int) -> None:
         self._layers, self._where, self.threads = program.layers, str(artifact.path / file), threads
+        self._closed = False
         names = sorted({layer.function for layer in program.layers.values()})
         self._native = NativeCode(artifact.read_bytes(file), names, where=self._where)
         try:
@@ -150,7 +151,8 @@ class HostExperts:
 
     def close(self) -> None:
         """Ends the threads. Code that a thread did not come back from stays."""
-        if self._team.close():
+        closed, self._closed = self._closed, True
+        if not closed and self._team.close():
             self._native.close()
 
 

@@ -205,9 +205,10 @@ class HybridExperts:
     def _divided(
         self, products: HostProducts | None, missing: list[int], tiles: np.ndarray, slots: Slots, hits: int
     ) -> tuple[list[int], list[int], list[int]]:
-        """Of missing experts those to bring, those that the CPU computes, and those of them to bring for later."""
-        prices = self._missed.prices
-        if products is None or prices is None or not missing:
+        """Of missing experts those to bring, those that the CPU computes, and those of them to bring for later. Where
+        they come from the disk in several rounds, none may lie in memory for as long as the CPU would want it."""
+        prices, most = self._missed.prices, self._report.host_slots or len(missing)
+        if products is None or prices is None or not 0 < len(missing) <= most:
             return missing, [], []
         rows = [int(tiles[tiles[:, 0] == expert, 2].sum()) for expert in missing]
         first: list[int] = []

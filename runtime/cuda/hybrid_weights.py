@@ -20,12 +20,14 @@ from typing import Any
 from runtime.artifact import Artifact
 from runtime.cuda.dense_window import DenseWindow, StepCopies
 from runtime.cuda.device import Device
+from runtime.cuda.host_experts import ExpertCode
 from runtime.cuda.host_plan import HostPlan, plan_host
 from runtime.cuda.host_tier import HostTier
 from runtime.cuda.hybrid_experts import HybridExperts
 from runtime.cuda.hybrid_plan import HbmPlan, plan_hbm
 from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
+from runtime.cuda.missed_experts import FETCHED, Missed
 from runtime.cuda.program import GpuLaunch, GpuStep, WeightArgument
 from runtime.weight_reader import Pread
 
@@ -33,11 +35,13 @@ from runtime.weight_reader import Pread
 class HybridWeights:
     """The store of an artifact by a plan of the device. What does not stay there is pinned on the host as far as the
     device's `host_limit_bytes` allow beside `others_pinned`. `stream` is that of the steps, `preadv` the seam where
-    tests plant faults."""
+    tests plant faults. `missed` says what is done about experts that are not on the device, `code` computes them on the
+    CPU and is closed with this."""
 
     def __init__(
         self, device: Device, stream: Any, artifact: Artifact, plan: HbmPlan, *,
         others_pinned: int = 0, policy: str = "lrfu", preadv: Pread = os.preadv,
+        missed: Missed = FETCHED, code: ExpertCode | None = None,
     ) -> None:  # fmt: skip
         self._device, self._stream, self.plan = device, stream, plan
         self._pieces = artifact.manifest.weights.pieces
@@ -57,15 +61,20 @@ class HybridWeights:
         tight = [n for p, n in plan.slots if n < self._count(p)]
         self.most_tokens = min(tight) // per_token if tight else 0
         try:
-            self._acquire(artifact, others_pinned, policy, preadv)
+            self._acquire(artifact, others_pinned, policy, preadv, missed, code)
         except BaseException:
             self.close()
+            if self._experts is None and code is not None:
+                code.close()
             raise
 
     def _count(self, piece: int) -> int:
         return self._pieces[piece].bytes // self._pieces[piece].unit
 
-    def _acquire(self, artifact: Artifact, others_pinned: int, policy: str, preadv: Pread) -> None:
+    def _acquire(
+        self, artifact: Artifact, others_pinned: int, policy: str, preadv: Pread, missed: Missed,
+        code: ExpertCode | None,
+    ) -> None:  # fmt: skip
         """Memory, streams and events; then what stays is loaded."""
         device, plan = self._device, self.plan
         with uninterrupted():
@@ -78,6 +87,7 @@ class HybridWeights:
         self._experts = HybridExperts(
             device, self._stream, self._step, self._pieces, plan,
             region=self._region, source=self._expert_addresses, report=self._report, policy=policy,
+            most_tokens=self.most_tokens, missed=missed, code=code,
         )  # fmt: skip
         limit = device.host_limit_bytes
         room = None if limit is None else limit - device.pinned_bytes() - others_pinned
@@ -97,6 +107,7 @@ class HybridWeights:
             (self._pieces[piece].offset, self._pieces[piece].bytes, self._region + self._offsets[piece])
             for piece in (*plan.resident, *whole)
         ])  # fmt: skip
+        self._experts.measure()
         self._loaded = (host.reads.requests, host.reads.bytes, host.reads.busy_s)
 
     def _expert_addresses(self, piece: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -142,9 +153,10 @@ class HybridWeights:
     def cuts(self, launch: GpuLaunch) -> bool:
         """Whether `before` does anything for a launch, so that no captured segment may have it inside."""
         assert self._experts is not None
-        return id(launch) in self._first or any(
-            self._experts.passes(wait.piece) or any(self._window.passes(piece) for piece in (wait.piece, *wait.done))
-            for wait in launch.waits
+        return (
+            id(launch) in self._first
+            or self._experts.acts(launch)
+            or any(self._window.passes(piece) for wait in launch.waits for piece in (wait.piece, *wait.done))
         )
 
     def before(self, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
@@ -152,6 +164,8 @@ class HybridWeights:
         if id(launch) in self._first:
             self._report.steps += 1
             self._window.begin_step()
+            self._experts.forget()
+        self._experts.finish(launch)
         for wait in launch.waits:
             for piece in wait.done:
                 self._window.done(piece)
@@ -187,8 +201,9 @@ class HybridWeights:
     def close(self) -> None:
         device = self._device
         if device.lost:
-            if self._host is not None:
-                self._host.close()
+            for part in (self._experts, self._host):
+                if part is not None:
+                    part.close()
             return
         with uninterrupted():
             if self._experts is not None:

@@ -3,6 +3,7 @@ bounded argument by argument, work in any order that streams allow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from codegen.nvptx.compile import compile_ptx
+from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep, lower_grid_step
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
@@ -45,19 +47,21 @@ def lowered(case: str) -> tuple[Model, LoweredGridStep]:
     return model, lower_grid_step(model.step, GridOptions(splits=2, prefill_tokens=32))
 
 
-def write_lowered(root: Path, case: str, code: str = ".version 7.8\n") -> Path:
-    """An artifact of it; beside `code` it holds the names of the kernels only."""
+def write_lowered(root: Path, case: str, code: str = ".version 7.8\n", levels: Sequence[str] = ()) -> Path:
+    """An artifact of it; beside `code` it holds the names of the kernels only. `levels`: instruction sets of CPUs that
+    it has code of experts for."""
     model, step = lowered(case)
     weights = stored_weights(step, model)
     names = [f".entry {k.name}(\n" for k in step.kernels]
     ptx = (code + "".join(name for name in names if name.strip() not in code)).encode()
     files = {"code/sm_90.ptx": ptx, "weights/weights.bin": weights}
+    files |= {object_path(level): made for level, made in step.host.objects(levels=levels).items()}
 
     def describe(manifest: dict) -> None:
         manifest["model"] |= {"vocab_size": VOCAB, "max_context": CONTEXT}
         manifest["model"] |= {"experts_per_token": CASES[case][0].top_k} if CASES[case][0].experts else {}
         manifest["target"] = {"name": "cuda", "triple": "nvptx64-nvidia-cuda", "cpu": "sm_90", "features": []}
-        manifest |= {"programs": programs_entry(step), "kv": kv_entry(step), "gpu": gpu_entry(step, NO_CODE)}
+        manifest |= {"programs": programs_entry(step), "kv": kv_entry(step), "gpu": gpu_entry(step, NO_CODE, levels)}
         pieces = [
             {"kind": p.kind, "offset": p.offset, "bytes": p.nbytes, "unit": p.unit, "origin": p.origin}
             for p in step.file.pieces

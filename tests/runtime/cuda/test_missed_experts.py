@@ -1,0 +1,246 @@
+"""Experts that are not in a GPU's memory, computed by the CPU where that is sooner: which, and with what numbers.
+
+With kernels of Python, whose CPU computes the same numbers exactly, outputs are those of a device that has room for
+everything wherever experts are computed; with native code they are so within the rounding of bf16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import passes.place.missed_experts as planned
+from runtime import host
+from runtime.artifact import Artifact, open_artifact
+from runtime.cuda.device import Device
+from runtime.cuda.driver import DeviceFault, OutOfDeviceMemory
+from runtime.cuda.host_experts import HostProgram, open_host
+from runtime.cuda.hybrid_weights import HybridWeights, plan_of
+from runtime.cuda.missed_experts import AUTO, CPU, FETCH, ExpertPrices, Missed, SpareLink, divide
+from runtime.cuda.session import CudaSession
+from runtime.cuda.weights import WeightStore
+from runtime.errors import RuntimeDiagnostic
+from tests.runtime.cuda import test_lowered_models as models
+from tests.runtime.cuda.emulated_driver import EmulatedDriver, Status
+from tests.runtime.cuda.emulated_kernels import GridRunner
+from tests.runtime.cuda.passing_model import CHOSEN, PAGE, RUNNER, UNIT, PythonExperts, write_passing
+from tests.runtime.cuda.toy_model import open_checked
+from tests.runtime.fake_artifact import VOCAB
+
+NEVER, EVEN, ALWAYS = ExpertPrices(1e9, 1.0), ExpertPrices(1e9, 1e9, 0.5), ExpertPrices(1.0, 1e9)
+
+# -- which -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(1, 9), max_size=8), st.sampled_from([0.2, 1.0, 1.7, 5.0]), st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.0, 0.5, 3.0]),
+)  # fmt: skip
+def test_the_rule_is_that_of_plans(loads: list[int], host_bytes: float, share: float, start: float) -> None:
+    prices = ExpertPrices(1.0, host_bytes, share, start)
+    brought, there = planned.divide(
+        loads, fetch=1.0, near=lambda tokens: 0.0, far=lambda tokens: prices.host_s(1, tokens), start=start
+    )
+    assert divide(loads, prices, 1) == (list(brought), list(there))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.floats(0.1, 10), st.integers(0, 3))
+def test_for_later_only_the_time_that_is_left(missing: list[int], host_bytes: float, room: int) -> None:
+    spare, prices = SpareLink(), ExpertPrices(1.0, host_bytes)
+    for count in missing:
+        found = spare.count(prices, 1, [1] * count, 0, room)
+        assert 0 <= found <= min(room, count)
+    spare, found, busy = SpareLink(), 0, 0.0
+    for count in missing:
+        found += spare.count(prices, 1, [1] * count, 0, 99)
+        busy += count * prices.host_s(1, 1)
+        assert found <= busy + 1e-6
+
+
+# -- kernels of Python: the same numbers exactly -----------------------------------------------------------------------
+
+FAILING = ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel")
+
+
+def opened(
+    path: Path, order: str, seed: int, budget: int, missed: Missed
+) -> tuple[EmulatedDriver, CudaSession, PythonExperts]:
+    driver, code = EmulatedDriver(RUNNER, order=order, seed=seed), PythonExperts()
+
+    def some(device: Device, stream: Any, artifact: Artifact) -> WeightStore:
+        return HybridWeights(device, stream, artifact, plan_of(artifact, budget), missed=missed, code=code)
+
+    return driver, CudaSession(path, device=open_checked(driver), weights=some), code
+
+
+def least(layers: list[int]) -> int:
+    return sum(CHOSEN * UNIT for n in layers if not n) + 2 * PAGE * max([0, *layers]) + PAGE
+
+
+def step_of(at: int, count: int, seed: int = 0) -> tuple[list[int], range, list[int], list[int]]:
+    return [(7 * (at + i) + seed) % VOCAB for i in range(count)], range(at, at + count), [0] * count, [count - 1]
+
+
+def of_everything(path: Path, steps: list[tuple[Any, ...]]) -> list[np.ndarray]:
+    with CudaSession(path, device=open_checked(EmulatedDriver(RUNNER, order="eager"))) as session:
+        return [session.step(*step) for step in steps]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 2]), min_size=2, max_size=4), st.integers(0, 3),
+    st.sampled_from(["eager", "lazy", "shuffled"]), st.integers(0, 99),
+    st.lists(st.integers(1, 6), min_size=2, max_size=4),
+    st.sampled_from([Missed(CPU, EVEN), Missed(AUTO, EVEN), Missed(AUTO, ALWAYS), Missed(AUTO, NEVER), Missed(FETCH)]),
+    st.tuples(st.sampled_from(FAILING), st.integers(0, 40)),
+)  # fmt: skip
+def test_wherever_experts_are_computed(
+    tmp_path: Path, layers: list[int], more: int, order: str, seed: int, counts: list[int], missed: Missed,
+    fault: tuple[str, int],
+) -> None:  # fmt: skip
+    """Any model, budget, order of work, batches and prices; a call of the driver that fails changes nothing but its
+    step."""
+    path = tmp_path / "-".join(map(str, layers))
+    if not path.exists():
+        write_passing(path, layers)
+    steps = [step_of(sum(counts[:i]), count, seed) for i, count in enumerate(counts)]
+    whole = of_everything(path, steps)
+    driver, session, code = opened(path, order, seed, least(layers) + more * UNIT, missed)
+    with session:
+        for step, want in zip(steps[:-1], whole, strict=False):
+            np.testing.assert_array_equal(session.step(*step), want)
+        driver.plant(fault[0], Status.CUDA_ERROR_INVALID_VALUE, skip=fault[1])
+        with contextlib.suppress(DeviceFault):
+            np.testing.assert_array_equal(session.step(*steps[-1]), whole[-1])
+        driver.plant(fault[0], Status.CUDA_ERROR_INVALID_VALUE, times=0)
+        np.testing.assert_array_equal(session.step(*steps[-1]), whole[-1])
+        report = session.hybrid
+        assert report is not None and report.computed == code.computed
+        assert report.lookups - report.hits >= report.computed >= report.later
+        if missed.mode == FETCH or missed.prices is NEVER:
+            assert code.computed == 0 and report.same_bits
+        if missed.mode == CPU and 0 in layers:
+            assert code.computed > 0 and "computed by the CPU" in report.summary()
+    assert driver.leaks() == [] and code.closed
+
+
+def test_experts_come_for_later_while_the_cpu_computes(tmp_path: Path) -> None:
+    """The same tokens again and again: the cache follows them, though every missing expert is the CPU's."""
+    path, layers = write_passing(tmp_path / "model", [0, 0]), [0, 0]
+    driver, session, _ = opened(path, "shuffled", 5, least(layers), Missed(CPU, EVEN))
+    with session:
+        hits = []
+        for at in range(6):
+            session.step([3], [at], [0], [0])
+            assert session.hybrid is not None
+            hits.append(session.hybrid.hits)
+        assert session.hybrid is not None and session.hybrid.later > 0 and hits[-1] - hits[-2] == CHOSEN * len(layers)
+    assert driver.leaks() == []
+
+
+@pytest.mark.parametrize("calls", range(1, 60, 6))
+def test_ctrl_c_leaves_the_books_right(tmp_path: Path, calls: int) -> None:
+    path, layers = write_passing(tmp_path / "model", [0, 1]), [0, 1]
+    steps = [step_of(0, 1), step_of(1, 1)]
+    whole = of_everything(path, steps)
+    driver, session, code = opened(path, "lazy", 1, least(layers), Missed(CPU, EVEN))
+    with session:
+        np.testing.assert_array_equal(session.step(*steps[0]), whole[0])
+        driver.interrupt_at = sum(driver.calls.values()) + calls
+        with contextlib.suppress(KeyboardInterrupt):
+            session.step(*steps[1])
+        driver.interrupt_at = -1
+        np.testing.assert_array_equal(session.step(*steps[1]), whole[1])
+    assert driver.leaks() == [] and code.closed
+
+
+@pytest.mark.parametrize("name", ["cuMemHostAlloc", "cuEventCreate", "cuStreamCreate"])
+def test_what_cannot_be_had_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
+    path = write_passing(tmp_path / "model", [0])
+    for skip in range(8):
+        driver, code = EmulatedDriver(RUNNER), PythonExperts()
+        driver.plant(name, Status.CUDA_ERROR_OUT_OF_MEMORY, skip=skip)
+
+        def some(device: Device, stream: Any, artifact: Artifact, code: PythonExperts = code) -> WeightStore:
+            plan = plan_of(artifact, least([0]))
+            return HybridWeights(device, stream, artifact, plan, missed=Missed(CPU, EVEN), code=code)
+
+        with (
+            contextlib.suppress(OutOfDeviceMemory, DeviceFault),
+            CudaSession(path, device=open_checked(driver), weights=some),
+        ):
+            pass
+        assert driver.leaks() == []
+
+
+def test_a_team_that_fails_is_said_once(tmp_path: Path) -> None:
+    """The step ends with what the CPU said; the next one is right."""
+    path = write_passing(tmp_path / "model", [0])
+    steps = [step_of(0, 1)]
+    driver, session, code = opened(path, "lazy", 1, least([0]), Missed(CPU, EVEN))
+    run = code.run
+
+    def fails(*_: Any) -> None:
+        raise RuntimeDiagnostic("the CPU's threads did not finish some experts in time")
+
+    with session:
+        code.run = fails  # type: ignore[method-assign]
+        with pytest.raises(RuntimeDiagnostic, match="did not finish"):
+            session.step(*steps[0])
+        code.run = run  # type: ignore[method-assign]
+        np.testing.assert_array_equal(session.step(*steps[0]), of_everything(path, steps)[0])
+    assert driver.leaks() == []
+
+
+# -- native code -------------------------------------------------------------------------------------------------------
+
+SPARSE = "experts"
+LEVEL = host.best_portable_target(host.host_features()) if host.host_architecture() == "x86_64" else "aarch64"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_lowered(tmp_path_factory.mktemp("native") / "artifact", SPARSE, levels=(LEVEL,))
+
+
+def test_native_experts_within_rounding(artifact: Path) -> None:
+    """All missing experts by the CPU's own code, beside a device that has room for everything."""
+    steps = [models.batch((0, 0, 2)), models.batch((0, 2, 1), (1, 0, 1))]
+    found: dict[bool, list[np.ndarray]] = {}
+    for on_cpu in (False, True):
+        driver = EmulatedDriver(GridRunner(models.lowered(SPARSE)[1].kernels), order="lazy", seed=2)
+
+        def some(device: Device, stream: Any, of: Artifact) -> WeightStore:
+            plan = plan_of(of, 1 << 30)
+            experts = plan.slots[0][0]
+            unit = of.manifest.weights.pieces[experts].unit
+            less = plan_of(of, plan.device_bytes - 2 * unit)
+            return HybridWeights(device, stream, of, less, missed=Missed(CPU), code=open_host(of, threads=2))
+
+        with CudaSession(
+            artifact, device=open_checked(driver), num_slots=models.SLOTS, weights=some if on_cpu else None
+        ) as session:
+            found[on_cpu] = [session.step(*step.arrays) for step in steps]
+            if on_cpu:
+                report = session.hybrid
+                assert report is not None and report.computed > 0 and not report.same_bits
+                assert report.prices is not None and min(report.prices) > 0
+        assert driver.leaks() == []
+    for got, want in zip(found[True], found[False], strict=True):
+        assert np.abs(got - want).max() <= models.TOLERANCE * np.abs(want).max()
+
+
+def test_the_code_of_this_cpu_is_found(artifact: Path) -> None:
+    program = HostProgram.of(open_artifact(artifact))
+    assert program.file_for(host.host_architecture(), host.host_features()) == f"code/experts.{LEVEL}.o"
+    assert program.file_for(host.host_architecture(), frozenset()) == ""
+    assert program.file_for("riscv64", host.host_features()) == ""
+    both = replace(program, code=(*program.code, ("code/plain.o", program.code[0][1], ())))
+    assert both.file_for(host.host_architecture(), frozenset()) == "code/plain.o"

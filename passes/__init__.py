@@ -2,19 +2,26 @@
 
 from passes import Pass, PassManager, parse_pipeline
 PassManager("canonicalize,cse,fuse-qkv").run(module)
+
+Names are loaded when they are asked for: a process that only reads a plan (`passes.place`) has no memory for a
+compiler.
 """
 
-from passes.pass_base import (
-    FunctionPass,
-    Pass,
-    PassContext,
-    Remark,
-    find_pass,
-    register_pass,
-    registered_passes,
-)
-from passes.pass_manager import PassError, PassManager, PassRecord, PipelineReport
-from passes.pipeline_text import parse_pipeline, print_pass, print_pipeline
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from passes.pass_base import (
+        FunctionPass,
+        Pass,
+        PassContext,
+        Remark,
+        find_pass,
+        register_pass,
+        registered_passes,
+    )
+    from passes.pass_manager import PassError, PassManager, PassRecord, PipelineReport
+    from passes.pipeline_text import parse_pipeline, print_pass, print_pipeline
 
 __all__ = [
     "FunctionPass",
@@ -32,3 +39,15 @@ __all__ = [
     "register_pass",
     "registered_passes",
 ]
+
+_HOMES = {
+    "pass_manager": ("PassError", "PassManager", "PassRecord", "PipelineReport"),
+    "pipeline_text": ("parse_pipeline", "print_pass", "print_pipeline"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"passes.{_HOME_OF.get(name, 'pass_base')}"), name)

@@ -30,12 +30,13 @@ from stratum.device_choice import DeviceChoice, refuse_cpu_options, refused_on_g
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
     from frontends.tokenizer import Tokenizer
+    from passes.place.placement import Placement
     from runtime.cuda.session import CudaSession
     from runtime.prompt_cache import CachedGeneration
     from runtime.step_reader import RoutingListener
     from runtime.trace import Profile
-    from stratum.memory_plan import MemoryPlan
     from stratum.progress import Progress
+    from stratum.stream_placement import MemoryPlan
 
 Message = Mapping[str, Any]
 
@@ -133,7 +134,7 @@ def check_threshold(stand_ins: float | None, *, streams: bool) -> float:
 @dataclass(frozen=True)
 class Slots:
     """Room for several sequences (`stratum.batch_run`): `count` may be begun, `together` of them are in one step. A
-    budget has room for the KV cache of those; with `kv_spill` the others go to disk."""
+    budget has room for the KV cache of `count`, or of `together` with `kv_spill`: then the others go to disk."""
 
     count: int = 1
     together: int = 1
@@ -147,7 +148,8 @@ class Model:
     `compile-model plan` that says what stays and what is read, by default as much as fits its own budget. `kv_dir`: a
     folder for what a budget has no room for of the KV cache of `max_context` positions. `stand_ins`: with `memory` or
     `plan`, experts of less than this share of a token's weight are computed from their copies in fewer bits when they
-    are missing; the output is then not that of the full model. None of the four is for GPUs.
+    are missing; the output is then not that of the full model. None of the four is for GPUs. `model.placement` is the
+    plan that is executed: that of `compile-model plan` for the same budget and context.
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
     bytes. `progress` is told of weights on their way there. `slots` is for the cpu.
@@ -174,6 +176,7 @@ class Model:
         self.path = Path(path)
         room = slots or Slots()
         self.stand_ins = check_threshold(stand_ins, streams=memory is not None or plan is not None)
+        self.placement: Placement | None = None
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
             refuse_cpu_options(memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads)
@@ -181,16 +184,14 @@ class Model:
             self.manifest = self.session.manifest
             return
         stream = kv_stream = None
-        if memory is not None and slots is not None:
-            planned = self._plan_slots(memory, max_context, expert_policy, slots)
-            stream, max_context = planned.stream, planned.context
-            if room.kv_spill is not None and room.kv_spill.limit_bytes is None:
-                room = replace(room, kv_spill=replace(room.kv_spill, limit_bytes=planned.kv_bytes))
-        elif memory is not None or plan is not None:
-            planned = self._plan(memory, max_context, expert_policy, plan)
+        if memory is not None or plan is not None:
+            planned = self._plan(memory, max_context, expert_policy, plan, room)
+            self.placement = planned.placement
             stream, max_context = replace(planned.stream, stand_ins=self.stand_ins), planned.context
             if planned.kv_bytes is not None:
                 kv_stream = KVStreamOptions(planned.kv_bytes, str(kv_dir) if kv_dir is not None else None)
+            if room.kv_spill is not None and room.kv_spill.limit_bytes is None:
+                room = replace(room, kv_spill=replace(room.kv_spill, limit_bytes=self._kv_bytes(planned, room)))
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing,
             kv_stream=kv_stream, num_slots=room.count, kv_spill=room.kv_spill,
@@ -198,37 +199,39 @@ class Model:
         self.manifest = self.session.manifest
 
     def _plan(
-        self, memory: int | None, max_context: int | None, policy: str | None, plan: str | os.PathLike[str] | None
+        self,
+        memory: int | None,
+        max_context: int | None,
+        policy: str | None,
+        plan: str | os.PathLike[str] | None,
+        room: Slots,
     ) -> MemoryPlan:
         """What fits into `memory` bytes beside this process with all that it loads; or what `plan` says."""
         from runtime.artifact import open_artifact
-        from stratum.kv_plan import plan_with_kv_on_disk
+        from stratum.memory_plan import plan_for
+        from stratum.stream_placement import stream_for
 
         self.manifest = open_artifact(self.path).manifest
         with contextlib.suppress(DiagnosticError):
             _ = self.tokenizer  # without one, whoever asks for it is told
-        if plan is not None:
-            from stratum.stream_placement import stream_for
+        spills = room.kv_spill is not None
+        held = room.together if spills else room.count
+        if plan is None:
+            assert memory is not None
+            return plan_for(self.path, memory, max_context, policy, held, kv_on_disk=not spills)
+        made = stream_for(self.path, Path(plan), memory, max_context, policy, held)
+        if spills and made.kv_bytes is not None:
+            raise DiagnosticError(
+                "the plan keeps layers of keys and values on a drive, and whole sequences may go to one as well",
+                where=str(plan), expected="one of the two: a plan with kv in memory, or no --kv-spill",
+            )  # fmt: skip
+        return made
 
-            return stream_for(self.path, Path(plan), memory, max_context, policy)
-        assert memory is not None
-        return plan_with_kv_on_disk(self.path, memory, max_context, policy)
+    def _kv_bytes(self, planned: MemoryPlan, room: Slots) -> int:
+        """What the caches of the sequences of one step take."""
+        from stratum.process_account import ProcessAccount
 
-    def _plan_slots(self, memory: int, max_context: int | None, policy: str | None, slots: Slots) -> MemoryPlan:
-        """What fits beside the cache of the sequences of one step, whose bytes are the plan's `kv_bytes`."""
-        from runtime.artifact import open_artifact
-        from stratum.memory_plan import Accounts, baseline_bytes, plan_memory
-
-        self.manifest = open_artifact(self.path).manifest
-        with contextlib.suppress(DiagnosticError):
-            _ = self.tokenizer
-        baseline = baseline_bytes(self.manifest)
-        held = slots.count if slots.kv_spill is None else slots.together
-        made = plan_memory(
-            self.manifest, memory, baseline=baseline, context=max_context, num_slots=held, policy=policy,
-            where=str(self.path),
-        )  # fmt: skip
-        return replace(made, kv_bytes=Accounts(self.manifest, memory, baseline, held).kv_bytes(made.context))
+        return ProcessAccount(self.manifest, planned.stream.budget_bytes, 0, room.together).kv_bytes(planned.context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -135,7 +135,7 @@ def _groups(plan: Placement) -> list[str]:
     merged: dict[tuple[str, str, str, str], list[Placed]] = {}
     for group in plan.groups:
         if group.nbytes:
-            merged.setdefault((group.group, _where(group), _by(group), group.format), []).append(group)
+            merged.setdefault((_what(group), _where(group), _by(group), group.format), []).append(group)
     for (name, where, by, format), found in merged.items():
         size = format_bytes(sum(g.nbytes for g in found))
         rows.append((name, shortened(",".join(g.layers for g in found if g.layers)), where, by, size, format))
@@ -146,6 +146,12 @@ def _groups(plan: Placement) -> list[str]:
         size = format_bytes(sum(e.nbytes for e in entries))
         rows.append(("kv", shortened(",".join(e.layers for e in entries)), tier, unit, size, format))
     return table(rows)
+
+
+def _what(group: Placed) -> str:
+    """Its name, with the pieces of a built model where it is not all of them."""
+    pieces = ", ".join(piece.rpartition(".")[2] for piece in group.pieces.split(","))
+    return f"{group.group}: {pieces}" if pieces else group.group
 
 
 def _where(group: Placed) -> str:

@@ -43,9 +43,11 @@ from runtime.artifact import is_artifact, open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
-from stratum.process_account import FORESEEN_BYTES, budget_of_room, room_of
+from stratum.host_placement import drive_of
+from stratum.host_planning import default_context, drive_of_target, executed, host_gains, judged, placement_for
+from stratum.process_account import budget_of_room, foreseen_bytes, room_of
 from stratum.run_prediction import predict, problem_for
-from stratum.stream_placement import budget_of, read_placement, recipe_of, stream_of_placement
+from stratum.stream_placement import MemoryPlan, budget_of, read_placement, recipe_of, stream_of_placement
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,10 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     shape, formats, manifest = _model(request)  # first: a wrong name is told before anything is measured
     target = _measured(request.target, tell)
     given = read_placement(request.plan) if request.plan is not None else None
+    budget = _process_budget(request, target, given) if manifest is not None else None
+    if budget is not None and manifest is not None and request.context is None:
+        context = default_context(manifest, budget, max(1, request.batch))
+        request = dataclasses.replace(request, context=min(context, shape.max_context))
     session = _session(request, shape)
     if given is not None:
         _same_model(given, shape, request)
@@ -117,24 +123,42 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
         return Planned(shape, target, placement, warnings=shape.warnings)
+    built = Built(manifest, budget, Path(request.model)) if manifest is not None and target.name == "host" else None
     try:
-        planned = _placed(request, shape, target, formats, session, slo, given, menu)
+        planned = _placed(request, shape, target, formats, session, slo, given, menu, built)
     except NoFit as fault:
         if target.name == "host":
             raise _advised(fault, request, target) from None
         raise
-    return planned if manifest is None or target.name != "host" else _as_run(request, planned, manifest)
+    return planned if built is None else _as_run(planned, built)
 
 
-def _as_run(request: PlanRequest, planned: Planned, manifest: Manifest) -> Planned:
+@dataclass(frozen=True)
+class Built:
+    """A built model on this machine, and the budget of the whole process (None: none)."""
+
+    manifest: Manifest
+    budget: int | None
+    path: Path
+
+
+def _process_budget(request: PlanRequest, target: Target, given: Placement | None) -> int | None:
+    """What the whole process may use, where the plan is for this machine: as asked for, or as a given plan has it."""
+    size = dict(request.budgets).get("memory")
+    if target.name != "host":
+        return None
+    if size is None:
+        return budget_of(given) if given is not None else None
+    return int(parse_quantity(size, "bytes", where="budget of memory"))
+
+
+def _as_run(planned: Planned, built: Built) -> Planned:
     """With the times of a built model as the runtime will take them; as they are where it cannot execute the plan."""
     assert planned.solution is not None
-    placement, stream, kv_bytes = planned.placement, None, None
+    placement, manifest, stream, kv_bytes = planned.placement, built.manifest, None, None
     try:
-        if request.plan is not None or "memory" in dict(request.budgets):
-            made = stream_of_placement(
-                manifest, placement, budget_of(placement), baseline=FORESEEN_BYTES, num_slots=placement.session.batch
-            )
+        if built.budget is not None:
+            made = stream_of_placement(manifest, placement, built.budget, baseline=foreseen_bytes(manifest))
             stream, kv_bytes = made.stream, made.kv_bytes
         problem = problem_for(planned.solution.problem, manifest, stream)
         times = predict(problem, manifest, stream, expected_hits(planned, stream), kv_bytes=kv_bytes)
@@ -158,9 +182,18 @@ def _placed(
     slo: Slo,
     given: Placement | None,
     menu: Menu | None,
+    built: Built | None,
 ) -> Planned:
-    """A plan over the tiers of one machine."""
-    machine = machine_of(target, budgets=_budgets(request, target))
+    """A plan over the tiers of one machine; of a built model on this one what `run` does, where nothing is pinned."""
+    sizes = _budgets(request, target)
+    if built is not None and built.budget is not None:
+        sizes[main_tier(target)] = room_of(built.budget)
+    machine = machine_of(target, budgets=sizes)
+    drive = drive_of_target(target, drive_of(built.path)) if built is not None else ""
+    asked_more = request.pins or request.slo is not None or request.batch == 0 or len(sizes) > 1
+    by_run = built is not None and built.budget is not None and given is None and not asked_more
+    if by_run and built is not None and built.budget is not None:
+        given = placement_for(built.manifest, built.budget, session, drive)
     here = target.name == "host"
     names = menu.names if menu is not None else ()
     pins = tuple(parse_pin(p, shape, machine, names) for p in request.pins)
@@ -180,7 +213,10 @@ def _placed(
         problem = dataclasses.replace(problem, cached=rates)
     elif here:  # of the policy of `run`
         problem = dataclasses.replace(problem, cached=fading_hit_rate)
-    if given is not None:
+    made = _executed(built, given) if given is not None else None
+    if made is not None and built is not None and given is not None:
+        solution = judged(problem, built.manifest, given, made)
+    elif given is not None:
         solution = replay(problem, given)
     else:
         try:
@@ -192,17 +228,15 @@ def _placed(
                 solution = solve(dataclasses.replace(problem, pins=pins[:-1]))
             except NoFit:
                 raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
-    step, prompt, bound = (
-        None,
-        None,
-        solution,
-    )  # what would help is judged by bounds: that of the plan with the lowest one
-    if request.simulate and given is not None:
+    step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
+    if made is not None:
+        pass  # played as the runtime does, see `_as_run`
+    elif request.simulate and given is not None:
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:
         refined = refine(solution)
         solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
-    placement, judged, warnings = solution.placement, None, list(shape.warnings)
+    placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step)
     if prompt is not None:
         first = {"simulated_prefill": prompt.seconds, "simulated_prefill_bound": prompt.bound}
@@ -210,23 +244,39 @@ def _placed(
     cached = [g for g in placement.groups if g.mode == "cached"]
     if placement.expert_cache is not None and cached:
         scope = "global" if here else "layer"
-        slots = min(g.slots for g in cached)
+        slots = max(1, min(g.slots for g in cached))
         if trace is None:
             layer = next(x for x in shape.layers if x.mlp.is_moe)
             drawn = session_trace(layer.mlp.experts, layer.mlp.top_k)
-            judged = judge(drawn, slots, "a drawn session, Zipf 1.4", scope)
+            cliffs = judge(drawn, slots, "a drawn session, Zipf 1.4", scope)
         else:
-            judged = judge(trace, slots, str(request.trace), scope)
-        warnings += judged.warnings
-        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here else judged.policy
+            cliffs = judge(trace, slots, str(request.trace), scope)
+        warnings += cliffs.warnings
+        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here else cliffs.policy
         if given is not None and given.expert_cache is not None:
             scope, policy = given.expert_cache.scope, given.expert_cache.policy
         cache = dataclasses.replace(
-            placement.expert_cache, scope=scope, policy=policy, belady=max(rate, judged.belady), source=judged.source
+            placement.expert_cache, scope=scope, policy=policy, belady=max(rate, cliffs.belady), source=cliffs.source
         )
         placement = dataclasses.replace(placement, expert_cache=cache)
-    found = gains(bound) if request.what_if and given is None else ()
-    return Planned(shape, target, placement, solution, found, judged, tuple(warnings), trace)
+    found: tuple[Gain, ...] = ()
+    if request.what_if and by_run and built is not None:
+        found = host_gains(bound, built.manifest, drive)
+    elif request.what_if and given is None:
+        found = gains(bound)
+    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace)
+
+
+def _executed(built: Built | None, given: Placement) -> MemoryPlan | None:
+    """The executable part of a plan of a built model, None where this machine has none or does not do it."""
+    if built is None or built.budget is None:
+        return None
+    try:
+        return executed(built.manifest, given, built.budget)
+    except NoFit:
+        raise
+    except (DiagnosticError, RuntimeDiagnostic):
+        return None  # `_as_run` says why
 
 
 def expected_hits(planned: Planned, stream: StreamPlan | None) -> float:

@@ -1,17 +1,20 @@
 """What a process takes that runs a model under a byte budget: the one account that plans and runs share.
 
-Before the process is there (`plan` for this machine) its part is foreseen: `room_of` says what a budget leaves, and
-`budget_of_room` which budget leaves that. In the process that runs it is measured (`baseline_bytes`). `ProcessAccount`
-adds what depends on the model: page tables, the KV cache of a context, activations, rows of embeddings.
+Its own part is foreseen, so that a plan is the same before the process is there and in it: `room_of` says what a budget
+leaves, and `budget_of_room` which budget leaves that. A process that takes more (part of a larger program) is measured
+(`baseline_bytes`), and has as much less for the model. `ProcessAccount` adds what depends on the model: page tables,
+the KV cache of a context, activations, rows of embeddings. A budget that is too small for all of it raises DoesNotFit.
 """
 
 from __future__ import annotations
 
+from ir.diagnostics import DiagnosticError
 from runtime.manifest import Manifest
 from runtime.memory import PAGE_BYTES
 from runtime.process_memory import give_back_read_ahead, resident_bytes
 
-FORESEEN_BYTES = 75 << 20  # the interpreter with its libraries, as measured
+FORESEEN_BYTES = 85 << 20  # the interpreter with its libraries, as measured
+TOKENIZER_BYTES, TOKENIZER_SHARE = 8 << 20, 30  # and of each byte of its file, as measured of 2000 to 150 000 words
 SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
 ROWS_BYTES = 8 << 20
 PROCESS_BYTES = FORESEEN_BYTES + SLACK_BYTES + ROWS_BYTES  # of a budget, before the process is there
@@ -19,6 +22,8 @@ TABLES_SHARE = 256  # of a budget goes to page tables, one part
 DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
 CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
 CONTEXT_STEP = 64
+GUESSES = 2  # the likeliest are nearly always right; further ones cost more in vain than they save
+EXIT_DOES_NOT_FIT = 3
 
 
 def room_of(budget: int) -> int:
@@ -27,17 +32,48 @@ def room_of(budget: int) -> int:
 
 
 def budget_of_room(room: int) -> int:
-    """The budget that leaves so much."""
-    return (room + PROCESS_BYTES) * TABLES_SHARE // (TABLES_SHARE - 1)
+    """The largest budget that leaves so much."""
+    budget = (room + PROCESS_BYTES) * TABLES_SHARE // (TABLES_SHARE - 1)
+    while room_of(budget + 1) <= room:
+        budget += 1
+    while budget and room_of(budget) > room:
+        budget -= 1
+    return budget
+
+
+def foreseen_bytes(manifest: Manifest) -> int:
+    """What a process is foreseen to take that runs this model, and has nothing of it yet: with its tokenizer."""
+    file = manifest.files.get("tokenizer.json")
+    tokenizer = TOKENIZER_BYTES + TOKENIZER_SHARE * file.bytes if file is not None else 0
+    return FORESEEN_BYTES + tokenizer + _code_bytes(manifest)
 
 
 def baseline_bytes(manifest: Manifest) -> int:
-    """What this process takes without a model: all that running one loads is loaded first."""
+    """What this process takes without a model, all that running one loads being there: as foreseen, if not more."""
     from runtime.native import load_libraries
 
     load_libraries()
     give_back_read_ahead()
-    return resident_bytes() + sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
+    return max(foreseen_bytes(manifest), resident_bytes() + _code_bytes(manifest))
+
+
+def _code_bytes(manifest: Manifest) -> int:
+    return sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
+
+
+class DoesNotFit(DiagnosticError):
+    """The budget is too small; `minimum` bytes would do. `context` is the largest that fits, 0 where none does."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+    def __init__(self, message: str, minimum: int, *, where: str, hint: str, context: int = 0) -> None:
+        super().__init__(message, where=where, expected=f"at least {mib(minimum)}", hint=hint)
+        self.minimum, self.context = minimum, context
+
+
+def mib(nbytes: int) -> str:
+    """A size in whole MiB, rounded up."""
+    return f"{-(-nbytes // (1 << 20))} MiB"
 
 
 class ProcessAccount:
@@ -51,6 +87,7 @@ class ProcessAccount:
         pieces = manifest.weights.pieces
         self.tables = [n for n, piece in enumerate(pieces) if piece.kind == "rows"]
         self.sizes = {n: piece.bytes for n, piece in enumerate(pieces)}
+        self.expert_bytes = sum(piece.bytes for piece in pieces if piece.kind == "experts")
 
     def kv_bytes(self, context: int) -> int:
         """The cache when every slot is full."""
@@ -82,3 +119,20 @@ class ProcessAccount:
     def other_bytes(self, context: int, tokens: int) -> int:
         """All that is no weight."""
         return self.fixed + self.kv_bytes(context) + self.arena_bytes(tokens)
+
+    def lent_kv_bytes(self, context: int) -> int:
+        """Of the KV cache, what experts may have until sequences need it."""
+        return self.kv_bytes(context)
+
+    def short_steps(self, experts: int, tokens: int) -> tuple[int, int]:
+        """(tokens of short steps, what they leave of the activations for longer ones), where `experts` bytes of experts
+        are in memory and others can use it."""
+        short, longest, whole = self.manifest.programs[0], self.arena_bytes(tokens), self.expert_bytes
+        left = longest - short.arena_bytes - 4 * PAGE_BYTES * (len(short.launches) + 1)
+        if short.max_tokens >= tokens or experts >= whole or left <= 0:
+            return 0, 0
+        return short.max_tokens, min(left, whole - experts)
+
+    def guesses(self, experts: int) -> int:
+        """Experts to read on a guess: as many as the disk reads while a layer is computed, where some are missing."""
+        return GUESSES if experts < self.expert_bytes else 0

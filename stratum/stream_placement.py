@@ -1,13 +1,14 @@
 """A placement -> what the runtime executes: which pieces of an artifact stay, what is streamed, the expert cache.
 
-    made = stream_of_placement(manifest, placement, budget, baseline=resident_bytes(), where="plan.json")
+    made = stream_of_placement(manifest, placement, budget, baseline=baseline_bytes(manifest), where="plan.json")
     made.stream, made.context                 # runtime.stream_plan.StreamPlan, positions of the KV cache
 
-A piece of the weights file belongs to the part of the plan that most of its bytes belong to: `resident` parts stay,
-`streamed` ones are read at each use with as many pieces ahead as the plan has buffers (`depth`). The slots of `cached`
-experts are one cache over all layers, or with the scope "layer" equal shares; with the scope "global" resident experts
-are slots, too. The table of embeddings stays where the plan keeps it in memory, else its rows are read. Of keys and
-values as many layers stay as the plan has in memory; which, the runtime chooses, so that the others lie evenly between.
+A piece of the weights file belongs to the part of the plan that most of its bytes belong to, and to the entry that
+names it, where one does: `resident` parts stay, `streamed` ones are read at each use with as many pieces ahead as the
+plan has buffers (`depth`). The slots of `cached` experts are one cache over all layers, or with the scope "layer" equal
+shares; with the scope "global" resident experts are slots, too. The table of embeddings stays where the plan keeps it
+in memory, else its rows are read. Of keys and values as many layers stay as the plan has in memory; which, the runtime
+chooses, so that the others lie evenly between.
 
 Takes plans for this machine: one computing unit, everything at home in its memory or on a drive. Refuses, naming the
 part, what the runtime does not do (parts on other units, split experts, micro-batches), plans of other models and
@@ -21,16 +22,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ir.diagnostics import DiagnosticError
+from passes.place.piece_choice import AHEAD_BYTES
 from passes.place.placement import Placed, Placement, layer_numbers
 from runtime.eviction import POLICIES
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, PieceInfo
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan, least_expert_bytes, live_bytes
 from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
-from stratum.memory_plan import AHEAD_BYTES, Accounts, DoesNotFit, MemoryPlan, mib
-from stratum.process_account import baseline_bytes, budget_of_room
+from stratum.process_account import DoesNotFit, ProcessAccount, baseline_bytes, budget_of_room, mib
 
 MEMORY = "dram"  # what the target `host` calls its memory; every other tier or storage is a place to read from
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stream plan, and the context that it has room for.
+
+    `kv_bytes`: what the KV cache may take in memory, None for all of it. `placement` is the plan that it executes.
+    """
+
+    stream: StreamPlan
+    context: int
+    kv_bytes: int | None = None
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,10 @@ def stream_for(
     budget: int | None = None,
     context: int | None = None,
     policy: str | None = None,
-    num_slots: int = 1,
+    num_slots: int | None = None,
 ) -> MemoryPlan:
-    """The plan of a file, for this artifact and process. Given options win over what the file says."""
+    """The plan of a file, for this artifact and process. Given options win over what the file says; `num_slots` are
+    sequences that the KV cache has room for, by default as many as the plan has."""
     from runtime.artifact import open_artifact
 
     manifest, placement = open_artifact(artifact).manifest, read_placement(plan)
@@ -76,42 +91,67 @@ def stream_for(
     made = stream_of_placement(
         manifest, placement, budget, baseline=baseline_bytes(manifest), where=str(plan), num_slots=num_slots
     )
-    return made if policy is None else replace(made, stream=replace(made.stream, policy=policy))
+    return with_options(made, artifact, policy)
+
+
+def with_options(made: MemoryPlan, artifact: Path, policy: str | None) -> MemoryPlan:
+    """The plan with the policy that was asked for, and what the artifact's drive was measured to give."""
+    stream = replace(made.stream, policy=policy or made.stream.policy, disk_bytes_per_s=disk_rate(artifact))
+    return replace(made, stream=stream)
+
+
+def disk_rate(artifact: Path) -> int:
+    """Bytes a second that the artifact's drive keeps up, as it was measured; 0 where it never was."""
+    from hw_targets.calibrate_disk import cached
+
+    found = cached(artifact)
+    return int(found.sustained_bandwidth) if found is not None else 0
 
 
 def stream_of_placement(
-    manifest: Manifest, placement: Placement, budget: int, *, baseline: int, where: str = "plan", num_slots: int = 1
+    manifest: Manifest,
+    placement: Placement,
+    budget: int,
+    *,
+    baseline: int,
+    where: str = "plan",
+    num_slots: int | None = None,
 ) -> MemoryPlan:
     """The executable part of `placement` for this artifact in a process that has `baseline` bytes already.
 
-    `num_slots`: sequences that the KV cache has room for.
+    `num_slots`: sequences that the KV cache has room for; by default those of the plan.
     """
     check_placement(manifest, placement, where)
     stays = stays_of(manifest, placement, where)
     kept, context = frozenset(stays.resident), placement.session.context
+    slots = placement.session.batch if num_slots is None else num_slots
     if not 0 < context <= manifest.max_context:
         raise DiagnosticError(
             f"the plan has a context of {context}", where=where, expected=f"1 to {manifest.max_context}, the model's"
         )
-    accounts, limit = Accounts(manifest, budget, baseline, num_slots), None
-    away = kv_away(manifest, placement, where)
-    if away:
-        accounts = KVOnDisk(manifest, budget, baseline, num_slots)
-        accounts.kv_limit = limit = kv_limit(manifest, context, num_slots, manifest.kv.layers - away)
+    account = ProcessAccount(manifest, budget, baseline, slots)
+    whole_kv, away = account.kv_bytes(context), kv_away(manifest, placement, where)
+    on_disk = KVOnDisk(manifest, budget, baseline, slots) if away else None
+    if on_disk is not None:
+        account = on_disk
+        on_disk.kv_limit = kv_limit(manifest, context, slots, manifest.kv.layers - away)
     live = max(live_bytes(manifest, program, kept) for program in manifest.programs)
     sizes = [piece.bytes for n, piece in enumerate(manifest.weights.pieces) if piece.kind == "dense" and n not in kept]
     wanted = min(max(live + AHEAD_BYTES, max(sizes, default=0) * max(1, placement.session.depth)), sum(sizes))
     held = sum(manifest.weights.pieces[n].bytes for n in stays.resident)
     tokens = min(placement.session.chunk, max(program.max_tokens for program in manifest.programs))
-    while True:
-        other = accounts.other_bytes(context, tokens)
-        rows = 0 if all(n in kept for n in accounts.tables) else accounts.rows_bytes(tokens)
-        left = budget - other - rows - held - stays.expert_bytes
-        if left >= live or tokens == 1:
-            break
+
+    def left_by(tokens: int) -> int:
+        rows = 0 if all(n in kept for n in account.tables) else account.rows_bytes(tokens)
+        return budget - account.other_bytes(context, tokens) - rows - held - stays.expert_bytes
+
+    while left_by(tokens) < live and tokens > 1:
         tokens //= 2
+    if left_by(tokens) < live and on_disk is not None and away == manifest.kv.layers:
+        on_disk.kv_limit = kv_limit(manifest, context, slots, 0, at_once=1)
+    left = left_by(tokens)
     if left < live:
-        parts = {"the process": accounts.fixed, "KV cache": accounts.kv_bytes(context), "resident weights": held,
+        parts = {"the process": account.fixed, "KV cache": account.kv_bytes(context), "resident weights": held,
                  "experts": stays.expert_bytes, "streamed weights": live}  # fmt: skip
         raise DoesNotFit(
             f"the plan does not fit {mib(budget)}",
@@ -119,14 +159,23 @@ def stream_of_placement(
             where=where,
             hint=", ".join(f"{mib(nbytes)} are {name}" for name, nbytes in parts.items() if nbytes),
         )
-    short_tokens, short_bytes = accounts.short_steps(stays.expert_bytes, tokens)
+    window = min(left, wanted)
+    if on_disk is not None:  # a part of a layer more is a layer more until the context is full
+        on_disk.kv_limit = max(on_disk.kv_limit, min(whole_kv, on_disk.kv_limit + left - window))
+    experts = stays.expert_bytes
+    if (
+        experts < account.expert_bytes and stays.scope == "global"
+    ):  # a part of one more: short steps have the rest of it
+        experts += max(0, min(left - window, max(p.unit for p in manifest.weights.pieces if p.kind == "experts") - 1))
+    short_tokens, short_bytes = account.short_steps(experts, tokens)
     plan = StreamPlan(
-        budget, stays.resident, min(left, wanted) if sizes else 0, stays.expert_bytes, rows, stays.scope, stays.policy,
-        step_tokens=tokens, other_bytes=other, guesses=accounts.guesses(stays.expert_bytes),
-        short_tokens=short_tokens, short_bytes=short_bytes,
+        budget, stays.resident, window, experts, account.rows_bytes(tokens), stays.scope, stays.policy,
+        step_tokens=tokens, other_bytes=account.other_bytes(context, tokens),
+        guesses=account.guesses(experts), short_tokens=short_tokens, short_bytes=short_bytes,
+        kv_bytes=account.lent_kv_bytes(context) if experts < account.expert_bytes else 0,
     )  # fmt: skip
     plan.check(manifest)
-    return MemoryPlan(plan, context, limit)
+    return MemoryPlan(plan, context, on_disk.kv_limit if on_disk is not None else None, placement)
 
 
 def kv_away(manifest: Manifest, placement: Placement, where: str) -> int:
@@ -143,7 +192,7 @@ def kv_away(manifest: Manifest, placement: Placement, where: str) -> int:
 
 def check_placement(manifest: Manifest, placement: Placement, where: str) -> None:
     """Raises DiagnosticError where the plan is for something else, or asks for what the runtime does not do."""
-    name = manifest.model.get("name")
+    name = model_name(manifest)
     if placement.model != name:
         raise DiagnosticError(
             f"the plan is for {placement.model}, the artifact is of {name}", where=where, expected="its own model"
@@ -179,20 +228,21 @@ def check_placement(manifest: Manifest, placement: Placement, where: str) -> Non
 def stays_of(manifest: Manifest, placement: Placement, where: str = "plan") -> Stays:
     """What stays of the artifact's pieces. DiagnosticError naming the part that the plan forgets or cannot have so."""
     placed = _by_part(placement)
+    _check_pieces(manifest, placement, where)
     resident: list[int] = []
-    cached: list[tuple[Placed, int, int]] = []  # how a layer's experts are kept, how many there are, bytes of one
+    cached: list[tuple[Placed, PieceInfo]] = []  # how a layer's experts are kept
     for number, part in enumerate(parts_of_pieces(manifest)):
         piece = manifest.weights.pieces[number]
         if piece.kind == "stand_ins":
             continue  # copies of experts: read when they are asked for, or never
-        entry = placed.get(part)
+        entry = placed.get((*part, piece_name(piece.origin))) or placed.get((*part, ""))
         if entry is None:
             group, layer = part
             raise DiagnosticError(
                 f"the plan says nothing of {group} {layer if layer >= 0 else ''}".rstrip(), where=where
             )
         if piece.kind == "experts":
-            cached.append((entry, piece.bytes // piece.unit, piece.unit))
+            cached.append((entry, piece))
         elif entry.mode == "resident" and entry.tier == MEMORY and (piece.kind != "rows" or entry.nbytes):
             resident.append(number)
     cache = placement.expert_cache
@@ -200,13 +250,13 @@ def stays_of(manifest: Manifest, placement: Placement, where: str = "plan") -> S
     if policy not in POLICIES:
         raise DiagnosticError(f"the plan's expert cache has the policy {policy!r}", where=where,
                               expected=", ".join(POLICIES))  # fmt: skip
-    if scope == "layer" and len({(slots_of(entry, count), unit) for entry, count, unit in cached}) > 1:
+    if scope == "layer" and len({(slots_of(entry, piece.count), piece.unit) for entry, piece in cached}) > 1:
         raise DiagnosticError(
-            f"the plan gives {' and '.join(dict.fromkeys(_named(entry) for entry, _, _ in cached))} different slots",
+            f"the plan gives {' and '.join(dict.fromkeys(_named(entry) for entry, _ in cached))} different slots",
             where=where, expected='equal slots in every layer, or the scope "global" of the expert cache',
         )  # fmt: skip
-    expert_bytes = sum(slots_of(entry, count) * unit for entry, count, unit in cached)
-    if cached and any(entry.mode == "streamed" for entry, _, _ in cached):
+    expert_bytes = sum(slots_of(entry, piece.count) * piece.bytes // piece.count for entry, piece in cached)
+    if cached and any(entry.mode == "streamed" for entry, _ in cached):
         expert_bytes = max(expert_bytes, least_expert_bytes(manifest) * placement.session.depth)
     least = least_expert_bytes(manifest) * (len(cached) if scope == "layer" else 1)
     if expert_bytes < least:
@@ -255,6 +305,12 @@ def part_of(name: str, kind: str, routed: set[int]) -> tuple[str, int]:
     return ("attention" if attention else "mlp"), number
 
 
+def model_name(manifest: Manifest) -> str:
+    """The name of a build's model, "" where it has none."""
+    name = manifest.model.get("name")
+    return name if isinstance(name, str) else ""
+
+
 def recipe_of(manifest: Manifest) -> str:
     """The recipe of a build as plans name it: "" for floats throughout."""
     recipe = manifest.raw.get("recipe")
@@ -266,17 +322,40 @@ def _layer(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match is not None else None
 
 
-def _by_part(placement: Placement) -> dict[tuple[str, int], Placed]:
-    """The entry of every part; of two that name the same layer the first, as the planner reads them."""
-    found: dict[tuple[str, int], Placed] = {}
+def piece_name(origin: str) -> str:
+    """What entries of a plan call a piece of their layer: `mlp.down_proj`."""
+    layer = _layer(origin)
+    return layer[1] if layer is not None else origin
+
+
+def _by_part(placement: Placement) -> dict[tuple[str, int, str], Placed]:
+    """The entry of every part, and of every piece that one names ("": all others); of two that name the same the first,
+    as the planner reads them."""
+    found: dict[tuple[str, int, str], Placed] = {}
     for group in placement.groups:
         for layer in layer_numbers(group.layers) if group.group not in ("embedding", "head") else (-1,):
-            found.setdefault((group.group, layer), group)
+            for piece in group.pieces.split(","):
+                found.setdefault((group.group, layer, piece), group)
     return found
 
 
+def _check_pieces(manifest: Manifest, placement: Placement, where: str) -> None:
+    """Raises DiagnosticError for an entry that names a piece which its layers do not have."""
+    if not any(entry.pieces for entry in placement.groups):
+        return
+    known: dict[tuple[str, int], list[str]] = {}
+    for piece, part in zip(manifest.weights.pieces, parts_of_pieces(manifest), strict=True):
+        known.setdefault(part, []).append(piece_name(piece.origin))
+    for group, layer, name in _by_part(placement):
+        if name and name not in known.get((group, layer), ()):
+            raise DiagnosticError(
+                f"the plan names {name!r} of {group} {layer if layer >= 0 else ''}".rstrip(), where=where,
+                expected=f"pieces of the artifact: {', '.join(known.get((group, layer), ())) or 'there are none'}",
+            )  # fmt: skip
+
+
 def _named(group: Placed) -> str:
-    return f"{group.group} {group.layers}".rstrip()
+    return f"{group.group} {group.layers} {group.pieces}".rstrip()
 
 
 def _by(group: Placed) -> str:

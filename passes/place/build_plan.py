@@ -18,11 +18,11 @@ from ir.diagnostics import DiagnosticError
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.machine import Machine
-from passes.place.option import CACHED, RESIDENT, SPLIT, Option
+from passes.place.option import CACHED, RESIDENT, SPLIT, Option, blended
 from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, PhaseOutcome, by_part
 from passes.place.parallel import Spread
-from passes.place.parts import Part, parts_of, span
+from passes.place.parts import Part, parts_of
 from passes.place.placement import (
     Degrees,
     ExpertCache,
@@ -36,6 +36,7 @@ from passes.place.placement import (
     SessionPlan,
     TierPlan,
     layer_numbers,
+    span,
 )
 from passes.place.problem import Problem, Session
 
@@ -161,21 +162,44 @@ def from_placement(problem: Problem, placement: Placement) -> Choice:
     places = {layer: entry for entry in placement.kv for layer in layer_numbers(entry.layers)}
     for ways in problem.variants():
         part = ways[0]
-        missing = dict.fromkeys(part.layers or (-1,))
-        for entry in placement.groups:
-            if entry.group != part.group:
-                continue
-            mine = [i for i in (layer_numbers(entry.layers) if part.layers else [-1]) if i in missing]
-            runs: dict[tuple[str, str], list[int]] = {}
-            for i in mine:
-                del missing[i]
-                kv = places.get(i) if part.group == "attention" else None
-                runs.setdefault((kv.tier, kv.unit) if kv else ("", ""), []).append(i)
-            for where, layers in runs.items():
-                found.append((_option(problem, _stored_as(ways, entry), entry, where), len(layers)))
+        named = _entries(placement, part)
+        runs: dict[tuple[tuple[int, ...], str, str], list[int]] = {}
+        for layer in (*part.layers,) or (-1,):
+            kv = places.get(layer) if part.group == "attention" else None
+            if layer in named:
+                alike = tuple(id(entry) for entry, _ in named[layer])
+                runs.setdefault((alike, kv.tier if kv else "", kv.unit if kv else ""), []).append(layer)
+        for (_, tier, unit), layers in runs.items():
+            options = [
+                (_option(problem, _stored_as(ways, entry), entry, (tier, unit)), share)
+                for entry, share in named[layers[0]]
+            ]
+            found.append((options[0][0] if len(options) == 1 else blended(options), len(layers)))
+        missing = tuple(layer for layer in (*part.layers,) or (-1,) if layer not in named)
         if missing and (part.nbytes or part.group != "embedding"):
-            raise DiagnosticError(f"the plan says nothing of {part.group} {span(tuple(missing))}".replace(" -1", ""))
+            raise DiagnosticError(f"the plan says nothing of {part.group} {span(missing)}".replace(" -1", ""))
     return tuple(found)
+
+
+def _entries(placement: Placement, part: Part) -> dict[int, list[tuple[Placed, float]]]:
+    """Of each layer of a part (-1 where it has none) the entries that name it, with the shares of its bytes that they
+    have: those of single pieces, and the first one for all others."""
+    found: dict[int, list[tuple[Placed, float]]] = {}
+    rest: dict[int, Placed] = {}
+    for entry in placement.groups:
+        layers = layer_numbers(entry.layers) if part.layers else [-1]
+        for layer in layers if entry.group == part.group else ():
+            mine = found.setdefault(layer, [])
+            left = 1.0 - sum(share for _, share in mine)
+            if not entry.pieces:
+                rest.setdefault(layer, entry)
+            elif all(entry.pieces != other.pieces for other, _ in mine):
+                mine.append((entry, min(left, entry.nbytes / len(layers) / max(1, part.nbytes))))
+    for layer, entry in rest.items():
+        left = 1.0 - sum(share for _, share in found[layer])
+        if left > 0 or not found[layer]:
+            found[layer].append((entry, left))
+    return {layer: mine for layer, mine in found.items() if mine}
 
 
 def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
@@ -195,7 +219,7 @@ def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
 def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) -> Option:
     if entry.mode in (CACHED, SPLIT):
         option = option_with(
-            problem, part, entry.mode, entry.unit, entry.tier, entry.slots, entry.rest_unit, entry.missed
+            problem, part, entry.mode, entry.unit, entry.tier, max(1, entry.slots), entry.rest_unit, entry.missed
         )
         if option is not None:
             return option

@@ -6,7 +6,8 @@ says what bounds a phase.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hw_targets.cost_model import Work, price, transfer_time
@@ -129,3 +130,27 @@ def cross(problem: Problem, cost: PhaseCost, unit: str, first: str, second: str,
         link = target.link_between(source, goal)
         resource, seconds = transfer_time(target, source, goal, nbytes)
         cost.wait(unit, resource, seconds + 2 * ((link.latency_seconds if link else None) or 0.0))
+
+
+def blended(ways: Sequence[tuple[Option, float]]) -> Option:
+    """One way for a part whose shares are kept in several (their shares add up to 1): all its figures are linear."""
+    first = next((option for option, _ in ways if option.mode == STREAMED), ways[0][0])
+    found = replace(first, holds=(), buffer=(), decode=PhaseCost(), prefill=PhaseCost())
+    holds: dict[tuple[str, str], float] = {}
+    buffer: dict[str, float] = {}
+    for option, share in ways:
+        for tier, category, nbytes in option.holds:
+            holds[tier, category] = holds.get((tier, category), 0.0) + nbytes * share
+        for tier, nbytes in option.buffer:
+            buffer[tier] = buffer.get(tier, 0.0) + nbytes * share
+        for mine, theirs in ((found.decode, option.decode), (found.prefill, option.prefill)):
+            for total, one in (
+                (mine.path, theirs.path),
+                (mine.streams, theirs.streams),
+                (mine.unit_seconds, theirs.unit_seconds),
+            ):
+                for name, seconds in one.items():
+                    total[name] = total.get(name, 0.0) + seconds * share
+    found.holds = tuple((tier, category, round(nbytes)) for (tier, category), nbytes in holds.items())
+    found.buffer = tuple((tier, round(nbytes)) for tier, nbytes in buffer.items())
+    return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from frontends.model_shape import LayerShape, ModelShape, TensorShape
 from passes.place.formats import Formats
+from passes.place.placement import span
 
 GROUPS = ("embedding", "attention", "mlp", "experts", "head")
 # Kernels that a token passes in each, after fusion: what dispatch is paid for.
@@ -102,17 +103,6 @@ def tensors_of(shape: ModelShape, part: Part) -> tuple[TensorShape, ...]:
     """The tensors of one layer of a part of layers."""
     assert part.layer is not None
     return tuple(t for t in shape.tensors(part.layer) if _group(t, part.layer) == part.group)
-
-
-def span(layers: tuple[int, ...]) -> str:
-    """`0-3,8`: numbers of layers as text."""
-    runs: list[list[int]] = []
-    for i in layers:
-        if runs and runs[-1][1] + 1 == i:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _kinds(

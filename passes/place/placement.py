@@ -29,7 +29,9 @@ class Placed:
     `group`: embedding, attention, mlp, experts or head; `layers`: `0-3,8`, "" for embedding and head. `slots` is the
     cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others). Of what a cache
     lacks `rest_unit` computes all (`missed` is `there`), or what it has done before it could be brought (`sooner`).
-    `recipe` is the one of `quality.formats` that `format` comes from, "" for that of the plan.
+    `recipe` is the one of `quality.formats` that `format` comes from, "" for that of the plan. `pieces` of a built
+    model: of each layer these pieces of its weights file only, by commas (`mlp.down_proj`); "" is all that no other
+    entry names.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Placed:
     prefill_unit: str = ""
     recipe: str = ""
     missed: Literal["", "sooner", "there"] = ""
+    pieces: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,17 @@ def layer_numbers(text: str) -> list[int]:
             raise DiagnosticError(f"{text!r} are no layers", expected="such as 0-3,8")
         found.extend(range(int(first), min(int(last or first), 1 << 12) + 1))
     return found
+
+
+def span(layers: tuple[int, ...]) -> str:
+    """`0-3,8`: numbers of layers as text."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][1] + 1 == i:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 _PARTS: dict[str, type] = {

@@ -9,11 +9,13 @@ the next format down of the ladder. Sorted by what they save of a whole session.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hw_targets.target import Storage, Target
 from passes.place.formats import next_down
 from passes.place.milp import FEW_NODES
+from passes.place.outcome import Outcome
 from passes.place.problem import Problem
 from passes.place.solve import NoFit, Solution, solve
 
@@ -32,12 +34,12 @@ class Gain:
     saved: float
 
 
-def gains(solution: Solution) -> tuple[Gain, ...]:
-    """Every change that was tried, those that save most first."""
+def gains(solution: Solution, again: Callable[[Problem], Outcome] | None = None) -> tuple[Gain, ...]:
+    """Every change that was tried, those that save most first. `again` places a problem; by default it is solved."""
     found = []
     for what, problem in changes(solution):
         try:
-            after = solve(problem, FEW_NODES).outcome
+            after = again(problem) if again is not None else solve(problem, FEW_NODES).outcome
         except NoFit:
             continue
         before = solution.outcome.objective

@@ -158,14 +158,14 @@ def _on_cpu(
     """A session of `count` threads, with what a budget or a plan leaves in memory."""
     from runtime.kv_stream import KVStreamOptions
     from runtime.session import Session
-    from stratum.kv_plan import plan_with_kv_on_disk
+    from stratum.memory_plan import plan_for
     from stratum.stream_placement import stream_for
 
     plan = kv_stream = None
     if plan_file is not None:
-        plan = stream_for(path, plan_file, memory, context)
+        plan = stream_for(path, plan_file, memory, context, num_slots=1)
     elif memory is not None:
-        plan = plan_with_kv_on_disk(path, memory, context)
+        plan = plan_for(path, memory, context)
     if plan is not None and plan.kv_bytes is not None:
         kv_stream = KVStreamOptions(plan.kv_bytes, str(kv_dir) if kv_dir is not None else None)
     stream = plan.stream if plan is not None else None

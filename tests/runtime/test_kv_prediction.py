@@ -144,6 +144,6 @@ def test_a_context_that_memory_has_no_room_for_is_planned(kv_build: Callable[[st
     kv = sum(entry.nbytes for entry in whole.placement.kv)
     assert {entry.tier for entry in whole.placement.kv} == {"dram"}
     used = next(tier.peak for tier in whole.placement.tiers if tier.name == "dram")
-    budget = process_account.budget_of_room(used - kv // 4)
+    budget = process_account.budget_of_room(used - kv // 2)
     tight = make_plan(PlanRequest(path, context=4096, budgets=(("memory", f"{budget}B"),), what_if=False))
     assert "ssd" in {entry.tier for entry in tight.placement.kv}

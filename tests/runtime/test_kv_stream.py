@@ -21,8 +21,7 @@ from runtime.kv_spill import SpillOptions
 from runtime.kv_stream import KVStreamer, KVStreamOptions, going_layers
 from runtime.prompt_cache import CachedGeneration, PromptCache
 from stratum.cli.bench import _on_cpu as on_cpu
-from stratum.kv_plan import plan_kv
-from stratum.memory_plan import DoesNotFit, plan_for
+from stratum.memory_plan import DoesNotFit, plan_for, plan_memory
 from tests.runtime.conftest import KV_LAYERS
 from tests.runtime.test_kv_spill import IllDisk
 from tests.stratum.tiny_model import VOCAB
@@ -220,10 +219,10 @@ def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(
 ) -> None:
     path, context = kv_build("bf16"), 4096
     with pytest.raises(DoesNotFit) as told:
-        plan_for(path, 1 << 20, context)
+        plan_for(path, 1 << 20, context, kv_on_disk=False)
     budget = told.value.minimum - (12 << 20)
     with pytest.raises(DoesNotFit):
-        plan_for(path, budget, context)
+        plan_for(path, budget, context, kv_on_disk=False)
     ids = np.random.default_rng(3).integers(0, VOCAB, 3100)
     inputs = ids, range(len(ids)), [0] * len(ids), [len(ids) - 1]
     with Session(path, threads=1) as plain:
@@ -272,11 +271,16 @@ def test_what_weights_leave_is_the_caches(kv_build: Callable[[str], Path]) -> No
     manifest = open_artifact(kv_build("bf16")).manifest
     limits = []
     for budget in range(100 << 20, 140 << 20, 4 << 20):
-        made = plan_kv(manifest, budget, 4096, baseline=60 << 20)
-        if made is not None:
-            assert made.kv_bytes is not None and made.stream.other_bytes >= made.kv_bytes + (60 << 20)
+        try:
+            made = plan_memory(manifest, budget, baseline=60 << 20, context=4096)
+        except DoesNotFit:
+            assert not limits
+            continue
+        if made.kv_bytes is not None:
+            assert made.stream.other_bytes >= made.kv_bytes + (60 << 20)
             kept = sum(manifest.weights.pieces[n].bytes for n in made.stream.resident)
             assert kept + made.stream.window_bytes + made.stream.other_bytes <= budget
             limits.append(made.kv_bytes)
     assert limits and limits == sorted(limits)
-    assert plan_kv(manifest, 1 << 20, 4096, baseline=60 << 20) is None
+    with pytest.raises(DoesNotFit):
+        plan_memory(manifest, 1 << 20, baseline=60 << 20, context=4096)

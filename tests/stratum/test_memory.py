@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 import stratum
 from hw_targets.routing import read_trace
 from ir.diagnostics import DiagnosticError
+from passes.place.piece_choice import AHEAD_BYTES, MEMORY_OVER_DISK
 from runtime.artifact import open_artifact
 from runtime.await_info import AwaitInfo
 from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.process_memory import resident_bytes
 from runtime.stream_plan import least_expert_bytes, live_bytes
-from stratum.memory_plan import AHEAD_BYTES, DISK_SHARE, DoesNotFit, plan_memory
+from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.process_account import PROCESS_BYTES, budget_of_room, room_of
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
@@ -40,16 +41,16 @@ def manifest(dense: list[int], experts: int, expert_pages: int, layers: int, tab
     pieces = [PieceInfo("rows", 0, table_pages * PAGE, PAGE, "embed")]
     awaits: list[AwaitInfo] = []
 
-    def add(kind: str, pages: int, unit: int) -> None:
+    def add(kind: str, pages: int, unit: int, origin: str) -> None:
         offset = pieces[-1].offset + pieces[-1].bytes
         awaits.append(AwaitInfo(len(pieces), (len(pieces) - 1,) if len(pieces) > 1 else ()))
-        pieces.append(PieceInfo(kind, offset, pages * PAGE, unit, f"piece{len(pieces)}"))
+        pieces.append(PieceInfo(kind, offset, pages * PAGE, unit, origin))
 
-    for _ in range(layers):
-        for pages in dense:
-            add("dense", pages, 0)
+    for layer in range(layers):
+        for number, pages in enumerate(dense):
+            add("dense", pages, 0, f"layers.{layer}.mlp.p{number}")
         if experts:
-            add("experts", experts * expert_pages, expert_pages * PAGE)
+            add("experts", experts * expert_pages, expert_pages * PAGE, f"layers.{layer}.mlp.experts")
     programs = tuple(
         ProgramInfo(name, f"stratum_step_{name}", tokens, tokens * 16384, (), tuple(awaits))
         for name, tokens in (("decode", 16), ("prefill", 512))
@@ -118,7 +119,7 @@ def test_more_memory_never_streams_more(model: Manifest, budget: int, more: int)
         # Pieces are whole, so spreading them evenly may leave out a few that fit before; room to read ahead is worth
         # some bytes that are read in any case.
         dense = [p.bytes for p in model.weights.pieces if p.kind == "dense"]
-        slack = max(dense) + sum(dense) // DISK_SHARE
+        slack = max(dense) + sum(dense) // MEMORY_OVER_DISK
         assert much[0] <= little[0] + slack and (much[0] or much[1] >= little[1] or little[0])
 
 

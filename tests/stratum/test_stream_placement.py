@@ -1,5 +1,5 @@
-"""Plans that are executed: the same bits whatever they say, what cannot be done is named, and the rule of `run` beside
-solved plans."""
+"""Plans that are executed: the same bits whatever they say, what cannot be done is named, and the plan of `run` is the
+one that `plan` prints."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from runtime.await_info import AwaitInfo
 from runtime.eviction import POLICIES
 from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInfo, WeightsInfo
 from runtime.stream_plan import StreamPlan
-from stratum import planning, process_account
+from stratum import memory_plan, planning, process_account
 from stratum.cli import main
 from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.planning import PlanRequest, make_plan
-from stratum.stream_placement import budget_of, parts_of_pieces, stays_of, stream_of_placement
+from stratum.stream_placement import budget_of, parts_of_pieces, stays_of, stream_for, stream_of_placement
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, VOCAB, write_model
 
 MIB = 1 << 20
@@ -236,9 +236,59 @@ def sketch(problem: Problem) -> Manifest:
                     KVInfo(1, 1, 1, "bf16", 4, 16), weights, {}, {}, top_k)  # fmt: skip
 
 
+def executable(placement: Placement) -> object:
+    """What of a plan is executed, all computed figures left out."""
+    cache = placement.expert_cache
+    kept = (cache.slots, cache.nbytes, cache.scope, cache.policy) if cache is not None else None
+    return placement.groups, placement.kv, placement.session, placement.tiers[0].capacity, kept
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("context", [None, 64])
+def test_run_makes_the_plan_that_plan_prints(
+    built: dict[str, Path], name: str, context: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, under every budget: the same entries, and the same pieces, window, slots and KV cache executed."""
+    monkeypatch.setattr(process_account, "resident_bytes", lambda: 40 * MIB)
+    monkeypatch.setattr(memory_plan, "drive_of", lambda path: "ssd")
+    manifest, file = open_artifact(built[name]).manifest, tmp_path / "plan.json"
+    least = process_account.foreseen_bytes(manifest) // MIB
+    seen = set()
+    for budget in range(least + 34, least + 46, 3):
+        asked = PlanRequest(str(built[name]), context=context, budgets=(("memory", f"{budget}MiB"),), what_if=False)
+        try:
+            ran = memory_plan.plan_for(built[name], budget * MIB, context)
+        except DoesNotFit as fault:
+            with pytest.raises(NoFit) as refused:
+                make_plan(asked)
+            assert dict(refused.value.least) == {"dram": fault.minimum}
+            continue
+        planned = make_plan(asked).placement
+        assert ran.placement is not None and executable(planned) == executable(ran.placement)
+        file.write_text(planned.to_json())
+        assert (again := stream_for(built[name], file)).stream == ran.stream and again.kv_bytes == ran.kv_bytes
+        assert make_plan(dataclasses.replace(asked, plan=file, budgets=())).placement == planned
+        seen.add((len(ran.stream.resident), ran.stream.expert_bytes))
+    assert len(seen) > 1
+
+
+def test_entries_for_single_pieces(built: dict[str, Path], planned: dict[str, Placement]) -> None:
+    """One that names pieces is about those alone, and one that names what is not there is refused."""
+    manifest, placement = open_artifact(built["llama"]).manifest, planned["llama"]
+    whole = stays_of(manifest, placement).resident
+    one = Placed("mlp", "1", "ssd", "streamed", "cores", "bf16", 1 << 20, pieces="mlp.down_proj")
+    numbers = [n for n, piece in enumerate(manifest.weights.pieces) if piece.origin == "layers.1.mlp.down_proj"]
+    assert len(numbers) == 1 and numbers[0] in whole
+    fewer = stays_of(manifest, dataclasses.replace(placement, groups=(*placement.groups, one))).resident
+    assert set(whole) - set(fewer) == set(numbers)
+    wrong = dataclasses.replace(placement, groups=(*placement.groups, dataclasses.replace(one, pieces="mlp.up")))
+    with pytest.raises(DiagnosticError, match=r"names 'mlp.up' of mlp 1(.|\n)*mlp.down_proj"):
+        stays_of(manifest, wrong)
+
+
 @pytest.mark.parametrize("model", ["TinyLlama-1.1B-Chat-v1.0", "OLMoE-1B-7B-0924"])
 @pytest.mark.parametrize("budget", [640, 1024, 3072])
-def test_the_rule_of_run_reads_no_more_than_solved_plans(model: str, budget: int) -> None:
+def test_pieces_are_chosen_no_worse_than_the_program_solves_parts(model: str, budget: int) -> None:
     """In steps of one token, in the same room: bytes of dense weights each step, and bytes of experts kept."""
     from frontends.shape_library import load_shape
     from passes.place.formats import formats_of

@@ -1,0 +1,122 @@
+"""`plan` for a built model on this machine: the placement that `run` would make, judged with what it holds exactly.
+
+    given = placement_for(manifest, budget, session, policy=None, drive="nvme0n1")      # or a file's, maybe edited
+    solution = judged(problem, manifest, given, budget)                                 # seconds, bounds, exact tiers
+
+Raises NoFit with the least budget of the process, and the context that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hw_targets.target import Target
+from ir.diagnostics import DiagnosticError
+from passes.place.build_plan import from_placement, quality_plan, to_placement
+from passes.place.milp import FEW_NODES
+from passes.place.outcome import Outcome, TierUse, evaluate
+from passes.place.placement import Placement
+from passes.place.problem import Problem, Session
+from passes.place.solve import NoFit, Solution, solve
+from passes.place.what_if import Gain, gains
+from runtime.manifest import Manifest
+from stratum.host_placement import DRIVE, place_on_host
+from stratum.process_account import ROWS_BYTES, DoesNotFit, ProcessAccount, budget_of_room, foreseen_bytes, room_of
+from stratum.stream_placement import MEMORY, MemoryPlan, stream_of_placement
+
+
+def placement_for(manifest: Manifest, budget: int, session: Session, drive: str) -> Placement:
+    """What a process keeps of `manifest`'s model that may use `budget` bytes. Raises NoFit."""
+    try:
+        return place_on_host(
+            manifest, budget, baseline=foreseen_bytes(manifest), context=session.context, batch=session.batch,
+            prompt=session.prompt, generate=session.generate, drive=drive,
+        )  # fmt: skip
+    except DoesNotFit as fault:
+        raise no_fit(fault) from None
+
+
+def no_fit(fault: DoesNotFit) -> NoFit:
+    """The same as `plan` says it: of memory, what the least budget leaves."""
+    least = ((MEMORY, room_of(fault.minimum)),)
+    return NoFit(fault.diagnostics[0].message, least=least, context=fault.context or None)
+
+
+def default_context(manifest: Manifest, budget: int, batch: int) -> int:
+    """Positions that `run --memory` has room for where none are asked for."""
+    return ProcessAccount(manifest, budget, foreseen_bytes(manifest), batch).default_context()
+
+
+def drive_of_target(target: Target, drive: str) -> str:
+    """The drive that a model lies on, where the target knows it; else the target's first."""
+    store = target.store(drive) or target.store()
+    return store.name if store is not None else DRIVE
+
+
+def executed(manifest: Manifest, given: Placement, budget: int) -> MemoryPlan:
+    """The executable part of a plan in a process that has nothing yet. Raises NoFit, and DiagnosticError for what the
+    runtime does not do."""
+    try:
+        return stream_of_placement(manifest, given, budget, baseline=foreseen_bytes(manifest))
+    except DoesNotFit as fault:
+        raise no_fit(fault) from None
+
+
+def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryPlan) -> Solution:
+    """The plan with seconds and bounds in closed form, and with the bytes that `made`, its executable part, holds."""
+    session = dataclasses.replace(problem.session, **dataclasses.asdict(given.session))
+    problem = dataclasses.replace(problem, session=session, pins=())
+    if problem.machine.target.store() is None and any(entry.tier == DRIVE for entry in given.groups):
+        raise DiagnosticError(
+            "the plan reads from a drive that nobody measured",
+            hint="'compile-model targets calibrate --disk DIR' does, where DIR is on it",
+        )
+    choice = from_placement(problem, given)
+    outcome = dataclasses.replace(evaluate(problem, choice), tiers=held(problem, manifest, made))
+    placement = dataclasses.replace(
+        to_placement(problem, choice, outcome), groups=given.groups, kv=given.kv, degrees=given.degrees, gap=given.gap,
+        quality=quality_plan(problem, given.groups),
+    )  # fmt: skip
+    if placement.expert_cache is not None and given.expert_cache is not None:
+        kept = {"slots": given.expert_cache.slots, "nbytes": given.expert_cache.nbytes}
+        placement = dataclasses.replace(placement, expert_cache=dataclasses.replace(placement.expert_cache, **kept))
+    return Solution(problem, choice, outcome, placement, given.gap, None)
+
+
+def held(problem: Problem, manifest: Manifest, made: MemoryPlan) -> tuple[TierUse, ...]:
+    """Bytes of memory by category, and of the drive."""
+    stream, pieces = made.stream, manifest.weights.pieces
+    account = ProcessAccount(manifest, stream.budget_bytes, 0, problem.session.batch)
+    rows = 0 if all(n in stream.resident for n in account.tables) else stream.rows_bytes
+    kv = account.kv_bytes(made.context) if made.kv_bytes is None else made.kv_bytes
+    memory = {
+        "weights": sum(pieces[n].bytes for n in stream.resident),
+        "cache": stream.expert_bytes,
+        "kv": kv,
+        "activations": account.arena_bytes(stream.step_tokens),
+        "buffers": stream.window_bytes + max(0, rows - ROWS_BYTES),  # those are counted as the process's
+    }
+    if stream.expert_bytes >= account.expert_bytes:
+        memory |= {"weights": memory["weights"] + stream.expert_bytes, "cache": 0}
+    used = {MEMORY: memory}
+    if problem.machine.stores:
+        used[problem.machine.stores[0]] = {"weights": manifest.weights.bytes - memory["weights"]}
+    return tuple(
+        TierUse(name, room, tuple((what, n) for what, n in used.get(name, {}).items() if n))
+        for name, room in problem.machine.room
+    )
+
+
+def host_gains(solution: Solution, manifest: Manifest, drive: str) -> tuple[Gain, ...]:
+    """What more of each resource would buy, each placed again as `run` would."""
+
+    def again(problem: Problem) -> Outcome:
+        if problem.formats != solution.problem.formats:
+            return solve(problem, FEW_NODES).outcome  # of a model that is not built yet
+        budget = budget_of_room(problem.machine.room_of(MEMORY))
+        given = placement_for(manifest, budget, problem.session, drive)
+        session = dataclasses.replace(problem.session, **dataclasses.asdict(given.session))
+        problem = dataclasses.replace(problem, session=session)
+        return evaluate(problem, from_placement(problem, given))
+
+    return gains(solution, again)

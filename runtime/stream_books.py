@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import RuntimeDiagnostic
-from runtime.expert_cache import Entry
+from runtime.expert_cache import Entry, ExpertCache
 from runtime.manifest import PAGE_BYTES, PieceInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
@@ -128,14 +128,7 @@ class StreamBooks:
         before = self._pieces[self._expert_pieces[layer - 1]]
         capacity = self.cache.capacity_bytes // (len(self._expert_pieces) if self._plan.scope == "layer" else 1)
         room = capacity - (before.bytes if self._plan.scope == "global" else 0)
-        have = [e for e in range(info.count) if self.cache.is_resident(layer, e)]
-        room -= sum(info.place(e)[1] for e in have)
-        missing = []
-        for expert in (e for e in range(info.count) if not self.cache.is_resident(layer, e)):
-            room -= info.place(expert)[1]
-            if room < 0:
-                break
-            missing.append(expert)
+        missing = missing_in(info, layer, self.cache, room)
         self._give_up(self.cache.admit(layer, missing))
         for expert in missing:
             if self.cache.is_resident(layer, expert):
@@ -222,6 +215,19 @@ class StreamBooks:
             _settle(self._pages.pop(page))
         for start, size in _ranges(gone):
             self._memory.discard(start, size)
+
+
+def missing_in(piece: PieceInfo, layer: int, cache: ExpertCache, room: int) -> list[int]:
+    """The first experts of a layer that are not in memory and fit into `room` bytes together with those that are."""
+    found: list[int] = []
+    room -= sum(piece.place(e)[1] for e in range(piece.count) if cache.is_resident(layer, e))
+    for expert in range(piece.count):
+        if not cache.is_resident(layer, expert):
+            room -= piece.place(expert)[1]
+            if room < 0:
+                break
+            found.append(expert)
+    return found
 
 
 def _settle(job: ReadJob) -> None:

@@ -57,10 +57,10 @@ class RoutingRecorder:
         return RoutingTrace(
             model=str(manifest.model.get("name", "")).replace(" ", "_") or "model",
             arch=str(manifest.model.get("family", "")) or "unknown",
-            expert_count=max((piece.bytes // piece.unit for piece in pieces), default=0),
+            expert_count=max((piece.count for piece in pieces), default=0),
             top_k=top_k,
             layers=tuple(_layer_number(piece.origin, index) for index, piece in enumerate(pieces)),
-            expert_bytes=tuple(piece.unit for piece in pieces),
+            expert_bytes=tuple(piece.bytes // piece.count for piece in pieces),
             dense_bytes=(0,) * len(pieces),
             experts=chosen,
             weights=np.concatenate(weights).astype(np.float32) if weights else np.zeros(shape, np.float32),

@@ -29,6 +29,7 @@ from passes.place.routing_model import distinct_experts
 from runtime.expert_cache import Entry, ExpertCache
 from runtime.expert_guess import LEAST_SHARE, MOST_TOKENS
 from runtime.manifest import Manifest, ProgramInfo
+from runtime.stream_books import missing_in
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
 from stratum.kv_prediction import KVCall, KVQueue, KVReads
@@ -171,7 +172,7 @@ class _Player:
             rate = self.store.read_rate() or 0.0
         if self.stream is not None and self.store is not None:
             rate, window = self.store.read_rate(self.stream.request_bytes) or 0.0, float(self.stream.window_bytes)
-            units = [self.pieces[n].unit for n in self.experts]
+            units = [self.pieces[n].sizes for n in self.experts]
             if units:
                 self.cache = ExpertCache(
                     units, self.stream.expert_bytes, policy=self.stream.policy, scope=self.stream.scope
@@ -272,14 +273,16 @@ class _Player:
 
     def _experts(self, layer: int) -> None:
         piece = self.pieces[self.experts[layer]]
-        count, top_k = piece.bytes // piece.unit, self.manifest.experts_per_token
+        count, top_k = piece.count, self.manifest.experts_per_token
         chosen = self.rows * top_k
         if chosen < ALL_EXPERTS_USED * count:
-            missing_bytes = min(distinct_experts(count, top_k, self.rows), chosen) * (1.0 - self.hit) * piece.unit
+            missing_bytes = (
+                min(distinct_experts(count, top_k, self.rows), chosen) * (1.0 - self.hit) * (piece.bytes / count)
+            )
             guessed, guessed_there = self.guessed
             there = self.disk.fetch(max(0.0, missing_bytes - guessed), self.now)
             # The next layer's likeliest are read behind what this one waits for.
-            more = min(missing_bytes, self._guesses(layer) * piece.unit)
+            more = min(missing_bytes, self._guesses(layer) * (piece.bytes / count))
             self.guessed = self.right * more, self.disk.fetch(more, self.now) if more else 0.0
             self._until(max(there, guessed_there))
             return
@@ -287,7 +290,7 @@ class _Player:
         _, missing = self.cache.lookup(layer, list(range(count)))
         self._forget(self.cache.admit(layer, missing))
         for expert in missing:
-            self.arrives[layer, expert] = self.disk.fetch(piece.unit, self.now)
+            self.arrives[layer, expert] = self.disk.fetch(piece.place(expert)[1], self.now)
         self._until(max((self.arrives.get((layer, expert), 0.0) for expert in range(count)), default=0.0))
         if layer + 1 < len(self.experts):
             self._ahead(layer + 1)
@@ -305,12 +308,10 @@ class _Player:
         info, before = self.pieces[self.experts[layer]], self.pieces[self.experts[layer - 1]]
         shared = self.stream.scope == "global"
         capacity = self.cache.capacity_bytes // (1 if shared else len(self.experts))
-        room = max(0, capacity - (before.bytes if shared else 0)) // info.unit
-        missing = [e for e in range(info.bytes // info.unit) if not self.cache.is_resident(layer, e)]
-        missing = missing[: max(0, room - (info.bytes // info.unit - len(missing)))]
+        missing = missing_in(info, layer, self.cache, capacity - (before.bytes if shared else 0))
         self._forget(self.cache.admit(layer, missing))
         for expert in missing:
-            self.arrives[layer, expert] = self.disk.fetch(info.unit, self.now)
+            self.arrives[layer, expert] = self.disk.fetch(info.place(expert)[1], self.now)
 
     def _forget(self, entries: list[Entry]) -> None:
         for entry in entries:

@@ -32,24 +32,45 @@ _TENSORS = {
 
 @dataclass(frozen=True)
 class Formats:
-    """A recipe applied to shapes. `name` is the recipe's text, "" for floats throughout."""
+    """A recipe applied to shapes. `name` is the recipe's text, "" for floats throughout.
+
+    `classes`: where the experts of a layer differ, how many are alike, and their formats.
+    """
 
     name: str
     recipe: Recipe = field(default_factory=lambda: Recipe(""))
     float_format: str = "bf16"
+    classes: tuple[tuple[int, Formats], ...] = ()
 
-    def at(self, layer: int) -> Formats:
-        """The formats of one layer: rules that choose by the names of tensors take those of Hugging Face's Llama."""
-        if not any(rule.match for rule in self.recipe.rules):
+    def at(self, layer: int, experts: int = 0) -> Formats:
+        """The formats of one layer with so many experts: rules that choose by the names of tensors take those of
+        Hugging Face's Llama."""
+        if not any(rule.match or rule.experts for rule in self.recipe.rules):
             return self
-        names = _TENSORS | {"head": "lm_head.weight"}
+        found: dict[tuple[Choice, ...], list[int]] = {}
+        for expert in range(experts):
+            said = tuple(self._choice_at(layer, role, expert) for role in _TENSORS if role.startswith("experts."))
+            found.setdefault(said, []).append(expert)
+        classes = tuple((len(e), replace(self, recipe=self._recipe_at(layer, e[0]))) for e in found.values())
+        made = replace(self, recipe=self._recipe_at(layer, 0 if experts else None))
+        return replace(made, classes=classes) if len(classes) > 1 else made
+
+    def _choice_at(self, layer: int, role: str, expert: int | None) -> Choice:
+        """What the recipe says of a tensor of a layer, as Llama or Qwen names it."""
+        if role == "head":
+            return self.recipe.choice("lm_head.weight", role)
+        tail = _TENSORS[role]
+        if not role.startswith("experts."):
+            return self.recipe.choice(f"model.layers.{layer}.{tail}.weight", role)
+        tail = tail.replace("experts.0.", f"experts.{expert or 0}.")
+        return self.recipe.choice(f"model.layers.{layer}.{tail}.weight", role, expert)
+
+    def _recipe_at(self, layer: int, expert: int | None) -> Recipe:
+        """What the recipe says of a layer, and of one of its experts, by roles alone."""
         kept = tuple(rule for rule in self.recipe.rules if rule.role in HELD_BACK)
-        rules = []
-        for role, tail in names.items():
-            name = tail if role == "head" else f"model.layers.{layer}.{tail}.weight"
-            choice = self.recipe.choice(name, role)
-            rules += [Rule(choice, role)] if choice != Choice() else []
-        return replace(self, recipe=Recipe(self.recipe.name, rules=(*kept, *rules), kv=self.recipe.kv))
+        said = [(self._choice_at(layer, role, expert), role) for role in (*_TENSORS, "head")]
+        rules = [Rule(choice, role) for choice, role in said if choice != Choice()]
+        return Recipe(self.recipe.name, rules=(*kept, *rules), kv=self.recipe.kv)
 
     def weight(self, tensor: TensorShape) -> NumberFormat:
         """The number format of a tensor."""
@@ -63,7 +84,18 @@ class Formats:
 
     def nbytes(self, tensor: TensorShape) -> int:
         """Bytes of all copies of a tensor."""
+        if self.classes and tensor.role.startswith("experts."):
+            return sum(_nbytes(made.weight(tensor), tensor.shape) * count for count, made in self.classes)
         return _nbytes(self.weight(tensor), tensor.shape) * tensor.copies
+
+    def text(self, tensor: TensorShape) -> str:
+        """The format of a tensor, or the formats of its copies, as text."""
+        if not self.classes or not tensor.role.startswith("experts."):
+            return str(self.weight(tensor))
+        counts: dict[str, int] = {}
+        for count, made in self.classes:
+            counts[str(made.weight(tensor))] = counts.get(str(made.weight(tensor)), 0) + count
+        return next(iter(counts)) if len(counts) == 1 else " + ".join(f"{n} of {name}" for name, n in counts.items())
 
     def element(self, tensor: TensorShape) -> str:
         """What the products of a tensor are computed in: i8 when both sides are integers, else the float."""

@@ -90,7 +90,7 @@ def parts_of(shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], .
     outer = formats.at(0)
     found: list[Part] = [_outer(shape, outer, "embedding")]
     for kind, (layer, layers) in enumerate(_kinds(shape, formats, cuts)):
-        here = formats.at(layers[0])
+        here = formats.at(layers[0], layer.mlp.experts)
         for group in ("attention", "mlp", "experts"):
             tensors = tuple(t for t in shape.tensors(layer) if _group(t, layer) == group)
             if tensors:
@@ -112,7 +112,7 @@ def _kinds(
     found: dict[tuple[LayerShape, tuple[bool, ...], Formats], list[int]] = {}
     for i, layer in enumerate(shape.layers):
         inside = tuple(first <= i <= last for first, last in cuts)
-        found.setdefault((layer, inside, formats.at(i)), []).append(i)
+        found.setdefault((layer, inside, formats.at(i, layer.mlp.experts)), []).append(i)
     return [(layer, tuple(numbers)) for (layer, _, _), numbers in found.items()]
 
 
@@ -143,7 +143,7 @@ def _inner(
         sum(formats.nbytes(t) for t in tensors),
         sum(2 * t.used_elements for t in products),
         formats.element(largest),
-        str(formats.weight(largest)),
+        formats.text(largest),
         layer,
         formats.kv_bytes(layer) if group == "attention" else 0,
         sum(t.elements for t in products),

@@ -20,7 +20,7 @@ from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
 from hw_targets import load as load_target
 from hw_targets.expert_cache import replay as replay_trace
-from hw_targets.quantities import enough_bytes, format_bytes, parse_quantity
+from hw_targets.quantities import enough_bytes, parse_quantity
 from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
@@ -36,7 +36,7 @@ from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
-from passes.place.solve import NoFit, Solution, largest, least_budget, replay, solve
+from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
 from passes.quantize.recipe import load_recipe
 from runtime.artifact import is_artifact, open_artifact
@@ -221,13 +221,11 @@ def _placed(
     else:
         try:
             solution = _most_tokens(problem) if request.batch == 0 else solve(problem)
-        except NoFit as fault:
-            if len(pins) == len(request.pins) or not fault.pins:
+        except NoFit:
+            if len(pins) == len(request.pins):
                 raise
-            try:  # keys and values may come from a drive where memory has no room for them
-                solution = solve(dataclasses.replace(problem, pins=pins[:-1]))
-            except NoFit:
-                raise _no_room(problem) from None  # what is pinned is ours: it is no advice to leave it out
+            # Keys and values may come from a drive where memory has no room for them.
+            solution = solve(dataclasses.replace(problem, pins=pins[:-1]))
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:
         pass  # played as the runtime does, see `_as_run`
@@ -385,19 +383,6 @@ def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
         fault.diagnostics[0].message, least=tuple(least), context=fault.context, batch=fault.batch, pins=fault.pins,
         notes=tuple(notes),
     )  # fmt: skip
-
-
-def _no_room(problem: Problem) -> NoFit:
-    """Why nothing fits this machine with keys and values in memory."""
-    tier = main_tier(problem.machine.target)
-    least = least_budget(problem, tier)
-    size, session = format_bytes(problem.machine.room_of(tier)), problem.session
-    return NoFit(
-        f"{problem.shape.name} does not fit {size} of {tier}, context {session.context}, batch {session.batch}",
-        least=((tier, least),) if least is not None else (),
-        context=largest(problem, "context", session.context - 1),
-        batch=largest(problem, "batch", session.batch - 1) if session.batch > 1 else None,
-    )
 
 
 def _most_tokens(problem: Problem) -> Solution:

@@ -10,11 +10,13 @@ import pytest
 
 from hw_targets import calibrate
 from hw_targets.calibrate import Calibration
+from hw_targets.calibrate_disk import DiskCalibration
 from hw_targets.quantities import parse_quantity
 from ir.diagnostics import DiagnosticError
 from passes.place.solve import NoFit
 from stratum.planning import PlanRequest, make_plan
 from stratum.process_account import PROCESS_BYTES
+from tests.stratum.test_targets_cli import DRIVE
 
 FOUND = Calibration(2, 3e10, 1e11, bf16_peak=2e11, i8_peak=4e11, read_by_threads=((1, 2e10), (2, 3e10)))
 
@@ -39,19 +41,26 @@ def test_the_process_is_part_of_the_budget(llama_directory: Path, monkeypatch: p
     assert dram.capacity == (256 << 20) - PROCESS_BYTES - (1 << 20)
 
 
-def test_the_budget_that_is_named_is_enough(llama_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drives", [[], [DRIVE]])
+def test_the_budget_that_is_named_is_enough(
+    drives: list[DiskCalibration], llama_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(calibrate, "cached", lambda threads: FOUND)
-    monkeypatch.setattr("hw_targets.calibrate_disk.stored", lambda: ())
+    monkeypatch.setattr("hw_targets.calibrate_disk.stored", lambda: drives)
     request = PlanRequest(
         str(llama_directory), context=64, generate=2, budgets=(("memory", "107MiB"),), what_if=False, simulate=False
     )
     with pytest.raises(NoFit) as fault:
         make_plan(request)
     named = re.search(r"note: with --memory (\S+) it fits", str(fault.value))
-    assert named is not None and "'compile-model targets calibrate --disk DIR'" in str(fault.value)
-    assert make_plan(dataclasses.replace(request, budgets=(("memory", named[1]),))).placement
-    assert dict(fault.value.least)["dram"] <= parse_quantity(named[1], "bytes")
-    with pytest.raises(DiagnosticError, match="calibrate --disk"):
-        make_plan(dataclasses.replace(request, pins=("weights=disk",)))
-    with pytest.raises(DiagnosticError, match="calibrate --disk"):
-        make_plan(dataclasses.replace(request, budgets=(("disk", "1GiB"),)))
+    assert named is not None
+    nbytes = int(parse_quantity(named[1], "bytes"))
+    assert make_plan(dataclasses.replace(request, budgets=(("memory", str(nbytes)),))).placement
+    with pytest.raises(NoFit):  # nor would less do, keys and values on the drive included
+        make_plan(dataclasses.replace(request, budgets=(("memory", str(nbytes - (1 << 16))),)))
+    assert ("'compile-model targets calibrate --disk DIR'" in str(fault.value)) is (not drives)
+    if not drives:
+        with pytest.raises(DiagnosticError, match="calibrate --disk"):
+            make_plan(dataclasses.replace(request, pins=("weights=disk",)))
+        with pytest.raises(DiagnosticError, match="calibrate --disk"):
+            make_plan(dataclasses.replace(request, budgets=(("disk", "1GiB"),)))

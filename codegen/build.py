@@ -21,7 +21,7 @@ from codegen.format_report import FormatUse, bits_per_weight, format_uses
 from codegen.garbage import rare_collections
 from codegen.lower_to_plan import Lowering
 from codegen.nvptx.compile import TRIPLE as GPU_TRIPLE
-from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures
+from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures, grid_options
 from codegen.nvptx.lower_to_grid import lower_grid_step
 from codegen.object_cache import ObjectCache
 from codegen.programs import WeightsFile
@@ -223,7 +223,7 @@ def _cpu_code(
 
 def _gpu_code(module: ModuleOp, architectures: Sequence[str], cache: ObjectCache | None) -> _CodeMaker:
     """Ops without a kernel for GPUs are refused here, before a byte is written."""
-    lowered = lower_grid_step(module.function("step"))
+    lowered = lower_grid_step(module.function("step"), grid_options(architectures))
 
     def make() -> _Code:
         code = compile_gpu_step(lowered, architectures, cache)

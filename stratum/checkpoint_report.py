@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from stratum.progress import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
+    from runtime.manifest import Manifest, ProgramInfo
 
+_PRODUCTS = ("decode", "gemm", "wgmma", "experts", "wide")  # first words of kernels' names
 MAX_MANIFEST_BYTES = 256 << 20
 
 
@@ -104,6 +105,7 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
                 "max_tokens": program.max_tokens,
                 "arena_bytes": program.arena_bytes,
                 "launches": len(program.launches),
+                "products": _products(manifest, program),
             }
             for program in manifest.programs
         },
@@ -169,12 +171,23 @@ def _gpu_code(manifest: Manifest) -> dict[str, bool]:
     return {str(entry.get("architecture")): bool(entry.get("cubin")) for entry in code if isinstance(entry, dict)}
 
 
+def _products(manifest: Manifest, program: ProgramInfo) -> list[str]:
+    """The kinds of kernels for matrix products that a program for a GPU launches; nothing for CPUs."""
+    if not manifest.target.is_gpu:
+        return []
+    words = [launch.name.split("_") for launch in program.launches]
+    kinds = ["wgmma" if "wgmma" in word[:2] else word[0] for word in words]
+    return [kind for kind in _PRODUCTS if kind in kinds]
+
+
 def _code_line(facts: dict[str, Any]) -> str:
     """What the code needs: features of a CPU, architectures of GPUs."""
     if not facts["gpu_code"]:
         return f"  features    {' '.join(facts['target']['features']) or '(the baseline)'}"
     made = [f"{name} (PTX{' and machine code' if whole else ''})" for name, whole in facts["gpu_code"].items()]
-    return f"  GPU code    {', '.join(made)}; newer GPUs take the newest PTX; run with --device cuda"
+    only = all(name.endswith("a") for name in facts["gpu_code"])
+    others = "no other GPUs run it" if only else "newer GPUs take the newest PTX"
+    return f"  GPU code    {', '.join(made)}; {others}; run with --device cuda"
 
 
 def artifact_text(facts: dict[str, Any]) -> str:
@@ -199,6 +212,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<11} up to {program['max_tokens']} tokens a step, {program['launches']} kernels, "
             f"{format_bytes(program['arena_bytes'])} of activations"
+            + (f", products by {', '.join(program['products'])}" if program["products"] else "")
         )
     lines += [
         f"  {entry['sha256'][:16]}  {entry['bytes']:>12}  {name}" for name, entry in sorted(facts["files"].items())

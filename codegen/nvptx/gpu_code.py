@@ -14,7 +14,9 @@ from typing import Any
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for, runs_on
 from codegen.nvptx.host.experts import object_path
+from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep
+from codegen.nvptx.lowering import HOPPER
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
 from codegen.nvptx.ptxas import assemble, find_ptxas
 from codegen.object_cache import ObjectCache, content_key
@@ -25,7 +27,8 @@ ANY = "cuda"  # the target that stands for every GPU there are kernels for
 
 
 def gpu_architectures(target: Any) -> tuple[str, ...]:
-    """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs.
+    """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs: for
+    one of sm_90a that one, with instructions that no other has.
 
     A machine is a GPU's where its first unit is one of NVIDIA or AMD. Raises DiagnosticError for AMD's, on which
     nothing runs kernels, and for those older than the kernels.
@@ -35,6 +38,8 @@ def gpu_architectures(target: Any) -> tuple[str, ...]:
     first = target.units[0] if isinstance(target, Target) and target.units else None
     if first is None or first.kind != "gpu" or not first.arch.startswith(("sm_", "gfx")):
         return ()
+    if first.arch == HOPPER:
+        return (HOPPER,)
     nvidia = first.arch.startswith("sm_")
     known = [name for name in ARCHITECTURES if nvidia and _number(name) <= _number(first.arch)]
     if not known:
@@ -44,6 +49,11 @@ def gpu_architectures(target: Any) -> tuple[str, ...]:
             hint="build for the CPU beside it: --target x86-64-v3",
         )
     return (known[-1],)
+
+
+def grid_options(architectures: Sequence[str]) -> GridOptions:
+    """What a build for these architectures may choose."""
+    return GridOptions(hopper=tuple(architectures) == (HOPPER,))
 
 
 def _number(architecture: str) -> int:

@@ -93,10 +93,11 @@ class GridLaunch:
 @dataclass(frozen=True)
 class GridOptions:
     """What a build for GPUs may choose: parts that positions are split into for a token's attention; the most tokens
-    of a step, of prompts."""
+    of a step, of prompts; whether kernels may be for sm_90a alone."""
 
     splits: int = 32
     prefill_tokens: int = 512
+    hopper: bool = False
 
 
 @dataclass(frozen=True)

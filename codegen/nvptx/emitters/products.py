@@ -1,7 +1,8 @@
 """Launches of matrix products with what was fused into them: [norm, cast] -> product -> bias, gate, residual, cast.
 
 rows of activations in bf16    a row by row kernel, where there is a norm or a cast before
-the product                    `decode` for up to 16 rows, `gemm_packed` for more, on the same stored weights;
+the product                    `decode` for up to 16 rows, `gemm_packed` (on sm_90a `gemm_wgmma`) for more, on the same
+                               stored weights;
                                `gemm` on row-major bf16 weights; `wide` for f32
 what comes behind it           a row by row kernel, unless the product's kernel writes the result itself
 """
@@ -16,6 +17,7 @@ from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import ROWS, decode_kernel
 from codegen.nvptx.kernels.gemm import GemmShape, check_gemm, gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
+from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
 from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.wide import WARPS, wide_kernel
 from codegen.nvptx.launches import (
@@ -132,12 +134,22 @@ def _packed(
             f"decode_{stem}", key, arguments, writes, str(layout.tiles),
             lambda name: decode_kernel(layout, name, rows=most, **made), True,
         )  # fmt: skip
-    shape = PackedShape.of(context.options.prefill_tokens)
+    shape = many_rows(context.options.prefill_tokens, context)
     grid = f"ceil({size_text(rows)}, {shape.rows}) * {-(-layout.tiles // shape.tiles)}"
     key = ("gemm_packed", layout, shape, output.element, output.gate)
+    if isinstance(shape, WgmmaShape):
+        return GridLaunch(
+            f"wgmma_{stem}", key, arguments, writes, grid,
+            lambda name: gemm_wgmma_kernel(layout, name, shape, **made), True,
+        )  # fmt: skip
     return GridLaunch(
         f"gemm_{stem}", key, arguments, writes, grid, lambda name: gemm_packed_kernel(layout, name, shape, **made), True
     )
+
+
+def many_rows(rows: int, context: GridContext) -> PackedShape:
+    """A block's tile of a product of up to `rows` rows in bf16: products of warpgroups where there are some."""
+    return (WgmmaShape if context.options.hopper else PackedShape).of(rows)
 
 
 def expert_shape(op: Op, context: GridContext, pairs_of_token: int, experts: int) -> PackedShape:
@@ -181,9 +193,10 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Outpu
             f"experts_{stem}_rows{most}", ("experts", experts, most), arguments, writes,
             f"{group.most} * {layout.tiles}", lambda name: grouped_decode_kernel(experts, name, rows=most), True,
         )  # fmt: skip
-    shape = next(s for s in (PackedShape.of(rows) for rows in (32, 64, 128)) if s.rows == group.rows)
+    shape = PackedShape.of(group.rows) if isinstance(x, Rounded) else many_rows(group.rows, context)
+    assert shape.rows == group.rows
     return GridLaunch(
-        f"experts_{stem}", ("experts", experts, shape), arguments, writes,
+        f"experts_{'wgmma_' * isinstance(shape, WgmmaShape)}{stem}", ("experts", experts, shape), arguments, writes,
         f"{group.most} * {-(-layout.tiles // shape.tiles)}",
         lambda name: grouped_gemm_kernel(experts, name, shape), True,
     )  # fmt: skip

@@ -41,12 +41,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_what_is_in_it(built: tuple[Path, Path]) -> None:
     plain, assembled = (open_artifact(path) for path in built)
-    assert (plain.manifest.target.triple, plain.manifest.target.cpu) == ("nvptx64-nvidia-cuda", "sm_90")
+    assert (plain.manifest.target.triple, plain.manifest.target.cpu) == ("nvptx64-nvidia-cuda", "sm_90a")
     assert plain.gpu is not None and assembled.gpu is not None
-    assert [(c.architecture, c.ptx, c.cubin) for c in plain.gpu.code] == [("sm_90", "code/sm_90.ptx", "")]
+    assert [(c.architecture, c.ptx, c.cubin) for c in plain.gpu.code] == [("sm_90a", "code/sm_90a.ptx", "")]
     assert assembled.read_bytes(assembled.gpu.code[0].cubin) == b"machine code"
-    ptx = plain.read_bytes("code/sm_90.ptx").decode()
-    assert ".target sm_90" in ptx
+    ptx = plain.read_bytes("code/sm_90a.ptx").decode()
+    assert ".target sm_90a" in ptx and "wgmma.mma_async" in ptx
     assert all(f".entry {kernel.name}(" in ptx for kernel in plain.gpu.kernels)
     for ours, theirs in zip(plain.gpu.programs, plain.manifest.programs, strict=True):
         assert (ours.name, len(ours.launches)) == (theirs.name, len(theirs.launches))
@@ -55,9 +55,9 @@ def test_what_is_in_it(built: tuple[Path, Path]) -> None:
 
 def test_the_bytes_depend_on_the_model_alone(built: tuple[Path, Path]) -> None:
     files = [{p.relative_to(path): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()} for path in built]
-    own = {Path("manifest.json"), Path("code/sm_90.cubin")}
+    own = {Path("manifest.json"), Path("code/sm_90a.cubin")}
     assert {k: v for k, v in files[0].items() if k not in own} == {k: v for k, v in files[1].items() if k not in own}
-    assert set(files[1]) - set(files[0]) == {Path("code/sm_90.cubin")}
+    assert set(files[1]) - set(files[0]) == {Path("code/sm_90a.cubin")}
 
 
 def test_the_cpu_says_what_it_is(built: tuple[Path, Path]) -> None:
@@ -65,13 +65,18 @@ def test_the_cpu_says_what_it_is(built: tuple[Path, Path]) -> None:
         Session(built[0])
     assert "was built for a GPU (target h100-sxm)" in str(caught.value) and "--device cuda" in str(caught.value)
     text = artifact_text(describe_artifact(built[1]))
-    assert "GPU code    sm_90 (PTX and machine code)" in text and "decode_16   up to 16 tokens" in text
+    assert (
+        "GPU code    sm_90a (PTX and machine code); no other GPUs run it" in text
+        and "decode_16   up to 16 tokens" in text
+    )
+    by_program = [line.split("products by ")[1] for line in text.splitlines() if "products by" in line]
+    assert by_program == ["decode", "decode", "wgmma"]
 
 
 @pytest.mark.parametrize(
     ("target", "architectures"),
     [
-        ("cuda", ("sm_80", "sm_89", "sm_90")), ("h200-sxm", ("sm_90",)), ("a100-40gb", ("sm_80",)),
+        ("cuda", ("sm_80", "sm_89", "sm_90")), ("h200-sxm", ("sm_90a",)), ("a100-40gb", ("sm_80",)),
         ("rtx-3090", ("sm_80",)), ("rtx-4090", ("sm_89",)), ("b200", ("sm_90",)), ("x86-64-v3", ()), ("m2-ultra", ()),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from passes.pipelines import gpu_pipeline
 from runtime.cuda.sizes import SIZES, SizeExpr
 from tests.codegen.harness import Batch
 from tests.codegen.models import Model, Shape, build_model
-from tests.codegen.nvptx.grid_machine import GridMachine
+from tests.codegen.nvptx.grid_machine import GridMachine, stored_weights
 
 CTX, SLOTS = 64, 2
 SMALL = Shape(hidden=64, ffn=64, vocab=70, dim=16)
@@ -33,6 +33,8 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "experts of bytes": (replace(SMALL, hidden=32, ffn=96, experts=3, top_k=2), ("w4a8-g32",)),
     "fp8": (replace(SMALL, experts=3, top_k=2), ("fp8",)),
     "fp8 activations": (replace(SMALL, experts=3, top_k=2), ("w8a8-fp8",)),
+    "wgmma": (replace(SMALL, layers=2, q_heads=2, kv_heads=1, bias=True), ()),
+    "wgmma experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
 }
 OPTIONS = GridOptions(splits=2, prefill_tokens=16)
 PROGRAMS = (GridSpec("decode", 8, 8), GridSpec("prefill", 16, 0))
@@ -45,6 +47,8 @@ TOLERANCE = {
     "experts of bytes": 0.04,
     "fp8": 0.01,
     "fp8 activations": 0.04,
+    "wgmma": 0.01,
+    "wgmma experts": 0.015,
 }
 
 
@@ -53,7 +57,8 @@ def lowered(case: str) -> tuple[Model, LoweredGridStep]:
     shape, recipe = CASES[case]
     model = build_model(shape)
     PassManager(gpu_pipeline(recipe=recipe)).run(model.module)
-    return model, lower_grid_step(model.step, OPTIONS, programs=PROGRAMS)
+    options = replace(OPTIONS, hopper=case.startswith("wgmma"))
+    return model, lower_grid_step(model.step, options, programs=PROGRAMS)
 
 
 def batch(*runs: tuple[int, int, int], rows: list[int] | None = None) -> Batch:
@@ -76,6 +81,17 @@ def test_logits_are_those_of_the_graph(case: str) -> None:
         got = machine.run(one)
         assert got.shape == want.shape and not np.isnan(got).any()
         assert np.abs(got - want).max() <= TOLERANCE[case] * np.abs(want).max()
+
+
+def test_prompts_take_products_of_warpgroups_on_the_weights_of_decoding() -> None:
+    """Where the architecture has them, dense ones and those of experts; the weights lie as for any GPU."""
+    for case, few, many in (("wgmma", "decode_", "wgmma_"), ("wgmma experts", "experts_", "experts_wgmma_")):
+        _, step = lowered(case)
+        names = [[launch.kernel for launch in program.launches] for program in step.programs]
+        assert sum(name.startswith(few) for name in names[0]) == sum(name.startswith(many) for name in names[1]) > 0
+        assert not any("wgmma" in name for name in names[0]) and not any(name.startswith("gemm") for name in names[1])
+    model, plain = lowered("dense")[0], lowered("dense")[1]
+    assert stored_weights(plain, model) == stored_weights(lowered("wgmma")[1], model)
 
 
 def test_programs_of_few_and_of_many_tokens_agree() -> None:

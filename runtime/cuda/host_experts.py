@@ -146,7 +146,7 @@ class HostExperts:
         if self._team.run(self._native.functions[layer.function], ctypes.addressof(arguments)):
             raise RuntimeDiagnostic(
                 "the CPU's threads did not finish some experts in time", where=self._where,
-                hint="leave a core to each (--threads), or have experts brought to the GPU (--missed-experts fetch)",
+                hint="leave the CPU some cores, or have experts brought to the GPU (--missed-experts fetch)",
             )  # fmt: skip
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ So the bits are those of a device that has room for everything.
 
 With a `host` (`runtime.cuda.host_side`) missing experts may be computed by the CPU instead, whichever is sooner by
 prices (`runtime.cuda.missed_experts`): their tiles get no rows. In the time that the link then has, some are brought
-all the same, for later. The numbers then depend on what was there, in their last bits.
+all the same, for later, unless dense pieces pass over it. The numbers then depend on what was there, in the last bits.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class HybridExperts:
         }
         tiles = max([1, *(_most_tiles(launch) for p in step.programs for launch in p.launches)])
         self._missed, self._spare = missed, SpareLink()
+        self._free_link = not plan.streamed  # from dense pieces, which every step waits for
         self._host: HostSide | None = None
         self._code = code
         try:
@@ -92,6 +93,10 @@ class HybridExperts:
                     self._slots[piece].later = device.new_event()
             if code is not None and missed.mode != FETCH and self._caches:
                 self._host = HostSide(device, stream, step, code, list(self._caches), most_tokens)
+                report.host_threads = code.threads
+            elif code is not None:
+                code.close()
+                self._code = None
         except BaseException:
             self.close()
             raise
@@ -216,7 +221,7 @@ class HybridExperts:
         if self._missed.mode != CPU:
             first, second = divide(rows, prices, slots.unit)
         brought, computed = [missing[i] for i in first], [missing[i] for i in second]
-        room = slots.count - hits - len(brought)
+        room = slots.count - hits - len(brought) if self._free_link else 0
         spare = self._spare.count(prices, slots.unit, [rows[i] for i in second], len(brought), room)
         return brought, computed, computed[::-1][:spare]  # those of the most tokens
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runtime.errors import RuntimeDiagnostic
+
 AUTO, FETCH, CPU = "auto", "fetch", "cpu"
 MODES = (AUTO, FETCH, CPU)
 
@@ -46,6 +48,15 @@ class Missed:
 
 
 FETCHED = Missed()
+
+
+def missed_of(asked: str | Missed) -> Missed:
+    """Of a mode by its name. Raises RuntimeDiagnostic for others."""
+    if isinstance(asked, Missed):
+        return asked
+    if asked not in MODES:
+        raise RuntimeDiagnostic(f"missed experts: {asked!r}", expected=f"one of {', '.join(MODES)}")
+    return Missed(asked)
 
 
 def divide(loads: Sequence[int], prices: ExpertPrices, unit: int) -> tuple[list[int], list[int]]:

@@ -23,11 +23,13 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
 from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
+from runtime.cuda.host_experts import open_host
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import capacity_of
 from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
+from runtime.cuda.missed_experts import AUTO, FETCH, Missed, missed_of
 from runtime.cuda.profile import GpuProfile
 from runtime.cuda.program import GpuProgram, GpuStep
 from runtime.cuda.weights import BUFFERS, CHUNK_BYTES, LoadProgress, ResidentWeights, WeightStore
@@ -74,8 +76,11 @@ MakeWeights = Callable[[Device, Any, Artifact], WeightStore]
 
 class CudaSession(SessionBase):
     """An artifact on a GPU. `memory` bounds the device memory in bytes, `host_memory` what is pinned of the host's:
-    weights for which neither has room are read from the disk. `device` is one that is open, which the session then
-    closes; `weights` makes another store than one that has them all on the device.
+    weights for which neither has room are read from the disk. `missed_experts` says what is done about those that are
+    not on the device: `auto` (brought there or computed by the CPU, whichever is sooner as measured now), `fetch`
+    (brought, so that outputs are those of a device with room for all to the last bit), `cpu`; or with prices. `device`
+    is one that is open, which the session then closes; `weights` makes another store than one that has them all on the
+    device.
 
     Raises NoDevice without a usable GPU, OutOfDeviceMemory where something does not fit, RuntimeDiagnostic for whatever
     is wrong with the artifact or the sizes.
@@ -95,6 +100,7 @@ class CudaSession(SessionBase):
         verify: bool = False,
         memory: int | None = None,
         host_memory: int | None = None,
+        missed_experts: str | Missed = AUTO,
         device: Device | None = None,
         weights: MakeWeights | None = None,
         progress: LoadProgress | None = None,
@@ -112,6 +118,7 @@ class CudaSession(SessionBase):
                 with uninterrupted():
                     held.device = open_device(limit_bytes=memory)
             held.device.host_limit_bytes = host_memory
+            self._missed = missed_of(missed_experts)
             self._acquire(held.device, weights, progress)
         except BaseException:
             self.close()
@@ -125,8 +132,9 @@ class CudaSession(SessionBase):
         others = pinned_bytes(self.gpu, self.vocab_size)
         if plan is not None:
             weights = lambda device, stream, artifact: HybridWeights(  # noqa: E731
-                device, stream, artifact, plan, others_pinned=others
-            )
+                device, stream, artifact, plan, others_pinned=others, missed=self._missed,
+                code=open_host(artifact) if self._missed.mode != FETCH and plan.slots else None,
+            )  # fmt: skip
         self._check_room(device, weights is None)
         with uninterrupted():
             held.stream = device.new_stream()

@@ -1,21 +1,25 @@
 """Which device runs a model: the CPU, a GPU, or whichever can.
 
 `choose_device` turns what was asked for (`cpu`, `cuda`, `auto`) into `cpu` or `cuda` and says why. `auto` takes what an
-artifact was built for; a directory goes to a GPU when one is there and the model fits into its free memory, else to the
-CPU. Options that only one of the two has decide too, and are refused with the other.
+artifact was built for; a directory goes to a GPU when one is there and plans foretell more tokens a second there, with
+all weights in its memory or with weights that pass through it, than on the CPU (`stratum.device_prices`). Options that
+only one of the two has decide too, and are refused with the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
 from runtime.cuda.driver import NoDevice, OutOfDeviceMemory
 
+if TYPE_CHECKING:
+    from stratum.device_prices import Gpu
+
 DEVICES = ("cpu", "cuda", "auto")
 GPU_TARGET = "cuda"  # any NVIDIA GPU that kernels are made for
-FITS_WITH = 0.9  # of the free memory: the rest is for cache and activations
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def choose_device(
         return DeviceChoice("cpu", f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} not for GPUs")
     if target is not None:
         return DeviceChoice("cuda" if is_gpu_target(target) else "cpu", f"built for {target}")
-    return _as_it_fits(model, device_memory, dtype, recipe)
+    return _as_it_is_cheaper(model, device_memory, dtype, recipe)
 
 
 def _as_built(model: Path) -> DeviceChoice:
@@ -67,31 +71,26 @@ def _as_built(model: Path) -> DeviceChoice:
     return DeviceChoice("cuda" if name.is_gpu else "cpu", f"the artifact was built for {name.name}")
 
 
-def _as_it_fits(model: Path, device_memory: int | None, dtype: str, recipe: str | None) -> DeviceChoice:
-    """By asking the GPU what it has free, and the passes how many bytes the weights take."""
-    from passes.quantize.recipe import load_recipe
-    from stratum.progress import format_bytes
-    from stratum.weights_file import weights_file_bytes
+def _as_it_is_cheaper(model: Path, device_memory: int | None, dtype: str, recipe: str | None) -> DeviceChoice:
+    """By asking the GPU what it has free, and the cost model what a token takes there and on the CPU."""
+    from stratum.device_prices import device_offers
 
     try:
-        name, free = _find_gpu(device_memory)
+        gpu = _find_gpu(device_memory)
     except (NoDevice, OutOfDeviceMemory) as fault:
         return DeviceChoice("cpu", fault.message)
-    needed = weights_file_bytes(model, load_recipe(recipe or "none"), dtype=dtype)
-    if needed > FITS_WITH * free:
-        return DeviceChoice(
-            "cpu", f"the weights take {format_bytes(needed)}, {name} has {format_bytes(free)} that may be used"
-        )
-    return DeviceChoice("cuda", f"{name} has {format_bytes(free)} free, the weights take {format_bytes(needed)}")
+    offers = device_offers(model, gpu, recipe=recipe, dtype=dtype)
+    return DeviceChoice("cuda" if offers.best == "gpu" else "cpu", offers.line())
 
 
-def _find_gpu(device_memory: int | None) -> tuple[str, int]:
-    """The name of the GPU, and how many bytes may be used of it. Raises NoDevice."""
+def _find_gpu(device_memory: int | None) -> Gpu:
+    """The GPU, and how many bytes may be used of it. Raises NoDevice."""
     from runtime.cuda.device import open_device
+    from stratum.device_prices import Gpu
 
     device = open_device(limit_bytes=device_memory)
     try:
-        return device.name, device.free_bytes()
+        return Gpu(device.name, device.free_bytes())
     finally:
         device.close()
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import stratum
+from hw_targets import calibrate
+from hw_targets.calibrate import Calibration
 from ir.diagnostics import DiagnosticError
 from runtime.cuda import driver as cuda_driver
 from runtime.cuda.driver import NoDevice
@@ -53,10 +55,13 @@ def test_auto_takes_what_an_artifact_was_built_for(toy: Path, tmp_path: Path) ->
 
 def test_auto_asks_the_gpu(checkpoint: Path, gpu: Callable[..., EmulatedDriver], monkeypatch: Any) -> None:
     driver = gpu()
+    slow = Calibration(2, 1e7, 1e8)
+    monkeypatch.setattr(calibrate, "cached", lambda threads: slow)
     found = choose_device(checkpoint, "auto")
-    assert found.device == "cuda" and "emulated GPU has 1 GiB free" in found.why
+    assert found.device == "cuda" and found.why.startswith("emulated GPU would make ")
+    assert "tokens/s with all weights in its 1 GiB, the CPU " in found.why and "\n" not in found.why
     found = choose_device(checkpoint, "auto", device_memory=1000)
-    assert found.device == "cpu" and "emulated GPU has 0.977 KiB that may be used" in found.why
+    assert found.device == "cpu" and "does not fit into 0.977 KiB of emulated GPU, even when" in found.why
     assert driver.leaks() == []
     gpu(devices=0)
     assert choose_device(checkpoint, "auto").why == "the NVIDIA driver finds no GPU"

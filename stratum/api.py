@@ -128,6 +128,7 @@ def load(
     kv_dir: str | os.PathLike[str] | None = None,
     device: str | DeviceChoice = "cpu",
     device_memory: int | str | None = None,
+    missed_experts: str | None = None,
     stand_ins: float | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
@@ -148,12 +149,15 @@ def load(
 
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
     `stratum.device_choice`; the model's `device_choice` says what was chosen. `device_memory` bounds what may be used
-    of the GPU's. `target` defaults to host, or to any GPU.
+    of the GPU's; experts that it has no room for are brought there or computed by the CPU, whichever is sooner, or as
+    `missed_experts` says: auto, fetch (the same bits as with room for all) or cpu. `target` defaults to host, or to any
+    GPU.
     """
     from runtime.artifact import is_artifact, open_artifact
-    from stratum.device_choice import GPU_TARGET, DeviceChoice, choose_device
+    from stratum.device_choice import GPU_TARGET, DeviceChoice, check_missed_experts, choose_device
     from stratum.model import Model
 
+    check_missed_experts(missed_experts, device)
     choice = device if isinstance(device, DeviceChoice) else choose_device(
         Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
         target=target, threads=threads, memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing,
@@ -169,7 +173,7 @@ def load(
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
     opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
-    opened |= {"stand_ins": stand_ins}
+    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
 from runtime.cuda.driver import NoDevice, OutOfDeviceMemory
+from runtime.cuda.missed_experts import MODES
 
 if TYPE_CHECKING:
     from stratum.device_prices import Gpu
@@ -101,6 +102,14 @@ def is_gpu_target(target: str) -> bool:
     from codegen.nvptx.gpu_code import gpu_architectures
 
     return bool(gpu_architectures(hw_targets.load(target)))
+
+
+def check_missed_experts(mode: str | None, device: object) -> None:
+    """Raises DiagnosticError for a mode that there is not, or one that is given (not None) for the CPU."""
+    if mode is not None and device == "cpu":
+        raise DiagnosticError("--missed-experts goes with --device cuda or auto", hint="the CPU computes all experts")
+    if mode is not None and mode not in MODES:
+        raise DiagnosticError(f"missed experts: {mode!r}", expected=f"one of {', '.join(MODES)}")
 
 
 def refuse_cpu_options(**options: object) -> None:

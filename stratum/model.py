@@ -152,7 +152,8 @@ class Model:
     plan that is executed: that of `compile-model plan` for the same budget and context.
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
-    bytes. `progress` is told of weights on their way there. `slots` is for the cpu.
+    bytes; `missed_experts` (auto, fetch, cpu) says what is done about experts that it has no room for. `progress` is
+    told of weights on their way there. `slots` is for the cpu.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class Model:
         kv_dir: str | os.PathLike[str] | None = None,
         device: str | DeviceChoice = "cpu",
         device_memory: int | None = None,
+        missed_experts: str | None = None,
         progress: Progress | None = None,
         stand_ins: float | None = None,
         slots: Slots | None = None,
@@ -180,7 +182,9 @@ class Model:
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
             refuse_cpu_options(memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads)
-            self.session: Session | CudaSession = _on_gpu(path, max_context, verify, device_memory, progress)
+            given = {"memory": device_memory, "missed_experts": missed_experts}
+            options = {name: value for name, value in given.items() if value is not None}
+            self.session: Session | CudaSession = _on_gpu(path, max_context, verify, progress, options)
             self.manifest = self.session.manifest
             return
         stream = kv_stream = None
@@ -366,8 +370,9 @@ class Model:
 
 
 def _on_gpu(
-    path: str | os.PathLike[str], max_context: int | None, verify: bool, memory: int | None, progress: Progress | None
-) -> CudaSession:
+    path: str | os.PathLike[str], max_context: int | None, verify: bool, progress: Progress | None,
+    options: dict[str, Any],
+) -> CudaSession:  # fmt: skip
     from runtime.cuda.session import CudaSession
 
-    return CudaSession(path, max_context=max_context, verify=verify, memory=memory, progress=progress)
+    return CudaSession(path, max_context=max_context, verify=verify, progress=progress, **options)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from stratum.cli.bench_formats import bench_formats, formats_options, refuse_without_formats
-from stratum.cli.options import DTYPES, NumberList, recipe_option
-from stratum.device_choice import DEVICES, GPU_TARGET, choose_device
+from stratum.cli.options import DTYPES, NumberList, missed_experts_option, recipe_option
+from stratum.device_choice import DEVICES, GPU_TARGET, check_missed_experts, choose_device
 
 if TYPE_CHECKING:
     from hw_targets.calibrate import Calibration
@@ -37,6 +37,7 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
 )
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
+@missed_experts_option
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
@@ -57,6 +58,7 @@ def bench(
     kv_dir: Path | None,
     device: str,
     device_memory: str | None,
+    missed_experts: str | None,
     output: str,
     jsonl: Path | None,
     no_calibration: bool,
@@ -73,6 +75,7 @@ def bench(
     """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
     from hw_targets.calibrate import Calibration
     from runtime.artifact import open_artifact
+    from runtime.cuda.missed_experts import AUTO
     from runtime.cuda.session import CudaSession
     from stratum import api, benchmark
     from stratum.cli.run import refuse_build_options
@@ -92,6 +95,7 @@ def bench(
     refuse_without_formats(table)
     refuse_build_options(model, dtype=dtype, target=target, recipe=recipe)
     limit = api.memory_bytes(device_memory, "--device-memory")
+    check_missed_experts(missed_experts, device)
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
         threads=threads, memory=memory, plan=plan_file, kv_dir=kv_dir,
@@ -117,7 +121,8 @@ def bench(
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
         if on_gpu:
-            opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit)
+            missed = missed_experts or AUTO
+            opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit, missed_experts=missed)
         else:
             opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file, kv_dir)
         measured_gpu = None

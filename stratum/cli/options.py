@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from runtime.cuda.missed_experts import MODES
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("bf16", "f32")
@@ -32,6 +34,17 @@ def recipe_option(prefix: str = "") -> Callable[[F], F]:
     """--recipe: names and paths by commas."""
     text = "Number formats: names of 'compile-model recipes' and paths of files, by commas."
     return click.option("--recipe", metavar="NAME[,NAME...]|FILE", help=prefix + text)
+
+
+def missed_experts_option(function: F) -> F:
+    """--missed-experts: the modes of `runtime.cuda.missed_experts`."""
+    return click.option(
+        "--missed-experts",
+        type=click.Choice(MODES),
+        help="With --device cuda or auto: experts that the GPU's memory lacks are brought there or computed by the "
+        "CPU, whichever is sooner (auto, the default); fetch: always brought, for the same output to the last bit; "
+        "cpu.",
+    )(function)
 
 
 def output_options(function: F) -> F:

@@ -13,7 +13,7 @@ import click
 from ir.diagnostics import DiagnosticError
 from runtime.eviction import POLICIES
 from stratum.cli.bit_options import BitRequest, bit_options
-from stratum.cli.options import DTYPES, output_options, recipe_option
+from stratum.cli.options import DTYPES, missed_experts_option, output_options, recipe_option
 from stratum.device_choice import DEVICES, choose_device
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ MAX_PROMPT_BYTES = 64 << 20
 )
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
+@missed_experts_option
 @click.option(
     "--stand-ins",
     type=float,
@@ -93,6 +94,7 @@ def run(
     kv_dir: Path | None,
     device: str,
     device_memory: str | None,
+    missed_experts: str | None,
     stand_ins: float | None,
     prompt_cache: Path | None,
     record_routing: Path | None,
@@ -140,6 +142,7 @@ def run(
             kv_dir=kv_dir,
             device=chosen,
             device_memory=device_memory,
+            missed_experts=missed_experts,
             stand_ins=stand_ins,
             **options,
         )
@@ -273,7 +276,7 @@ def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_jso
     """What was read, and what it cost."""
     if link := getattr(session, "hybrid", None):
         if as_json:
-            reporter.event("streaming", **vars(link))
+            reporter.event("streaming", **vars(link), same_bits=link.same_bits)
         elif not quiet:
             click.echo(link.summary(), err=True)
     if session.streamer is None:

@@ -81,13 +81,17 @@ def test_options_decide_too(checkpoint: Path) -> None:
         choose_device(checkpoint, "cuda", kv_dir="x", plan="y")
     with pytest.raises(DiagnosticError, match="--device-memory goes with --device cuda"):
         choose_device(checkpoint, "cpu", device_memory=5)
+    with pytest.raises(DiagnosticError, match="--missed-experts goes with --device cuda"):
+        stratum.load(checkpoint, missed_experts="fetch")
+    with pytest.raises(DiagnosticError, match="missed experts: 'often'"):
+        stratum.load(checkpoint, device="cuda", missed_experts="often")
     with pytest.raises(DiagnosticError, match="unknown device 'tpu'"):
         choose_device(checkpoint, "tpu")
 
 
 def test_a_model_on_a_gpu(toy: Path, gpu: Callable[..., EmulatedDriver]) -> None:
     driver = gpu()
-    with stratum.load(toy, device="cuda", max_context=100) as model:
+    with stratum.load(toy, device="cuda", max_context=100, missed_experts="fetch") as model:
         assert isinstance(model.session, CudaSession) and model.session.max_context == 100
         assert [event.token for event in stratum_tokens(model, [1, 2, 3], 5)] == greedy_tokens([1, 2, 3], 5)
     assert driver.leaks() == []

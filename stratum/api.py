@@ -160,7 +160,7 @@ def load(
     check_missed_experts(missed_experts, device)
     choice = device if isinstance(device, DeviceChoice) else choose_device(
         Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
-        target=target, threads=threads, memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing,
+        target=target, threads=threads, plan=plan, kv_dir=kv_dir, record_routing=routing,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     options: dict[str, Any] = {

@@ -26,6 +26,7 @@ from runtime.kv_stream import KVStreamOptions
 from runtime.sampling import SamplingParams
 from runtime.session import Session
 from stratum.device_choice import DeviceChoice, refuse_cpu_options, refused_on_gpus
+from stratum.gpu_session import open_on_gpu
 
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
@@ -148,12 +149,12 @@ class Model:
     `compile-model plan` that says what stays and what is read, by default as much as fits its own budget. `kv_dir`: a
     folder for what a budget has no room for of the KV cache of `max_context` positions. `stand_ins`: with `memory` or
     `plan`, experts of less than this share of a token's weight are computed from their copies in fewer bits when they
-    are missing; the output is then not that of the full model. None of the four is for GPUs. `model.placement` is the
-    plan that is executed: that of `compile-model plan` for the same budget and context.
+    are missing; the output is then not that of the full model. The last three are not for GPUs. `model.placement` is
+    the plan that is executed: that of `compile-model plan` for the same budget and context.
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
-    bytes; `missed_experts` (auto, fetch, cpu) says what is done about experts that it has no room for. `progress` is
-    told of weights on their way there. `slots` is for the cpu.
+    bytes, and `memory` what the process takes beside it; `missed_experts` (auto, fetch, cpu) says what is done about
+    experts that it has no room for. `progress` is told of weights on their way there. `slots` is for the cpu.
     """
 
     def __init__(
@@ -181,10 +182,13 @@ class Model:
         self.placement: Placement | None = None
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
-            refuse_cpu_options(memory=memory, plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads)
-            given = {"memory": device_memory, "missed_experts": missed_experts}
-            options = {name: value for name, value in given.items() if value is not None}
-            self.session: Session | CudaSession = _on_gpu(path, max_context, verify, progress, options)
+            refuse_cpu_options(plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads, stand_ins=stand_ins,
+                               expert_policy=expert_policy)  # fmt: skip
+            given = {} if missed_experts is None else {"missed_experts": missed_experts}
+            self.session: Session | CudaSession = open_on_gpu(
+                path, memory=memory, device_memory=device_memory, max_context=max_context, verify=verify,
+                progress=progress, **given,
+            )  # fmt: skip
             self.manifest = self.session.manifest
             return
         stream = kv_stream = None
@@ -367,12 +371,3 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _on_gpu(
-    path: str | os.PathLike[str], max_context: int | None, verify: bool, progress: Progress | None,
-    options: dict[str, Any],
-) -> CudaSession:  # fmt: skip
-    from runtime.cuda.session import CudaSession
-
-    return CudaSession(path, max_context=max_context, verify=verify, progress=progress, **options)

@@ -61,6 +61,11 @@ def _code_bytes(manifest: Manifest) -> int:
     return sum(info.bytes for name, info in manifest.files.items() if name.endswith(".o"))
 
 
+def pinned_room(budget: int) -> int:
+    """What a budget leaves for pinned memory in this process, where a GPU's driver is loaded already; may be < 0."""
+    return budget - resident_bytes() - SLACK_BYTES - budget // TABLES_SHARE
+
+
 class DoesNotFit(DiagnosticError):
     """The budget is too small; `minimum` bytes would do. `context` is the largest that fits, 0 where none does."""
 

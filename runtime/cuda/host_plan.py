@@ -6,7 +6,7 @@
 Dense pieces that pass through are read in every step, so they come first: those for which there is room lie in pinned
 memory whole, the others are read each time, ahead of their use, into `STAGES` places in turn. What is left holds
 experts: all of them, or as many slots as there is room for, shared by all layers. Without a budget everything is there.
-Pure; the same plan for the same sizes. Raises RuntimeDiagnostic with the least budget that would do.
+Pure; the same plan for the same sizes. Raises PinnedMemoryTooSmall with the least budget that would do.
 """
 
 from __future__ import annotations
@@ -50,6 +50,18 @@ class HostPlan:
         return (*self.staged, *self.cached)
 
 
+class PinnedMemoryTooSmall(RuntimeDiagnostic):
+    """Not even what passes through has room; `lacking` bytes more would do."""
+
+    def __init__(self, budget: int, needed: int) -> None:
+        super().__init__(
+            f"{max(0, budget)} bytes of pinned host memory are too few for weights that come from the disk",
+            expected=f"at least {needed} bytes beside what is no weight",
+            hint="allow more memory, or more device memory, so that less passes through",
+        )
+        self.lacking = needed - budget
+
+
 def plan_host(pieces: Sequence[PieceInfo], hbm: HbmPlan, budget: int | None = None) -> HostPlan:
     """What lies where of the pieces that `hbm` does not keep on the device, in at most `budget` bytes."""
     dense = list(hbm.streamed)
@@ -63,11 +75,7 @@ def plan_host(pieces: Sequence[PieceInfo], hbm: HbmPlan, budget: int | None = No
     if staged is None:
         sizes = [_paged(pieces[i].bytes) for i in dense]
         needed = least_slots + min(sum(sizes), STAGES * max(sizes, default=0))
-        raise RuntimeDiagnostic(
-            f"{max(0, budget)} bytes of pinned host memory are too few for weights that come from the disk",
-            expected=f"at least {needed} bytes beside what is no weight",
-            hint="allow more memory, or more device memory, so that less passes through",
-        )
+        raise PinnedMemoryTooSmall(budget, needed)
     stage_bytes = max((_paged(pieces[i].bytes) for i in staged), default=0)
     kept = [i for i in dense if i not in staged]
     left = budget - sum(_paged(pieces[i].bytes) for i in kept) - STAGES * stage_bytes * bool(staged)

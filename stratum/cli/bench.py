@@ -79,6 +79,7 @@ def bench(
     from runtime.cuda.session import CudaSession
     from stratum import api, benchmark
     from stratum.cli.run import refuse_build_options
+    from stratum.gpu_session import open_on_gpu
     from stratum.progress import make_reporter
 
     table = {"recipes": recipes, "text": text, "chunks": chunks, "as_json": as_json}
@@ -98,7 +99,7 @@ def bench(
     check_missed_experts(missed_experts, device)
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
-        threads=threads, memory=memory, plan=plan_file, kv_dir=kv_dir,
+        threads=threads, plan=plan_file, kv_dir=kv_dir,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     if choice.why and not quiet:
@@ -121,8 +122,10 @@ def bench(
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
         if on_gpu:
-            missed = missed_experts or AUTO
-            opened: Session | CudaSession = CudaSession(path, max_context=context, memory=limit, missed_experts=missed)
+            opened: Session | CudaSession = open_on_gpu(
+                path, memory=api.memory_bytes(memory), device_memory=limit, missed_experts=missed_experts or AUTO,
+                max_context=context,
+            )  # fmt: skip
         else:
             opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file, kv_dir)
         measured_gpu = None

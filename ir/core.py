@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from ir.location import Location
+from ir.location import NOWHERE, Location
 from ir.types import Type
 
 
@@ -47,7 +47,9 @@ class OpResult(Value):
     __slots__ = ("index", "op")
 
     def __init__(self, op: Op, index: int, type: Type) -> None:
-        super().__init__(type)
+        self.type = type
+        self.name_hint = ""
+        self.uses = []
         self.op = op
         self.index = index
 
@@ -89,10 +91,10 @@ class Op:
         location: Location | None = None,
     ) -> None:
         self._operands: list[Value] = []
-        self.attributes: dict[str, Any] = dict(attributes or {})
-        self.results: tuple[OpResult, ...] = tuple(OpResult(self, i, t) for i, t in enumerate(result_types))
+        self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
+        self.results: tuple[OpResult, ...] = tuple([OpResult(self, i, t) for i, t in enumerate(result_types)])
         self.regions: tuple[Region, ...] = tuple(regions)
-        self.location = location or Location()
+        self.location = location or NOWHERE
         self.parent: Block | None = None
         for region in self.regions:
             region.parent = self

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, TypeVar
 from ir.core import Op as CoreOp
 from ir.core import Region, Value
 from ir.diagnostics import DiagnosticSink
-from ir.location import Location
+from ir.location import NOWHERE, Location
 from ir.sizes import num_bytes
 from ir.traits import Trait
 from ir.types import TensorType, Type
@@ -133,7 +133,7 @@ class Op(CoreOp):
         if result_types is None:
             result_types = self.inferred_types([v.type for v in values], attributes, regions)
         if location is None:
-            location = Location(origin=origin)
+            location = Location(origin=origin) if origin else NOWHERE
         super().__init__(values, result_types, attributes, regions, location)
 
     @classmethod

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from codegen.build import BuildResult
     from runtime.step_reader import RoutingListener
     from stratum.device_choice import DeviceChoice
-    from stratum.model import Model
+    from stratum.model import Model, Slots
 
 Warn = Callable[[str], None]
 
@@ -130,6 +130,7 @@ def load(
     device_memory: int | str | None = None,
     missed_experts: str | None = None,
     stand_ins: float | None = None,
+    slots: Slots | None = None,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
@@ -144,8 +145,8 @@ def load(
     `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
     budget has no room for. `stand_ins`, a share of a token's routing weight: missing experts that have less are
     computed from the copies that `build(stand_ins=...)` made, and the output is not that of the full model any more.
-    Raises `stratum.memory_plan.DoesNotFit` for a budget that is
-    too small.
+    `slots` is room for several sequences (`stratum.batch_run`). Raises `stratum.memory_plan.DoesNotFit` for a budget
+    that is too small.
 
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
     `stratum.device_choice`; the model's `device_choice` says what was chosen. `device_memory` bounds what may be used
@@ -173,7 +174,7 @@ def load(
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
     opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
-    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts}
+    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts, "slots": slots}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

@@ -88,7 +88,7 @@ def place_on_host(
     useless. Of a `context` that was asked for, layers of the cache may lie on the drive (`kv_on_disk`).
     """
     account = ProcessAccount(manifest, budget, baseline, batch)
-    positions = context if context is not None else account.default_context()
+    positions = context if context is not None else default_context(account)
     kept = keep(manifest, budget, baseline, positions, batch, kv_on_disk=kv_on_disk and context is not None)
     if kept is None:
         raise _too_small(account, positions, where)
@@ -172,31 +172,47 @@ def _fitting(account: ProcessAccount, context: int, tokens: int, kv_layers: int)
     return Kept(resident, experts, kv_layers, tokens)
 
 
+def default_context(account: ProcessAccount) -> int:
+    """Positions where none are asked for: what takes an eighth of the budget, or else the most that fit."""
+    wanted = account.default_context()
+    if _all_fits(account, wanted):
+        return wanted
+    return _largest_context(account, wanted) or min(CONTEXT_STEP, wanted)
+
+
+def _all_fits(account: ProcessAccount, context: int) -> bool:
+    return _fitting(account, context, 1, account.manifest.kv.layers) is not None
+
+
+def _largest_context(account: ProcessAccount, below: int) -> int:
+    """The most positions less than `below` that fit with all of their cache in memory, in whole steps; 0 for none."""
+    less, more = 0, -(-below // CONTEXT_STEP)
+    while more - less > 1:
+        middle = (less + more) // 2
+        less, more = (middle, more) if _all_fits(account, middle * CONTEXT_STEP) else (less, middle)
+    return less * CONTEXT_STEP
+
+
 def _too_small(account: ProcessAccount, context: int, where: str) -> DoesNotFit:
     """Why nothing fits: the least budget that does, and the largest context that does in this one."""
-    manifest, batch = account.manifest, account.num_slots
 
-    def fits(budget: int, positions: int) -> bool:
-        other = ProcessAccount(manifest, budget, account.baseline, batch)
-        return _fitting(other, positions, 1, manifest.kv.layers) is not None
+    def fits(budget: int) -> bool:
+        return _all_fits(ProcessAccount(account.manifest, budget, account.baseline, account.num_slots), context)
 
     low, high = account.budget, account.budget + 1
-    while not fits(high, context):
+    while not fits(high):
         low, high = high, high * 2
     while high - low > 1 << 20:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle, context) else (middle, high)
-    minimum = -(-high // (1 << 20)) * (1 << 20)
-    less, more = 0, context // CONTEXT_STEP
-    while more - less > 1:
-        middle = (less + more) // 2
-        less, more = (middle, more) if fits(account.budget, middle * CONTEXT_STEP) else (less, middle)
-    parts = [f"{mib(account.baseline + SLACK_BYTES)} are the process itself"]
-    parts[0] += f", {mib(account.kv_bytes(context))} the KV cache"
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    minimum, less = -(-high // (1 << 20)) * (1 << 20), _largest_context(account, context)
+    parts = [
+        f"{mib(account.baseline + SLACK_BYTES)} are the process itself, {mib(account.kv_bytes(context))} the KV cache"
+    ]
     if less:
-        parts.append(f"a context of {less * CONTEXT_STEP} would fit: --context {less * CONTEXT_STEP}")
+        parts.append(f"a context of {less} would fit: --context {less}")
     message = f"{mib(account.budget)} are too small for this model with a context of {context}"
-    return DoesNotFit(message, minimum, where=where, hint="; ".join(parts), context=less * CONTEXT_STEP)
+    return DoesNotFit(message, minimum, where=where, hint="; ".join(parts), context=less)
 
 
 # -- the same as entries of a plan -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
 from passes.place.what_if import Gain, gains
 from runtime.manifest import Manifest
-from stratum.host_placement import DRIVE, place_on_host
+from stratum.host_placement import DRIVE, default_context, place_on_host
 from stratum.process_account import ROWS_BYTES, DoesNotFit, ProcessAccount, budget_of_room, foreseen_bytes, room_of
 from stratum.stream_placement import MEMORY, MemoryPlan, stream_of_placement
 
@@ -42,9 +42,9 @@ def no_fit(fault: DoesNotFit) -> NoFit:
     return NoFit(fault.diagnostics[0].message, least=least, context=fault.context or None)
 
 
-def default_context(manifest: Manifest, budget: int, batch: int) -> int:
+def context_of_run(manifest: Manifest, budget: int, batch: int) -> int:
     """Positions that `run --memory` has room for where none are asked for."""
-    return ProcessAccount(manifest, budget, foreseen_bytes(manifest), batch).default_context()
+    return default_context(ProcessAccount(manifest, budget, foreseen_bytes(manifest), batch))
 
 
 def drive_of_target(target: Target, drive: str) -> str:

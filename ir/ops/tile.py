@@ -14,7 +14,7 @@ import numpy as np
 
 from ir.diagnostics import DiagnosticSink
 from ir.formats import BF16, F16, F32, F64, I1, I32, I64, PlainFormat
-from ir.op_def import Op, attr, expect, operand, register_op, result
+from ir.op_def import InferenceError, Op, attr, operand, register_op, result
 from ir.ops.tile_types import ARITHMETIC, check_arithmetic, element_of, lanes_of
 from ir.traits import Commutative, ConstantLike, Pure
 from ir.types import IndexType, ScalarType, Type, VectorType
@@ -82,7 +82,8 @@ class BinaryOp(Op):
     @classmethod
     def inferred_types(cls, operand_types: Any, attributes: Any, regions: Any = ()) -> tuple[Type, ...]:
         left, right = operand_types
-        expect(left == right, f"expected both operands of one type, got {left} and {right}")
+        if left != right:
+            raise InferenceError(f"expected both operands of one type, got {left} and {right}")
         check_arithmetic(left, cls.elements)
         return (left,)
 

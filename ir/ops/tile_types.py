@@ -1,9 +1,12 @@
-"""What the tile ops ask of the types of scalars and vectors."""
+"""What the tile ops ask of the types of scalars and vectors.
+
+Kernels have many thousand ops, so messages are written only where something is refused.
+"""
 
 from __future__ import annotations
 
 from ir.formats import F32, F64, I32, I64, PlainFormat
-from ir.op_def import expect
+from ir.op_def import InferenceError, expect
 from ir.types import IndexType, ScalarType, Type, VectorType
 
 
@@ -11,9 +14,11 @@ def element_of(type: Type) -> PlainFormat:
     """The number format of a scalar or vector; raises InferenceError for other types. `index` counts as i64."""
     if isinstance(type, IndexType):
         return I64
-    expect(isinstance(type, ScalarType | VectorType), f"expected a scalar or vector, got {type}")
-    element = type.element  # pyright: ignore[reportAttributeAccessIssue]
-    expect(isinstance(element, PlainFormat), f"expected a plain element, got {element}")
+    if not isinstance(type, (ScalarType, VectorType)):
+        raise InferenceError(f"expected a scalar or vector, got {type}")
+    element = type.element
+    if not isinstance(element, PlainFormat):
+        raise InferenceError(f"expected a plain element, got {element}")
     return element
 
 
@@ -36,8 +41,8 @@ ARITHMETIC = (F32, F64, I32, I64)  # what registers compute with; index counts a
 
 def check_arithmetic(type: Type, elements: tuple[PlainFormat, ...] = ARITHMETIC) -> None:
     """Raises InferenceError for a type whose element is none of `elements`."""
-    words = ", ".join(map(str, elements))
-    expect(element_of(type) in elements, f"works on {words}, got {type}")
+    if element_of(type) not in elements:
+        raise InferenceError(f"works on {', '.join(map(str, elements))}, got {type}")
 
 
 def check_lanes(lanes: int) -> None:

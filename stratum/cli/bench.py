@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from stratum.cli.bench_formats import bench_formats, formats_options, refuse_without_formats
-from stratum.cli.options import DTYPES, NumberList, missed_experts_option, recipe_option
+from stratum.cli.options import NumberList, missed_experts_option
+from stratum.cli.run_options import Limits, directory_options, memory_options
 from stratum.device_choice import DEVICES, GPU_TARGET, check_missed_experts, choose_device
 
 if TYPE_CHECKING:
@@ -30,20 +31,14 @@ DISTURBED = 0.1  # spread of a calibration above which the machine was busy mean
     "-r", "--repetitions", type=click.IntRange(min=1), default=5, help="Runs of each test, after one to warm up."
 )
 @click.option("-t", "--threads", type=NumberList(1), help="Thread counts. Default: one a physical core.")
-@click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
-@click.option(
-    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="With --memory: for KV it has no room for."
-)
+@memory_options
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
 @missed_experts_option
 @click.option("-o", "--output", type=click.Choice(["md", "jsonl"]), default="md", help="Format on stdout.")
 @click.option("--jsonl", type=click.Path(path_type=Path), metavar="FILE", help="Append JSONL records to FILE as well.")
 @click.option("--no-calibration", is_flag=True, help="Do not measure the machine's bandwidth and peak.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="For a directory. Default: bf16.")
-@recipe_option("For a directory. ")
-@click.option("--target", metavar="NAME", help="For a directory. Default: host.")
+@directory_options
 @formats_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def bench(
@@ -53,9 +48,7 @@ def bench(
     n_depth: tuple[int, ...],
     repetitions: int,
     threads: tuple[int, ...] | None,
-    memory: str | None,
-    plan_file: Path | None,
-    kv_dir: Path | None,
+    limits: Limits,
     device: str,
     device_memory: str | None,
     missed_experts: str | None,
@@ -99,7 +92,7 @@ def bench(
     check_missed_experts(missed_experts, device)
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
-        threads=threads, plan=plan_file, kv_dir=kv_dir,
+        threads=threads, plan=limits.plan, kv_dir=limits.kv_dir, expert_policy=limits.expert_policy,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     if choice.why and not quiet:
@@ -123,11 +116,11 @@ def bench(
     for count in threads or (None,):
         if on_gpu:
             opened: Session | CudaSession = open_on_gpu(
-                path, memory=api.memory_bytes(memory), device_memory=limit, missed_experts=missed_experts or AUTO,
+                path, memory=api.memory_bytes(limits.memory), device_memory=limit, missed_experts=missed_experts or AUTO,
                 max_context=context,
             )  # fmt: skip
         else:
-            opened = _on_cpu(path, count, context, api.memory_bytes(memory), plan_file, kv_dir)
+            opened = _on_cpu(path, count, context, limits)
         measured_gpu = None
         with opened as session:
             measured = _measure(session, tests, repetitions, quiet)
@@ -160,22 +153,21 @@ def _limits_text(calibration: Calibration) -> str:
     return text
 
 
-def _on_cpu(
-    path: Path, count: int | None, context: int, memory: int | None, plan_file: Path | None, kv_dir: Path | None
-) -> Session:
+def _on_cpu(path: Path, count: int | None, context: int, limits: Limits) -> Session:
     """A session of `count` threads, with what a budget or a plan leaves in memory."""
     from runtime.kv_stream import KVStreamOptions
     from runtime.session import Session
+    from stratum import api
     from stratum.memory_plan import plan_for
     from stratum.stream_placement import stream_for
 
-    plan = kv_stream = None
-    if plan_file is not None:
-        plan = stream_for(path, plan_file, memory, context, num_slots=1)
+    plan, kv_stream, memory = None, None, api.memory_bytes(limits.memory)
+    if limits.plan is not None:
+        plan = stream_for(path, limits.plan, memory, context, limits.expert_policy, num_slots=1)
     elif memory is not None:
-        plan = plan_for(path, memory, context)
+        plan = plan_for(path, memory, context, limits.expert_policy)
     if plan is not None and plan.kv_bytes is not None:
-        kv_stream = KVStreamOptions(plan.kv_bytes, str(kv_dir) if kv_dir is not None else None)
+        kv_stream = KVStreamOptions(plan.kv_bytes, str(limits.kv_dir) if limits.kv_dir is not None else None)
     stream = plan.stream if plan is not None else None
     return Session(path, threads=count, max_context=context, stream=stream, kv_stream=kv_stream)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.diagnostics import DiagnosticError
-from runtime.eviction import POLICIES
 from stratum.cli.bit_options import BitRequest, bit_options
-from stratum.cli.options import DTYPES, missed_experts_option, output_options, recipe_option
+from stratum.cli.options import missed_experts_option, output_options
+from stratum.cli.run_options import Limits, directory_options, generation_options, memory_options
 from stratum.device_choice import DEVICES, choose_device
 
 if TYPE_CHECKING:
@@ -34,30 +34,11 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.argument("model", metavar="DIR|OUT", type=click.Path(path_type=Path))
 @click.argument("prompt_argument", metavar="[PROMPT]", required=False)
 @click.option("--prompt", metavar="TEXT", help="What to go on from; '-' reads stdin.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=128, help="Tokens to generate at most.")
-@click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
-@click.option(
-    "--temperature", "--temp", type=float, help="0 is greedy. Default: as generation_config.json says, else 0."
-)
-@click.option("--top-k", type=int, help="Keep the K most probable tokens; 0 is off.")
-@click.option("--top-p", type=float, help="Keep the most probable tokens that sum to P; 1 is off.")
-@click.option("--min-p", type=float, help="Drop tokens less probable than P times the best; 0 is off.")
-@click.option("--repetition-penalty", type=float, help="Divide the scores of tokens seen before; 1 is off.")
-@click.option("--seed", type=int, help="Same seed, same text. Default: a new one each time.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("-t", "--threads", type=int, help="Default: one a physical core this process may use.")
-@click.option("-c", "--context", type=int, help="Positions of the KV cache. Default: the model's.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="For a directory: weights and KV cache. Default: bf16.")
-@recipe_option("For a directory. ")
+@generation_options
+@directory_options
 @bit_options
-@click.option("--target", metavar="NAME", help="For a directory: see 'compile-model targets'. Default: host.")
 @click.option("-p", "--pipeline", metavar="PIPELINE", help="For a directory: graph passes instead of the default ones.")
-@click.option("-m", "--memory", metavar="SIZE", help="Use no more than this (2GiB): read weights as they are needed.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Run what 'plan -o' wrote.")
-@click.option("--expert-policy", type=click.Choice(POLICIES), help="With --memory or --plan: which experts go first.")
-@click.option(
-    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="With --memory: for KV it has no room for."
-)
+@memory_options
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", help="auto: a GPU where one can run the model.")
 @click.option("--device-memory", metavar="SIZE", help="With --device cuda or auto: use no more of the GPU's memory.")
 @missed_experts_option
@@ -88,10 +69,7 @@ def run(
     recipe: str | None,
     pipeline: str | None,
     budget: BitRequest,
-    memory: str | None,
-    plan_file: Path | None,
-    expert_policy: str | None,
-    kv_dir: Path | None,
+    limits: Limits,
     device: str,
     device_memory: str | None,
     missed_experts: str | None,
@@ -135,11 +113,8 @@ def run(
             verify=verify,
             progress=reporter,
             warn=lambda message: click.echo(f"warning: {message}", err=True),
-            memory=memory,
-            expert_policy=expert_policy,
-            plan=plan_file,
             routing=recorder,
-            kv_dir=kv_dir,
+            **vars(limits),
             device=chosen,
             device_memory=device_memory,
             missed_experts=missed_experts,

@@ -7,6 +7,7 @@ with native_kernels([scale, add], target) as kernels:
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -58,33 +59,55 @@ def _entry(kernel: FuncOp) -> str:
 class NativeKernels:
     """Loaded kernels. `run` changes the arrays of buffers in place."""
 
-    def __init__(self, code: NativeCode) -> None:
-        self.code = code
-        self.teams: dict[int, WorkerTeam] = {}
+    def __init__(self, libraries: Sequence[NativeCode]) -> None:
+        self.libraries = libraries
+        self.teams: dict[tuple[NativeCode, int], WorkerTeam] = {}
+        self.homes = {symbol: code for code in libraries for symbol in code.functions}
 
     def run(self, name: str, *arguments: np.ndarray | int, threads: int = 1) -> None:
-        team = self.teams.get(threads)
+        symbol = f"run_{name}"
+        code = self.homes[symbol]
+        team = self.teams.get((code, threads))
         if team is None:
-            team = self.teams[threads] = WorkerTeam(self.code, threads)
+            team = self.teams[code, threads] = WorkerTeam(code, threads)
         words = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
         buffer = (ctypes.c_int64 * (len(words) + 2))(*words, threads, team.address)
-        assert team.run(self.code.functions[f"run_{name}"], ctypes.addressof(buffer)) == 0
+        assert team.run(code.functions[symbol], ctypes.addressof(buffer)) == 0
 
     def close(self) -> None:
         assert all(team.close() for team in self.teams.values())
-        self.code.close()
+        for code in self.libraries:
+            code.close()
 
 
 @contextmanager
-def native_kernels(kernels: Sequence[FuncOp], target: MachineTarget) -> Iterator[NativeKernels]:
-    """Verifies, compiles and loads kernels."""
+def native_kernels(
+    kernels: Sequence[FuncOp], target: MachineTarget, *, optimize_every: int = 1
+) -> Iterator[NativeKernels]:
+    """Verifies, compiles and loads kernels. Every so many-th, the first among them, is optimized as builds are.
+
+    Optimizing is nine tenths of compiling. What it might break (wrong flags on instructions) shows in any kernel of a
+    kind, so sweeps over many formats optimize some of them; `make fuzz` optimizes all.
+    """
     for kernel in kernels:
         verify(kernel)
-    text = library_text(kernels, target)
-    request = CompileRequest(text, target.llvm_triple, target.llvm_cpu, target.feature_string(), OPT_LEVEL, "kernels")
+    if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz":
+        optimize_every = 1
+    plain = [kernel for number, kernel in enumerate(kernels) if number % optimize_every]
+    groups = [(OPT_LEVEL, kernels[::optimize_every]), *([(0, plain)] if plain else [])]
+    cpu, features = target.llvm_cpu, target.feature_string()
+    requests = [
+        CompileRequest(library_text(group, target), target.llvm_triple, cpu, features, level, "kernels")
+        for level, group in groups
+    ]
     # Hundreds of kernels in one module take half a minute alone, and minutes on a machine that is busy otherwise.
-    (code,) = compile_many([request], cache=ObjectCache(), timeout_seconds=900)
-    loaded = NativeKernels(NativeCode(code, [f"run_{k.sym_name}" for k in kernels], where="test kernels"))
+    codes = compile_many(requests, cache=ObjectCache(), timeout_seconds=900)
+    loaded = NativeKernels(
+        [
+            NativeCode(code, [f"run_{kernel.sym_name}" for kernel in group], where="test kernels")
+            for code, (_, group) in zip(codes, groups, strict=True)
+        ]
+    )
     try:
         yield loaded
     finally:

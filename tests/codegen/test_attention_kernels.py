@@ -238,7 +238,7 @@ def rope_table(rope: Rope) -> OpKernel:
 def kernels() -> Iterator[NativeKernels]:
     made = [*map(attention, ATTENTION), *map(decoding, ATTENTION[::2])]
     made += [*map(rope_append, ROPE_APPEND), *map(rope_table, ROPE_TABLES)]
-    with native_kernels([m.kernel for m in made], host_target()) as loaded:
+    with native_kernels([m.kernel for m in made], host_target(), optimize_every=3) as loaded:
         yield loaded
 
 

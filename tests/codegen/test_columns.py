@@ -39,7 +39,7 @@ def _kernels() -> list[tuple[OpKernel, int, int, PlainFormat]]:
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[tuple[NativeKernels, list]]:
     made = _kernels()
-    with native_kernels([k.kernel for k, *_ in made], host_target()) as native:
+    with native_kernels([k.kernel for k, *_ in made], host_target(), optimize_every=2) as native:
         yield native, made
 
 

@@ -188,7 +188,7 @@ CONTEXTS = [spec.context for spec in program_specs(frozenset({"avx512f"}))] + [p
 def kernels() -> Iterator[NativeKernels]:
     chosen = [kernel(key) for key in (*SHAPES, *FUSED, *ODD_FUSED, *GROUPED, *ODD_GROUPED)]
     chosen += [kernel(key, context) for key in WIDE for context in CONTEXTS]
-    with native_kernels([k.kernel for k in chosen], host_target()) as loaded:
+    with native_kernels([k.kernel for k in chosen], host_target(), optimize_every=3) as loaded:
         yield loaded
 
 

@@ -138,7 +138,7 @@ def kernels() -> Iterator[NativeKernels]:
     made = [kernel(case, width) for case in CASES for width in WIDTHS]
     made += [route(*key, normalize) for key in ROUTES for normalize in (False, True)] + list(map(dispatch, DISPATCHES))
     made += [dispatch(experts, True) for experts in DISPATCHES]
-    with native_kernels([one.kernel for one in made], host_target()) as loaded:
+    with native_kernels([one.kernel for one in made], host_target(), optimize_every=3) as loaded:
         yield loaded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from runtime.session import Session
 from stratum.batch_lines import BadLine, Line, read_lines
 from stratum.batch_run import run_batch, slots_needed
 from stratum.cli import main
+from stratum.memory_plan import plan_for
 from stratum.model import Model, Slots
 
 TEXTS = ("hello", "abc", "some longer text that goes on and on", "q", "one more of them", "zz top")
@@ -125,6 +127,31 @@ def test_under_a_budget(moe_artifact: Path, tmp_path: Path) -> None:
         assert model.session.kv_spill.options.limit_bytes == 2 * model.session.kv.used_bytes(128, 127)
         found = results(model, lines, 2)
     assert {n: r["token_ids"] for n, r in found.items()} == {n: r["token_ids"] for n, r in plain.items()}
+
+
+def test_a_plan_is_executed_with_its_cache_on_disk(
+    llama_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan -o` and `batch --plan` as with `run`: room for the sequences of all steps, layers of the cache that go."""
+    file, plan = tmp_path / "prompts.jsonl", tmp_path / "plan.json"
+    file.write_text("".join(json.dumps(text) + "\n" for text in TEXTS[:3]))
+    words = ["batch", str(llama_artifact), str(file), "-n", "4", "-t", "1", "-b", "2", "--temp", "0", "-c", "128"]
+    budget = f"{resident_bytes() + (256 << 20)}B"
+    assert main(words) == main([*words, "--memory", budget]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    made = plan_for(llama_artifact, resident_bytes() + (256 << 20), 128, num_slots=2)
+    assert made.placement is not None and made.placement.session.batch == 2 and made.kv_bytes is None
+    away = tuple(replace(entry, tier="disk") for entry in made.placement.kv)
+    plan.write_text(replace(made.placement, kv=away).to_json())
+    assert main([*words, "--plan", str(plan), "--kv-dir", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    lines += told.out.splitlines()
+    assert "KV cache was in memory all the time" in told.err  # two layers are as many as are there at once
+    texts = [{r["id"]: r["text"] for r in map(json.loads, lines[at : at + 3])} for at in (0, 3, 6)]
+    assert texts[0] == texts[1] == texts[2]
+    assert main([*words, "--plan", str(plan), "--kv-spill", str(tmp_path)]) == 2
+    assert "one of the two" in capsys.readouterr().err
+    assert main([*words, "--plan", str(plan), "--kv-spill", str(tmp_path), "--kv-dir", str(tmp_path)]) == 2
 
 
 def test_a_step_that_fails_ends_those_that_fail_alone(

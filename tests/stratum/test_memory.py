@@ -140,6 +140,16 @@ def test_a_smaller_context_is_offered() -> None:
     assert "a context of " in str(caught.value) and "at least " in str(caught.value)
 
 
+def test_a_default_context_is_one_that_fits() -> None:
+    """It is nobody's wish: where an eighth of the budget is too much it comes down, and the least budget works."""
+    model = manifest([100], 0, 0, 2, 10)
+    with pytest.raises(DoesNotFit) as caught:
+        plan_memory(model, 20 * MIB, baseline=20 * MIB)
+    least = caught.value.minimum
+    found = [plan_memory(model, least + more * MIB, baseline=20 * MIB).context for more in (0, 1, 2, 64)]
+    assert found == sorted(found) and 64 <= found[0] < found[-1]
+
+
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("memory")

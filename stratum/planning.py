@@ -44,7 +44,7 @@ from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
 from stratum.host_placement import drive_of
-from stratum.host_planning import default_context, drive_of_target, executed, host_gains, judged, placement_for
+from stratum.host_planning import context_of_run, drive_of_target, executed, host_gains, judged, placement_for
 from stratum.process_account import budget_of_room, foreseen_bytes, room_of
 from stratum.run_prediction import predict, problem_for
 from stratum.stream_placement import MemoryPlan, budget_of, read_placement, recipe_of, stream_of_placement
@@ -99,7 +99,7 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     given = read_placement(request.plan) if request.plan is not None else None
     budget = _process_budget(request, target, given) if manifest is not None else None
     if budget is not None and manifest is not None and request.context is None:
-        context = default_context(manifest, budget, max(1, request.batch))
+        context = context_of_run(manifest, budget, max(1, request.batch))
         request = dataclasses.replace(request, context=min(context, shape.max_context))
     session = _session(request, shape)
     if given is not None:

@@ -116,8 +116,8 @@ def bench(
     for count in threads or (None,):
         if on_gpu:
             opened: Session | CudaSession = open_on_gpu(
-                path, memory=api.memory_bytes(limits.memory), device_memory=limit, missed_experts=missed_experts or AUTO,
-                max_context=context,
+                path, memory=api.memory_bytes(limits.memory), device_memory=limit, max_context=context,
+                missed_experts=missed_experts or AUTO,
             )  # fmt: skip
         else:
             opened = _on_cpu(path, count, context, limits)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ import numpy as np
 
 from frontends.huggingface import ImportedModel, import_model
 from hw_targets.cache_dir import cache_root
+from hw_targets.routing import read_trace
 from ir.diagnostics import DiagnosticError
 from passes.quantize.bit_choice import BitChoice, BitProblem, choose
 from passes.quantize.bit_recipe import candidates_of, recipe_of
 from passes.quantize.bit_report import report_of
+from passes.quantize.expert_groups import by_expert
 from passes.quantize.recipe import Recipe, load_recipe, read_recipe
 from passes.quantize.sensitivity import SensitivityTable, WholeModel, affordable_sequences, estimate, measure
-from passes.quantize.weight_groups import joined_products
+from passes.quantize.weight_groups import WeightGroup, joined_products
 from stratum.calibration_tokens import tokens_of_model, tokens_of_text
 from stratum.model_cache import cache_entry
 from stratum.progress import Progress
@@ -46,13 +48,16 @@ class BitBudget:
     """What a user asks for. Exactly one of `bits_per_weight` and `size` (bytes of the weights file) is set.
 
     `recipe` gives the candidates and the activations (see `passes.quantize.bit_recipe`); `calibration` is the path of a
-    text, "self" or "none".
+    text, "self" or "none". `by_expert`: the experts of a layer may get several formats; `trace` is then a routing trace
+    that says how often each is picked.
     """
 
     bits_per_weight: float | None = None
     size: int | None = None
     recipe: str | None = None
     calibration: str = SELF
+    by_expert: bool = False
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.bits_per_weight is None) == (self.size is None):
@@ -91,7 +96,9 @@ def find_recipe(
     base = load_recipe(budget.recipe) if budget.recipe else None
     known = f"{_known_text(budget.calibration)} {SEQUENCES}x{LENGTH}"
     numbers = [str(budget.bits_per_weight), str(budget.size), target, dtype]
-    entry = cache_entry(model, ["recipe", *numbers, base.to_toml() if base else "", budget.recipe or "", known])
+    apart = [f"by expert {_known_text(str(budget.trace)) if budget.trace else ''}"] if budget.by_expert else []
+    said = [base.to_toml() if base else "", budget.recipe or "", known, *apart]
+    entry = cache_entry(model, ["recipe", *numbers, *said])
     folder = cache_root() / "recipes"
     path, facts_path = folder / f"{entry.name}.toml", folder / f"{entry.name}.json"
     cached = _cached(path, facts_path)
@@ -130,7 +137,14 @@ def _solve(
     read = imported.checkpoint.read
     whole: WholeModel | None = None
     if budget.calibration == NONE:
-        estimate(products, read, candidates, table, tell=lambda d, t: tell("sensitivity", d, t, "formats"))
+        estimate(
+            products,
+            read,
+            candidates,
+            table,
+            by_expert=budget.by_expert,
+            tell=lambda d, t: tell("sensitivity", d, t, "formats"),
+        )
     else:
         tokens = _tokens(imported, budget, table.path, tell)
         checks = np.arange(len(tokens)) % CHECK_EVERY == CHECK_EVERY - 1
@@ -145,9 +159,13 @@ def _solve(
             candidates,
             table,
             row_step=step,
+            by_expert=budget.by_expert,
             tell=lambda d, t: tell("sensitivity", d, t, "formats"),
         )
         whole = WholeModel(func, products, read, tokens[checks] if checks.any() else tokens, row_step=step)
+    if budget.by_expert:
+        uses = _uses(budget.trace, groups) if budget.trace is not None else {}
+        groups, table = by_expert(groups, candidates, table, uses)
     problem = BitProblem.of(groups, candidates, table)
     number = 0
 
@@ -224,6 +242,22 @@ def _tokens(imported: ImportedModel, budget: BitBudget, table: Path | None, tell
     )
     _write(kept, made)
     return made
+
+
+def _uses(path: Path, groups: Sequence[WeightGroup]) -> dict[int, list[float]]:
+    """How often a routing trace picks each expert, by layer. Raises DiagnosticError for that of another model."""
+    trace = read_trace(path)
+    experts = {g.layer: g.shape[0] for g in groups if len(g.shape) == 3}
+    if {*experts} != {*trace.layers} or any(n != trace.expert_count for n in experts.values()):
+        raise DiagnosticError(
+            f"the routing trace is of {trace.expert_count} experts in layers {list(trace.layers)}",
+            where=str(path),
+            expected="a trace of this model: compile-model run --record-routing FILE",
+        )
+    counts = (
+        np.bincount(trace.experts[:, at].ravel(), minlength=trace.expert_count) for at in range(len(trace.layers))
+    )
+    return dict(zip(trace.layers, (found.astype(float).tolist() for found in counts), strict=True))
 
 
 def _begin_ids(directory: Path) -> tuple[int, ...]:

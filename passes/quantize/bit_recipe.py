@@ -18,7 +18,7 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, GroupedIntFormat, NumberFormat, PlainFormat
 from ir.text_reader import parse_format
 from passes.quantize.bit_choice import BitChoice
-from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe
+from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe, ranges_of
 from passes.quantize.sensitivity import Candidate
 from passes.quantize.weight_groups import WeightGroup
 
@@ -82,22 +82,39 @@ def _choice(candidate: Candidate) -> Choice:
 
 def _rules(groups: tuple[WeightGroup, ...], assignment: Mapping[str, Candidate], common: Candidate) -> Iterator[Rule]:
     """A rule for all layers whose groups of one kind have one candidate that is not the common one."""
-    layers: dict[tuple[str, Candidate], list[int]] = {}
-    for group in groups:
-        candidate = assignment[group.name]
+    layers: dict[tuple[str, Candidate, Ranges], list[int]] = {}
+    for group, candidate, experts in _together(groups, assignment):
         if candidate == common:
             continue
         if group.role == "head":
             yield Rule(_choice(candidate), role="head")
         elif group.layer is None:
-            yield Rule(_choice(candidate), match=pattern_of(group.tensors))
+            yield Rule(_choice(candidate), match=pattern_of(group.tensors), experts=experts)
         else:
-            layers.setdefault((pattern_of(group.tensors, layer_mark=_LAYER), candidate), []).append(group.layer)
-    for (pattern, candidate), numbers in layers.items():
+            key = pattern_of(group.tensors, layer_mark=_LAYER), candidate, experts
+            layers.setdefault(key, []).append(group.layer)
+    for (pattern, candidate, experts), numbers in layers.items():
         which = "|".join(map(str, numbers))
-        yield Rule(_choice(candidate), match=pattern.replace(_LAYER, f"({which})" if len(numbers) > 1 else which))
+        match = pattern.replace(_LAYER, f"({which})" if len(numbers) > 1 else which)
+        yield Rule(_choice(candidate), match=match, experts=experts)
 
 
+def _together(
+    groups: tuple[WeightGroup, ...], assignment: Mapping[str, Candidate]
+) -> Iterator[tuple[WeightGroup, Candidate, Ranges]]:
+    """Every group with its candidate; of stacks whose experts are groups, the stack for each of their candidates, with
+    the numbers of the experts, none where that is all of them."""
+    stacks: dict[str, tuple[WeightGroup, dict[Candidate, list[int]]]] = {}
+    for group in groups:
+        stack = group.of or group
+        _, experts = stacks.setdefault(stack.name, (stack, {}))
+        experts.setdefault(assignment[group.name], []).extend([] if group.of is None else [group.expert])
+    for stack, chosen in stacks.values():
+        for candidate, experts in chosen.items():
+            yield stack, candidate, ranges_of(experts) if len(chosen) > 1 else ()
+
+
+Ranges = tuple[tuple[int, int], ...]
 _LAYER = "<layer>"
 
 

@@ -58,7 +58,7 @@ def _rows(choice: BitChoice) -> list[dict[str, Any]]:
         empty = {"role": role, "format": str(candidate.weights), "activations": str(candidate.activations),
                  "layers": [], "tensors": 0, "weights": 0, "bytes": 0, "loss": 0.0}  # fmt: skip
         row = merged.setdefault((role, str(candidate)), empty)
-        row["layers"] += [] if group.layer is None else [group.layer]
+        row["layers"] += [] if group.layer is None or group.layer in row["layers"] else [group.layer]
         row["tensors"] += len(group.tensors)
         row["weights"] += group.count
         row["bytes"] += used.nbytes

@@ -16,6 +16,7 @@ front, and multiplies the relative error of the output by what that costs on ave
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from passes.quantize.forward import Factors, Forward, ProductOp, constant_value
 from passes.quantize.loss_prior import PRIOR
 from passes.quantize.quantize import SMALLER_GROUPS
 from passes.quantize.rounding import quantize_rows
-from passes.quantize.weight_groups import WeightGroup
+from passes.quantize.weight_groups import WeightGroup, expert_name
 
 MAX_DIRECT_FLOPS = 2e13  # above, one candidate of each group is run through the model, not all
 MAX_FLOPS = 6e13  # of these runs; what takes more gets fewer sequences
@@ -72,13 +73,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Entry:
-    """`error`: relative, of the product's output; `loss`: nats per token; `how`: measured, scaled or estimated."""
+    """`error`: relative, of the product's output; `loss`: nats per token; `how`: measured, scaled or estimated.
+
+    Of a stack of experts, `experts` are the squared errors of a row of each, in any unit, and `uses` how many rows each
+    had; both are empty otherwise.
+    """
 
     group: str
     candidate: str
     error: float
     loss: float
     how: str
+    experts: tuple[float, ...] = ()
+    uses: tuple[float, ...] = ()
 
 
 class SensitivityTable:
@@ -126,10 +133,12 @@ def _read_entry(line: str) -> Entry | None:
     try:
         found = json.loads(line)
         entry = Entry(**found)
-        numbers = (float(entry.error), float(entry.loss))
+        experts, uses = tuple(map(float, entry.experts)), tuple(map(float, entry.uses))
+        numbers = (float(entry.error), float(entry.loss), *experts, *uses)
     except (ValueError, TypeError):
         return None
-    return entry if all(math.isfinite(n) and n >= 0 for n in numbers) else None
+    fits = len(experts) == len(uses) and all(math.isfinite(n) and n >= 0 for n in numbers)
+    return replace(entry, experts=experts, uses=uses) if fits else None
 
 
 # -- with activations ------------------------------------------------------------------------------------------------
@@ -145,14 +154,15 @@ def measure(
     *,
     row_step: int = 1,
     max_direct_flops: float = MAX_DIRECT_FLOPS,
+    by_expert: bool = False,
     tell: Tell | None = None,
 ) -> None:
     """Fills `table` for every pair that fits, from the int32 `tokens` [sequences, length]; what it knows is kept.
 
-    `func` is the one that `products` are in.
+    `func` is the one that `products` are in. `by_expert`: what is known of stacks without their experts is not enough.
     """
     by_op = dict(products)
-    missing = {g.name: [c for c in candidates if c.fits(g) and table.get(g, c) is None] for g in by_op.values()}
+    missing = {g.name: _missing(g, candidates, table, by_expert) for g in by_op.values()}
     total = sum(len(m) for m in missing.values())
     if not total:
         return
@@ -169,23 +179,29 @@ def measure(
         if group is None or not wanted:
             continue
         exact = visit.factors.product()
+        apart: dict[Candidate, tuple[tuple[float, ...], tuple[float, ...]]] = {}
         if direct:
             for candidate in wanted:
                 y, error = _lowered(visit.factors, candidate, exact)
                 loss = divergence(base, visit.logits_with(y))
-                table.add([Entry(group.name, str(candidate), error, loss, "measured")])
+                split = _by_expert(visit.factors, y - exact)
+                table.add([Entry(group.name, str(candidate), error, loss, "measured", *split)])
                 done += 1
                 if tell is not None:
                     tell(done, total)
             continue
         errors = {}
         for candidate in wanted:
-            errors[candidate] = _lowered(visit.factors, candidate, exact)[1]
+            y, errors[candidate] = _lowered(visit.factors, candidate, exact)
+            apart[candidate] = _by_expert(visit.factors, y - exact)
         middle = sorted(wanted, key=lambda c: (errors[c], str(c)))[len(wanted) // 2]
         loss = divergence(base, visit.logits_with(_lowered(visit.factors, middle, exact)[0]))
         gain = loss / errors[middle] if errors[middle] else 0.0
         table.add(
-            [Entry(group.name, str(c), e, gain * e, "measured" if c is middle else "scaled") for c, e in errors.items()]
+            [
+                Entry(group.name, str(c), e, gain * e, "measured" if c is middle else "scaled", *apart[c])
+                for c, e in errors.items()
+            ]
         )
         done += len(wanted)
         if tell is not None:
@@ -227,6 +243,29 @@ def _share_used(group: WeightGroup) -> float:
     return min(1.0, 2.0 / group.shape[0]) if len(group.shape) == 3 else 1.0
 
 
+def _missing(
+    group: WeightGroup, candidates: Sequence[Candidate], table: SensitivityTable, by_expert: bool
+) -> list[Candidate]:
+    """The candidates of a group that have to be measured."""
+    apart = by_expert and len(group.shape) == 3
+    found = []
+    for candidate in candidates:
+        entry = table.get(group, candidate)
+        if candidate.fits(group) and (entry is None or (apart and not entry.experts)):
+            found.append(candidate)
+    return found
+
+
+def _by_expert(factors: Factors, off: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(squared error of a row of each expert, rows of each); nothing of a plain product."""
+    if factors.offsets is None:
+        return (), ()
+    starts = factors.offsets.tolist()
+    squares = np.add.reduceat(np.append(np.square(off, dtype=np.float64).sum(axis=1), 0.0), starts[:-1])
+    uses = [float(b - a) for a, b in itertools.pairwise(starts)]
+    return tuple(float(s) / u if u else 0.0 for s, u in zip(squares.tolist(), uses, strict=True)), tuple(uses)
+
+
 def _lowered(factors: Factors, candidate: Candidate, exact: np.ndarray) -> tuple[np.ndarray, float]:
     """(the rounded product, its squared error relative to `exact`)."""
     y = lowered_product(factors, candidate)
@@ -234,19 +273,24 @@ def _lowered(factors: Factors, candidate: Candidate, exact: np.ndarray) -> tuple
     return y, float(np.vdot(off, off)) / (float(np.vdot(exact, exact)) or 1.0)
 
 
-def lowered_product(factors: Factors, candidate: Candidate) -> np.ndarray:
-    """f32 [m, n]: the product when both factors are rounded to the formats of the candidate.
+def lowered_product(factors: Factors, chosen: Candidate | Sequence[Candidate]) -> np.ndarray:
+    """f32 [m, n]: the product when both factors are rounded to the formats of the candidate, or of each expert's.
 
     Of stacked matrices one is rounded at a time, and only those of experts that have rows.
     """
-    x = round_values(factors.x, candidate.activations_for(factors.x.shape[1]), "nearest")
-    if factors.offsets is None:
-        return Factors(x, round_values(factors.w, candidate.weights, candidate.rounding)).product()
-    y = np.zeros((x.shape[0], factors.w.shape[1]), np.float32)
-    for expert, matrix in enumerate(factors.w):
+    width = factors.x.shape[1]
+    if isinstance(chosen, Candidate):
+        x = round_values(factors.x, chosen.activations_for(width), "nearest")
+        if factors.offsets is None:
+            return Factors(x, round_values(factors.w, chosen.weights, chosen.rounding)).product()
+        chosen = [chosen] * len(factors.w)
+    assert factors.offsets is not None
+    y = np.zeros((factors.x.shape[0], factors.w.shape[1]), np.float32)
+    for expert, (matrix, one) in enumerate(zip(factors.w, chosen, strict=True)):
         rows = slice(int(factors.offsets[expert]), int(factors.offsets[expert + 1]))
         if rows.start < rows.stop:
-            y[rows] = Factors(x[rows], round_values(matrix, candidate.weights, candidate.rounding)).product()
+            x = round_values(factors.x[rows], one.activations_for(width), "nearest")
+            y[rows] = Factors(x, round_values(matrix, one.weights, one.rounding)).product()
     return y
 
 
@@ -289,11 +333,16 @@ class WholeModel:
         self._base = log_softmax(_finite_logits(self._forward, self._groups))
 
     def loss(self, assignment: Mapping[str, Candidate]) -> float:
-        """Mean KL divergence in nats per token of the model whose groups are stored so; others stay in f32."""
+        """Mean KL divergence in nats per token of the model whose groups, or experts, are stored so; others stay in
+        f32."""
 
         def answer(op: ProductOp, factors: Factors) -> np.ndarray | None:
             group = self._groups.get(op)
-            return lowered_product(factors, assignment[group.name]) if group is not None else None
+            if group is None:
+                return None
+            if group.name in assignment:
+                return lowered_product(factors, assignment[group.name])
+            return lowered_product(factors, [assignment[expert_name(group.name, e)] for e in range(group.shape[0])])
 
         return divergence(self._base, self._forward.run(answer))
 
@@ -307,12 +356,13 @@ def estimate(
     candidates: Sequence[Candidate],
     table: SensitivityTable,
     *,
+    by_expert: bool = False,
     tell: Tell | None = None,
 ) -> None:
     """Fills `table` without any text, for every pair that fits; what it knows is kept."""
     total, done = len(products) * len(candidates), 0
     for op, group in products:
-        wanted = [c for c in candidates if c.fits(group) and table.get(group, c) is None]
+        wanted = _missing(group, candidates, table, by_expert)
         if wanted:
             gains = _input_gains(op, read, group.shape[-1])
             matrices = constant_value(op.w, read).reshape(-1, *group.shape[-2:])
@@ -323,17 +373,15 @@ def estimate(
             size = math.fsum(_weighted(m, gains) for m in matrices) or 1.0
             entries = []
             for candidate in wanted:
-                error = (
-                    math.fsum(
-                        _weighted(
-                            round_values(m, candidate.weights, candidate.rounding) - np.asarray(m, np.float32), gains
-                        )
-                        for m in matrices
-                    )
-                    / size
-                )
+                errors = [
+                    _weighted(round_values(m, candidate.weights, candidate.rounding) - np.asarray(m, np.float32), gains)
+                    for m in matrices
+                ]
+                error = math.fsum(errors) / size
                 prior = PRIOR.get(group.parts[0], PRIOR["attention.q"])
-                entries.append(Entry(group.name, str(candidate), error, prior * error, "estimated"))
+                stacked = len(group.shape) == 3
+                apart = (tuple(errors), (1.0,) * len(errors)) if stacked else ((), ())
+                entries.append(Entry(group.name, str(candidate), error, prior * error, "estimated", *apart))
             table.add(entries)
         done += len(candidates)
         if tell is not None:

@@ -41,7 +41,7 @@ class WeightGroup:
     """The weights [..., n, k] of one joint product; `tensors` are their names in the checkpoint, in order.
 
     `role` is the part of the model: attention, mlp, experts, head. `parts` are the finer roles of the members
-    (`attention.q`, ...), each once.
+    (`attention.q`, ...), each once. Of a single expert, number `expert`, `of` is the group of the whole stack.
     """
 
     name: str
@@ -49,6 +49,8 @@ class WeightGroup:
     parts: tuple[str, ...]
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
+    of: WeightGroup | None = None
+    expert: int = 0
 
     @property
     def count(self) -> int:
@@ -61,6 +63,11 @@ class WeightGroup:
         words = self.tensors[0].split(".")
         numbers = [w for before, w in itertools.pairwise(words) if before == "layers" and w.isdecimal()]
         return int(numbers[0]) if numbers else None
+
+
+def expert_name(stack: str, expert: int) -> str:
+    """The name of the group of one expert of a stack."""
+    return f"{stack}[{expert}]"
 
 
 def joined_products(module: ModuleOp, roles: Mapping[str, str]) -> tuple[FuncOp, list[tuple[ProductOp, WeightGroup]]]:

@@ -17,7 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def bit_options(function: F) -> F:
-    """--bits-per-weight, --size, --calibration, --save-recipe. The function gets them as `budget`, a `BitRequest`."""
+    """The options of a budget: --bits-per-weight, --size and how it is spent. The function gets them as `budget`, a
+    `BitRequest`."""
     import functools
 
     @functools.wraps(function)
@@ -27,12 +28,22 @@ def bit_options(function: F) -> F:
         size: str | None,
         calibration: str | None,
         save_recipe: Path | None,
+        by_expert: bool,
+        expert_trace: Path | None,
         **others: Any,
     ) -> Any:
-        return function(*args, budget=BitRequest(bits_per_weight, size, calibration, save_recipe), **others)
+        asked = BitRequest(bits_per_weight, size, calibration, save_recipe, by_expert, expert_trace)
+        return function(*args, budget=asked, **others)
 
     made: Any = with_budget
     for option in (
+        click.option(
+            "--expert-trace",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="With --by-expert: a routing trace that says how often each expert is picked.",
+        ),
+        click.option("--by-expert", is_flag=True, help="Let the experts of a layer have several formats."),
         click.option(
             "--save-recipe",
             type=click.Path(path_type=Path),
@@ -63,12 +74,19 @@ class BitRequest:
     """What was asked for on the command line."""
 
     def __init__(
-        self, bits_per_weight: float | None, size: str | None, calibration: str | None, save_recipe: Path | None
+        self,
+        bits_per_weight: float | None,
+        size: str | None,
+        calibration: str | None,
+        save_recipe: Path | None,
+        by_expert: bool = False,
+        expert_trace: Path | None = None,
     ) -> None:
         self.bits_per_weight = bits_per_weight
         self.size = size
         self.calibration = calibration
         self.save_recipe = save_recipe
+        self.by_expert, self.expert_trace = by_expert, expert_trace
 
     @property
     def given(self) -> dict[str, object]:
@@ -78,6 +96,8 @@ class BitRequest:
             "size": self.size,
             "calibration": self.calibration,
             "save-recipe": self.save_recipe,
+            "by-expert": self.by_expert or None,
+            "expert-trace": self.expert_trace,
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -114,7 +134,11 @@ class BitRequest:
         from stratum.bit_budget import SELF, BitBudget, find_recipe
 
         size = int(parse_quantity(self.size, "bytes", where="--size")) if self.size is not None else None
-        budget = BitBudget(self.bits_per_weight, size, recipe, self.calibration or SELF)
+        if self.expert_trace is not None and not self.by_expert:
+            raise DiagnosticError("--expert-trace is for formats of single experts", expected="--by-expert as well")
+        budget = BitBudget(
+            self.bits_per_weight, size, recipe, self.calibration or SELF, self.by_expert, self.expert_trace
+        )
         found = find_recipe(model, budget, target=target, dtype=dtype, progress=reporter)
         reporter.close()
         if self.save_recipe is not None:

@@ -97,6 +97,7 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
             parts,
             np.full((*parts.shape[:3], 2), np.nan, np.float32),
             ctx,
+            splits,
         ]
 
     def meant(arguments: Sequence[Any]) -> list[np.ndarray]:
@@ -114,7 +115,7 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
         return [parts, sums]
 
     outputs = (7, 8) if bits else (5, 6)
-    kernel = split_kernel(shape, scale, splits, name, planes=planes)
+    kernel = split_kernel(shape, scale, name, planes=planes)
     moved = 2 * tokens * ctx * shape.kv_heads * sum(p.row_bytes for p in planes.planes[::2])
     return GpuCase(
         name, kernel, tokens * shape.kv_heads * splits, make, meant, outputs, moved,

@@ -22,6 +22,7 @@ from codegen.garbage import rare_collections
 from codegen.lower_to_plan import Lowering
 from codegen.nvptx.compile import TRIPLE as GPU_TRIPLE
 from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures, grid_options
+from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import lower_grid_step
 from codegen.object_cache import ObjectCache
 from codegen.programs import WeightsFile
@@ -121,7 +122,9 @@ def build_artifact(
     report = PassManager(passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
     tell("code", 0.0)
     maker = (
-        _gpu_code(module, architectures, cache) if architectures else _cpu_code(module, target, key, cache, dump_dir)
+        _gpu_code(module, grid_options(target), architectures, cache)
+        if architectures
+        else _cpu_code(module, target, key, cache, dump_dir)
     )
     weights = maker.file
     extra = [value for bundle in weights.bundles if bundle.stand_in for value in bundle.weights]
@@ -221,9 +224,11 @@ def _cpu_code(
     return _CodeMaker(file, make, bundle is not None)
 
 
-def _gpu_code(module: ModuleOp, architectures: Sequence[str], cache: ObjectCache | None) -> _CodeMaker:
+def _gpu_code(
+    module: ModuleOp, options: GridOptions, architectures: Sequence[str], cache: ObjectCache | None
+) -> _CodeMaker:
     """Ops without a kernel for GPUs are refused here, before a byte is written."""
-    lowered = lower_grid_step(module.function("step"), grid_options(architectures))
+    lowered = lower_grid_step(module.function("step"), options)
 
     def make() -> _Code:
         code = compile_gpu_step(lowered, architectures, cache)

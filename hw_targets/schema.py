@@ -3,7 +3,7 @@
     name = "server"            description; nodes = 8; power, idle = "360W" (one whole node), source; [price] hour,
                                purchase, currency, source
     [llvm]                     triple, cpu, features (implied ones are added), disabled: of the host's CPU
-    [[unit]]                   name, kind (cpu | gpu | near-memory), tier, count, arch, cores, clock,
+    [[unit]]                   name, kind (cpu | gpu | near-memory), tier, count, arch, cores, multiprocessors, clock,
                                peak = { f32 = "0.1TFLOP/s" }, efficiency = 0.7 or { f16 = 0.7 }, bandwidth_efficiency,
                                launch, barrier, power, idle, source
     [[cache]]                  level, kind, size, line, shared_by

@@ -86,6 +86,10 @@ class Reader:
         cores = t.cores if t.cores is not None or t.kind == "cpu" else 1
         if cores is not None and not 1 <= cores <= MAX_COUNT:
             self._fail(f"{path}.cores", f"{cores} cores", "1 or more")
+        if t.multiprocessors is not None:
+            if t.kind != "gpu":
+                self._fail(f"{path}.multiprocessors", f"multiprocessors of a unit of kind {t.kind}", "a GPU")
+            self._count(t.multiprocessors, f"{path}.multiprocessors")
         given = {e: v for e, v in sorted(shares.items()) if v is not None}
         return ComputeUnit(
             name=t.name,
@@ -105,6 +109,7 @@ class Reader:
             power_watts=self._optional(t.power, "power", f"{path}.power"),
             idle_watts=self._optional(t.idle, "power", f"{path}.idle"),
             arch=t.arch,
+            multiprocessors=t.multiprocessors,
             count=self._count(t.count, f"{path}.count"),
         )
 

@@ -29,6 +29,7 @@ class UnitTable(Table, frozen=True):
     count: int = 1
     arch: str = ""
     cores: int | None = None
+    multiprocessors: int | None = None
     clock: Quantity | None = None
     peak: dict[str, Quantity] = {}
     efficiency: float | dict[str, float] | None = None

@@ -57,6 +57,7 @@ class ComputeUnit:
     power_watts: float | None = None  # of one copy, at work
     idle_watts: float | None = None
     arch: str = ""  # of a GPU: "sm_90", "gfx942"
+    multiprocessors: int | None = None  # of a GPU, of one copy
     count: int = 1
 
     def peak_of(self, element: str, cores: int | None = None) -> float | None:

@@ -7,7 +7,7 @@ hand. Neither needs a GPU. Text and machine code depend on the kernels and the v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,11 @@ def gpu_architectures(target: Any) -> tuple[str, ...]:
     return (known[-1],)
 
 
-def grid_options(architectures: Sequence[str]) -> GridOptions:
-    """What a build for these architectures may choose."""
-    return GridOptions(hopper=tuple(architectures) == (HOPPER,))
+def grid_options(target: Any) -> GridOptions:
+    """What a build for a target with `gpu_architectures` chooses."""
+    options = GridOptions(hopper=gpu_architectures(target) == (HOPPER,))
+    first = target.units[0] if isinstance(target, Target) and target.units else None
+    return replace(options, multiprocessors=first.multiprocessors) if first and first.multiprocessors else options
 
 
 def _number(architecture: str) -> int:

@@ -92,12 +92,19 @@ class GridLaunch:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """What a build for GPUs may choose: parts that positions are split into for a token's attention; the most tokens
-    of a step, of prompts; whether kernels may be for sm_90a alone."""
+    """What a build for GPUs may choose: multiprocessors that attention of few tokens is split for, and the fewest
+    positions of a part; the most tokens of a step, of prompts; whether kernels may be for sm_90a alone."""
 
-    splits: int = 32
+    multiprocessors: int = 108  # of an A100
+    split_positions: int = 128
     prefill_tokens: int = 512
     hopper: bool = False
+
+    def check(self) -> None:
+        """Raises DiagnosticError for numbers that no program can be made of."""
+        for name in ("multiprocessors", "split_positions", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise DiagnosticError(f"{name} of a program for GPUs is {getattr(self, name)}", expected="1 or more")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import codegen.nvptx.emitters.fused  # noqa: F401 - all register emitters
+from codegen.kernels.kv_layout import MAX_STEP_TOKENS
 from codegen.lower_to_plan import Lowering, ProgramBuilder
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
@@ -163,7 +164,10 @@ def lower_grid_step(
     lowering = GridLowering(step, options=options or GridOptions())
     if lowering.kv is None:
         raise DiagnosticError("a step without a KV cache has no program for GPUs")
-    builders = [lowering.emit(spec) for spec in programs or program_specs(lowering.options)]
+    lowering.options.check()
+    specs = programs or program_specs(lowering.options)
+    check_ring(lowering.kv, lowering.kv_format, specs)
+    builders = [lowering.emit(spec) for spec in specs]
     tables = lowering.table_bytes()  # of all programs
     file = with_tables(lowering.weights_file(), len(tables))
     lowered = tuple(builder.finish(file) for builder in builders)
@@ -186,6 +190,18 @@ def program_specs(options: GridOptions) -> tuple[GridSpec, ...]:
         GridSpec("decode_16", more, more),
         GridSpec("prefill", options.prefill_tokens, 0),
     )
+
+
+def check_ring(kv: KvPlanes, format: str, specs: Sequence[GridSpec]) -> None:
+    """Raises DiagnosticError for programs of more tokens than a ring of the newest positions holds at once."""
+    for spec in specs:
+        if kv.ring and spec.max_tokens > MAX_STEP_TOKENS:
+            raise DiagnosticError(
+                f"steps of {spec.max_tokens} tokens (program {spec.name!r}) with a KV cache of {format}, whose newest"
+                " positions lie in a ring",
+                expected=f"at most {MAX_STEP_TOKENS} tokens",
+                hint="longer prompts are passed in several steps",
+            )
 
 
 def with_tables(file: WeightsFile, nbytes: int) -> WeightsFile:

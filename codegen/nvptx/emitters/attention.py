@@ -7,14 +7,15 @@ from codegen.kernels.call import SizeArgument, rows_of, structure_key
 from codegen.nvptx.kernels.attention import prefill_kernel
 from codegen.nvptx.kernels.attention_decode import join_kernel, split_kernel
 from codegen.nvptx.kernels.attention_rows import AttentionShape
-from codegen.nvptx.kernels.decode import ROWS
 from codegen.nvptx.kernels.rope import rope_table_kernel
 from codegen.nvptx.kernels.rope_append import WARPS, HeadNorm, Projection, rope_append_kernel
 from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.launches import (
+    Count,
     GridArgument,
     GridContext,
     GridLaunch,
+    GridOptions,
     Pieces,
     Plane,
     Table,
@@ -33,6 +34,7 @@ from passes.fuse.forms import AttentionForm, FormError, RopeAppendForm, describe
 
 PIECE_TOKENS = 64  # tokens of a piece of a prompt
 CTX = SizeArgument(SymbolicDim("ctx"))
+BLOCKS_AT_ONCE = 2  # of `split_kernel` that a multiprocessor holds
 
 
 @grid_emitter(RopeTableOp)
@@ -134,20 +136,29 @@ def _of_tokens(
     context: GridContext,
 ) -> list[GridLaunch]:  # fmt: skip
     shape, scale, planes = common
-    splits = max(1, context.options.splits * ROWS // max(ROWS, context.few))  # twice the tokens, half the parts of each
-    tokens = rows_of(y.type)
-    parts = Temporary(TensorType((tokens, shape.heads, splits, shape.width), F32))
-    sums = Temporary(TensorType((tokens, shape.heads, splits, 2), F32))
+    most, splits = splits_of(shape.kv_heads, rows, context.options)
+    entries = most + context.few - 1  # ceil(most / tokens) parts of each token, at most
+    parts = Temporary(TensorType((entries, shape.heads, shape.width), F32))
+    sums = Temporary(TensorType((entries, shape.heads, 2), F32))
     first = len(sources)
     return [
         GridLaunch(
-            f"split_{shape.width}", ("split", *common, splits), [*sources, parts, sums, CTX], (first, first + 1),
-            f"{rows} * {shape.kv_heads * splits}",
-            lambda name: split_kernel(shape, scale, splits, name, planes=planes), True,
+            f"split_{shape.width}", ("split", *common), [*sources, parts, sums, CTX, Count(splits)],
+            (first, first + 1), f"{rows} * {shape.kv_heads} * {splits}",
+            lambda name: split_kernel(shape, scale, name, planes=planes), True,
         ),
         GridLaunch(
-            f"join_{shape.width}", ("join", shape, splits, out, planes.rotate), [parts, sums, y], (2,),
-            f"{rows} * {shape.heads}",
-            lambda name: join_kernel(shape, splits, name, out=out, rotate=planes.rotate),
+            f"join_{shape.width}", ("join", shape, out, planes.rotate), [parts, sums, y, Count(splits)], (2,),
+            f"{rows} * {shape.heads}", lambda name: join_kernel(shape, name, out=out, rotate=planes.rotate),
         ),
     ]  # fmt: skip
+
+
+def splits_of(kv_heads: int, rows: str, options: GridOptions) -> tuple[int, str]:
+    """How many parts positions are split into: at most, and as a size of the step.
+
+    As many blocks as the multiprocessors hold at once share the tokens and kv heads of a step, but no part has fewer
+    positions than it is worth where the whole cache is read. Both sizes stay what they are while a step is replayed.
+    """
+    most = -(-options.multiprocessors * BLOCKS_AT_ONCE // kv_heads)
+    return most, f"min(ceil(ctx, {options.split_positions}), ceil({most}, {rows}))"

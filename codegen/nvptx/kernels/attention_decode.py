@@ -30,13 +30,11 @@ POSITIONS = 16  # of a tile that one warp takes
 ROWS = 16
 
 
-def split_kernel(
-    shape: AttentionShape, scale: float, splits: int, name: str, *, planes: KvPlanes | None = None
-) -> GridKernel:
+def split_kernel(shape: AttentionShape, scale: float, name: str, *, planes: KvPlanes | None = None) -> GridKernel:
     """A kernel (q [tokens, heads, stored d], keys and values [slots, kv heads, ctx, stored d] in `shape.element`,
-    positions and slots i32 [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx),
-    launched with tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the sum of
-    weights. With `planes` those of the cache come in the place of keys and values; parts stay rotated."""
+    positions and slots i32 [tokens], parts f32 [tokens, heads, splits, d], sums f32 [tokens, heads, splits, 2], ctx,
+    splits), launched with tokens * kv heads * splits blocks. Sums are the largest score (times scale log2(e)) and the
+    sum of weights. With `planes` those of the cache come in the place of keys and values; parts stay rotated."""
     shape.check()
     cache = planes or KvPlanes(shape.kv_heads, shape.width, shape.element)
     if shape.group > ROWS:
@@ -44,7 +42,7 @@ def split_kernel(
     k = GridBuilder(name, WARPS * WARP)
     q, held = k.buffer("q", shape.element), [k.buffer(p.name, p.element) for p in cache.planes]
     positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
-    parts, sums, ctx = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx")
+    parts, sums, ctx, splits = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx"), k.size("splits")
     width, tile, block = shape.stored, WARPS * POSITIONS, k.block_id()
     split, kv_head, token = block % splits, block // splits % shape.kv_heads, block // (splits * shape.kv_heads)
     position, slot = positions.load(token).to_index(), slots.load(token).to_index()
@@ -91,7 +89,7 @@ def _join_warps(
     k: GridBuilder,
     rows: Rows,
     shape: AttentionShape,
-    splits: int,
+    splits: Expr,
     split: Expr,
     factor: float,
     outs: Buffer,
@@ -125,15 +123,13 @@ def _join_warps(
             ends.store((row * splits + split) * 2, k.join(top, total))
 
 
-def join_kernel(
-    shape: AttentionShape, splits: int, name: str, *, out: PlainFormat = F32, rotate: int = 0
-) -> GridKernel:
-    """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 or bf16 [rows, d]) for rows = tokens *
-    heads, launched with a block for each row. Values of a cache that is rotated in blocks of `rotate` are rotated back.
-    """
+def join_kernel(shape: AttentionShape, name: str, *, out: PlainFormat = F32, rotate: int = 0) -> GridKernel:
+    """A kernel (parts f32 [rows, splits, d], sums f32 [rows, splits, 2], y f32 or bf16 [rows, d], splits) for rows =
+    tokens * heads, launched with a block for each row. Values of a cache that is rotated in blocks of `rotate` are
+    rotated back."""
     shape.check()
     k = GridBuilder(name, -(-shape.width // WARP) * WARP)
-    parts, sums, y = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", out)
+    parts, sums, y, splits = k.buffer("parts", F32), k.buffer("sums", F32), k.buffer("y", out), k.size("splits")
     row, column = k.block_id(), k.thread_id().min(shape.width - 1)
     top = k.f32(NEVER)
     with k.loop(0, splits, 1, [top]) as loop:

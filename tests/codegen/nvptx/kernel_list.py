@@ -62,8 +62,8 @@ def kernels() -> tuple[GridKernel, ...]:
         gemm_int8_kernel(Fragments.of(4096, 4096, Q4), ActivationScales(4096, 128), "gemm_w4a8"),
         quantize_rows_kernel(ActivationScales(4096, 128), "quantize_rows", BF16),
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
-        split_kernel(HEADS, 128**-0.5, 8, "split"),
-        join_kernel(HEADS, 8, "join"),
+        split_kernel(HEADS, 128**-0.5, "split"),
+        join_kernel(HEADS, "join"),
         *_model_kernels(),
     )
 
@@ -90,8 +90,8 @@ def _model_kernels() -> list[GridKernel]:
     made.append(grouped_decode_kernel(up, "experts_w4a8"))
     made.append(grouped_gemm_kernel(up, "experts_many_w4a8", PackedShape.of(64)))
     made.append(prefill_kernel(HEADS, 128**-0.5, "prefill_kv4", planes=four))
-    made.append(split_kernel(HEADS, 128**-0.5, 8, "split_kv8", planes=eight))
-    return [*made, join_kernel(HEADS, 8, "join_rotated", rotate=64)]
+    made.append(split_kernel(HEADS, 128**-0.5, "split_kv8", planes=eight))
+    return [*made, join_kernel(HEADS, "join_rotated", rotate=64)]
 
 
 @cache

@@ -84,6 +84,12 @@ def test_which_gpus_code_is_for(target: str, architectures: tuple[str, ...]) -> 
     assert gpu_code.gpu_architectures(hw_targets.load(target)) == architectures
 
 
+def test_what_a_build_chooses_for_a_gpu() -> None:
+    """Multiprocessors as the machine has them, products of warpgroups where all code is for them."""
+    chosen = [gpu_code.grid_options(hw_targets.load(name)) for name in ("cuda", "h200-sxm", "rtx-4090", "b200")]
+    assert [(o.multiprocessors, o.hopper) for o in chosen] == [(108, False), (132, True), (128, False), (148, False)]
+
+
 def test_architectures_that_lack_an_instruction_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations in f8e4m3: code for any GPU is for those that multiply them; one that does not is refused by name."""
     lowered: Any = SimpleNamespace(kernels=fp8_kernels()[:1], host=SimpleNamespace(objects=lambda cache: {}))

@@ -85,14 +85,14 @@ def test_single_tokens(at: tuple[int, int], splits: int, shape: AttentionShape) 
     positions, slots = np.array([*at, at[1]], np.int32), np.array([0, 1, 1], np.int32)
     q = queries(3, shape)
     keys, values = (cache(shape, [at[0] + 1, at[1] + 1], seed) for seed in ("keys", "values"))
-    split, join = split_kernel(shape, 0.125, splits, "split"), join_kernel(shape, splits, "join")
+    split, join = split_kernel(shape, 0.125, "split"), join_kernel(shape, "join")
     parts = np.full((3, shape.heads, splits, shape.width), np.nan, np.float32)
     sums = np.full((3, shape.heads, splits, 2), np.nan, np.float32)
     y = np.full((3, shape.heads, shape.width), np.nan, np.float32)
-    first = [q, keys, values, positions, slots, parts, sums, CTX]
+    first = [q, keys, values, positions, slots, parts, sums, CTX, splits]
     report = interpret_grid(split.func, first, blocks=3 * shape.kv_heads * splits, threads=split.threads)
     assert report.bank_conflicts == 0
-    interpret_grid(join.func, [parts, sums, y], blocks=3 * shape.heads, threads=join.threads)
+    interpret_grid(join.func, [parts, sums, y, splits], blocks=3 * shape.heads, threads=join.threads)
     want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, positions, slots, shape, 0.125)
     np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
 
@@ -110,4 +110,4 @@ def test_shapes_without_a_kernel(shape: AttentionShape, message: str) -> None:
     with pytest.raises(DiagnosticError, match=message):
         prefill_kernel(shape, 1.0, "prefill")
     with pytest.raises(DiagnosticError, match="32 query heads share a kv head"):
-        split_kernel(AttentionShape(32, 1, 64), 1.0, 2, "split")
+        split_kernel(AttentionShape(32, 1, 64), 1.0, "split")

@@ -111,14 +111,14 @@ def test_single_tokens(at: tuple[int, int], splits: int, type: KVCacheType, wind
     positions, slots = np.array([*at, at[1]], np.int32), np.array([0, 1, 1], np.int32)
     state, kv, planes, heads, q = prepare(type, 3, group, [at[0] + 1, at[1] + 1])
     shape = AttentionShape(heads, kv.heads, kv.width, window)
-    split = split_kernel(shape, 0.125, splits, "split", planes=kv)
-    join = join_kernel(shape, splits, "join", rotate=kv.rotate)
+    split = split_kernel(shape, 0.125, "split", planes=kv)
+    join = join_kernel(shape, "join", rotate=kv.rotate)
     parts = np.full((3, heads, splits, kv.width), np.nan, np.float32)
     sums = np.full((3, heads, splits, 2), np.nan, np.float32)
     y = np.full(q.shape, np.nan, np.float32)
-    first = [q, *planes, positions, slots, parts, sums, CTX]
+    first = [q, *planes, positions, slots, parts, sums, CTX, splits]
     report = interpret_grid(split.func, first, blocks=3 * kv.heads * splits, threads=split.threads)
     assert report.bank_conflicts == 0
-    interpret_grid(join.func, [parts, sums, y], blocks=3 * heads, threads=join.threads)
+    interpret_grid(join.func, [parts, sums, y, splits], blocks=3 * heads, threads=join.threads)
     want = meant(q, state, positions, slots, window, 0.125)
     np.testing.assert_allclose(y, want, rtol=2.0**-6, atol=2.0**-6)

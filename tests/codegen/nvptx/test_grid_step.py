@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from codegen.nvptx.emitters.attention import splits_of
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import GridSpec, LoweredGridStep, lower_grid_step, program_specs
 from ir import print_module
@@ -36,7 +37,7 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "wgmma": (replace(SMALL, layers=2, q_heads=2, kv_heads=1, bias=True), ()),
     "wgmma experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
 }
-OPTIONS = GridOptions(splits=2, prefill_tokens=16)
+OPTIONS = GridOptions(multiprocessors=4, split_positions=32, prefill_tokens=16)
 PROGRAMS = (GridSpec("decode", 8, 8), GridSpec("prefill", 16, 0))
 # Of the largest logit: activations are rounded to bf16 in other places, and to int8 a code apart.
 TOLERANCE = {
@@ -92,6 +93,35 @@ def test_prompts_take_products_of_warpgroups_on_the_weights_of_decoding() -> Non
         assert not any("wgmma" in name for name in names[0]) and not any(name.startswith("gemm") for name in names[1])
     model, plain = lowered("dense")[0], lowered("dense")[1]
     assert stored_weights(plain, model) == stored_weights(lowered("wgmma")[1], model)
+
+
+def test_attention_of_few_tokens_is_split_by_context_and_multiprocessors() -> None:
+    """A short cache is not cut into slivers; few tokens fill the multiprocessors; what the parts take is bounded."""
+    options = GridOptions(multiprocessors=132)
+    most, text = splits_of(8, "tokens", options)
+    parts = {
+        (tokens, ctx): evaluate_size(text, {"tokens": tokens, "ctx": ctx})
+        for tokens in (1, 3, 8)
+        for ctx in (64, 512, 8192)
+    }
+    assert [parts[1, ctx] for ctx in (64, 512, 8192)] == [1, 4, 33]
+    for (tokens, ctx), splits in parts.items():
+        assert splits == 1 or splits * options.split_positions < ctx + options.split_positions
+        assert ctx < 8192 or splits * tokens * 8 >= 2 * 132
+        assert splits * tokens <= most + tokens - 1
+    assert splits_of(8, "tokens", GridOptions(multiprocessors=58))[0] == 15
+
+
+def test_programs_that_cannot_be() -> None:
+    """A ring of the newest positions holds those of 512 tokens and what the first of them reads."""
+    model, _ = lowered("int8")
+    with pytest.raises(
+        DiagnosticError, match=r"steps of 513 tokens \(program 'prefill'\) with a KV cache of q4_sym"
+    ) as caught:
+        lower_grid_step(model.step, GridOptions(prefill_tokens=513))
+    assert "at most 512 tokens" in str(caught.value)
+    with pytest.raises(DiagnosticError, match="multiprocessors of a program for GPUs is 0"):
+        lower_grid_step(model.step, GridOptions(multiprocessors=0))
 
 
 def test_programs_of_few_and_of_many_tokens_agree() -> None:

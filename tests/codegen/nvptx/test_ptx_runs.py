@@ -59,8 +59,8 @@ OTHERS: tuple[tuple[GridKernel, int, list[Any]], ...] = (
     rope_append("rope_append16", KVCacheType(2, 8, F16), None),
     rope_append("rope_append4", KVCacheType(1, 128, Q4, rotate=64, recent=16), HeadNorm(1e-5, False)),
     (
-        join_kernel(AttentionShape(2, 1, 64), 3, "join"), 2,
-        [normal(2, 3, 64), np.abs(normal(2, 3, 2, seed="sums")), np.zeros((2, 64), np.float32)],
+        join_kernel(AttentionShape(2, 1, 64), "join"), 2,
+        [normal(2, 3, 64), np.abs(normal(2, 3, 2, seed="sums")), np.zeros((2, 64), np.float32), 3],
     ),
 )  # fmt: skip
 

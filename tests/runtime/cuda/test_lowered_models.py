@@ -45,7 +45,7 @@ def lowered(case: str) -> tuple[Model, LoweredGridStep]:
     shape, recipe = CASES[case]
     model = build_model(shape)
     PassManager(gpu_pipeline(recipe=recipe)).run(model.module)
-    options = GridOptions(splits=2, prefill_tokens=32, hopper=case in HOPPER)
+    options = GridOptions(multiprocessors=4, split_positions=32, prefill_tokens=32, hopper=case in HOPPER)
     return model, lower_grid_step(model.step, options)
 
 

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.cuda.driver import DeviceFault
 from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_plan import LOAD_BYTES, STAGES, plan_host
 from runtime.cuda.hybrid_plan import plan_hbm
 from runtime.cuda.session import CudaSession
 from runtime.errors import RuntimeDiagnostic
-from tests.runtime.cuda.emulated_driver import EmulatedDriver
+from tests.runtime.cuda.emulated_driver import EmulatedDriver, Status
 from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, write_passing
 from tests.runtime.cuda.test_hybrid import PIECES, passing, pieces_of
 from tests.runtime.cuda.toy_model import open_checked
@@ -164,27 +165,69 @@ def test_ctrl_c_while_the_disk_reads(path: Path) -> None:
         assert driver.leaks() == []
 
 
+def tokens_by_one(session: CudaSession, count: int) -> list[np.ndarray]:
+    return [session.step([7 * n % VOCAB], [n], [0], [0]) for n in range(count)]
+
+
 def test_steps_are_captured_as_far_as_nothing_is_decided(tmp_path: Path) -> None:
     """A dense model whose rest is pinned: one graph a step, whatever lies in the window. Where the host reads routers:
     a graph of what lies between them."""
-    dense = write_passing(tmp_path / "dense", [1, 3, 2, 3, 1])
-    _, session = passing(dense, "lazy", 0, PAGE + 6 * PAGE)
-    with session:
-        for number in range(4):
-            session.step([number], [number], [0], [0])
-        report = session.hybrid
-        assert report is not None and (report.graphs, report.launches, report.steps) == (4, 0, 4)
-        assert 4 * 10 * PAGE <= report.dense_bytes <= 5 * 10 * PAGE
-        assert session.executor.replayed == 4
+    dense = write_passing(tmp_path / "dense", [1, 3, 2, 3, 1, 2])
     sparse = write_passing(tmp_path / "sparse", [1, 1, 0, 1, 1, 0, 1])
-    _, session = passing(sparse, "shuffled", 0, PAGE + 5 * PAGE + 2 * 3 * UNIT)
-    with session:
-        for number in range(3):
-            session.step([number], [number], [0], [0])
-        report = session.hybrid
-        # begin, mix, mix, route | experts, mix, mix, route | experts, mix, head
-        assert report is not None and (report.graphs, report.launches, report.steps) == (9, 0, 3)
-        assert report.dense_bytes == 0 and session.executor.launched == 3
+    # begin, mix, mix, route | experts, mix, mix, route | experts, mix, head
+    for path, budget, graphs in ((dense, PAGE + 6 * PAGE, 1), (sparse, PAGE + 5 * PAGE + 2 * 3 * UNIT, 3)):
+        for order in ("lazy", "shuffled"):
+            with passing(path, "eager", 0, None)[1] as session:
+                expected = tokens_by_one(session, 4)
+            driver, session = passing(path, order, 0, budget)
+            with session:
+                for got, want in zip(tokens_by_one(session, 4), expected, strict=True):
+                    np.testing.assert_array_equal(got, want)
+                report = session.hybrid
+                assert report is not None and (report.graphs, report.launches) == (4 * graphs, 0)
+                assert report.steps == 4 and session.executor.replayed == (4 if path == dense else 0)
+                if path == dense:  # and the first piece of the step behind them
+                    assert report.dense_bytes == 4 * 12 * PAGE + PAGE
+            assert driver.leaks() == []
+
+
+def test_a_captured_step_is_that_of_what_lies_in_the_window(tmp_path: Path) -> None:
+    """A prompt that ends anywhere leaves any pieces there; the steps behind it have graphs of their own."""
+    path = write_passing(tmp_path / "artifact", [1, 3, 2, 3, 1, 2])
+    with passing(path, "eager", 0, None)[1] as session:
+        expected = tokens_by_one(session, 4)
+    for skip in range(7):
+        driver, session = passing(path, "lazy", 0, PAGE + 6 * PAGE)
+        with session:
+            session.step(range(12), range(12), [0] * 12, [0])
+            session.release(0)
+            tokens_by_one(session, 3)
+            driver.plant("cuLaunchKernel", Status.CUDA_ERROR_INVALID_VALUE, skip=skip)
+            with contextlib.suppress(DeviceFault):
+                session.step(range(12), range(3, 15), [0] * 12, [0])
+            driver.plant("cuLaunchKernel", Status.CUDA_ERROR_INVALID_VALUE, times=0)
+            np.testing.assert_array_equal(session.step([21], [3], [0], [0]), expected[3])
+            driver.plant("cuGraphLaunch", Status.CUDA_ERROR_INVALID_VALUE)
+            with pytest.raises(DeviceFault):
+                session.step([5], [4], [0], [0])
+            session.release(0)
+            for got, want in zip(tokens_by_one(session, 4), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+        assert driver.leaks() == []
+
+
+def test_more_experts_at_once_than_pinned_slots(tmp_path: Path) -> None:
+    """They come in rounds, each when the copies of the one before are over."""
+    path = write_passing(tmp_path / "artifact", [0, 1, 0])
+    step = (range(2), range(2), [0, 0], [1])
+    with passing(path, "eager", 0, None)[1] as session:
+        whole = session.step(*step)
+    for seed in range(3):
+        driver, session = passing(path, "shuffled" if seed else "lazy", seed, 2 * PAGE + 2 * 4 * UNIT, 2 * UNIT)
+        with session:
+            np.testing.assert_array_equal(session.step(*step), whole)
+            assert session.hybrid is not None and session.hybrid.host_slots == 2 < session.hybrid.host_lookups
+        assert driver.leaks() == []
 
 
 def test_a_session_under_both_budgets(path: Path) -> None:

@@ -20,16 +20,26 @@ def plan_text(planned: Planned) -> str:
     """The report of a plan."""
     plan = planned.placement
     lines = [*_head(planned), *_quality(plan), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
-    if plan.prefill_threshold is not None:
-        lines.append(
-            f"prompts of {plan.prefill_threshold} tokens or more move weights to the faster unit to pass there"
-        )
+    lines += _threshold(plan)
     if plan.expert_cache is not None:
         lines += ["", *_cache(planned)]
     if planned.gains:
         lines += ["", *_gains(planned)]
     lines += [f"warning: {text}" for text in planned.warnings]
     return "\n".join(lines)
+
+
+def _threshold(plan: Placement) -> list[str]:
+    """From how many tokens on prompts are passed by the faster unit, as simulated and in closed form."""
+    tokens, bound = plan.prefill_threshold, plan.prefill_threshold_bound
+    if tokens is None and bound is None:
+        return []
+    if tokens is None:
+        return [
+            f"moving weights to the faster unit pays for no prompt that was simulated (closed form: {bound} tokens)"
+        ]
+    told = f" (closed form: {bound})" if bound is not None else ""
+    return [f"prompts of {tokens} tokens or more{told} move weights to the faster unit to pass there"]
 
 
 def _head(planned: Planned) -> list[str]:

@@ -33,6 +33,7 @@ from passes.place.machine import machine_of, main_tier
 from passes.place.parallel import device_unit, search, together
 from passes.place.pins import MEASURE_DRIVE, parse_pin
 from passes.place.placement import Placement
+from passes.place.prefill_mode import prefill_mode
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import refine, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
@@ -236,6 +237,11 @@ def _placed(
         solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
     placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step)
+    if request.simulate and placement.prefill_threshold is not None:
+        mode = prefill_mode(solution.problem, solution.choice)
+        placement = dataclasses.replace(
+            placement, prefill_threshold=mode.tokens, prefill_threshold_bound=mode.bound if mode.simulated else None
+        )
     if prompt is not None:
         first = {"simulated_prefill": prompt.seconds, "simulated_prefill_bound": prompt.bound}
         placement = dataclasses.replace(placement, **first)

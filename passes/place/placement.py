@@ -174,6 +174,9 @@ class Placement:
     simulated_prefill: float | None = None  # of a prompt; of a built model on this machine as the runtime takes it
     simulated_prefill_bound: str = ""  # what most of that goes to
     quality: QualityPlan | None = None
+    prefill_threshold_bound: int | None = (
+        None  # that of the closed form; `prefill_threshold` is simulated where it can be
+    )
     schema: str = SCHEMA
 
     @property

@@ -221,7 +221,7 @@ def test_native_experts_within_rounding(artifact: Path) -> None:
             plan = plan_of(of, 1 << 30)
             experts = plan.slots[0][0]
             unit = of.manifest.weights.pieces[experts].unit
-            less = plan_of(of, plan.device_bytes - 2 * unit)
+            less = plan_of(of, plan.device_bytes - unit)  # a slot less: two tokens at once
             return HybridWeights(device, stream, of, less, missed=Missed(CPU), code=open_host(of, threads=2))
 
         with CudaSession(

@@ -7,7 +7,6 @@ with native_kernels([scale, add], target) as kernels:
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,9 +22,7 @@ from ir.ops.builtin import FuncOp
 from ir.types import BufferType
 from runtime.native import NativeCode
 from runtime.team import WorkerTeam
-from tests.codegen.harness import MachineTarget
-
-OPT_LEVEL = 1  # what `compile_step` asks for
+from tests.codegen.harness import MachineTarget, opt_level
 
 
 def library_text(kernels: Sequence[FuncOp], target: MachineTarget) -> str:
@@ -87,14 +84,12 @@ def native_kernels(
     """Verifies, compiles and loads kernels. Every so many-th, the first among them, is optimized as builds are.
 
     Optimizing is nine tenths of compiling. What it might break (wrong flags on instructions) shows in any kernel of a
-    kind, so sweeps over many formats optimize some of them; `make fuzz` optimizes all.
+    kind, so sweeps over many formats optimize some of them.
     """
     for kernel in kernels:
         verify(kernel)
-    if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz":
-        optimize_every = 1
     plain = [kernel for number, kernel in enumerate(kernels) if number % optimize_every]
-    groups = [(OPT_LEVEL, kernels[::optimize_every]), *([(0, plain)] if plain else [])]
+    groups = [(opt_level(True), kernels[::optimize_every]), *([(opt_level(False), plain)] if plain else [])]
     cpu, features = target.llvm_cpu, target.feature_string()
     requests = [
         CompileRequest(library_text(group, target), target.llvm_triple, cpu, features, level, "kernels")

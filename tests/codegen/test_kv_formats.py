@@ -18,7 +18,7 @@ from ir.rewriter import PatternRewriter
 from ir.types import KVCacheType
 from passes.pass_manager import PassManager
 from passes.quantize.set_precision import set_cache
-from tests.codegen.harness import CTX, SLOTS, host_target, running
+from tests.codegen.harness import CTX, SLOTS, host_target, opt_level, running
 from tests.codegen.models import Model, Shape, build_model
 from tests.codegen.test_step import chunk, joined
 
@@ -41,6 +41,9 @@ CACHES: dict[str, tuple[NumberFormat, int, int, int, Shape]] = {
 TOLERANCE = {"f16": 2e-4, "q8": 0.02, "q8 window": 0.02, "q4": 0.05, "q4 window": 0.05, "q2": 0.1}
 
 
+OPTIMIZED = [("q8", ()), ("q4 window", ()), ("q2", ()), ("q4", ("avx512",))]  # as builds are
+
+
 @cache
 def compiled(name: str, without: tuple[str, ...] = ()) -> tuple[Model, CompiledStep]:
     element, rotate, recent, key_group, shape = CACHES[name]
@@ -50,7 +53,8 @@ def compiled(name: str, without: tuple[str, ...] = ()) -> tuple[Model, CompiledS
     for op in list(model.step.walk()):
         if isinstance(op, KVStateOp):
             set_cache(op.cache, type, PatternRewriter())
-    return model, compile_step(model.step, target, cache=ObjectCache())
+    level = opt_level((name, without) in OPTIMIZED)
+    return model, compile_step(model.step, target, cache=ObjectCache(), opt_level=level)
 
 
 NARROW = [("q8 window", ("avx512",)), ("q4", ("avx512",)), ("q2", ("avx512",))]  # a CPU without 512-bit registers

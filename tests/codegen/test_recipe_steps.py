@@ -17,7 +17,7 @@ from codegen.compile_step import compile_step
 from codegen.object_cache import ObjectCache
 from ir import interpret
 from passes.pass_manager import PassManager
-from tests.codegen.harness import CTX, SLOTS, Batch, host_target, running
+from tests.codegen.harness import CTX, SLOTS, Batch, host_target, opt_level, running
 from tests.codegen.models import Shape, build_model
 
 NEAR = 2e-2  # of the largest logit: some activations one int8 code apart
@@ -55,7 +55,7 @@ def test_compiled_steps_mean_what_their_graphs_mean(tmp_path: Path) -> None:
     names = {op.name for op in model.module.walk()}
     assert "moe.join_rows" in names  # experts in two formats
     assert names >= {"quant.rotate", "quant.outlier_columns", "quant.select_columns", "quant.clear_columns"}
-    step = compile_step(model.step, target, cache=ObjectCache())
+    step = compile_step(model.step, target, cache=ObjectCache(), opt_level=opt_level(False))
     states = model.states(SLOTS, CTX)
     with running(step, model, 2) as runner:
         for one, program in ((batch(7), "prefill"), (batch(1, 0, 7), "decode"), (batch(2, 1), "decode")):

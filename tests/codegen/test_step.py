@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import hw_targets
 from codegen.build import default_pipeline
-from codegen.compile_step import CompiledStep, compile_step
+from codegen.compile_step import CompiledStep, compile_step, program_specs
 from codegen.object_cache import ObjectCache
 from ir import interpret
 from ir.formats import BF16
 from passes.pass_manager import PassManager
-from tests.codegen.harness import CTX, SLOTS, Batch, host_target, running
+from tests.codegen.harness import CTX, SLOTS, Batch, host_target, opt_level, running
 from tests.codegen.models import Model, Shape, build_model
 
 # Largest difference of a logit as a share of the largest logit. f32: sums in another order, at most a few hundred
@@ -37,11 +37,12 @@ SHAPES = [
 
 @cache
 def compiled(index: int, dtype: str, without: tuple[str, ...] = ()) -> tuple[Model, Model, CompiledStep]:
-    """(model as imported, model after the passes, compiled step)."""
+    """(model as imported, model after the passes, compiled step); each model is optimized in one of its types."""
     target = host_target(without)
     original, lowered = build_model(SHAPES[index], seed=index), build_model(SHAPES[index], seed=index)
     PassManager(default_pipeline(target, dtype)).run(lowered.module)
-    return original, lowered, compile_step(lowered.step, target, cache=ObjectCache())
+    level = opt_level((index % 2 == 0) == (dtype == "f32"))
+    return original, lowered, compile_step(lowered.step, target, cache=ObjectCache(), opt_level=level)
 
 
 @st.composite
@@ -161,10 +162,11 @@ def test_idle_and_crowded_experts(experts_used: str) -> None:
     "name", [n for n in hw_targets.names() if n not in ("host", "cuda") and not hw_targets.load(n).is_machine]
 )
 def test_every_shipped_target_can_be_built_for(name: str) -> None:
-    """Cross-compiling needs no such machine; the object says whose code it is."""
+    """Cross-compiling needs no such machine; the object says whose code it is. Prompts' code differs in its tiles."""
     target = hw_targets.load(name)
     model = build_model(SHAPES[3])
     PassManager(default_pipeline(target, "bf16")).run(model.module)
-    step = compile_step(model.step, target, cache=ObjectCache())
+    decode = program_specs(frozenset(target.llvm_features))[:1]
+    step = compile_step(model.step, target, programs=decode, cache=ObjectCache())
     machine = {"x86_64": 62, "aarch64": 183}[target.arch]  # e_machine of ELF
     assert step.object_code[:4] == b"\x7fELF" and int.from_bytes(step.object_code[18:20], "little") == machine

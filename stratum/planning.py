@@ -35,7 +35,7 @@ from passes.place.pins import MEASURE_DRIVE, parse_pin
 from passes.place.placement import Placement
 from passes.place.prefill_mode import prefill_mode
 from passes.place.problem import Problem, Session, Slo
-from passes.place.refine import refine, simulated, simulated_prompt
+from passes.place.refine import most_tokens, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
 from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
@@ -215,25 +215,27 @@ def _placed(
     elif here:  # of the policy of `run`
         problem = dataclasses.replace(problem, cached=fading_hit_rate)
     made = _executed(built, given) if given is not None else None
+    solutions: list[Solution] = []
     if made is not None and built is not None and given is not None:
         solution = judged(problem, built.manifest, given, made)
     elif given is not None:
         solution = replay(problem, given)
     else:
         try:
-            solution = _most_tokens(problem) if request.batch == 0 else solve(problem)
+            solutions = _of_batches(problem) if request.batch == 0 else [solve(problem)]
         except NoFit:
             if len(pins) == len(request.pins):
                 raise
             # Keys and values may come from a drive where memory has no room for them.
-            solution = solve(dataclasses.replace(problem, pins=pins[:-1]))
+            solutions = [solve(dataclasses.replace(problem, pins=pins[:-1]))]
+        solution = solutions[0]
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:
         pass  # played as the runtime does, see `_as_run`
     elif request.simulate and given is not None:
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:
-        refined = refine(solution)
+        bound, refined = most_tokens(solutions)
         solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
     placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step)
@@ -391,21 +393,18 @@ def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
     )  # fmt: skip
 
 
-def _most_tokens(problem: Problem) -> Solution:
-    """The batch (a power of two) with which most tokens a second come out."""
-    best: Solution | None = None
+def _of_batches(problem: Problem) -> list[Solution]:
+    """The best plan of every batch that fits (powers of two), most tokens a second by their bounds first."""
+    found: list[Solution] = []
     for exponent in range(11):
         session = dataclasses.replace(problem.session, batch=1 << exponent)
         try:
-            found = solve(dataclasses.replace(problem, session=session))
+            found.append(solve(dataclasses.replace(problem, session=session)))
         except NoFit:
-            if best is None:
+            if not found:
                 raise
             break
-        if best is None or found.placement.tokens_per_second > best.placement.tokens_per_second:
-            best = found
-    assert best is not None
-    return best
+    return sorted(found, key=lambda s: -s.placement.tokens_per_second)
 
 
 def _model(request: PlanRequest) -> tuple[ModelShape, Formats, Manifest | None]:

@@ -13,7 +13,7 @@ is slower than these, as simulated. What cannot be simulated keeps its bound and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,25 @@ def refine(solution: Solution) -> Refined:
             best, lowest = Refined(candidate, seconds, prompt), value
     if best is None:
         return Refined(solution, simulated(solution), simulated_prompt(solution))
+    return best
+
+
+def most_tokens(solutions: Sequence[Solution]) -> tuple[Solution, Refined]:
+    """Of plans for several batches, most tokens a second first, the one that makes most of them as simulated.
+
+    Bounds say which are worth simulating: those that promise more than the best reached.
+    """
+    best: tuple[Solution, Refined] | None = None
+    most = 0.0
+    for solution in solutions:
+        if best is not None and solution.placement.tokens_per_second <= most:
+            break
+        refined = refine(solution)
+        seconds = refined.step_seconds or refined.solution.outcome.decode.seconds
+        tokens = refined.solution.problem.session.batch / seconds
+        if best is None or tokens > most:
+            best, most = (solution, refined), tokens
+    assert best is not None
     return best
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+import passes.place.refine as refine_module
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
 from passes.place.outcome import objective
 from passes.place.problem import Problem, Session, Slo
-from passes.place.refine import refine, simulated
+from passes.place.refine import Refined, most_tokens, refine, simulated
 from passes.place.solve import Solution, solve
 from tests.passes.place.machines import MIB, dense, sparse, target
 
@@ -57,3 +60,24 @@ def test_what_cannot_be_simulated_stays() -> None:
     assert simulated(other) is None and refine(other).solution is other
     late = dataclasses.replace(first.problem, slo=Slo(tpot=1e-12))
     assert refine(dataclasses.replace(first, problem=late)).solution.choice == first.choice
+
+
+def test_the_batch_is_chosen_by_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of 8, 6 and 3 tokens a second, of which the first reaches 2 and the second 5: the third is not tried."""
+    base = solved(Problem(dense(4), machine_of(target()), formats_of(""), USE))
+    promised = [with_batch(base, batch, batch / rate) for batch, rate in ((8, 8.0), (4, 6.0), (2, 3.0))]
+    reached = {8: 4.0, 4: 0.8}
+    monkeypatch.setattr(refine_module, "refine", lambda s: Refined(s, reached[s.problem.session.batch]))
+    solution, refined = most_tokens(promised)
+    assert solution is promised[1] is refined.solution and refined.step_seconds == 0.8
+
+
+def with_batch(solution: Solution, batch: int, seconds: float) -> Solution:
+    problem = dataclasses.replace(solution.problem, session=dataclasses.replace(USE, batch=batch))
+    placement = solution.placement
+    made = dataclasses.replace(
+        placement,
+        session=dataclasses.replace(placement.session, batch=batch),
+        decode=dataclasses.replace(placement.decode, seconds=seconds),
+    )
+    return dataclasses.replace(solution, problem=problem, placement=made)

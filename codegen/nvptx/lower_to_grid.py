@@ -57,6 +57,7 @@ from passes.schedule.check_plan import check_plan
 TABLES = "tables"  # the name of what programs bring along, in the weights file
 ALIGNMENT = 16  # of a table in it
 DECODE_TOKENS = (8, 16)  # rows that a product of a few rows is built for
+SHORT_TOKENS = 64  # of a short prompt, where the architecture has large tiles for long ones
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,14 @@ def lower_grid_step(
 
 
 def program_specs(options: GridOptions) -> tuple[GridSpec, ...]:
-    """The specialisations of a step: few rows fill one or two factors of the matrix unit, many fill tiles."""
+    """The specialisations of a step: few rows fill one or two factors of the matrix unit, many fill tiles. Products of
+    warpgroups have tiles of many rows, so that short prompts and large batches have a program of their own."""
     few, more = DECODE_TOKENS
+    short = options.hopper and options.prefill_tokens > SHORT_TOKENS
     return (
         GridSpec("decode", few, few),
         GridSpec("decode_16", more, more),
+        *((GridSpec(f"prefill_{SHORT_TOKENS}", SHORT_TOKENS, 0),) if short else ()),
         GridSpec("prefill", options.prefill_tokens, 0),
     )
 
@@ -228,7 +232,7 @@ class _GridBuilder(ProgramBuilder):
     def __init__(self, lowering: GridLowering, spec: GridSpec) -> None:
         self.grid_spec = spec
         strides = {value: bundle.stride for bundle in lowering.bundles for value in bundle.weights}
-        self.context = GridContext(spec.few, lowering.options, strides=strides)
+        self.context = GridContext(spec.few, spec.max_tokens, lowering.options, strides=strides)
         base: Any = ProgramSpec(spec.name, spec.max_tokens, context=None)  # type: ignore[arg-type]
         super().__init__(lowering, base, WeightsFile.empty())
 

@@ -108,7 +108,7 @@ def int8_launch(
             arguments, (4,), str(layout.tiles),
             lambda name: decode_int8_kernel(layout, of, name, rows=most, **made), True,
         )  # fmt: skip
-    shape = PackedShape.of(context.options.prefill_tokens)
+    shape = PackedShape.of(context.most)
     return GridLaunch(
         f"gemm_{stem}", ("gemm_int8", layout, of, shape, *made.values()), arguments, (4,),
         f"ceil({size_text(rows)}, {shape.rows}) * {-(-layout.tiles // shape.tiles)}",

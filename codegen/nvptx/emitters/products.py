@@ -134,7 +134,7 @@ def _packed(
             f"decode_{stem}", key, arguments, writes, str(layout.tiles),
             lambda name: decode_kernel(layout, name, rows=most, **made), True,
         )  # fmt: skip
-    shape = many_rows(context.options.prefill_tokens, context)
+    shape = many_rows(context.most, context)
     grid = f"ceil({size_text(rows)}, {shape.rows}) * {-(-layout.tiles // shape.tiles)}"
     key = ("gemm_packed", layout, shape, output.element, output.gate)
     if isinstance(shape, WgmmaShape):
@@ -154,7 +154,7 @@ def many_rows(rows: int, context: GridContext) -> PackedShape:
 
 def expert_shape(op: Op, context: GridContext, pairs_of_token: int, experts: int) -> PackedShape:
     """Tiles for the rows that an expert has of a full chunk of a prompt."""
-    return PackedShape.of(max(1, context.options.prefill_tokens * pairs_of_token // experts))
+    return PackedShape.of(max(1, context.most * pairs_of_token // experts))
 
 
 def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Output, context: GridContext) -> GridLaunch:

@@ -123,6 +123,10 @@ def check(request: PlanRequest, planned: Planned) -> None:
         raise DiagnosticError(
             f"{request.model!r} has no weights to run", where=where, expected="a checkpoint directory or an artifact"
         )
+    if request.stand_ins is not None:
+        raise DiagnosticError(
+            "--stand-ins are not compared", where=where, expected="'run --stand-ins', which says what was foretold too"
+        )
     if planned.solution is None:
         raise DiagnosticError("the plan is for several devices", where=where, expected="one machine")
 

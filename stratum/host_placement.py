@@ -255,6 +255,9 @@ def _groups(manifest: Manifest, kept: Kept, policy: str, drive: str) -> tuple[tu
         tier, mode, count = state(number)
         layers = "" if part[1] < 0 else str(part[1])
         entries.append(Placed(part[0], layers, tier, mode, UNIT, _format(manifest, [pieces[number]]), 0, count))
+    if ("embedding", -1) not in parts:  # its table lies within a dense piece, the first one
+        tier = MEMORY if state(0)[1] == "resident" else drive
+        entries.append(Placed("embedding", "", tier, "resident", UNIT, _format(manifest, [pieces[0]]), 0))
     entries.sort(key=lambda entry: GROUPS.index(entry.group))
     return tuple(entries), _cache(manifest, slots, policy)
 

@@ -27,6 +27,7 @@ from runtime.sampling import SamplingParams
 from runtime.session import Session
 from stratum.device_choice import DeviceChoice, refuse_cpu_options, refused_on_gpus
 from stratum.gpu_session import open_on_gpu
+from stratum.stand_in_share import check_threshold
 
 if TYPE_CHECKING:
     from frontends.chat_template import ChatTemplate
@@ -113,23 +114,6 @@ class Generation:
         statistics = self._finish().statistics
         assert statistics is not None  # the runtime sets it on the last event
         return statistics
-
-
-def check_threshold(stand_ins: float | None, *, streams: bool) -> float:
-    """The share of a token's weight below which stand-ins are used; 0 for none. Raises DiagnosticError."""
-    if stand_ins is None:
-        return 0.0
-    if not 0 < stand_ins <= 1:
-        raise DiagnosticError(
-            f"stand-ins for experts of less than {stand_ins:g} of a token's weight",
-            expected="a share above 0, at most 1",
-        )
-    if not streams:
-        raise DiagnosticError(
-            "stand-ins are used for experts that are not in memory, and everything is",
-            expected="a budget (--memory) or a plan (--plan) as well",
-        )
-    return float(stand_ins)
 
 
 @dataclass(frozen=True)

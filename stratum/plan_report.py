@@ -23,6 +23,7 @@ def plan_text(planned: Planned) -> str:
     lines += _threshold(plan)
     if plan.expert_cache is not None:
         lines += ["", *_cache(planned)]
+    lines += _stand_ins(plan)
     if planned.gains:
         lines += ["", *_gains(planned)]
     lines += [f"warning: {text}" for text in planned.warnings]
@@ -156,6 +157,21 @@ def _groups(plan: Placement) -> list[str]:
         size = format_bytes(sum(e.nbytes for e in entries))
         rows.append(("kv", shortened(",".join(e.layers for e in entries)), tier, unit, size, format))
     return table(rows)
+
+
+def _stand_ins(plan: Placement) -> list[str]:
+    """What copies of experts in fewer bits would buy."""
+    use = plan.stand_ins
+    if use is None:
+        return []
+    now = plan.simulated_step or plan.decode.seconds
+    return [
+        "",
+        f"stand-ins for missing experts of less than {use.share:g} of a token's weight ({use.source}):",
+        f"  {use.used:.1%} of the experts asked for; a step {seconds_text(use.step_seconds)} instead of "
+        f"{seconds_text(now)}, {use.read_bytes / 1e6:.1f} MB read instead of {use.read_bytes_without / 1e6:.1f} MB; "
+        "the output is not that of the full model",
+    ]
 
 
 def _what(group: Placed) -> str:

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
@@ -32,7 +33,7 @@ from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of, main_tier
 from passes.place.parallel import device_unit, search, together
 from passes.place.pins import MEASURE_DRIVE, parse_pin
-from passes.place.placement import Placement
+from passes.place.placement import Placement, StandInPlan
 from passes.place.prefill_mode import prefill_mode
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import most_tokens, simulated, simulated_prompt
@@ -43,11 +44,14 @@ from passes.quantize.recipe import load_recipe
 from runtime.artifact import is_artifact, open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
+from runtime.stand_ins import check_stand_ins
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
 from stratum.host_placement import drive_of
 from stratum.host_planning import context_of_run, drive_of_target, executed, host_gains, judged, placement_for
 from stratum.process_account import budget_of_room, foreseen_bytes, room_of
 from stratum.run_prediction import predict, problem_for
+from stratum.stand_in_prediction import stand_in_use
+from stratum.stand_in_share import check_threshold
 from stratum.stream_placement import MemoryPlan, budget_of, read_placement, recipe_of, stream_of_placement
 
 
@@ -74,6 +78,7 @@ class PlanRequest:
     sensitivity: Path | None = None
     what_if: bool = True
     simulate: bool = True
+    stand_ins: float | None = None  # of a built model with copies: experts of less of a token's weight
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,12 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         if target.name == "host":
             raise _advised(fault, request, target) from None
         raise
-    return planned if built is None else _as_run(planned, built)
+    if request.stand_ins is not None and (built is None or built.budget is None):
+        raise DiagnosticError(
+            "stand-ins are used by a built model of which not all is in memory", where="--stand-ins",
+            expected="an artifact made with 'build --stand-ins', and --memory",
+        )  # fmt: skip
+    return planned if built is None else _as_run(planned, built, check_threshold(request.stand_ins, streams=True))
 
 
 @dataclass(frozen=True)
@@ -153,24 +163,32 @@ def _process_budget(request: PlanRequest, target: Target, given: Placement | Non
     return int(parse_quantity(size, "bytes", where="budget of memory"))
 
 
-def _as_run(planned: Planned, built: Built) -> Planned:
+def _as_run(planned: Planned, built: Built, share: float) -> Planned:
     """With the times of a built model as the runtime will take them; as they are where it cannot execute the plan."""
     assert planned.solution is not None
     placement, manifest, stream, kv_bytes = planned.placement, built.manifest, None, None
+    check_stand_ins(manifest, share)
     try:
         if built.budget is not None:
             made = stream_of_placement(manifest, placement, built.budget, baseline=foreseen_bytes(manifest))
             stream, kv_bytes = made.stream, made.kv_bytes
         problem = problem_for(planned.solution.problem, manifest, stream)
-        times = predict(problem, manifest, stream, expected_hits(planned, stream), kv_bytes=kv_bytes)
+        hits = expected_hits(planned, stream)
+        times = predict(problem, manifest, stream, hits, kv_bytes=kv_bytes)
     except (DiagnosticError, RuntimeDiagnostic) as fault:
         warning = f"this machine cannot execute the plan: {str(fault).removeprefix('error: ')}"
         return dataclasses.replace(planned, warnings=(*planned.warnings, warning))
-    seconds = {
+    seconds: dict[str, Any] = {
         "simulated_step": times.decode.seconds,
         "simulated_prefill": times.prefill.seconds,
         "simulated_prefill_bound": times.prefill.bound,
     }
+    use = stand_in_use(manifest, share, hits, placement.session.batch, planned.trace) if stream is not None else None
+    if use is not None:
+        other = predict(problem, manifest, stream, hits, kv_bytes=kv_bytes, stand_ins=use).decode
+        seconds["stand_ins"] = StandInPlan(
+            share, use.used, other.seconds, other.read_bytes, times.decode.read_bytes, use.source
+        )
     return dataclasses.replace(planned, placement=dataclasses.replace(placement, **seconds))
 
 

@@ -33,6 +33,7 @@ from runtime.stream_books import missing_in
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
 from stratum.kv_prediction import KVCall, KVQueue, KVReads
+from stratum.stand_in_prediction import StandInUse
 from stratum.stream_placement import parts_of_pieces
 
 PAGE_BYTES = 4096
@@ -127,11 +128,14 @@ def predict(
     hit: float = 1.0,
     right: float = RIGHT_GUESSES,
     kv_bytes: int | None = None,
+    stand_ins: StandInUse | None = None,
 ) -> RunTimes:
     """Times of both phases; `hit` is the share of a decode step's experts that are found in memory, `right` the share
-    of guessed experts that their layer then wants, `kv_bytes` what the KV cache has in memory (None: enough)."""
+    of guessed experts that their layer then wants, `kv_bytes` what the KV cache has in memory (None: enough),
+    `stand_ins` what decode steps replace of missing experts: of a prompt's, few count little for all its tokens."""
     decode, prefill = (
-        _Player(problem, manifest, stream, hit, right, kv_bytes, decode=phase).times() for phase in (True, False)
+        _Player(problem, manifest, stream, hit, right, kv_bytes, phase, stand_ins if phase else None).times()
+        for phase in (True, False)
     )
     return RunTimes(decode, prefill)
 
@@ -147,6 +151,7 @@ class _Player:
     right: float
     kv_bytes: int | None
     decode: bool
+    stand_ins: StandInUse | None = None
     now: float = 0.0
     waited: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
@@ -279,6 +284,8 @@ class _Player:
             missing_bytes = (
                 min(distinct_experts(count, top_k, self.rows), chosen) * (1.0 - self.hit) * (piece.bytes / count)
             )
+            if self.stand_ins is not None:
+                missing_bytes *= self.stand_ins.read
             guessed, guessed_there = self.guessed
             there = self.disk.fetch(max(0.0, missing_bytes - guessed), self.now)
             # The next layer's likeliest are read behind what this one waits for.
@@ -353,10 +360,11 @@ class _Player:
                 raise DiagnosticError(f"target {self.problem.machine.target.name} cannot keep {part.name} in {home}")
             cost = option.decode if self.decode else option.prefill
             calls = 1 if self.decode or part.group == "head" else self.problem.session.passes
+            less = self.stand_ins.computed if self.stand_ins is not None and part.experts else 1.0
             for resource, seconds in cost.path.items():
                 self.resources[resource] = self.resources.get(resource, 0.0) + seconds * part.count
             for layer in part.layers or (-1,):
-                found[part.group, layer] = cost.waited / calls
+                found[part.group, layer] = cost.waited / calls * less
         return {part: seconds for part, seconds in found.items() if seconds}
 
 

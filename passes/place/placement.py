@@ -152,6 +152,19 @@ class QualityPlan:
 
 
 @dataclass(frozen=True)
+class StandInPlan:
+    """What it would do to compute missing experts of less than `share` of a token's weight from copies in fewer bits:
+    the share `used` of the experts asked for, and seconds and bytes read of a decode step, beside those without."""
+
+    share: float
+    used: float
+    step_seconds: float
+    read_bytes: float
+    read_bytes_without: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Placement:
     """A whole plan."""
 
@@ -174,9 +187,8 @@ class Placement:
     simulated_prefill: float | None = None  # of a prompt; of a built model on this machine as the runtime takes it
     simulated_prefill_bound: str = ""  # what most of that goes to
     quality: QualityPlan | None = None
-    prefill_threshold_bound: int | None = (
-        None  # that of the closed form; `prefill_threshold` is simulated where it can be
-    )
+    prefill_threshold_bound: int | None = None  # in closed form; `prefill_threshold` is simulated where it can be
+    stand_ins: StandInPlan | None = None
     schema: str = SCHEMA
 
     @property
@@ -241,6 +253,7 @@ _PARTS: dict[str, type] = {
     "tiers": TierPlan,
     "expert_cache": ExpertCache,
     "quality": QualityPlan,
+    "stand_ins": StandInPlan,
 }
 
 

@@ -55,6 +55,12 @@ EXIT_NO_FIT = 3
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as JSON.")
 @click.option("--compare-run", is_flag=True, help="Run it too, on this machine, and show both: phases and parts.")
+@click.option(
+    "--stand-ins",
+    type=float,
+    metavar="SHARE",
+    help="Of a built model with --memory: what 'run --stand-ins SHARE' would buy.",
+)
 @click.option("--quick", is_flag=True, help="Do not try what would help.")
 @click.option("--json", "as_json", is_flag=True, help="The plan (or the comparison) as one JSON object on stdout.")
 def plan(
@@ -80,6 +86,7 @@ def plan(
     plan_file: Path | None,
     output: Path | None,
     compare_run: bool,
+    stand_ins: float | None,
     quick: bool,
     as_json: bool,
 ) -> int:
@@ -96,6 +103,7 @@ def plan(
         model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
         tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file,
         tuple(formats.split(",")) if formats else (), max_loss, bits_per_weight, sensitivity, not quick,
+        stand_ins=stand_ins,
     )  # fmt: skip
     try:
         planned = make_plan(request, tell=lambda text: click.echo(text, err=True))

@@ -137,6 +137,7 @@ def run(
         _tell_end(generation, reporter, quiet, as_json)
         _tell_prompt_cache(generation, reporter, quiet, as_json)
         _tell_streaming(loaded.session, reporter, quiet, as_json)
+        _tell_stand_ins(loaded, generation, reporter, quiet, as_json)
         if recorder is not None and record_routing is not None:
             _write_routing(recorder, loaded.manifest, record_routing)
         if record is not None and profile:
@@ -271,6 +272,29 @@ def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_jso
             reporter.event("kv_streaming", **vars(kv))
         elif not quiet:
             click.echo(str(kv), err=True)
+
+
+def _tell_stand_ins(model: Model, generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:
+    """How many experts were computed from copies, beside what a plan would have foretold."""
+    streamer = model.session.streamer
+    if streamer is None or not streamer.plan.stand_ins:
+        return
+    from stratum.stand_in_prediction import foretold
+
+    report, steps = streamer.report(), len(generation.token_ids) - 1
+    expected = foretold(model.manifest, streamer.plan, len(generation.prompt_ids), max(0, steps))
+    if expected is None:
+        return
+    if as_json:
+        reporter.event("stand_ins", foretold=vars(expected), lookups=report.expert_lookups, used=report.stand_ins)
+    elif not quiet:
+        share = 100 * report.stand_ins / max(1, report.expert_lookups)
+        click.echo(
+            f"stand-ins: {expected.stand_ins} of {expected.lookups} experts foretold "
+            f"({100 * expected.stand_ins / max(1, expected.lookups):.1f} %), "
+            f"{report.stand_ins} of {report.expert_lookups} measured ({share:.1f} %)",
+            err=True,
+        )
 
 
 def _tell_prompt_cache(generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:

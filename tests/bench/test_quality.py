@@ -14,6 +14,7 @@ from bench.quality import Figures, markdown
 from bench.quality_checks import checks
 from bench.quality_rows import MissingError, Rounded, Row, built, is_layer, rounded_checkpoint, with_format, with_recipe
 from passes.quantize.recipe import read_recipe
+from tests.own_cache import own_cache
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
 
@@ -100,7 +101,7 @@ def test_bars() -> None:
 
 def test_rows_that_cannot_be_built_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row that builds and one that does not, through a real evaluation."""
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path / "cache"))
     model = write_model(tmp_path / "model", LLAMA)
     (model / "held_out.txt").write_text("a few words of text, to be predicted byte by byte. " * 12)
     monkeypatch.setattr(quality, "CONTEXT", 65)

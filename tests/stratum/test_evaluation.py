@@ -20,6 +20,7 @@ from runtime.session import Session
 from stratum import evaluation
 from stratum.cli import main
 from stratum.evaluation import Plan, Text, encode_text, evaluate, plan_windows
+from tests.own_cache import own_cache
 from tests.stratum.tiny_model import LLAMA, write_model
 
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n" * 3
@@ -175,7 +176,7 @@ def reference(llama_directory: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path_factory.getbasetemp() / "eval-cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path_factory.getbasetemp() / "eval-cache"))
 
 
 def test_native_models_equal_plain_numpy(llama_artifact: Path, reference: Path, text_file: Path) -> None:

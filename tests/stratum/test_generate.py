@@ -15,6 +15,7 @@ from stratum import api, model_cache
 from stratum.checkpoint_report import artifact_text, describe_artifact
 from stratum.cli import main
 from stratum.progress import format_bytes
+from tests.own_cache import own_cache
 from tests.stratum.tiny_model import BOS, EOS
 
 
@@ -96,7 +97,7 @@ def _sources_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_second_load_takes_the_cache(llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path / "cache"))
     builds: list[Path] = []
 
     def build(model: Path, out: Path, **_: object) -> None:
@@ -145,7 +146,7 @@ def test_key_changes_with_what_decides_the_result(llama_directory: Path, tmp_pat
 def test_a_damaged_cache_entry_is_built_again(
     llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path / "cache"))
     entry = api.ensure_built(llama_directory)
     (entry / "weights" / "weights.bin").write_bytes(b"short")
     told: list[str] = []

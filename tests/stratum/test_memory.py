@@ -24,6 +24,7 @@ from runtime.process_memory import resident_bytes
 from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.process_account import PROCESS_BYTES, budget_of_room, room_of
+from tests.own_cache import own_cache
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +226,7 @@ def test_loading_under_a_budget(artifacts: dict[str, Path]) -> None:
 
 def test_a_directory_is_built_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time under a budget: the compiler never enters this process; its warnings and faults do."""
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path / "cache"))
     directory = write_model(tmp_path / "model", QWEN3_MOE)
     code = (
         "import sys, stratum\n"

@@ -12,6 +12,7 @@ from ir.diagnostics import DiagnosticError
 from passes.quantize.recipe import load_recipe, read_recipe, shipped_recipes
 from stratum import api
 from stratum.cli import main
+from tests.own_cache import own_cache
 
 
 def test_every_recipe_is_listed_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +76,7 @@ def test_a_build_says_and_records_its_formats(
 def test_changed_recipe_files_are_other_cache_entries(
     llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STRATUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STRATUM_CACHE", own_cache(tmp_path / "cache"))
     path = tmp_path / "mine.toml"
     path.write_text('[weights]\nformat = "float"\n')
     first = api.ensure_built(llama_directory, recipe=str(path))

@@ -155,7 +155,7 @@ def load(
     GPU.
     """
     from runtime.artifact import is_artifact, open_artifact
-    from stratum.device_choice import GPU_TARGET, DeviceChoice, check_missed_experts, choose_device
+    from stratum.device_choice import DeviceChoice, check_missed_experts, choose_device
     from stratum.model import Model
 
     check_missed_experts(missed_experts, device)
@@ -165,7 +165,7 @@ def load(
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     options: dict[str, Any] = {
-        "target": target or (GPU_TARGET if on_gpu else "host"),
+        "target": target or (choice.target if on_gpu else "host"),
         "dtype": dtype,
         "pipeline": pipeline,
         "recipe": recipe,

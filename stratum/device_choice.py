@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "auto")
 GPU_TARGET = "cuda"  # any NVIDIA GPU that kernels are made for
+GPU_TARGETS = {"sm_90": "cuda-sm90a"}  # by architecture: with instructions that no other has
 
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """`device` is cpu or cuda; `why` is a line where the choice was ours, else empty."""
+    """`device` is cpu or cuda; `why` is a line where the choice was ours, else empty; `target` is what a directory is
+    built for on the GPU that was found."""
 
     device: str
     why: str = ""
+    target: str = GPU_TARGET
 
 
 def choose_device(
@@ -50,7 +53,7 @@ def choose_device(
     if asked == "cuda":
         refuse_cpu_options(**only_cpu)
         if not is_artifact(model):
-            _find_gpu(device_memory)  # before anything is built for it
+            return DeviceChoice(asked, target=_find_gpu(device_memory).target)  # before anything is built for it
     if asked == "cpu" and device_memory is not None:
         raise DiagnosticError("--device-memory goes with --device cuda or auto", hint="--memory bounds the CPU's")
     if asked != "auto":
@@ -81,7 +84,7 @@ def _as_it_is_cheaper(model: Path, device_memory: int | None, dtype: str, recipe
     except (NoDevice, OutOfDeviceMemory) as fault:
         return DeviceChoice("cpu", fault.message)
     offers = device_offers(model, gpu, recipe=recipe, dtype=dtype)
-    return DeviceChoice("cuda" if offers.best == "gpu" else "cpu", offers.line())
+    return DeviceChoice("cuda" if offers.best == "gpu" else "cpu", offers.line(), gpu.target)
 
 
 def _find_gpu(device_memory: int | None) -> Gpu:
@@ -91,7 +94,7 @@ def _find_gpu(device_memory: int | None) -> Gpu:
 
     device = open_device(limit_bytes=device_memory)
     try:
-        return Gpu(device.name, device.free_bytes())
+        return Gpu(device.name, device.free_bytes(), GPU_TARGETS.get(device.architecture, GPU_TARGET))
     finally:
         device.close()
 

@@ -28,10 +28,11 @@ _WORD = re.compile(r"[a-z]*\d+[a-z]*")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by the name that its driver gives; `free_bytes` may be used."""
+    """A GPU by the name that its driver gives; `free_bytes` may be used; `target` is what code is built for it."""
 
     name: str
     free_bytes: int
+    target: str = "cuda"
 
 
 @dataclass(frozen=True)

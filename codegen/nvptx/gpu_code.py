@@ -28,14 +28,14 @@ ANY = "cuda"  # the target that stands for every GPU there are kernels for
 
 def gpu_architectures(target: Any) -> tuple[str, ...]:
     """The architectures to build for: () for a CPU, all for the target `cuda`, else the newest that its GPU runs: for
-    one of sm_90a that one, with instructions that no other has.
+    one of sm_90a (`cuda-sm90a`, and machines with one) that one, with instructions that no other has.
 
     A machine is a GPU's where its first unit is one of NVIDIA or AMD. Raises DiagnosticError for AMD's, on which
     nothing runs kernels, and for those older than the kernels.
     """
-    if target.llvm_triple == TRIPLE:
-        return ARCHITECTURES
     first = target.units[0] if isinstance(target, Target) and target.units else None
+    if target.llvm_triple == TRIPLE:
+        return (HOPPER,) if first is not None and first.arch == HOPPER else ARCHITECTURES
     if first is None or first.kind != "gpu" or not first.arch.startswith(("sm_", "gfx")):
         return ()
     if first.arch == HOPPER:

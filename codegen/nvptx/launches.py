@@ -122,8 +122,8 @@ class Group:
 class GridContext:
     """What emitters may ask about the program, and tell each other.
 
-    `few`: the most rows of a decode program, 0 in one for prompts; `most`: the most rows of any program. `types`: values that are stored as another type than
-    their own. `groups`: by the order of a dispatch.
+    `few`: the most rows of a decode program, 0 in one for prompts; `most`: the most rows of any program. `types`:
+    values that are stored as another type than their own. `groups`: by the order of a dispatch.
     """
 
     few: int

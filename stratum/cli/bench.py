@@ -10,7 +10,7 @@ import click
 from stratum.cli.bench_formats import bench_formats, formats_options, refuse_without_formats
 from stratum.cli.options import NumberList, missed_experts_option
 from stratum.cli.run_options import Limits, directory_options, memory_options
-from stratum.device_choice import DEVICES, GPU_TARGET, check_missed_experts, choose_device
+from stratum.device_choice import DEVICES, check_missed_experts, choose_device
 
 if TYPE_CHECKING:
     from hw_targets.calibrate import Calibration
@@ -101,7 +101,7 @@ def bench(
         path = api.ensure_built(
             model,
             dtype=dtype or "bf16",
-            target=target or (GPU_TARGET if on_gpu else "host"),
+            target=target or (choice.target if on_gpu else "host"),
             recipe=recipe,
             progress=reporter,
             warn=lambda m: click.echo(m, err=True),

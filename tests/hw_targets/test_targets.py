@@ -62,7 +62,7 @@ points = [{ block = "128KiB", depth = 8, read = "6.5GB/s", write = "3GB/s" }, { 
 """
 
 
-INSTRUCTION_SETS = ["aarch64", "cuda", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"]
+INSTRUCTION_SETS = ["aarch64", "cuda", "cuda-sm90a", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"]
 
 
 def test_every_listed_target_loads():
@@ -94,7 +94,9 @@ def test_what_the_levels_offer(name, bits, registers, has, lacks):
 
 def test_every_target_compiles():
     targets = [
-        hw_targets.load(name) for name in ("host", *INSTRUCTION_SETS, "b200", "gh200", "phone-ufs4") if name != "cuda"
+        hw_targets.load(name)
+        for name in ("host", *INSTRUCTION_SETS, "b200", "gh200", "phone-ufs4")
+        if not name.startswith("cuda")
     ]
     text = "define float @f(float %a) {\n  %y = fmul float %a, %a\n  ret float %y\n}\n"
     requests = [CompileRequest(text, t.llvm_triple, t.llvm_cpu, t.feature_string(), name=t.name) for t in targets]

@@ -53,6 +53,12 @@ def test_auto_takes_what_an_artifact_was_built_for(toy: Path, tmp_path: Path) ->
     assert choose_device(built, "auto").device == "cpu"
 
 
+def test_a_directory_is_built_for_the_gpu_that_is_found(checkpoint: Path, gpu: Callable[..., EmulatedDriver]) -> None:
+    for capability, target in ((90, "cuda-sm90a"), (89, "cuda"), (100, "cuda")):
+        gpu(capability=capability)
+        assert choose_device(checkpoint, "cuda").target == target
+
+
 def test_auto_asks_the_gpu(checkpoint: Path, gpu: Callable[..., EmulatedDriver], monkeypatch: Any) -> None:
     driver = gpu()
     slow = Calibration(2, 1e7, 1e8)

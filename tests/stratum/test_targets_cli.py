@@ -44,6 +44,7 @@ def test_list_keeps_instruction_sets_and_machines_apart(capsys: pytest.CaptureFi
     assert {e["name"] for e in entries if not e["machine"]} == {
         "aarch64",
         "cuda",
+        "cuda-sm90a",
         "x86-64-v2",
         "x86-64-v3",
         "x86-64-v4",

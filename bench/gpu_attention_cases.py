@@ -16,8 +16,6 @@ from codegen.nvptx.kv_planes import KvPlanes
 from ir.formats import BF16, F16, GroupedIntFormat
 from ir.types import KVCacheType
 
-_TILE = 64  # positions by which a split is cut
-
 
 def _cache(rng: np.random.Generator, slots: int, shape: AttentionShape, ctx: int) -> list[np.ndarray]:
     """Keys and values [slots, kv heads, ctx, d]."""
@@ -106,14 +104,15 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
         if bits:
             keys, values = (_numbers(arguments[1 + i], arguments[3 + i], bits) for i in range(2))
         parts, sums = np.zeros_like(arguments[outputs[0]]), np.zeros_like(arguments[outputs[1]])
-        count = -(-ctx // _TILE)
+        count = -(-ctx // tile)
         for t, h, s in np.ndindex(parts.shape[:3]):
-            seen = slice(count * s // splits * _TILE, min(ctx, count * (s + 1) // splits * _TILE))
+            seen = slice(count * s // splits * tile, min(ctx, count * (s + 1) // splits * tile))
             own = t, h // shape.group, seen
             top, total, weighted = _weighted(q[t, h], keys[own], values[own], scale)
             parts[t, h, s], sums[t, h, s] = weighted, (top, total)
         return [parts, sums]
 
+    tile = 32 if shape.wide else 64  # positions by which a split is cut
     outputs = (7, 8) if bits else (5, 6)
     kernel = split_kernel(shape, scale, name, planes=planes)
     moved = 2 * tokens * ctx * shape.kv_heads * sum(p.row_bytes for p in planes.planes[::2])
@@ -124,10 +123,12 @@ def tokens_case(name: str, tokens: int, ctx: int, shape: AttentionShape, splits:
 
 
 def real_attention() -> list[GpuCase]:
-    """A prompt of 8192 tokens; batches of 1 and 16 at 8192 positions; 32 query and 8 kv heads of 128."""
-    shape = AttentionShape(32, 8, 128)
+    """A prompt of 8192 tokens; batches of 1 and 16 at 8192 positions; 32 query and 8 kv heads of 128, or 16 of 256."""
+    shape, wide = AttentionShape(32, 8, 128), AttentionShape(16, 8, 256)
     return [
         prompt_case("prefill", 8192, shape),
+        prompt_case("prefill_256", 8192, wide),
+        tokens_case("split_256_m16", 16, 8192, wide, 8),
         tokens_case("split_m1", 1, 8192, shape, 32),
         tokens_case("split_m16", 16, 8192, shape, 8),
         tokens_case("split_kv8_m16", 16, 8192, shape, 8, 8),
@@ -137,8 +138,9 @@ def real_attention() -> list[GpuCase]:
 
 def small_attention() -> list[GpuCase]:
     """The same, a few blocks each."""
-    shape = AttentionShape(2, 1, 64)
+    shape, wide = AttentionShape(2, 1, 64), AttentionShape(1, 1, 256)
     return [
         prompt_case("prefill", 70, shape, checked=8), tokens_case("split", 2, 200, shape, 2),
+        prompt_case("prefill_256", 20, wide, checked=8), tokens_case("split_256", 1, 80, wide, 2),
         tokens_case("split_kv8", 2, 104, shape, 2, 8), tokens_case("split_kv4", 1, 80, shape, 1, 4),
     ]  # fmt: skip

@@ -20,6 +20,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, I32, GroupedIntFormat, PlainFormat
 from ir.types import KV_BLOCK, KVCacheType
 
+MOST_PACKED = 128  # columns of a head in low bits
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -63,6 +65,9 @@ class KvPlanes:
         if element.bits not in (4, 8) or element.zero_point or element.scale != F16:
             raise refused
         made = cls(cache.num_kv_heads, cache.head_dim, BF16, element.bits, cache.rotate, cache.recent)
+        if made.width > MOST_PACKED:
+            message = f"no KV cache of heads of {made.width} in {made.bits} bits on GPUs"
+            raise DiagnosticError(message, expected=f"at most {MOST_PACKED} columns, or a cache in bf16 or f16")
         half, each = made.width // 2, 32 // made.bits
         if half % each or made.stored % (128 // made.bits):
             message = f"no KV cache of heads of {made.width} in {made.bits} bits on GPUs"

@@ -1,17 +1,20 @@
 """Attention of a prompt on a GPU: y[t, h] = softmax(scale q[t, h] K^T) V over the positions that row t sees.
 
 A block has one query head and a piece of a prompt: up to 64 tokens of one slot at consecutive positions, 16 for each of
-its 4 warps. It walks over tiles of 64 positions with the sums of softmax kept as they come (arXiv:2205.14135). Tiles
-that all rows see whole are not masked.
+its 4 warps. It walks over tiles of 64 positions (32 of wide heads) with the sums of softmax kept as they come
+(arXiv:2205.14135). Tiles that all rows see whole are not masked.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.kernels.attention_packed import ring_of, tiles_of
 from codegen.nvptx.kernels.attention_rows import (
     LOG2_E,
     AttentionShape,
+    HeldQueries,
     KvTiles,
     Rows,
     Sight,
@@ -28,13 +31,14 @@ PIECE_WORDS = 4  # of a piece of a prompt: first token, tokens, slot, position o
 
 
 def prefill_kernel(
-    shape: AttentionShape, scale: float, name: str, *, warps: int = 4, tile: int = 64, out: PlainFormat = F32,
+    shape: AttentionShape, scale: float, name: str, *, warps: int = 4, tile: int = 0, out: PlainFormat = F32,
     planes: KvPlanes | None = None,
 ) -> GridKernel:  # fmt: skip
     """A kernel (q [tokens, heads, stored d], keys and values [slots, kv heads, ctx, stored d] in `shape.element`,
     pieces i32 [n, 4], y f32 or bf16 [tokens, heads, d], ctx), launched with n * heads blocks; a piece has at most
     16 * warps tokens. With `planes` those of the cache come in the place of keys and values."""
     shape.check()
+    tile = tile or (32 if shape.wide else 64)
     cache = planes or KvPlanes(shape.kv_heads, shape.width, shape.element)
     k = GridBuilder(name, warps * WARP)
     q, held = k.buffer("q", shape.element), [k.buffer(p.name, p.element) for p in cache.planes]
@@ -47,7 +51,14 @@ def prefill_kernel(
     lane, warp = k.lane_and_warp()
     rows = [warp * 16 + lane // 4 + half * 8 for half in range(2)]
     inside = [row.min(count - 1) for row in rows]
-    queries = load_queries(k, q, [((first + row) * shape.heads + head) * width for row in inside], width)
+
+    def begin(row: Expr) -> Expr:
+        return ((first + row.min(count - 1)) * shape.heads + head) * width
+
+    if shape.wide:
+        queries: Iterable[Expr] = HeldQueries(k, q, width, warps * 16, warp * 16, begin)
+    else:
+        queries = load_queries(k, q, [begin(row) for row in rows], width)
     positions = [start + row for row in inside]
 
     lowest = (start + (1 - shape.window)).max(0) // tile if shape.window else k.index_value(0)

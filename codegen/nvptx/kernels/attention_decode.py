@@ -1,18 +1,24 @@
 """Attention of single tokens on a GPU, the positions of each split over blocks, and the kernel that joins the parts.
 
 A block has one token, one kv head with the up to 16 query heads that share it (the rows of its products), and one part
-of the positions. Its 4 warps each take 16 positions of every tile of 64; what they have is joined in shared memory,
-what the blocks have by the second kernel. All parts of a sum of softmax are kept relative to the part's largest score.
+of the positions. Its 4 warps (2 of wide heads) each take 16 positions of every tile of 64; what they have is joined in
+shared memory, what the blocks have by the second kernel. All parts of a sum of softmax are kept relative to the part's
+largest score.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
 from codegen.nvptx.kernels.attention_packed import ring_of, tiles_of
 from codegen.nvptx.kernels.attention_rows import (
     LOG2_E,
+    NARROW,
     NEVER,
     AttentionShape,
+    HeldQueries,
     KvTiles,
     Rows,
     Sight,
@@ -25,7 +31,7 @@ from codegen.tile_builder import Buffer, Expr
 from ir.diagnostics import DiagnosticError
 from ir.formats import F32, I32, PlainFormat
 
-WARPS = 4
+WARPS, WIDE_WARPS = 4, 2
 POSITIONS = 16  # of a tile that one warp takes
 ROWS = 16
 
@@ -39,18 +45,25 @@ def split_kernel(shape: AttentionShape, scale: float, name: str, *, planes: KvPl
     cache = planes or KvPlanes(shape.kv_heads, shape.width, shape.element)
     if shape.group > ROWS:
         raise DiagnosticError(f"{shape.group} query heads share a kv head", expected=f"at most {ROWS}")
-    k = GridBuilder(name, WARPS * WARP)
+    warps = WIDE_WARPS if shape.wide else WARPS
+    k = GridBuilder(name, warps * WARP)
     q, held = k.buffer("q", shape.element), [k.buffer(p.name, p.element) for p in cache.planes]
     positions, slots = k.buffer("positions", I32), k.buffer("slots", I32)
     parts, sums, ctx, splits = k.buffer("parts", F32), k.buffer("sums", F32), k.size("ctx"), k.size("splits")
-    width, tile, block = shape.stored, WARPS * POSITIONS, k.block_id()
+    width, tile, block = shape.stored, warps * POSITIONS, k.block_id()
     split, kv_head, token = block % splits, block // splits % shape.kv_heads, block // (splits * shape.kv_heads)
     position, slot = positions.load(token).to_index(), slots.load(token).to_index()
     line = slot * shape.kv_heads + kv_head
     tiles = tiles_of(k, cache, held, tile, line, ctx, position + 1)
     lane, warp = k.lane_and_warp()
-    heads = [(lane // 4 + half * 8).min(shape.group - 1) + kv_head * shape.group for half in range(2)]
-    queries = load_queries(k, q, [(token * shape.heads + head) * width for head in heads], width)
+
+    def begin(row: Expr) -> Expr:
+        return (token * shape.heads + kv_head * shape.group + row.min(shape.group - 1)) * width
+
+    if shape.wide:
+        queries: Iterable[Expr] = HeldQueries(k, q, width, ROWS, 0, begin)
+    else:
+        queries = load_queries(k, q, [begin(lane // 4 + half * 8) for half in range(2)], width)
 
     lowest = (position + (1 - shape.window)).max(0) // tile if shape.window else k.index_value(0)
     end = cache.recent_start(position) if cache.recent else position + 1
@@ -95,32 +108,44 @@ def _join_warps(
     outs: Buffer,
     ends: Buffer,
 ) -> None:
-    """Adds up what the warps have, under the largest score of all, and stores the rows that are query heads."""
-    width, stride = shape.width, shape.stored + 8  # so that the rows of a store lie in different banks
+    """Adds up what the warps have, under the largest score of all, and stores the rows that are query heads: up to
+    `NARROW` columns at a time."""
+    warps, most = k.threads // WARP, min(shape.stored, NARROW)
+    stride = most + 8  # so that the rows of a store lie in different banks
     lane, warp = k.lane_and_warp()
-    work, tops = k.shared(WARPS * ROWS * stride, F32), k.shared(WARPS * ROWS * 2, F32)
+    work, tops = k.shared(warps * ROWS * stride, F32), k.shared(warps * ROWS * 2, F32)
     for half in range(2):
         row = warp * ROWS + lane // 4 + half * 8
         total = rows.over_lanes(rows.total[half], "add")
         with k.when((lane % 4).compare("eq", 0)):
             tops.store(row * 2, k.join(rows.largest[half] * factor, total))
-        for number, output in enumerate(rows.outputs):
-            work.store(row * stride + 8 * number + lane % 4 * 2, k.part(output, 2 * half, 2))
-    k.barrier()
-    with k.loop(k.thread_id(), shape.group * width, k.threads) as loop:
-        row, column = loop.i // width, loop.i % width
-        each = [tops.load((other * ROWS + row) * 2, 2) for other in range(WARPS)]
-        top = each[0].extract(0)
-        for one in each[1:]:
-            top = top.max(one.extract(0))
-        value, total = k.f32(0.0), k.f32(0.0)
-        for other, one in enumerate(each):
-            share = k.exp2(one.extract(0) - top)
-            value = k.fma(work.load((other * ROWS + row) * stride + column), share, value)
-            total = k.fma(one.extract(1), share, total)
-        outs.store((row * splits + split) * width + column, value)
-        with k.when(column.compare("eq", 0)):
-            ends.store((row * splits + split) * 2, k.join(top, total))
+    for first in range(0, shape.width, most):
+        if first:
+            k.barrier()  # all have read the columns before
+        for half in range(2):
+            row = warp * ROWS + lane // 4 + half * 8
+            for number, output in enumerate(rows.outputs[first // 8 : (first + most) // 8]):
+                work.store(row * stride + 8 * number + lane % 4 * 2, k.part(output, 2 * half, 2))
+        k.barrier()
+        there = shape.width - first
+        width = most if shape.wide else there  # whole passes: their rows begin at one bank
+        with k.loop(k.thread_id(), shape.group * width, k.threads) as loop:
+            row, column = loop.i // width, loop.i % width
+            each = [tops.load((other * ROWS + row) * 2, 2) for other in range(warps)]
+            top = each[0].extract(0)
+            for one in each[1:]:
+                top = top.max(one.extract(0))
+            value, total = k.f32(0.0), k.f32(0.0)
+            for other, one in enumerate(each):
+                share = k.exp2(one.extract(0) - top)
+                value = k.fma(work.load((other * ROWS + row) * stride + column), share, value)
+                total = k.fma(one.extract(1), share, total)
+            at = (row * splits + split) * shape.width + first + column
+            with k.when(column.compare("lt", there)) if there < width else nullcontext():
+                outs.store(at, value)
+            if not first:
+                with k.when(column.compare("eq", 0)):
+                    ends.store((row * splits + split) * 2, k.join(top, total))
 
 
 def join_kernel(shape: AttentionShape, name: str, *, out: PlainFormat = F32, rotate: int = 0) -> GridKernel:

@@ -2,13 +2,15 @@
 
 Keys and values of a layer lie as bf16 or f16 [slots, kv heads, ctx, d]. Tiles of them are copied into shared memory one
 ahead of the computation; the 16-byte pieces of a position are stored at their number xor bits of the position, so that
-eight positions lie in different banks. A head whose width is an odd multiple of 8 lies, in caches and queries, with 8
-columns of zeros behind it: `AttentionShape.stored`.
+eight positions lie in different banks. Heads of more than 128 columns have smaller tiles, and their queries wait in
+shared memory: registers hold what they have summed up. A head whose width is an odd multiple of 8 lies, in caches and
+queries, with 8 columns of zeros behind it: `AttentionShape.stored`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from codegen.nvptx.builder import GridBuilder
@@ -23,7 +25,8 @@ STAGES = 2
 # that its product with a factor is exact and a fused multiply-add finds that 0 too.
 NEVER = -(2.0**100)
 LOG2_E = 1.4426950408889634
-MOST_WIDTH = 128  # what the registers of a warp hold for 16 rows
+MOST_WIDTH = 256  # whose sums the registers of a warp hold for 16 rows
+NARROW = 128  # with their queries
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class AttentionShape:
     def group(self) -> int:
         """Query heads of a kv head."""
         return self.heads // self.kv_heads
+
+    @property
+    def wide(self) -> bool:
+        """Whether registers have no room for queries."""
+        return self.stored > NARROW
 
     @property
     def stored(self) -> int:
@@ -91,19 +99,15 @@ class KvTiles:
             position = tile * self.rows + row
             source = self.base + place(position.min(self.end - 1).max(0)) * self.width + piece * PIECE
             at = self._place(tile, row, piece)
-            for memory, whole in zip(self.memories, self.sources, strict=True):
-                k.async_copy(memory, at, whole, source, position.compare("lt", self.end))
+            count = min(k.threads, self.rows * pieces - first)
+            with k.when(self.thread.compare("lt", count)) if count < k.threads else nullcontext():
+                for memory, whole in zip(self.memories, self.sources, strict=True):
+                    k.async_copy(memory, at, whole, source, position.compare("lt", self.end))
         k.async_commit()
 
     def _place(self, tile: Expr, row: Expr, piece: Expr) -> Expr:
         stage = tile % self.stages if self.stages > 1 else self.k.index(0)
-        return (stage * self.rows + row) * self.width + self._swizzled(piece, row) * PIECE
-
-    def _swizzled(self, piece: Expr, row: Expr) -> Expr:
-        """Pieces change places within groups of `turn`, by as many rows as begin at different banks anyway."""
-        pieces = self.width // PIECE
-        turn = min(PIECE, pieces & -pieces)
-        return self.k.xor(piece, row // (PIECE // turn) % turn) if turn > 1 else piece
+        return (stage * self.rows + row) * self.width + swizzled(self.k, piece, row, self.width) * PIECE
 
     def keys(self, tile: Expr, first: Expr | int, step: int) -> tuple[Expr, Expr]:
         """Columns 16 * step .. of positions first .. first + 7 and the 8 that follow, as right factors."""
@@ -195,6 +199,36 @@ class Rows:
                     self.outputs[at] = self.k.mma(self.outputs[at], factor, v)
 
 
+def swizzled(k: GridBuilder, piece: Expr, row: Expr, width: int) -> Expr:
+    """Pieces change places within groups of `turn`, by as many rows as begin at different banks anyway."""
+    pieces = width // PIECE
+    turn = min(PIECE, pieces & -pieces)
+    return k.xor(piece, row // (PIECE // turn) % turn) if turn > 1 else piece
+
+
+class HeldQueries:
+    """`rows` rows of queries in shared memory, of which those from `own` on are this warp's: their left factors, one
+    for every 16 columns, are loaded when they are asked for, behind a barrier. Row r begins at element `start(r)`."""
+
+    def __init__(
+        self, k: GridBuilder, q: Buffer, width: int, rows: int, own: Expr | int, start: Callable[[Expr], Expr]
+    ) -> None:
+        self.k, self.width, self.own = k, width, k.index(own)
+        self.memory = k.shared(rows * width, q.element)
+        pieces = width // PIECE
+        with k.loop(k.thread_id(), rows * pieces, k.threads) as loop:
+            row, piece = loop.i // pieces, loop.i % pieces
+            self.memory.store(self._place(row, piece), q.load(start(row) + piece * PIECE, PIECE))
+
+    def _place(self, row: Expr, piece: Expr) -> Expr:
+        return row * self.width + swizzled(self.k, piece, row, self.width) * PIECE
+
+    def __iter__(self) -> Iterator[Expr]:
+        lane, _ = self.k.lane_and_warp()
+        for step in range(self.width // 16):
+            yield self.k.load_matrix(self.memory, self._place(self.own + lane % 16, lane // 16 + 2 * step))
+
+
 def load_queries(k: GridBuilder, q: Buffer, starts: list[Expr], width: int) -> list[Expr]:
     """Left factors of 16 rows, whose rows g and g + 8 begin at these elements: one for every 16 columns."""
     lane, _ = k.lane_and_warp()
@@ -206,7 +240,7 @@ def load_queries(k: GridBuilder, q: Buffer, starts: list[Expr], width: int) -> l
 
 
 def scores_of(
-    k: GridBuilder, queries: list[Expr], tiles: KvTiles, tile: Expr, first: Expr | int, count: int
+    k: GridBuilder, queries: Iterable[Expr], tiles: KvTiles, tile: Expr, first: Expr | int, count: int
 ) -> list[Expr]:
     """Products of the rows with `count` positions (a multiple of 16), 8 positions a fragment."""
     made = [k.f32(0.0, 4) for _ in range(count // 8)]

@@ -34,6 +34,7 @@ from tests.codegen.op_kernels import single
 from tests.samples.base import TOKENS, t
 
 HEADS = AttentionShape(32, 8, 128)  # of an 8-billion-parameter model
+WIDE_HEADS = AttentionShape(16, 8, 256)
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
 
 RING = {"rotate": 64, "recent": 16}
@@ -64,6 +65,8 @@ def kernels() -> tuple[GridKernel, ...]:
         prefill_kernel(HEADS, 128**-0.5, "prefill"),
         split_kernel(HEADS, 128**-0.5, "split"),
         join_kernel(HEADS, "join"),
+        prefill_kernel(WIDE_HEADS, 256**-0.5, "prefill_256"),
+        split_kernel(WIDE_HEADS, 256**-0.5, "split_256"),
         *_model_kernels(),
     )
 

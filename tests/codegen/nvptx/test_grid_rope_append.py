@@ -134,6 +134,7 @@ def test_codes_are_those_of_the_reference(cache: KVCacheType) -> None:
         (KVCacheType(2, 64, F32), "no KV cache of f32 on GPUs"),
         (KVCacheType(2, 64, GroupedIntFormat(2, 0, True)), "no KV cache of q2_zp"),
         (KVCacheType(2, 8, Q4), "no KV cache of heads of 8 in 4 bits on GPUs"),
+        (KVCacheType(2, 256, Q4), "no KV cache of heads of 256 in 4 bits on GPUs\nexpected: at most 128 columns, or a"),
         (KVCacheType(2, 80, Q8, rotate=16), "no rotated KV cache of heads of 80 on GPUs"),
         (KVCacheType(2, 260, BF16), "heads of 260 are not rotated on GPUs"),
     ],

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
     "experts of bytes": (replace(SMALL, hidden=32, ffn=96, experts=3, top_k=2), ("w4a8-g32",)),
     "fp8": (replace(SMALL, experts=3, top_k=2), ("fp8",)),
-    "fp8 activations": (replace(SMALL, experts=3, top_k=2), ("w8a8-fp8",)),
+    "fp8 activations": (replace(SMALL, experts=3, top_k=2, q_heads=2, kv_heads=1, dim=144), ("w8a8-fp8",)),
     "wgmma": (replace(SMALL, layers=2, q_heads=2, kv_heads=1, bias=True), ()),
     "wgmma experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
 }

@@ -246,12 +246,12 @@ class HybridExperts:
                 chosen = tiles[tiles[:, 0] == expert]
                 experts.append(HostExpert(places[expert], int(chosen[:, 1].min()), int(chosen[:, 2].sum())))
             self._host.start(products, experts, sizes["tokens"])
+            report.computed += len(computed)
         for expert in later:
             self._bring(slots, expert, places[expert])
         if later:
             device.record(slots.later, self.copies)
             slots.coming = True
-        report.computed += len(computed)
         report.later += len(later)
         report.expert_bytes += (len(brought) + len(later)) * slots.unit
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from runtime.artifact import Artifact
@@ -55,7 +56,7 @@ class HybridWeights:
         self._host: HostTier | None = None
         self._experts: HybridExperts | None = None
         self._events: list[Any] = []
-        self._loaded = (0, 0, 0.0)  # requests, bytes and seconds of the reader before the first step
+        self._loaded = HybridReport()  # what was read and looked up before the first step
         self._first = {id(program.launches[0]) for program in self._step.programs if program.launches}
         per_token = max(1, artifact.manifest.experts_per_token or 1)
         tight = [n for p, n in plan.slots if n < self._count(p)]
@@ -108,7 +109,7 @@ class HybridWeights:
             for piece in (*plan.resident, *whole)
         ])  # fmt: skip
         self._experts.measure()
-        self._loaded = (host.reads.requests, host.reads.bytes, host.reads.busy_s)
+        self._loaded = replace(self.report)
 
     def _expert_addresses(self, piece: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         assert self._host is not None
@@ -119,10 +120,11 @@ class HybridWeights:
         """What happened so far; the same object each time."""
         report, host = self._report, self._host
         if host is not None:
-            requests, nbytes, seconds = self._loaded
-            report.reads, report.read_bytes = host.reads.requests - requests, host.reads.bytes - nbytes
-            report.read_s, report.retries = host.reads.busy_s - seconds, host.reads.retries
-            report.read_wait_s, (report.host_lookups, report.host_hits) = host.stall_s, host.lookups
+            reads, before, (lookups, hits) = host.reads, self._loaded, host.lookups
+            report.reads, report.read_bytes = reads.requests - before.reads, reads.bytes - before.read_bytes
+            report.read_s, report.retries = reads.busy_s - before.read_s, reads.retries
+            report.read_wait_s = host.stall_s - before.read_wait_s
+            report.host_lookups, report.host_hits = lookups - before.host_lookups, hits - before.host_hits
         return report
 
     # -- as a store

@@ -70,12 +70,17 @@ FAILING = ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuStreamW
 
 
 def opened(
-    path: Path, order: str, seed: int, budget: int, missed: Missed
+    path: Path, order: str, seed: int, budget: int, missed: Missed, pinned: int | None = None
 ) -> tuple[EmulatedDriver, CudaSession, PythonExperts]:
+    """`pinned` bytes of host memory, of which tiles and what the CPU works on take some; the rest is on the disk."""
     driver, code = EmulatedDriver(RUNNER, order=order, seed=seed), PythonExperts()
 
     def some(device: Device, stream: Any, artifact: Artifact) -> WeightStore:
-        return HybridWeights(device, stream, artifact, plan_of(artifact, budget), missed=missed, code=code)
+        device.host_limit_bytes = None if pinned is None else 1 << 20
+        return HybridWeights(
+            device, stream, artifact, plan_of(artifact, budget), missed=missed, code=code,
+            others_pinned=0 if pinned is None else (1 << 20) - pinned,
+        )  # fmt: skip
 
     return driver, CudaSession(path, device=open_checked(driver), weights=some), code
 
@@ -99,20 +104,21 @@ def of_everything(path: Path, steps: list[tuple[Any, ...]]) -> list[np.ndarray]:
     st.sampled_from(["eager", "lazy", "shuffled"]), st.integers(0, 99),
     st.lists(st.integers(1, 6), min_size=2, max_size=4),
     st.sampled_from([Missed(CPU, EVEN), Missed(AUTO, EVEN), Missed(AUTO, ALWAYS), Missed(AUTO, NEVER), Missed(FETCH)]),
-    st.tuples(st.sampled_from(FAILING), st.integers(0, 40)),
+    st.tuples(st.sampled_from(FAILING), st.integers(0, 40)), st.sampled_from([None, 2, 4]),
 )  # fmt: skip
 def test_wherever_experts_are_computed(
     tmp_path: Path, layers: list[int], more: int, order: str, seed: int, counts: list[int], missed: Missed,
-    fault: tuple[str, int],
+    fault: tuple[str, int], pinned: int | None,
 ) -> None:  # fmt: skip
-    """Any model, budget, order of work, batches and prices; a call of the driver that fails changes nothing but its
-    step."""
+    """Any model, budgets, order of work, batches and prices, experts pinned or on the disk; a call of the driver that
+    fails changes nothing but its step."""
     path = tmp_path / "-".join(map(str, layers))
     if not path.exists():
         write_passing(path, layers)
     steps = [step_of(sum(counts[:i]), count, seed) for i, count in enumerate(counts)]
     whole = of_everything(path, steps)
-    driver, session, code = opened(path, order, seed, least(layers) + more * UNIT, missed)
+    pinned = None if pinned is None else 3 * max(layers) * PAGE + pinned * UNIT + 2 * PAGE
+    driver, session, code = opened(path, order, seed, least(layers) + more * UNIT, missed, pinned)
     with session:
         for step, want in zip(steps[:-1], whole, strict=False):
             np.testing.assert_array_equal(session.step(*step), want)
@@ -126,7 +132,7 @@ def test_wherever_experts_are_computed(
         assert report.lookups - report.hits >= report.computed >= report.later
         if missed.mode == FETCH or missed.prices is NEVER:
             assert code.computed == 0 and report.same_bits
-        if missed.mode == CPU and 0 in layers:
+        if missed.mode == CPU and 0 in layers and pinned is None:
             assert code.computed > 0 and "computed by the CPU" in report.summary()
     assert driver.leaks() == [] and code.closed
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runtime import host
-from runtime.artifact import Artifact
+from runtime.artifact import MANIFEST_NAME, Artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import PieceInfo
-from runtime.manifest_fields import Fields
+from runtime.manifest_fields import REBUILD_HINT, Fields
 from runtime.native import NativeCode
 from runtime.team import WorkerTeam
 
@@ -52,10 +52,11 @@ class HostProgram:
     def of(cls, artifact: Artifact) -> HostProgram:
         """What an artifact has for the CPU beside a GPU; empty where it has nothing."""
         gpu: Any = artifact.manifest.raw.get("gpu")
-        values = gpu.get("experts") if isinstance(gpu, dict) else None
-        if values is None:
-            return cls({}, ())
-        return _read(Fields(values, str(artifact.path), "gpu.experts"), artifact.manifest.weights.pieces)
+        where = str(artifact.path / MANIFEST_NAME)
+        values = gpu.get("experts", {}) if isinstance(gpu, dict) else {}
+        if not isinstance(values, dict):
+            raise RuntimeDiagnostic("gpu.experts is no object", where=where, hint=REBUILD_HINT)
+        return _read(Fields(values, where, "gpu.experts"), artifact.manifest.weights.pieces) if values else cls({}, ())
 
     def file_for(self, architecture: str, features: frozenset[str]) -> str:
         """The object that asks most of what this CPU has; "" for none."""

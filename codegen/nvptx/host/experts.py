@@ -175,7 +175,8 @@ def _layer(
 
 
 def _function_text(name: str, products: tuple[HostProduct, HostProduct]) -> str:
-    """Both products, all jobs of the one before those of the other."""
+    """Both products, all jobs of the one before those of the other. Thread 0 returns when all are done, since its
+    caller then takes the results, and arguments and jobs away."""
     up, down = products
     return f"""define i64 @{name}(ptr %args, i64 %tid) {{
 entry:
@@ -189,6 +190,7 @@ entry:
 {_loop("up", "entry", name, up, (0, 1, 4, 5, 6))}
   call void @stratum_barrier(ptr %team, i64 %threads)
 {_loop("down", "after_up", name, down, (2, 3, 6, 5, 7))}
+  call void @stratum_barrier(ptr %team, i64 %threads)
   ret i64 0
 }}
 """

@@ -3,12 +3,15 @@ threads, races and bounds checked."""
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codegen.nvptx.fragments import Fragments
+from codegen.nvptx.host.experts import HostStep
 from codegen.nvptx.host.product import HostProduct, host_product
 from codegen.nvptx.kernels.gate import turns
 from ir.diagnostics import DiagnosticError
@@ -66,3 +69,13 @@ def test_what_has_no_product_is_named() -> None:
     for layout in (Fragments.of(24, 64, BF16), Fragments.of(16, 64, FP8Format(F8E4M3))):
         with pytest.raises(DiagnosticError, match="no product on CPUs"):
             HostProduct(layout).check()
+
+
+def test_all_threads_are_done_when_the_first_returns() -> None:
+    """Gate and up before down, down before the caller takes the results: a barrier behind each."""
+    layout = Fragments.of(32, 64, BF16)
+    products = HostProduct(layout, gate=True, gather=True), HostProduct(layout)
+    text = HostStep((), {"both": products}).text("x86_64-unknown-linux-gnu", frozenset(), "nounwind")
+    body = text[text.index("define i64 @both(") :].split("}")[0]
+    order = re.findall(r"@both_up|@both_down|@stratum_barrier|ret i64", body)
+    assert order == ["@both_up", "@stratum_barrier", "@both_down", "@stratum_barrier", "ret i64"]

@@ -7,6 +7,7 @@ everything wherever experts are computed; with native code they are so within th
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,26 @@ def test_the_code_of_this_cpu_is_found(artifact: Path) -> None:
     assert program.file_for("riscv64", host.host_features()) == ""
     both = replace(program, code=(*program.code, ("code/plain.o", program.code[0][1], ())))
     assert both.file_for(host.host_architecture(), frozenset()) == "code/plain.o"
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("gpu.experts is no object", lambda e: [1]),
+        ("layers", lambda e: {**e, "layers": 3}),
+        ("piece", lambda e: {**e, "layers": [{**e["layers"][0], "piece": 99}]}),
+        ("columns", lambda e: {**e, "layers": [{**e["layers"][0], "columns": 0}]}),
+        ("places", lambda e: {**e, "layers": [{**e["layers"][0], "places": [0, 1 << 40, 0, 0]}]}),
+        ("places", lambda e: {**e, "layers": [{**e["layers"][0], "places": [0]}]}),
+        ("features", lambda e: {**e, "code": [{**e["code"][0], "features": "all"}]}),
+        ("no file", lambda e: {**e, "code": [{**e["code"][0], "file": "code/other.o"}]}),
+        ("cannot be loaded", lambda e: {**e, "layers": [{**e["layers"][0], "function": "other"}]}),
+    ],
+)
+def test_damaged_manifests(artifact: Path, field: str, change: Callable[[Any], Any]) -> None:
+    """One diagnostic, before anything of it runs."""
+    found = open_artifact(artifact)
+    gpu: Any = found.manifest.raw["gpu"]
+    damaged = replace(found.manifest, raw={**found.manifest.raw, "gpu": {**gpu, "experts": change(gpu["experts"])}})
+    with pytest.raises(RuntimeDiagnostic, match=field):
+        open_host(replace(found, manifest=damaged), threads=1)

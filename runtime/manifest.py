@@ -109,6 +109,12 @@ class PieceInfo:
         """Bytes of each expert."""
         return tuple(nbytes for _, nbytes in self._places)
 
+    def largest(self, count: int) -> int:
+        """Bytes of its `count` largest experts: what any so many fit into."""
+        if not self.classes:
+            return min(count, self.count) * self.unit
+        return sum(sorted(self.sizes, reverse=True)[:count])
+
     def place(self, expert: int) -> tuple[int, int]:
         """(offset, bytes) of an expert in the weights file."""
         return self._places[expert] if self.classes else (self.offset + expert * self.unit, self.unit)

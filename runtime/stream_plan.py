@@ -159,5 +159,5 @@ def live_bytes(manifest: Manifest, program: ProgramInfo, resident: frozenset[int
 
 def least_expert_bytes(manifest: Manifest) -> int:
     """Bytes of the experts of one token in the layer where they are largest."""
-    units = [piece.unit for piece in manifest.weights.pieces if piece.kind == "experts"]
-    return max(units, default=0) * max(1, manifest.experts_per_token)
+    layers = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
+    return max((piece.largest(max(1, manifest.experts_per_token)) for piece in layers), default=0)

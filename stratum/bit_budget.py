@@ -66,6 +66,11 @@ class BitBudget:
             raise DiagnosticError(
                 f"{self.bits_per_weight} bits per weight", expected="a number above 0 and at most 64, such as 4.25"
             )
+        if self.trace is not None and not self.by_expert:
+            raise DiagnosticError(
+                "a routing trace says how often experts are picked, and they share formats",
+                expected="by_expert as well",
+            )
         if self.size is not None and self.size < 1:
             raise DiagnosticError(f"a size of {self.size} bytes", expected="one byte or more, such as 2GiB")
 
@@ -96,6 +101,8 @@ def find_recipe(
     base = load_recipe(budget.recipe) if budget.recipe else None
     known = f"{_known_text(budget.calibration)} {SEQUENCES}x{LENGTH}"
     numbers = [str(budget.bits_per_weight), str(budget.size), target, dtype]
+    if budget.trace is not None:
+        read_trace(budget.trace)  # refuses what is none before anything is measured
     apart = [f"by expert {_known_text(str(budget.trace)) if budget.trace else ''}"] if budget.by_expert else []
     said = [base.to_toml() if base else "", budget.recipe or "", known, *apart]
     entry = cache_entry(model, ["recipe", *numbers, *said])

@@ -285,12 +285,12 @@ def _slots(manifest: Manifest, expert_bytes: int) -> dict[int, int]:
     fewest = [(0, n) for n in layers]
     while fewest:
         count, n = heapq.heappop(fewest)
-        nbytes = layers[n].bytes // layers[n].count  # where formats differ, on average
+        nbytes = layers[n].largest(count + 1) - layers[n].largest(count)  # where formats differ, largest first
         if count < layers[n].count and nbytes <= left:
             slots[n], left = count + 1, left - nbytes
             heapq.heappush(fewest, (count + 1, n))
     if expert_bytes - left < least_expert_bytes(manifest):  # one token's, in the layer where they are largest
-        largest = max(layers, key=lambda n: layers[n].unit)
+        largest = max(layers, key=lambda n: layers[n].largest(manifest.experts_per_token))
         slots = dict.fromkeys(layers, 0) | {largest: min(layers[largest].count, manifest.experts_per_token)}
     return slots
 
@@ -299,7 +299,7 @@ def _cache(manifest: Manifest, slots: dict[int, int], policy: str) -> ExpertCach
     pieces = manifest.weights.pieces
     if all(slots[n] == pieces[n].count for n in slots):
         return None
-    nbytes = sum(count * pieces[n].bytes // pieces[n].count for n, count in slots.items())
+    nbytes = sum(pieces[n].largest(count) for n, count in slots.items())
     return ExpertCache(MEMORY, sum(slots.values()), nbytes, "global", policy, 0.0, "")
 
 

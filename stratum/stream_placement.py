@@ -255,7 +255,7 @@ def stays_of(manifest: Manifest, placement: Placement, where: str = "plan") -> S
             f"the plan gives {' and '.join(dict.fromkeys(_named(entry) for entry, _ in cached))} different slots",
             where=where, expected='equal slots in every layer, or the scope "global" of the expert cache',
         )  # fmt: skip
-    expert_bytes = sum(slots_of(entry, piece.count) * piece.bytes // piece.count for entry, piece in cached)
+    expert_bytes = sum(piece.largest(slots_of(entry, piece.count)) for entry, piece in cached)
     if cached and any(entry.mode == "streamed" for entry, _ in cached):
         expert_bytes = max(expert_bytes, least_expert_bytes(manifest) * placement.session.depth)
     least = least_expert_bytes(manifest) * (len(cached) if scope == "layer" else 1)

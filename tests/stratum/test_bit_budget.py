@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hw_targets.routing import write_trace
 from ir.diagnostics import DiagnosticError
+from passes.place.cache_choice import session_trace
 from passes.quantize.recipe import load_recipe
 from stratum import bit_budget
 from stratum.bit_budget import BitBudget, find_recipe
@@ -29,6 +31,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_sequences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bit_budget, "SEQUENCES", 4)
     monkeypatch.setattr(bit_budget, "LENGTH", 24)
     monkeypatch.setattr(
         bit_budget, "cache_root", lambda: tmp_path / "cache"
@@ -145,3 +148,17 @@ def test_budgets_that_cannot_be(
 def test_an_artifact_has_its_formats_already(llama_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(llama_artifact), "hello", "--bits-per-weight", "4"]) == 2
     assert "--bits-per-weight cannot change an artifact" in capsys.readouterr().err
+
+
+def test_traces_that_say_nothing_are_refused(llama_directory: Path, tmp_path: Path) -> None:
+    """None of this model, no trace at all, and one that nobody asks."""
+    trace = tmp_path / "trace.csv"
+    with pytest.raises(DiagnosticError, match=r"trace\.csv"):
+        find_recipe(llama_directory, BitBudget(4.0, recipe=SMALL, calibration="none", by_expert=True, trace=trace))
+    write_trace(session_trace(4, 2), trace)
+    with pytest.raises(DiagnosticError, match="the routing trace is of 4 experts"):
+        find_recipe(llama_directory, BitBudget(4.0, recipe=SMALL, calibration="none", by_expert=True, trace=trace))
+    with pytest.raises(DiagnosticError, match="by_expert as well"):
+        BitBudget(4.0, trace=trace)
+    given = ["build", str(llama_directory), "-o", str(tmp_path / "out"), "--bpw", "4", "--expert-trace", str(trace)]
+    assert main(given) == 2

@@ -28,7 +28,7 @@ PAGE_BYTES = 4096
 TRIES = 4
 _PAUSES_S = (0.01, 0.1, 0.5)
 _LATCH_S = 0.05  # between looks at a job whose latch an interrupted waiter kept
-_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # of O_DIRECT
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT)  # of O_DIRECT; the last for memory of some drivers
 
 Pread = Callable[[int, Sequence[memoryview], int], int]
 

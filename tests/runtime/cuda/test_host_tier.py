@@ -74,7 +74,7 @@ class Disk:
     """`os.preadv` with faults: `errors` before reads that do, `short` of every read, the file gone at the end."""
 
     def __init__(self) -> None:
-        self.errors = 0
+        self.errors, self.error = 0, errno.EIO
         self.short = self.ended = False
         self.interrupt_in = -1  # reads until Ctrl-C is pressed
 
@@ -84,7 +84,7 @@ class Disk:
             os.kill(os.getpid(), signal.SIGINT)
         if self.errors > 0:
             self.errors -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(self.error, os.strerror(self.error))
         if self.ended:
             return 0
         views = [buffers[0][: max(PAGE, len(buffers[0]) // 2)]] if self.short else buffers
@@ -147,6 +147,16 @@ def test_a_disk_that_fails_ends_a_step(path: Path, what: str, monkeypatch: pytes
         for step, want in zip(STEPS[1:], expected[1:], strict=True):
             np.testing.assert_array_equal(session.step(*step), want)
     assert driver.leaks() == []
+
+
+def test_pinned_memory_that_refuses_direct_reads(path: Path) -> None:
+    """As some drivers' does: reads then go through the page cache."""
+    disk = Disk()
+    disk.errors, disk.error = 1, errno.EFAULT
+    _, session = passing(path, "lazy", 0, DEVICE, PINNED, disk)
+    with session:
+        for got, want in zip(tokens_of(session), whole(path), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def test_ctrl_c_while_the_disk_reads(path: Path) -> None:

@@ -94,6 +94,7 @@ class HybridExperts:
             if code is not None and missed.mode != FETCH and self._caches:
                 self._host = HostSide(device, stream, step, code, list(self._caches), most_tokens)
                 report.host_threads = code.threads
+                self._price(missed)
             elif code is not None:
                 code.close()
                 self._code = None
@@ -155,8 +156,13 @@ class HybridExperts:
         device.synchronize(self.copies)
         start_s = time.perf_counter() - started
         prices = ExpertPrices(slots.unit / brought, slots.unit / one, share, start_s)
-        self._missed = replace(self._missed, prices=prices)
-        self._report.prices = (prices.link_bytes_per_s, prices.host_bytes_per_s)
+        self._price(replace(self._missed, prices=prices))
+
+    def _price(self, missed: Missed) -> None:
+        """From here on by these prices, which the report says."""
+        self._missed, prices = missed, missed.prices
+        if prices is not None:
+            self._report.prices = (prices.link_bytes_per_s, prices.host_bytes_per_s)
 
     def bring(self, wait: Wait, launch: GpuLaunch, sizes: Mapping[str, int]) -> None:
         """What a layer's tiles ask for, into slots, and the tiles by slots instead of experts."""

@@ -112,10 +112,12 @@ def test_wide_heads(width: int) -> None:
     given = [q, keys, values, positions, slots, parts, sums, CTX, 1]
     assert interpret_grid(split.func, given, blocks=2, threads=split.threads).bank_conflicts == 0
     np.testing.assert_allclose(parts[:, :, 0] / sums[:, :, 0, 1:], want, rtol=2.0**-7, atol=2.0**-7)
-    prefill, y = prefill_kernel(shape, 0.0625, "prefill"), np.full((2, 3, width), np.nan, np.float32)
-    pieces = np.array([[0, 1, 0, at[0]], [1, 1, 1, at[1]]], np.int32)
-    given = [q, keys, values, pieces, y, CTX]
-    assert interpret_grid(prefill.func, given, blocks=6, threads=prefill.threads).bank_conflicts == 0
+    one, many = AttentionShape(1, 1, width), np.arange(51, 71)  # rows of two warps
+    q, y = queries(20, one), np.full((20, 1, width), np.nan, np.float32)
+    want = meant(q, np.nan_to_num(keys.astype(np.float32)), values, many, np.ones(20, int), one, 0.0625)
+    prefill = prefill_kernel(one, 0.0625, "prefill")
+    given = [q, keys, values, np.array([[0, 20, 1, 51]], np.int32), y, CTX]
+    assert interpret_grid(prefill.func, given, blocks=1, threads=prefill.threads).bank_conflicts == 0
     np.testing.assert_allclose(y, want, rtol=2.0**-7, atol=2.0**-7)
 
 

@@ -29,13 +29,15 @@ from stratum.process_account import PROCESS_BYTES
 from stratum.run_prediction import RIGHT_GUESSES, PhaseTimes, predict, problem_for
 
 SCHEMA = "stratum.compare/1"
+_NAMES = {"while reading": "drive while it reads", "read": "weights read", "kv read": "keys and values read"}
 
 
 @dataclass(frozen=True)
 class Compared:
     """One figure of a phase ("prefill": of a prompt, "decode": of a step), predicted and measured, in `unit`s: "s",
-    "MB", "MB/s" or "%". `what` is the phase itself, a part of the model, "waiting for reads", "read", "while reading",
-    "kv read", "experts found" or "peak memory"."""
+    "MB", "MB/s" or "%". `what` is the phase itself, a part of the model, "other" (what is left of the phase: between
+    kernels, and where a profile of one repetition differs), "waiting for reads", "read", "while reading", "kv read",
+    "experts found" or "peak memory"."""
 
     phase: str
     what: str
@@ -101,8 +103,12 @@ def _phase(name: str, times: PhaseTimes, found: Phase, stream: StreamPlan | None
         parts["experts"] = parts.get("experts", 0.0) + parts.pop("mlp", 0.0)
     rows = [Compared(name, name, times.seconds, found.seconds)]
     rows += [Compared(name, group, s, parts[group]) for group, s in predicted.items() if parts.get(group)]
+    shown = sum(row.predicted for row in rows[1:]), sum(row.measured for row in rows[1:])
+    waited = (times.waited, found.waited) if stream is not None else (0.0, 0.0)
+    left = times.seconds - shown[0] - waited[0], found.seconds - shown[1] - waited[1]
+    rows.append(Compared(name, "other", left[0] if left[0] > 1e-6 else 0.0, max(0.0, left[1])))
     if stream is not None:
-        rows.append(Compared(name, "waiting for reads", times.waited, found.waited))
+        rows.append(Compared(name, "waiting for reads", *waited))
         weights = times.read_bytes - times.kv_read_bytes
         rows.append(Compared(name, "read", weights / 1e6, found.read_bytes / 1e6, "MB"))
         if times.kv_read_bytes or found.kv_read_bytes:
@@ -131,14 +137,21 @@ def check(request: PlanRequest, planned: Planned) -> None:
         raise DiagnosticError("the plan is for several devices", where=where, expected="one machine")
 
 
-def compared_text(rows: Sequence[Compared]) -> str:
+def measured_what(planned: Planned) -> str:
+    """The title of the table: what was run."""
+    session = planned.placement.session
+    return f"run on this machine: a prompt of {session.prompt} tokens; steps of {session.batch} behind such prompts"
+
+
+def compared_text(rows: Sequence[Compared], title: str = "run on this machine") -> str:
     """A table for people."""
-    lines: list[Sequence[str]] = [("run on this machine", "predicted", "measured", "error")]
+    lines: list[Sequence[str]] = [("", "predicted", "measured", "error")]
     for row in rows:
         both = [_shown(value, row.unit) for value in (row.predicted, row.measured)]
-        name = {"prefill": "prefill", "decode": "decode step"}.get(row.what, f"  {row.what}")
-        lines.append((name, *both, f"{row.error:+.0%}" if row.measured else "-"))
-    return "\n".join(table(lines))
+        name = {"prefill": "prefill", "decode": "decode step", "peak memory": "peak memory"}.get(row.what)
+        error = f"{row.error:+.0%}" if row.measured and row.predicted else "-"
+        lines.append((name or f"  {_NAMES.get(row.what, row.what)}", *both, error))
+    return "\n".join([title, *table(lines)])
 
 
 def compared_json(planned: Planned, rows: Sequence[Compared]) -> str:

@@ -125,10 +125,10 @@ def plan(
 
         click.echo(plan_text(planned))
     if compare_run:
-        from stratum.compare_run import compare, compared_json, compared_text
+        from stratum.compare_run import compare, compared_json, compared_text, measured_what
 
         rows = compare(request, planned)
-        click.echo(compared_json(planned, rows) if as_json else "\n" + compared_text(rows))
+        click.echo(compared_json(planned, rows) if as_json else "\n" + compared_text(rows, measured_what(planned)))
     elif as_json:
         click.echo(text, nl=False)
     return 0

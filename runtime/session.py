@@ -84,6 +84,11 @@ class Session(SessionBase):
         mmap: bool = True,
     ) -> None:
         super().__init__(path)
+        if stream is not None and not mmap:
+            raise RuntimeDiagnostic(
+                "weights of a budget or a plan are read as they are needed: there is nothing to map or to copy",
+                hint="leave out --no-mmap, or the budget",
+            )
         self.artifact = open_artifact(path, verify=verify)
         refuse_gpu(self.artifact.manifest, str(path))
         self.manifest: Manifest = self.artifact.manifest

@@ -131,6 +131,7 @@ def load(
     missed_experts: str | None = None,
     stand_ins: float | None = None,
     slots: Slots | None = None,
+    mmap: bool = True,
 ) -> Model:
     """Opens an artifact, or a Hugging Face directory by way of the cache, for generation.
 
@@ -145,7 +146,8 @@ def load(
     `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
     budget has no room for. `stand_ins`, a share of a token's routing weight: missing experts that have less are
     computed from the copies that `build(stand_ins=...)` made, and the output is not that of the full model any more.
-    `slots` is room for several sequences (`stratum.batch_run`). Raises `stratum.memory_plan.DoesNotFit` for a budget
+    `slots` is room for several sequences (`stratum.batch_run`). Without `mmap` the weights are copied into memory of huge
+    pages, which is slower to start and often faster then. Raises `stratum.memory_plan.DoesNotFit` for a budget
     that is too small.
 
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
@@ -162,6 +164,7 @@ def load(
     choice = device if isinstance(device, DeviceChoice) else choose_device(
         Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
         target=target, threads=threads, plan=plan, kv_dir=kv_dir, record_routing=routing,
+        no_mmap=None if mmap else True,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     options: dict[str, Any] = {
@@ -174,7 +177,7 @@ def load(
     opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
     opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
     opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
-    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts, "slots": slots}
+    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts, "slots": slots, "mmap": mmap}
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

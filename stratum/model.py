@@ -138,7 +138,8 @@ class Model:
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
     bytes, and `memory` what the process takes beside it; `missed_experts` (auto, fetch, cpu) says what is done about
-    experts that it has no room for. `progress` is told of weights on their way there. `slots` is for the cpu.
+    experts that it has no room for. `progress` is told of weights on their way there. `slots` and
+    `mmap` are for the cpu: without `mmap` the weights are copied into huge pages (`runtime.loaded_weights`).
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Model:
         progress: Progress | None = None,
         stand_ins: float | None = None,
         slots: Slots | None = None,
+        mmap: bool = True,
     ) -> None:
         self.path = Path(path)
         room = slots or Slots()
@@ -167,7 +169,7 @@ class Model:
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
             refuse_cpu_options(plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads, stand_ins=stand_ins,
-                               expert_policy=expert_policy)  # fmt: skip
+                               expert_policy=expert_policy, no_mmap=None if mmap else True)  # fmt: skip
             given = {} if missed_experts is None else {"missed_experts": missed_experts}
             self.session: Session | CudaSession = open_on_gpu(
                 path, memory=memory, device_memory=device_memory, max_context=max_context, verify=verify,
@@ -186,7 +188,7 @@ class Model:
                 room = replace(room, kv_spill=replace(room.kv_spill, limit_bytes=self._kv_bytes(planned, room)))
         self.session = Session(
             path, threads=threads, max_context=max_context, verify=verify, stream=stream, routing=routing,
-            kv_stream=kv_stream, num_slots=room.count, kv_spill=room.kv_spill,
+            kv_stream=kv_stream, num_slots=room.count, kv_spill=room.kv_spill, mmap=mmap,
         )  # fmt: skip
         self.manifest = self.session.manifest
 

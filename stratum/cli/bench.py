@@ -93,6 +93,7 @@ def bench(
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
         threads=threads, plan=limits.plan, kv_dir=limits.kv_dir, expert_policy=limits.expert_policy,
+        no_mmap=None if limits.mmap else True,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
     if choice.why and not quiet:
@@ -169,7 +170,7 @@ def _on_cpu(path: Path, count: int | None, context: int, limits: Limits) -> Sess
     if plan is not None and plan.kv_bytes is not None:
         kv_stream = KVStreamOptions(plan.kv_bytes, str(limits.kv_dir) if limits.kv_dir is not None else None)
     stream = plan.stream if plan is not None else None
-    return Session(path, threads=count, max_context=context, stream=stream, kv_stream=kv_stream)
+    return Session(path, threads=count, max_context=context, stream=stream, kv_stream=kv_stream, mmap=limits.mmap)
 
 
 def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions: int, quiet: bool) -> list[Result]:

@@ -1,7 +1,7 @@
 """Options of the verbs that run a model: how text is generated, what memory may be used, how a directory is built.
 
 @generation_options     # -n, --chat, --temperature ... --seed, --stop: arguments by their names
-@memory_options         # --memory, --plan, --expert-policy, --kv-dir: one argument `limits`, a `Limits`
+@memory_options         # --memory, --plan, --expert-policy, --kv-dir, --no-mmap: one argument `limits`, a `Limits`
 @directory_options      # --dtype, --recipe, --target
 """
 
@@ -23,16 +23,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may use, as `stratum.load` takes it: a budget as text, a plan, details of both."""
+    """What a process may use, as `stratum.load` takes it: a budget as text, a plan, details of both; else whether weights
+    stay where the page cache has them."""
 
     memory: str | None = None
     plan: Path | None = None
     expert_policy: str | None = None
     kv_dir: Path | None = None
+    mmap: bool = True
 
 
 def memory_options(function: F) -> F:
-    """--memory, --plan, --expert-policy, --kv-dir. The function gets them as `limits`."""
+    """--memory, --plan, --expert-policy, --kv-dir, --no-mmap. The function gets them as `limits`."""
 
     @functools.wraps(function)
     def with_limits(
@@ -41,9 +43,10 @@ def memory_options(function: F) -> F:
         plan: Path | None,
         expert_policy: str | None,
         kv_dir: Path | None,
+        no_mmap: bool,
         **others: Any,
     ) -> Any:
-        return function(*args, limits=Limits(memory, plan, expert_policy, kv_dir), **others)
+        return function(*args, limits=Limits(memory, plan, expert_policy, kv_dir, not no_mmap), **others)
 
     return _with(
         with_limits,
@@ -61,6 +64,11 @@ def memory_options(function: F) -> F:
             type=click.Path(path_type=Path),
             metavar="DIR",
             help="With --memory or --plan: for KV it has no room for.",
+        ),
+        click.option(
+            "--no-mmap",
+            is_flag=True,
+            help="Copy the weights into memory of huge pages: starts later, often 10 % faster then.",
         ),
     )
 

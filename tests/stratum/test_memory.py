@@ -204,6 +204,15 @@ def test_a_budget_that_is_too_small(artifacts: dict[str, Path]) -> None:
     assert run_cli("run", str(artifacts["dense"]), "text", "-n", "1", "--memory", f"{least + 16}MiB").returncode == 0
 
 
+def test_weights_copied_into_memory(artifacts: dict[str, Path]) -> None:
+    arguments = ["run", str(artifacts["dense"]), "some text", "-n", "4", "--json", "-t", "2", "-c", "64"]
+    found = [run_cli(*arguments, *more) for more in ((), ("--no-mmap",))]
+    texts = [json.loads(done.stdout.splitlines()[-1])["token_ids"] for done in found]
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+    done = run_cli(*arguments, "--no-mmap", "--memory", "1GiB")
+    assert done.returncode == 2 and "leave out --no-mmap" in done.stderr + done.stdout
+
+
 def test_what_is_no_budget(artifacts: dict[str, Path]) -> None:
     done = run_cli("run", str(artifacts["dense"]), "text", "--memory", "much")
     assert done.returncode == 2 and "--memory" in done.stderr and "16GiB" in done.stderr

@@ -146,8 +146,8 @@ def load(
     `routing` is told which experts every token chose. `kv_dir` is a folder for the KV cache of a `max_context` that the
     budget has no room for. `stand_ins`, a share of a token's routing weight: missing experts that have less are
     computed from the copies that `build(stand_ins=...)` made, and the output is not that of the full model any more.
-    `slots` is room for several sequences (`stratum.batch_run`). Without `mmap` the weights are copied into memory of huge
-    pages, which is slower to start and often faster then. Raises `stratum.memory_plan.DoesNotFit` for a budget
+    `slots` is room for several sequences (`stratum.batch_run`). Without `mmap` the weights are copied into memory of
+    huge pages, which is slower to start and often faster then. Raises `stratum.memory_plan.DoesNotFit` for a budget
     that is too small.
 
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in

@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may use, as `stratum.load` takes it: a budget as text, a plan, details of both; else whether weights
+    """What a process may use, as `stratum.load` takes it: a budget as text, a plan, details of both; whether weights
     stay where the page cache has them."""
 
     memory: str | None = None

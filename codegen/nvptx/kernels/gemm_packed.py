@@ -152,24 +152,17 @@ class PackedGemm:
             yield number, number.compare("lt", count) if count - first < self.b.threads else None
 
     def _copy(self, held: Buffer, at: Expr, source: Buffer, source_at: Expr, inside: Expr, here: Expr | None) -> None:
-        nbytes = self.piece_bytes if held is self.held_x else PIECE_BYTES
         if here is None:
-            self.b.async_copy(held, at, source, source_at, inside, nbytes)
+            self.b.async_copy(held, at, source, source_at, inside)
             return
         with self.b.when(here):
-            self.b.async_copy(held, at, source, source_at, inside, nbytes)
+            self.b.async_copy(held, at, source, source_at, inside)
 
     def _fetch(self, chunk: Expr, stage: Expr) -> None:
         """Starts the copies of a chunk into a stage; zeros where x and w end."""
-        b, shape, layout = self.b, self.shape, self.layout
+        b, layout = self.b, self.layout
         there = chunk.compare("lt", layout.chunks)
-        for (number, here), first in zip(self._share(shape.rows * self.pieces), self.places, strict=True):
-            row, piece = number // self.pieces, number % self.pieces
-            column = chunk * CHUNK + piece * self.piece
-            inside = there & (self.row + row).compare("lt", self.m)
-            if layout.ragged:
-                inside = inside & column.compare("lt", layout.k)
-            self._copy(self.held_x, self._place(stage, row, piece), self.x, first + column, inside, here)
+        self._fetch_rows(chunk, stage, there)
         self._fetch_tiles(self.held_codes, self.codes, self.code_words, 4, layout.chunks, chunk, stage, there)
         if self.scales is not None and self.held_scales is not None:
             units = layout.chunks // layout.chunks_of_unit
@@ -177,6 +170,17 @@ class PackedGemm:
             self._fetch_tiles(self.held_scales, self.scales, self.scale_count, piece, units, unit, stage, there)
         self._fetch_more(chunk, stage, there)
         b.async_commit()
+
+    def _fetch_rows(self, chunk: Expr, stage: Expr, there: Expr) -> None:
+        """The block's rows of x."""
+        shape, layout = self.shape, self.layout
+        for (number, here), first in zip(self._share(shape.rows * self.pieces), self.places, strict=True):
+            row, piece = number // self.pieces, number % self.pieces
+            column = chunk * CHUNK + piece * self.piece
+            inside = there & (self.row + row).compare("lt", self.m)
+            if layout.ragged:
+                inside = inside & column.compare("lt", layout.k)
+            self._copy(self.held_x, self._place(stage, row, piece), self.x, first + column, inside, here)
 
     def _fetch_more(self, chunk: Expr, stage: Expr, there: Expr) -> None:
         """What x has besides its numbers: nothing."""

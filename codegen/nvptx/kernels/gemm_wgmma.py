@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
-from codegen.nvptx.fragments import SEGMENT, Fragments
+from codegen.nvptx.fragments import CHUNK, SEGMENT, Fragments
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
 from codegen.nvptx.kernels.weight_factors import left_factor
 from codegen.tile_builder import Buffer, Expr
@@ -26,6 +26,7 @@ from ir.ops.grid_warpgroup import STEP, WARPGROUP
 from ir.types import VectorType
 
 GROUP_TILES = WARPGROUP // WARP  # a tile of 16 rows for each warp of a warpgroup
+SWIZZLED = 8  # rows until the swizzle begins again
 PIECES = 4  # of 8 columns in a segment, and pairs of columns in a piece
 
 
@@ -118,10 +119,27 @@ class GroupGemm(PackedGemm):
 
     # -- copies
 
+    def _fetch_rows(self, chunk: Expr, stage: Expr, there: Expr) -> None:
+        """Rows of x, a warp one after the other: the places of all but the first are known numbers behind it."""
+        b, shape, k = self.b, self.shape, self.layout.k
+        step = b.threads // self.pieces  # rows that the block copies at once
+        row, piece = self.thread // self.pieces, self.thread % self.pieces
+        column = chunk * CHUNK + piece * self.piece
+        if self.layout.ragged:
+            there = there & column.compare("lt", k)
+        left, first = self.m - self.row - row, (self.row + row) * k + column
+        turns = max(1, SWIZZLED // step)  # rows of a warp until the swizzle begins again
+        places = [self._place(stage, row + turn * step, piece) for turn in range(turns)]
+        for number in range(shape.rows // step):
+            again, turn = divmod(number, turns)
+            at = places[turn] + again * turns * step * CHUNK
+            source = first + number * step * k if self.source is None else self.places[number] + column
+            b.async_copy(self.held_x, at, self.x, source, there & left.compare("gt", number * step), self.piece_bytes)
+
     def _place(self, stage: Expr, row: Expr, piece: Expr) -> Expr:
         """Where pair `piece` of a row of x goes: into the order of the weights' columns, and swizzled."""
         segment, q, j = piece // (PIECES * PIECES), piece // PIECES % PIECES, piece % PIECES
-        at = self.b.xor(segment * PIECES + j, row % 8) * PIECES + q
+        at = self.b.xor(segment * PIECES + j, row % SWIZZLED) * PIECES + q
         return ((stage * self.shape.rows + row) * self.pieces + at) * self.piece
 
     def _fetch_tiles(

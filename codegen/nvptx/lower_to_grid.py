@@ -18,7 +18,7 @@ import numpy as np
 
 import codegen.nvptx.emitters.fused  # noqa: F401 - all register emitters
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS
-from codegen.lower_to_plan import Lowering, ProgramBuilder
+from codegen.lower_to_plan import Lowering
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
 from codegen.nvptx.emitters.rows import merged
@@ -36,7 +36,8 @@ from codegen.nvptx.launches import (
     Temporary,
     WeightPart,
 )
-from codegen.programs import Launch, Program, ProgramSpec, WeightsFile
+from codegen.program_builder import Call, ProgramBuilder
+from codegen.programs import Launch, Program, WeightsFile
 from codegen.weight_pieces import WeightPiece
 from codegen.weights import PAGE_BYTES, StoredTensor
 from ir.attributes import SymbolRef
@@ -67,16 +68,6 @@ class GridSpec:
     name: str
     max_tokens: int
     few: int
-
-
-@dataclass
-class _Call:
-    """A launch before buffers have places; `spec` is what the emitter gave."""
-
-    op: Op
-    spec: GridLaunch
-    kernel: str
-    buffers: list[Any]
 
 
 @dataclass
@@ -233,8 +224,7 @@ class _GridBuilder(ProgramBuilder):
         self.grid_spec = spec
         strides = {value: bundle.stride for bundle in lowering.bundles for value in bundle.weights}
         self.context = GridContext(spec.few, spec.max_tokens, lowering.options, strides=strides)
-        base: Any = ProgramSpec(spec.name, spec.max_tokens, context=None)  # type: ignore[arg-type]
-        super().__init__(lowering, base, WeightsFile.empty())
+        super().__init__(lowering, spec.name, spec.max_tokens, WeightsFile.empty())
 
     def lower(self, op: Op) -> None:
         """Adds the launches of an op of the step."""
@@ -266,9 +256,9 @@ class _GridBuilder(ProgramBuilder):
             joint = merged(before.spec, launch, self.context) if before is not None else None
             if before is not None and joint is not None:
                 of = before.op if before.spec.costs else op
-                self.calls[-1] = _Call(of, joint, "", list(joint.arguments))
+                self.calls[-1] = Call(of, joint, "", list(joint.arguments))
             else:
-                self.calls.append(_Call(op, launch, "", list(launch.arguments)))
+                self.calls.append(Call(op, launch, "", list(launch.arguments)))
 
     def name_kernels(self) -> None:
         """Builds what is launched, and notes the tables."""

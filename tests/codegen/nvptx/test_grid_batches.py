@@ -31,7 +31,7 @@ def test_more_single_tokens_than_decoding_takes() -> None:
     model = build_model(SHAPE)
     PassManager(gpu_pipeline(recipe=("w4a16-g32", "kv4"))).run(model.module)
     programs = (GridSpec("decode", 8, 8), GridSpec("prefill", 32, 0))
-    lowered = lower_grid_step(model.step, GridOptions(splits=1, prefill_tokens=32), programs=programs)
+    lowered = lower_grid_step(model.step, GridOptions(prefill_tokens=32), programs=programs)
     machine = GridMachine(lowered, model, ctx=CTX, slots=SLOTS)
     states = zero_states(model.step, SLOTS, CTX)
     slots = np.random.default_rng(3).permutation(SLOTS)

@@ -31,9 +31,8 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "w4": (replace(SMALL, norms="row", clip=0.9, window=7), ("w4a16-g32", "kv8")),
     "int8": (replace(SMALL, hidden=128, ffn=128, dim=32, norms="head"), ("w4a8-g32", "kv4")),
     "experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
-    "experts of bytes": (replace(SMALL, hidden=32, ffn=96, experts=3, top_k=2), ("w4a8-g32",)),
     "fp8": (replace(SMALL, experts=3, top_k=2), ("fp8",)),
-    "fp8 activations": (replace(SMALL, experts=3, top_k=2, q_heads=2, kv_heads=1, dim=144), ("w8a8-fp8",)),
+    "fp8 activations": (replace(SMALL, q_heads=1, kv_heads=1, dim=144), ("w8a8-fp8",)),
     "wgmma": (replace(SMALL, layers=2, q_heads=2, kv_heads=1, bias=True), ()),
     "wgmma experts": (replace(SMALL, experts=5, top_k=2), ("w4a16-g32",)),
 }
@@ -45,7 +44,6 @@ TOLERANCE = {
     "w4": 0.015,
     "int8": 0.04,
     "experts": 0.01,
-    "experts of bytes": 0.04,
     "fp8": 0.01,
     "fp8 activations": 0.04,
     "wgmma": 0.01,

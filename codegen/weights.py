@@ -208,7 +208,7 @@ def _file_pieces(
     parts.sort(key=lambda part: part[0])
     written = 0
     with ThreadPoolExecutor(2, "weights") as pool:
-        streams = (_Ahead(pool, stored_pieces(value, source, matrix=m)) for _, _, value, m in parts)
+        streams = (_Ahead(pool, _finite(t, stored_pieces(value, source, matrix=m))) for _, t, value, m in parts)
         following = next(streams, None)
         for offset, tensor, _, _ in parts:
             assert written == offset and following is not None
@@ -222,6 +222,24 @@ def _file_pieces(
             if written % PAGE_BYTES:
                 yield memoryview(bytes(-written % PAGE_BYTES))
                 written += -written % PAGE_BYTES
+
+
+# The sign, and the smallest bits of what is not finite, of floats that are stored as they are.
+_INFINITE = {"f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80), "f32": (np.uint32, 0x7F800000)}
+
+
+def _finite(tensor: StoredTensor, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The pieces. Raises DiagnosticError where one holds NaN or an infinity: low-bit formats refuse them as well."""
+    unsigned, least = _INFINITE.get(tensor.format, (np.uint8, 0))
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
+    for piece in pieces:
+        if least and len(piece):
+            bits = np.frombuffer(piece, unsigned)  # negative numbers are the largest of these, and below 0 as signed
+            if bits.max() >= sign + least or bits.view(np.dtype(unsigned).str.replace("u", "i")).max() >= least:
+                raise DiagnosticError(
+                    "the tensor holds NaN or infinite numbers", where=tensor.name, expected="finite numbers"
+                )
+        yield piece
 
 
 class _Ahead:

@@ -33,7 +33,7 @@ def cache_entry(model: Path, settings: list[str]) -> Path:
     for part in (*settings, sources_digest()):
         _frame(digest, part.encode())
     for path in sorted(model.iterdir()):
-        if path.suffix in WEIGHT_SUFFIXES or path.suffix in SMALL_FILE_SUFFIXES:
+        if path.is_file() and path.suffix in (*WEIGHT_SUFFIXES, *SMALL_FILE_SUFFIXES):  # a pipe would never answer
             _add_file(digest, path)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.resolve().name).strip("-.")[:60] or "model"
     return cache_root() / "models" / f"{stem}-{digest.hexdigest()[:_KEY_DIGITS]}"

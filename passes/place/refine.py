@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
 
 _SAMPLES = 8  # draws of expert misses
+_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def refine(solution: Solution) -> Refined:
 def most_tokens(solutions: Sequence[Solution]) -> tuple[Solution, Refined]:
     """Of plans for several batches, most tokens a second first, the one that makes most of them as simulated.
 
-    Bounds say which are worth simulating: those that promise more than the best reached.
+    Bounds say which are worth simulating: those that promise more than the best reached, three of them at most.
     """
     best: tuple[Solution, Refined] | None = None
     most = 0.0
-    for solution in solutions:
+    for solution in solutions[:_BATCHES]:
         if best is not None and solution.placement.tokens_per_second <= most:
             break
         refined = refine(solution)

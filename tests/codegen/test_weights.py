@@ -186,6 +186,20 @@ def test_file_is_page_aligned_in_order_with_zero_padding():
     }
 
 
+@pytest.mark.parametrize("element", [F32, BF16, F16])
+@pytest.mark.parametrize("fault", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_by_name(element, fault):
+    for number in (fault, np.finfo(element.dtype).max if element is not BF16 else 3e38):
+        checkpoint = Checkpoint()
+        weight = checkpoint.add("norm", (50,), element)
+        checkpoint.tensors["norm"][7], checkpoint.tensors["norm"][9] = number, -number
+        if np.isfinite(number):
+            write_weights([("norm", weight)], checkpoint, io.BytesIO())
+        else:
+            with pytest.raises(DiagnosticError, match="norm: error: the tensor holds NaN or infinite numbers"):
+                write_weights([("norm", weight)], checkpoint, io.BytesIO())
+
+
 def test_stacked_experts_are_laid_out_one_by_one():
     checkpoint = Checkpoint()
     gate, up = (checkpoint.stack(f"e.*.{name}", 3, (6, 4), F32) for name in ("gate", "up"))

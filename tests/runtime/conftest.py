@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import stratum
 from tests.runtime.fake_artifact import write_artifact
+from tests.runtime.streamed_models import build_all, resident_logits
 from tests.stratum.tiny_model import LLAMA, write_model
 
 KV_LAYERS = 4
@@ -40,3 +43,16 @@ def kv_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return stratum.build(model, folder / name, recipe="none" if name == "bf16" else f"none,{name}")
 
     return build
+
+
+@pytest.fixture(scope="session")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models by family; what one worker has compiled of them, the others take."""
+    cache = Path(os.environ["STRATUM_TEST_CACHE"]) / "streamed"
+    return build_all(tmp_path_factory.mktemp("streamed"), cache)
+
+
+@pytest.fixture(scope="session")
+def expected(streamed: dict[str, Path]) -> dict[tuple[str, int], list[np.ndarray]]:
+    """Logits of `streamed_models.batches`, by family and seed."""
+    return resident_logits(streamed)

@@ -1,0 +1,196 @@
+"""Weights on disk while the disk, the file or the user interfere: the same bits, or a diagnostic and no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from runtime import weight_reader
+from runtime.errors import RuntimeDiagnostic
+from tests.runtime.streamed_models import FAMILIES, assert_same, batches, least_plan, logits, opened
+
+pytestmark = pytest.mark.slow
+
+
+class Disk:
+    """os.preadv with faults planted: `plan(number of the call)` gives an errno, a number of bytes, or None.
+
+    Errors strike the first read at each place only when they are `once`, so that trying again helps.
+    """
+
+    def __init__(self, plan: Callable[[int], int | tuple[str, int] | None], *, once: bool = False) -> None:
+        self.plan, self.calls, self.once = plan, 0, once
+        self._struck: dict[int, None] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._lock:
+            number = self.calls
+            self.calls += 1
+        fault = self.plan(number)
+        if isinstance(fault, int) and not (self.once and offset in self._struck):
+            self._struck[offset] = None
+            raise OSError(fault, os.strerror(fault))
+        if isinstance(fault, tuple):
+            kind, size = fault
+            if kind == "end":
+                return 0
+            return os.preadv(descriptor, [buffers[0][:size]], offset)
+        return os.preadv(descriptor, buffers, offset)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda n: errno.EIO if n % 3 == 1 else None,
+        lambda n: errno.EINTR if n % 2 else None,
+        lambda n: ("short", 4096) if n % 2 else None,
+        lambda n: errno.EINVAL if n == 2 else None,  # the file system refuses O_DIRECT
+        lambda n: ("short", 100) if n == 3 else None,
+    ],
+    ids=["eio", "interrupted", "short", "no-direct", "short-inside-a-page"],
+)
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_faults_that_pass_change_nothing(
+    streamed: dict[str, Path], expected: dict, name: str, plan: Callable[[int], object]
+) -> None:
+    disk = Disk(plan, once=True)  # type: ignore[arg-type]
+    with (
+        patch("runtime.weight_reader._PAUSES_S", (0, 0, 0)),
+        opened(streamed[name], least_plan(streamed[name]), preadv=disk) as session,
+    ):
+        assert_same(logits(session, batches(1)), expected[name, 1])
+    assert disk.calls > 10
+
+
+def test_weights_in_a_memory_file_system(streamed: dict[str, Path], expected: dict) -> None:
+    """Older kernels refuse O_DIRECT there, newer ones take it: the same bits either way."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or not os.access(shared, os.W_OK) or not hasattr(os, "O_DIRECT"):
+        pytest.skip("there is no /dev/shm to write to")
+    path = streamed["llama"]
+    with tempfile.TemporaryDirectory(prefix="stratum-test-", dir=shared) as folder:
+        there = shutil.copytree(path, Path(folder) / "model")
+        try:
+            os.close(os.open(there / "weights" / "weights.bin", os.O_RDONLY | os.O_DIRECT))
+            takes = True
+        except OSError:
+            takes = False
+        descriptor = os.open(there / "weights" / "weights.bin", os.O_RDONLY)
+        try:
+            assert weight_reader._direct(descriptor) == (descriptor, takes)
+        finally:
+            os.close(descriptor)
+        with opened(there, least_plan(there)) as session:
+            assert_same(logits(session, batches(1)), expected["llama", 1])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(errno.EIO, "cannot be read at byte"), (errno.ENXIO, "cannot be read"), (("end", 0), "the weights end at byte")],
+)
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_faults_that_stay_end_the_step_and_no_more(
+    streamed: dict[str, Path], expected: dict, name: str, fault: object, message: str
+) -> None:
+    """One diagnostic that names the file; when the disk is well again the session goes on, with the same bits."""
+    ill = threading.Event()
+    disk = Disk(lambda n: fault if ill.is_set() else None)  # type: ignore[arg-type,return-value]
+    steps = batches(2)
+    with (
+        patch("runtime.weight_reader._PAUSES_S", (0, 0, 0)),
+        opened(streamed[name], least_plan(streamed[name]), preadv=disk) as session,
+    ):
+        assert_same(logits(session, steps[:2]), expected[name, 2][:2])
+        ill.set()
+        for _ in range(2):
+            with pytest.raises(RuntimeDiagnostic, match=message) as caught:
+                session.step(*steps[2])
+            assert "weights.bin" in caught.value.where and caught.value.hint
+        ill.clear()
+        assert_same(logits(session, steps[2:]), expected[name, 2][2:])
+
+
+def test_a_file_cut_while_it_is_read(streamed: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "cut.stratum"
+    shutil.copytree(streamed["llama"], path)
+    with opened(path, least_plan(path)) as session:
+        session.step([1], [0], [0], [0])
+        os.truncate(path / "weights" / "weights.bin", 4096)
+        with pytest.raises(RuntimeDiagnostic, match="the weights end at byte"):
+            for at in range(1, 4):
+                session.step([1], [at], [0], [0])
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_an_interrupt_while_waiting(streamed: dict[str, Path], expected: dict, name: str) -> None:
+    """Ctrl-C in the middle of a step, at every read of it: the step ends, the next one is right."""
+    steps = batches(3)
+    at = -1
+
+    def plan(number: int) -> None:
+        if number == at:
+            signal.raise_signal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else os.kill(
+                os.getpid(), signal.SIGINT
+            )
+
+    disk = Disk(plan)  # type: ignore[arg-type]
+    with opened(streamed[name], least_plan(streamed[name]), preadv=disk) as session:
+        session.step(*steps[0])
+        interrupted = 0
+        for offset in (0, 1, 2, 5, 9):
+            at = disk.calls + offset
+            try:
+                session.step(*steps[1])
+            except KeyboardInterrupt:
+                interrupted += 1
+        at = -1
+        assert interrupted
+        assert_same(logits(session, steps[1:]), expected[name, 3][1:])
+
+
+def test_a_disk_slower_than_planned_is_told_of_once(streamed: dict[str, Path], expected: dict) -> None:
+    """And fewer guesses are read; the tokens are the same."""
+    path = streamed["qwen3_moe"]
+    told: list[str] = []
+    plan = least_plan(path, guesses=2, disk_bytes_per_s=10**12)
+    with patch("runtime.disk_watch.LEAST_BYTES", 4096), patch("runtime.disk_watch.LEAST_S", 0):
+        with opened(path, plan) as session:
+            assert session.streamer is not None
+            session.streamer.tell = told.append
+            assert_same(logits(session, batches(1)), expected["qwen3_moe", 1])
+            assert len(told) == 1 and "the plan counts on 1000.00" in told[0]
+            assert session.streamer._books.most_guesses == 1
+        with opened(path, plan) as session, pytest.warns(RuntimeWarning, match="the disk gives"):
+            logits(session, batches(1))
+
+
+def test_a_file_that_vanishes_is_still_open(streamed: dict[str, Path], expected: dict, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "gone.stratum"
+    shutil.copytree(streamed["qwen3_moe"], path)
+    with opened(path, least_plan(path)) as session:
+        steps = batches(1)
+        got = logits(session, steps[:1])
+        shutil.rmtree(path)
+        assert_same([*got, *logits(session, steps[1:])], expected["qwen3_moe", 1])
+
+
+def test_nothing_is_left_behind(streamed: dict[str, Path]) -> None:
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(2):
+        with opened(streamed["qwen3_moe"], least_plan(streamed["qwen3_moe"])) as session:
+            session.step([1, 2], [0, 1], [0, 0], [1])
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before

@@ -48,37 +48,12 @@ from runtime.stand_ins import check_stand_ins
 from runtime.stream_plan import DEFAULT_POLICY, StreamPlan
 from stratum.host_placement import drive_of
 from stratum.host_planning import context_of_run, drive_of_target, executed, host_gains, judged, placement_for
+from stratum.plan_request import PlanRequest, budgets_of, parse_slo, session_of
 from stratum.process_account import budget_of_room, foreseen_bytes, room_of
 from stratum.run_prediction import predict, problem_for
 from stratum.stand_in_prediction import stand_in_use
 from stratum.stand_in_share import check_threshold
 from stratum.stream_placement import MemoryPlan, budget_of, read_placement, recipe_of, stream_of_placement
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What a plan is wanted for. Sizes are texts like `2GiB`; `batch` 0 chooses it, for most tokens a second."""
-
-    model: str
-    target: str = "host"
-    recipe: str | None = None
-    dtype: str = "bf16"
-    context: int | None = None
-    batch: int = 1
-    prompt: int | None = None
-    generate: int = 128
-    budgets: tuple[tuple[str, str], ...] = ()  # (tier or storage, size); "memory" and "disk" stand for the main ones
-    pins: tuple[str, ...] = ()
-    slo: str | None = None
-    trace: Path | None = None
-    plan: Path | None = None
-    formats: tuple[str, ...] = ()  # recipes that a plan chooses among, part by part
-    max_loss: float | None = None
-    bits_per_weight: float | None = None  # that are kept at least, on average
-    sensitivity: Path | None = None
-    what_if: bool = True
-    simulate: bool = True
-    stand_ins: float | None = None  # of a built model with copies: experts of less of a token's weight
 
 
 @dataclass(frozen=True)
@@ -107,7 +82,7 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     if budget is not None and manifest is not None and request.context is None:
         context = context_of_run(manifest, budget, max(1, request.batch))
         request = dataclasses.replace(request, context=min(context, shape.max_context))
-    session = _session(request, shape)
+    session = session_of(request, shape)
     if given is not None:
         _same_model(given, shape, request)
         formats = formats if manifest is not None else formats_of(given.recipe, given.dtype)
@@ -204,7 +179,7 @@ def _placed(
     built: Built | None,
 ) -> Planned:
     """A plan over the tiers of one machine; of a built model on this one what `run` does, where nothing is pinned."""
-    sizes = _budgets(request, target)
+    sizes = budgets_of(request, target)
     if built is not None and built.budget is not None:
         sizes[main_tier(target)] = room_of(built.budget)
     machine = machine_of(target, budgets=sizes)
@@ -348,49 +323,6 @@ def _measured(name: str, tell: Callable[[str], None] | None) -> Target:
         tell("measuring this machine once, about 3 s: memory bandwidth and peaks ('compile-model targets calibrate')")
     calibrate()
     return load_target(name)
-
-
-def parse_slo(text: str | None) -> Slo:
-    """`ttft=2s,tpot=50ms` -> bounds in seconds."""
-    bounds: dict[str, float] = {}
-    for part in (text or "").split(","):
-        name, equals, value = part.strip().partition("=")
-        if not part.strip():
-            continue
-        if name not in ("ttft", "tpot") or not equals or name in bounds:
-            raise DiagnosticError(f"{part.strip()!r} is not a bound", where="--slo", expected="ttft=2s,tpot=50ms")
-        bounds[name] = parse_quantity(value, "time", where=f"--slo {name}")
-    return Slo(**bounds)
-
-
-def _session(request: PlanRequest, shape: ModelShape) -> Session:
-    context = request.context if request.context is not None else min(shape.max_context, 4096)
-    prompt = request.prompt if request.prompt is not None else max(1, min(512, context // 2))
-    if prompt >= context + 1:
-        raise DiagnosticError(f"a prompt of {prompt} tokens is longer than the context of {context}")
-    if context > shape.max_context:
-        raise DiagnosticError(
-            f"{shape.name} takes a context of at most {shape.max_context} tokens, not {context}",
-            expected=f"--ctx {shape.max_context} or less",
-        )
-    generate = max(1, min(request.generate, context - prompt)) if context > prompt else 1
-    return Session(context=context, batch=max(1, request.batch), prompt=prompt, generate=generate)
-
-
-def _budgets(request: PlanRequest, target: Target) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, size in request.budgets:
-        whole = False
-        if name == "memory":
-            name, whole = main_tier(target), target.name == "host"  # `run --memory` bounds the whole process
-        elif name == "disk":
-            if not target.storage:
-                hint = MEASURE_DRIVE if target.name == "host" else ""
-                raise DiagnosticError(f"target {target.name} has no storage", where="--disk", hint=hint)
-            name = target.storage[0].name
-        nbytes = int(parse_quantity(size, "bytes", where=f"budget of {name}"))
-        found[name] = room_of(nbytes) if whole else nbytes
-    return found
 
 
 def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from passes.place.placement import SCHEMA, Placement
 from passes.quantize.recipe import load_recipe
 from stratum.cli import main
 from stratum.plan_report import seconds_text, shortened
-from stratum.planning import PlanRequest, make_plan, parse_slo
+from stratum.plan_request import parse_slo
+from stratum.planning import PlanRequest, make_plan
 from tests.frontends.model_files import config_of, write_model
 
 OLMOE = ["OLMoE-1B-7B-0924", "--target", "ddr5-laptop", "--recipe", "w4a8-g32", "--ctx", "2048"]
@@ -179,3 +181,22 @@ def test_faults_are_objects_with_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert "did you mean 'Llama-3.1-8B'" in err  # what begins so, not what is spelled alike
     code, out, _ = run(capsys, "Llama-3.1-8B", "--json", "--batch", "none")
     assert json.loads(out)["exit_code"] == code == 2 and run(capsys, "llama-3.1")[1] == ""
+
+
+def test_what_is_written_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text("before")
+    arguments = ("Llama-3.1-8B", "--target", "rtx-4090", "--quick", "-o")
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert run(capsys, *arguments, str(file))[0] == 2
+    assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert run(capsys, *arguments, os.devnull)[0] == 0 and not Path(os.devnull).is_file()
+    assert "Is a directory" in run(capsys, *arguments, str(tmp_path))[2]

@@ -167,7 +167,14 @@ def _refused(fault: NoFit, as_json: bool) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
+    """The whole file or nothing; what is no regular file (/dev/stdout) is written to and not replaced."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

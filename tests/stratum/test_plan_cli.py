@@ -198,5 +198,7 @@ def test_what_is_written_is_whole(
         patched.setattr(Path, "write_text", full)
         assert run(capsys, *arguments, str(file))[0] == 2
     assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-    assert run(capsys, *arguments, os.devnull)[0] == 0 and not Path(os.devnull).is_file()
+    link = tmp_path / "device"
+    link.symlink_to(os.devnull)
+    assert run(capsys, *arguments, str(link))[0] == 0 and link.is_symlink()
     assert "Is a directory" in run(capsys, *arguments, str(tmp_path))[2]

@@ -72,7 +72,7 @@ test-extras: $(VENV)/.installed-extras ## install ptxas and matplotlib, and run 
 
 # A single test may take longer than what otherwise is a team of threads that hangs.
 EXAMPLES ?= 400
-fuzz: $(VENV)/.installed ## the property tests with EXAMPLES new random examples each; about an hour
+fuzz: $(VENV)/.installed ## the property tests with new random examples, EXAMPLES where a test names no number; about an hour
 	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) -n $(WORKERS) --ignore=tests/reference -m hypothesis \
 	  -o faulthandler_timeout=14400 $(ARGS)
 

@@ -122,6 +122,8 @@ def run(
             **options,
         )
     with loaded, contextlib.ExitStack() as stack:
+        if record_routing is not None and not loaded.manifest.experts_per_token:
+            raise DiagnosticError("the model has no experts, so there is no routing", where=str(record_routing))
         if loaded.session.streamer is not None:
             loaded.session.streamer.tell = lambda message: click.echo(f"warning: {message}", err=True)
         generation = loaded.generate(
@@ -313,8 +315,6 @@ def _tell_prompt_cache(generation: Generation, reporter: Reporter, quiet: bool, 
 def _write_routing(recorder: RoutingRecorder, manifest: Manifest, path: Path) -> None:
     from hw_targets.routing import write_trace
 
-    if not manifest.experts_per_token:
-        raise DiagnosticError("the model has no experts, so there is no routing", where=str(path))
     write_trace(recorder.trace(manifest), path)
 
 

@@ -14,7 +14,7 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import from_placement, quality_plan, to_placement
 from passes.place.milp import FEW_NODES
-from passes.place.outcome import Outcome, TierUse, evaluate
+from passes.place.outcome import Outcome, PhaseOutcome, TierUse, evaluate, objective
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
@@ -72,7 +72,7 @@ def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryP
             hint="'compile-model targets calibrate --disk DIR' does, where DIR is on it",
         )
     choice = from_placement(problem, given)
-    outcome = dataclasses.replace(evaluate(problem, choice), tiers=held(problem, manifest, made))
+    outcome = dataclasses.replace(overlapped(problem, evaluate(problem, choice)), tiers=held(problem, manifest, made))
     placement = dataclasses.replace(
         to_placement(problem, choice, outcome), groups=given.groups, kv=given.kv, degrees=given.degrees, gap=given.gap,
         quality=quality_plan(problem, given.groups),
@@ -81,6 +81,20 @@ def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryP
         kept = {"slots": given.expert_cache.slots, "nbytes": given.expert_cache.nbytes}
         placement = dataclasses.replace(placement, expert_cache=dataclasses.replace(placement.expert_cache, **kept))
     return Solution(problem, choice, outcome, placement, given.gap, None)
+
+
+def overlapped(problem: Problem, outcome: Outcome) -> Outcome:
+    """The same with phases as long as their busiest resource is busy.
+
+    A plan in general waits for a missing expert once its router has spoken. The runtime reads experts before, on a
+    guess: only this is a bound of what it does.
+    """
+    decode, prefill = (
+        PhaseOutcome(found.busy[0][1], found.busy[0][0], found.busy) if found.busy else found
+        for found in (outcome.decode, outcome.prefill)
+    )
+    value = objective(problem, decode.seconds, prefill.seconds)
+    return dataclasses.replace(outcome, decode=decode, prefill=prefill, objective=value)
 
 
 def held(problem: Problem, manifest: Manifest, made: MemoryPlan) -> tuple[TierUse, ...]:
@@ -112,11 +126,11 @@ def host_gains(solution: Solution, manifest: Manifest, drive: str) -> tuple[Gain
 
     def again(problem: Problem) -> Outcome:
         if problem.formats != solution.problem.formats:
-            return solve(problem, FEW_NODES).outcome  # of a model that is not built yet
+            return overlapped(problem, solve(problem, FEW_NODES).outcome)  # of a model that is not built yet
         budget = budget_of_room(problem.machine.room_of(MEMORY))
         given = placement_for(manifest, budget, problem.session, drive)
         session = dataclasses.replace(problem.session, **dataclasses.asdict(given.session))
         problem = dataclasses.replace(problem, session=session)
-        return evaluate(problem, from_placement(problem, given))
+        return overlapped(problem, evaluate(problem, from_placement(problem, given)))
 
     return gains(solution, again)

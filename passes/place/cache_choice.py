@@ -77,6 +77,7 @@ def judge(trace: RoutingTrace, slots: int, source: str, scope: str = "layer") ->
     warnings = []
     if slots < trace.top_k:
         warnings.append(
-            f"{slots} slots a layer hold less than the {trace.top_k} experts of one token: every look-up misses"
+            f"{slots} slots a layer hold less than the {trace.top_k} experts of one token: the latest ones (lru)"
+            " would hardly ever be found again"
         )
     return Judged(order[0][0], order, belady, source, tuple(warnings))

@@ -13,7 +13,9 @@ from hw_targets.calibrate import Calibration
 from hw_targets.calibrate_disk import DiskCalibration
 from hw_targets.quantities import parse_quantity
 from ir.diagnostics import DiagnosticError
+from passes.place.outcome import Outcome, PhaseOutcome
 from passes.place.solve import NoFit
+from stratum.host_planning import overlapped
 from stratum.planning import PlanRequest, make_plan
 from stratum.process_account import PROCESS_BYTES
 from tests.stratum.test_targets_cli import DRIVE
@@ -64,3 +66,17 @@ def test_the_budget_that_is_named_is_enough(
             make_plan(dataclasses.replace(request, pins=("weights=disk",)))
         with pytest.raises(DiagnosticError, match="calibrate --disk"):
             make_plan(dataclasses.replace(request, budgets=(("disk", "1GiB"),)))
+
+
+def test_the_closed_form_of_a_run_is_its_busiest_resource(
+    llama_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts are read before their router has spoken, so that waiting for it bounds nothing."""
+    monkeypatch.setattr(calibrate, "cached", lambda threads: FOUND)
+    planned = make_plan(PlanRequest(str(llama_directory), context=64, generate=10, what_if=False))
+    assert planned.solution is not None
+    busy = (("vda read", 3.0), ("dram read", 1.0))
+    given = PhaseOutcome(4.0, "vda read", busy)
+    found = overlapped(planned.solution.problem, Outcome(given, given, (), 0.0))
+    assert found.decode == found.prefill == PhaseOutcome(3.0, "vda read", busy)
+    assert found.objective == 3.0 + 10 * 3.0

@@ -17,14 +17,12 @@ import numpy as np
 from codegen.amdgpu.fragments import Places, places_of_a, places_of_b, places_of_columns, places_of_rows, places_of_sums
 from codegen.llvm.lowering import LOWERINGS, llvm_type
 from codegen.nvptx.builder import WARP, GridKernel
-from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, multiplies_fp8, shared_bytes
+from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, lower_body, multiplies_fp8, shared_bytes
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, I8
 from ir.ops import grid, grid_async, grid_matrix, tile_control, tile_convert, tile_memory
-from ir.ops.builtin import ReturnOp
 from ir.ops.tile_types import element_of, lanes_of
-from ir.types import BufferType
 
 MAX_SHARED_BYTES = 64 << 10  # of a block (AMD, "CDNA3 Instruction Set Architecture", 1.2: local data share)
 MAX_THREADS = 1024
@@ -279,18 +277,7 @@ def lower_amd_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
     if threads > MAX_THREADS:
         raise DiagnosticError(f"@{kernel.name} wants {threads} threads", expected=f"at most {MAX_THREADS}")
     emitter = AmdEmitter(kernel, declarations)
-    block = kernel.func.region.block
-    parameters = []
-    for i, argument in enumerate(block.arguments):
-        if isinstance(argument.type, BufferType):
-            parameters.append(f"{_GLOBAL} noalias noundef align 16 %a{i}")
-            emitter.names[argument] = emitter.assign(f"addrspacecast {_GLOBAL} %a{i} to ptr")
-        else:
-            parameters.append(f"{llvm_type(argument.type)} %a{i}")
-            emitter.names[argument] = f"%a{i}"
-    end = emitter.block(block)
-    assert isinstance(end, ReturnOp)
-    emitter.emit("ret void")
+    parameters = lower_body(kernel, emitter)
     lines = []
     if total:
         lines.append(f"{emitter.memory} = internal addrspace(3) global [{total} x i8] poison, align 16")

@@ -122,6 +122,24 @@ def _root(buffer: Value) -> Value:
     return buffer
 
 
+def lower_body(kernel: GridKernel, emitter: GridEmitter, written: set[Value] | None = None) -> list[str]:
+    """Emits the ops of a kernel; gives its parameters. Buffers that are not `written` are said to be read only."""
+    block = kernel.func.region.block
+    parameters = []
+    for i, argument in enumerate(block.arguments):
+        if isinstance(argument.type, BufferType):
+            only_read = "" if written is None or argument in written else " readonly"
+            parameters.append(f"ptr addrspace(1) noalias noundef{only_read} align 16 %a{i}")
+            emitter.names[argument] = emitter.assign(f"addrspacecast ptr addrspace(1) %a{i} to ptr")
+        else:
+            parameters.append(f"{llvm_type(argument.type)} %a{i}")
+            emitter.names[argument] = f"%a{i}"
+    end = emitter.block(block)
+    assert isinstance(end, ReturnOp)
+    emitter.emit("ret void")
+    return parameters
+
+
 def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
     """The text of one kernel and of its shared memory. Raises DiagnosticError for what GPUs cannot do."""
     import codegen.llvm.packed_lowerings
@@ -134,20 +152,7 @@ def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
         message = f"@{kernel.name} wants {total} bytes of shared memory; a block has {most}"
         raise DiagnosticError(message, hint="take smaller tiles or fewer stages")
     emitter = GridEmitter(kernel, declarations)
-    written = written_buffers(kernel)
-    block = kernel.func.region.block
-    parameters = []
-    for i, argument in enumerate(block.arguments):
-        if isinstance(argument.type, BufferType):
-            only_read = "" if argument in written else " readonly"
-            parameters.append(f"ptr addrspace(1) noalias noundef{only_read} align 16 %a{i}")
-            emitter.names[argument] = emitter.assign(f"addrspacecast ptr addrspace(1) %a{i} to ptr")
-        else:
-            parameters.append(f"{llvm_type(argument.type)} %a{i}")
-            emitter.names[argument] = f"%a{i}"
-    end = emitter.block(block)
-    assert isinstance(end, ReturnOp)
-    emitter.emit("ret void")
+    parameters = lower_body(kernel, emitter, written_buffers(kernel))
     lines, align = [], _TILE_BYTES if for_hopper(kernel) else 16
     if dynamic_bytes(kernel):
         lines.append(f"{emitter.memory} = external addrspace(3) global [0 x i8], align {align}")

@@ -42,7 +42,11 @@ def test_the_list_fits_the_sources() -> None:
     for entry in found:
         mutants.planted(entry, mutants.ROOT)
         for test in entry.tests:
-            assert (mutants.ROOT / test.partition("::")[0]).exists(), f"{entry.name}: no {test}"
+            path, _, function = test.partition("::")
+            assert (mutants.ROOT / path).exists(), f"{entry.name}: no {test}"
+            if function:
+                text = (mutants.ROOT / path).read_text(encoding="utf-8")
+                assert f"def {function.partition('[')[0]}(" in text, f"{entry.name}: no {test}"
 
 
 def test_caught_and_survived(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,8 @@ def test_idle_and_crowded_experts(experts_used: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in hw_targets.names() if n not in ("host", "cuda") and not hw_targets.load(n).is_machine]
+    "name",
+    [n for n in hw_targets.names() if n != "host" and not n.startswith("cuda") and not hw_targets.load(n).is_machine],
 )
 def test_every_shipped_target_can_be_built_for(name: str) -> None:
     """Cross-compiling needs no such machine; the object says whose code it is. Prompts' code differs in its tiles."""

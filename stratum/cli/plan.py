@@ -127,6 +127,8 @@ def plan(
     if compare_run:
         from stratum.compare_run import compare, compared_json, compared_text, measured_what
 
+        steps = planned.placement.session.generate
+        click.echo(f"measuring: {measured_what(planned).split(': ')[1]}, {steps} of them, several times", err=True)
         rows = compare(request, planned)
         click.echo(compared_json(planned, rows) if as_json else "\n" + compared_text(rows, measured_what(planned)))
     elif as_json:

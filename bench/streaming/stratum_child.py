@@ -44,6 +44,7 @@ class Streamed:
             max_context=options.context,
             stream=self.plan,
             routing=self.recorder,
+            mmap=self.plan is not None,  # without a limit in memory of its own, as llama.cpp then repacks
         )
 
     def about(self, request: dict[str, Any]) -> Answer:

@@ -35,7 +35,7 @@ from hw_targets.cpu_features import cpu_baseline, parse_feature_string
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.location import Location
 
-CODEGEN_VERSION = 8  # part of every cache key; raise it when the same IR text should give different code
+CODEGEN_VERSION = 8  # in keys of compiled text (LLVM IR, PTX); raise it when the same text should give other code
 DEFAULT_TIMEOUT_SECONDS = 120.0
 DEFAULT_MEMORY_BYTES = 4 << 30
 _STDERR_LINES = 6

@@ -72,13 +72,20 @@ def gemm_packed_kernel(
 
     With `gate_up` rows of w are in turns (`codegen.nvptx.kernels.gate`) and y [m, n / 2] is silu(gate) * up.
     """
+    return product_kernel(PackedGemm, layout, name, shape, out, gate_up=gate_up)
+
+
+def product_kernel(
+    kind: type[PackedGemm], layout: Fragments, name: str, shape: PackedShape, out: PlainFormat, *, gate_up: bool
+) -> GridKernel:
+    """A kernel of blocks that `kind` writes, with the arguments of `gemm_packed_kernel`."""
     b = GridBuilder(name, shape.threads)
     codes = b.buffer("codes", I32)
     scales = b.buffer("scales", layout.scale_element) if layout.group else None
     x, y, m = b.buffer("x", BF16), b.buffer("y", out), b.size("rows")
     block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
     tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
-    PackedGemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).build()
+    kind(b, shape, layout, (codes, scales), (x, y), tile, gate_up).build()
     return b.grid_kernel()
 
 

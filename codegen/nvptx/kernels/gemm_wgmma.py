@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.builder import WARP, GridKernel
 from codegen.nvptx.fragments import CHUNK, SEGMENT, Fragments
-from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
+from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, product_kernel
 from codegen.nvptx.kernels.weight_factors import left_factor
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F32, I32, I64, PlainFormat
@@ -53,14 +53,7 @@ def gemm_wgmma_kernel(
 
     As `gemm_packed_kernel`, for sm_90a only.
     """
-    b = GridBuilder(name, shape.threads)
-    codes = b.buffer("codes", I32)
-    scales = b.buffer("scales", layout.scale_element) if layout.group else None
-    x, y, m = b.buffer("x", BF16), b.buffer("y", out), b.size("rows")
-    block, down = b.block_id(), (m + (shape.rows - 1)) // shape.rows
-    tile = PackedTile(block % down * shape.rows, m, block // down * shape.tiles)
-    GroupGemm(b, shape, layout, (codes, scales), (x, y), tile, gate_up).build()
-    return b.grid_kernel()
+    return product_kernel(GroupGemm, layout, name, shape, out, gate_up=gate_up)
 
 
 class GroupGemm(PackedGemm):

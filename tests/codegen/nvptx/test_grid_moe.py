@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def dispatch(ids: np.ndarray, experts: int, tile: int) -> tuple[np.ndarray, ...]
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 90), st.sampled_from([1, 2, 5, 16, 300]), st.sampled_from([1, 8, 16]), st.randoms())
-def test_dispatches(pairs: int, experts: int, tile: int, random) -> None:  # type: ignore[no-untyped-def]
+def test_dispatches(pairs: int, experts: int, tile: int, random: Random) -> None:
     ids = np.array([random.randrange(experts) for _ in range(pairs)], np.int32)
     order, offsets, inverse, tiles = dispatch(ids, experts, tile)
     want_order, want_offsets = DispatchOp.reference(ids[:, None], num_experts=experts)
@@ -169,8 +171,8 @@ def grouped(
     st.integers(1, 12), st.integers(1, 3), st.sampled_from([1, 3, 7]), st.sampled_from([BF16, Q8, Q4]),
     st.booleans(), st.booleans(), st.sampled_from([8, 16, 0]), st.randoms(),
 )  # fmt: skip
-def test_grouped_products(  # type: ignore[no-untyped-def]
-    tokens: int, top_k: int, experts: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int, random
+def test_grouped_products(
+    tokens: int, top_k: int, experts: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int, random: Random
 ) -> None:
     """Experts with many rows, with few and with none; scales behind the codes of their expert."""
     top_k = min(top_k, experts)
@@ -184,9 +186,9 @@ def test_grouped_products(  # type: ignore[no-untyped-def]
     st.sampled_from([(128, 0), (128, 32), (320, 64), (256, 128)]), st.booleans(), st.booleans(),
     st.sampled_from([8, 16, 0]), st.randoms(),
 )  # fmt: skip
-def test_grouped_products_of_bytes(  # type: ignore[no-untyped-def]
+def test_grouped_products_of_bytes(
     tokens: int, top_k: int, experts: int, format: NumberFormat, columns: tuple[int, int], gather: bool, gate_up: bool,
-    rows: int, random,
+    rows: int, random: Random,
 ) -> None:  # fmt: skip
     """Activations of 8 bits: a row that is gathered meets its own scales, in each of its groups."""
     (k, group), top_k = columns, min(top_k, experts)

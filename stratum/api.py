@@ -153,8 +153,8 @@ def load(
     `device`: cpu, cuda (an NVIDIA GPU; the artifact must have been built for one), or auto, which is explained in
     `stratum.device_choice`; the model's `device_choice` says what was chosen. `device_memory` bounds what may be used
     of the GPU's; experts that it has no room for are brought there or computed by the CPU, whichever is sooner, or as
-    `missed_experts` says: auto, fetch (the same bits as with room for all) or cpu. `target` defaults to host, or to any
-    GPU.
+    `missed_experts` says: auto, fetch (the same bits as with room for all) or cpu; `threads` are then the CPU's that
+    compute experts, refused where it computes nothing. `target` defaults to host, or to any GPU.
     """
     from runtime.artifact import is_artifact, open_artifact
     from stratum.device_choice import DeviceChoice, check_missed_experts, choose_device
@@ -163,7 +163,7 @@ def load(
     check_missed_experts(missed_experts, device)
     choice = device if isinstance(device, DeviceChoice) else choose_device(
         Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
-        target=target, threads=threads, plan=plan, kv_dir=kv_dir, record_routing=routing,
+        target=target, plan=plan, kv_dir=kv_dir, record_routing=routing,
         no_mmap=None if mmap else True,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"

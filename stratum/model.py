@@ -138,8 +138,9 @@ class Model:
 
     `device`: cpu, or cuda for an artifact that was built for a GPU; `device_memory` bounds what is used of that, in
     bytes, and `memory` what the process takes beside it; `missed_experts` (auto, fetch, cpu) says what is done about
-    experts that it has no room for. `progress` is told of weights on their way there. `slots` and
-    `mmap` are for the cpu: without `mmap` the weights are copied into huge pages (`runtime.loaded_weights`).
+    experts that it has no room for, `threads` how many threads of the CPU compute them. `progress` is told of weights
+    on their way there. `slots` and `mmap` are for the cpu: without `mmap` the weights are copied into huge pages
+    (`runtime.loaded_weights`).
     """
 
     def __init__(
@@ -168,12 +169,12 @@ class Model:
         self.placement: Placement | None = None
         self.device_choice = device if isinstance(device, DeviceChoice) else DeviceChoice(device)
         if self.device_choice.device == "cuda":
-            refuse_cpu_options(plan=plan, kv_dir=kv_dir, record_routing=routing, threads=threads, stand_ins=stand_ins,
+            refuse_cpu_options(plan=plan, kv_dir=kv_dir, record_routing=routing, stand_ins=stand_ins,
                                expert_policy=expert_policy, no_mmap=None if mmap else True)  # fmt: skip
             given = {} if missed_experts is None else {"missed_experts": missed_experts}
             self.session: Session | CudaSession = open_on_gpu(
                 path, memory=memory, device_memory=device_memory, max_context=max_context, verify=verify,
-                progress=progress, **given,
+                progress=progress, threads=threads, **given,
             )  # fmt: skip
             self.manifest = self.session.manifest
             return

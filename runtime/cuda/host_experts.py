@@ -157,11 +157,16 @@ class HostExperts:
             self._native.close()
 
 
+def host_code(artifact: Artifact) -> tuple[HostProgram, str]:
+    """What an artifact has for CPUs, and the object for this one; "" for none."""
+    program = HostProgram.of(artifact)
+    return program, program.file_for(host.host_architecture(), host.host_features()) if program.layers else ""
+
+
 def open_host(artifact: Artifact, threads: int | None = None) -> HostExperts | None:
     """The code for this CPU with `threads` threads (one core is left to whoever drives the GPU, where there are more
     than two); None where the artifact has none for it."""
-    program = HostProgram.of(artifact)
-    file = program.file_for(host.host_architecture(), host.host_features()) if program.layers else ""
+    program, file = host_code(artifact)
     if not file:
         return None
     cores = host.available_cores().default_threads

@@ -59,7 +59,7 @@ class HostSide:
         for program in step.programs:
             self._find(program, set(passing))
         self._arena = self._x = self._order = self._y = 0
-        self._busy: tuple[HostProducts, Sequence[HostExpert], Future[None]] | None = None
+        self._busy: list[tuple[HostProducts, Sequence[HostExpert], Future[None]]] = []  # one after another
         layers = [found.layer for found in self._products.values()]
         pairs = max((most_tokens * layer.choices for layer in layers), default=0)
         rows = {
@@ -124,7 +124,7 @@ class HostSide:
         self._device.copy_out(self._order, arena + products.order.offset, tokens * layer.choices * 4, self._stream)
 
     def start(self, products: HostProducts, experts: Sequence[HostExpert], tokens: int) -> None:
-        """Has experts computed; what was copied down is there."""
+        """Has experts computed, behind those that were started before; what was copied down is there."""
         layer, pairs = products.layer, tokens * products.layer.choices
         if any(e.first < 0 or e.rows <= 0 or e.first + e.rows > pairs for e in experts):
             raise RuntimeDiagnostic("a tile of experts has rows that the step has not", hint=REBUILD_HINT)
@@ -136,7 +136,7 @@ class HostSide:
             if rows.min() < 0 or rows.max() >= tokens:
                 raise RuntimeDiagnostic("an expert was given a token that the step has not", hint=REBUILD_HINT)
         jobs = [self._job(layer, e.weights, e.first, e.rows) for e in experts]
-        self._busy = (products, experts, self._pool.submit(self.code.run, layer, jobs))
+        self._busy.append((products, experts, self._pool.submit(self.code.run, layer, jobs)))
 
     def _job(self, layer: HostLayer, weights: int, first: int, rows: int) -> HostJob:
         sources = self._sources.ctypes.data + 4 * first
@@ -153,21 +153,19 @@ class HostSide:
 
     def copy_up(self) -> None:
         """Waits for the CPU; its rows go to their places behind what the step's stream has been given."""
-        if self._busy is None:
-            return
-        (products, experts, computed), self._busy = self._busy, None
-        computed.result()
-        row = products.layer.out * _NUMBER_BYTES
-        for e in experts:
-            at = e.first * row
-            self._device.copy_in(self._arena + products.y.offset + at, self._y + at, e.rows * row, self._stream)
+        while self._busy:
+            products, experts, computed = self._busy[0]
+            computed.result()
+            del self._busy[0]
+            row = products.layer.out * _NUMBER_BYTES
+            for e in experts:
+                at = e.first * row
+                self._device.copy_in(self._arena + products.y.offset + at, self._y + at, e.rows * row, self._stream)
 
     def forget(self) -> None:
         """Waits for what the CPU still computes of a step that was given up."""
-        if self._busy is not None:
-            _, _, computed = self._busy
-            self._busy = None
-            computed.exception()
+        while self._busy:
+            self._busy.pop()[2].exception()
 
     def close(self) -> None:
         """Ends the threads, gives the pinned memory back; no copy may be under way."""

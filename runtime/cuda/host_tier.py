@@ -220,7 +220,18 @@ class HostTier:
                 self._slot_of[entry] = self._unused.pop()
         return [*hits, *misses]
 
+    def on_disk(self, piece: int, experts: Sequence[int]) -> list[int]:
+        """Those of some experts that would have to be read first: no read of them has ended."""
+        if piece in self._image:
+            return []
+        entries = ((expert, self._jobs.get((self._layer[piece], expert))) for expert in experts)
+        return [expert for expert, job in entries if job is None or not job.done or job.fault is not None]
+
     # -- reports
+
+    def rate(self) -> float:
+        """Bytes a second that the disk gave so far; 0 where nothing was read."""
+        return self.reads.bytes / self.reads.busy_s if self.reads.busy_s > 0 else 0.0
 
     @property
     def lookups(self) -> tuple[int, int]:

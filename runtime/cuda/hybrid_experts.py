@@ -8,15 +8,16 @@ So the bits are those of a device that has room for everything.
 With a `host` (`runtime.cuda.host_side`) missing experts may be computed by the CPU instead, whichever is sooner by
 prices (`runtime.cuda.missed_experts`): their tiles get no rows. In the time that the link then has, some are brought
 all the same, for later, unless dense pieces pass over it. The numbers then depend on what was there, in the last bits.
+The CPU begins with what lies in pinned memory, and has what the disk gives as it comes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from runtime.cuda.host_side import HostExpert, HostProducts, HostSide
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
-from runtime.cuda.missed_experts import CPU, FETCH, FETCHED, ExpertPrices, Missed, SpareLink, divide
+from runtime.cuda.missed_experts import CPU, FETCH, FETCHED, ExpertPrices, Missed, SpareLink, divide, read_order
 from runtime.cuda.program import ArenaArgument, GpuLaunch, GpuStep, SizeArgument, Wait, WeightArgument
 from runtime.errors import RuntimeDiagnostic
 from runtime.expert_cache import ExpertCache
@@ -35,7 +36,22 @@ from runtime.manifest_fields import REBUILD_HINT
 
 TILE_WORDS = 4  # of a tile of experts: expert, first row, rows, 0
 _MEASURED = 4  # experts that prices are measured by
-Source = Callable[[int, Sequence[int]], Iterable[tuple[int, int]]]  # piece, experts -> (expert, pinned address)
+
+
+class Home(Protocol):
+    """Where experts lie that are not on the device: `runtime.cuda.host_tier`."""
+
+    def experts(self, piece: int, wanted: Sequence[int]) -> Iterable[tuple[int, int]]:
+        """(expert, pinned address) of each as soon as it is there; what is read is read in that order."""
+        ...
+
+    def on_disk(self, piece: int, experts: Sequence[int]) -> list[int]:
+        """Those that are to be read first."""
+        ...
+
+    def rate(self) -> float:
+        """Bytes a second that the disk gave so far; 0 where nothing was read."""
+        ...
 
 
 @dataclass
@@ -52,17 +68,19 @@ class Slots:
 
 
 class HybridExperts:
-    """The slots of a plan, from `region` on. `stream` is that of the steps, `source` says where experts lie in pinned
-    memory, each as soon as it is there. `missed` says what is done about those that are not on the device, by `code`
-    of the CPU (which is closed with this)."""
+    """The slots of a plan, from `region` on. `stream` is that of the steps; `home`, to be set before the first, has the
+    experts. `missed` says what is done about those that are not on the device, by `code` of the CPU (which is closed
+    with this)."""
+
+    home: Home
 
     def __init__(
         self, device: Device, stream: Any, step: GpuStep, pieces: Sequence[PieceInfo], plan: HbmPlan, *,
-        region: int, source: Source, report: HybridReport, policy: str = "lrfu", most_tokens: int = 0,
+        region: int, report: HybridReport, policy: str = "lrfu", most_tokens: int = 0,
         missed: Missed = FETCHED, code: ExpertCode | None = None,
     ) -> None:  # fmt: skip
         self._device, self._stream, self._pieces, self._policy = device, stream, pieces, policy
-        self._source, self._report = source, report
+        self._report = report
         self._arena = self._host_tiles = 0
         self.copies: Any = None  # of its own: what is waited for is not behind what is only needed next
         self._there: Any = None
@@ -137,7 +155,7 @@ class HybridExperts:
         brought, one, four = math.inf, math.inf, math.inf
         rows = min(4, host.most_rows(layer))
         address = 0
-        for expert, address in self._source(piece, range(most)):
+        for expert, address in self.home.experts(piece, range(most)):
             seconds = []
             for work in (
                 lambda address=address: device.copy_in(slots.address, address, slots.unit, self.copies),
@@ -155,7 +173,7 @@ class HybridExperts:
         device.copy_in(slots.address, address, 16, self.copies)
         device.synchronize(self.copies)
         start_s = time.perf_counter() - started
-        prices = ExpertPrices(slots.unit / brought, slots.unit / one, share, start_s)
+        prices = ExpertPrices(slots.unit / brought, slots.unit / one, share, start_s, self.home.rate())
         self._price(replace(self._missed, prices=prices))
 
     def _price(self, missed: Missed) -> None:
@@ -205,54 +223,63 @@ class HybridExperts:
         if slots.coming:  # brought for later, behind an earlier step
             device.wait(self._stream, slots.later)
             slots.coming = False
-        brought, computed, later = self._divided(products, missing, tiles[filled], slots, len(hits))
+        read = self.home.on_disk(wait.piece, missing) if products is not None else []
+        brought, computed, later = self._divided(products, missing, tiles[filled], slots, len(hits), read)
         for _, expert in cache.admit(0, [*brought, *later]):  # all that read their slots is done: the stream is empty
             slots.unused.append(slots.slot_of.pop(expert))
-        self._copy(wait.piece, brought, computed, later, tiles[filled], products, sizes)
+        self._copy(wait.piece, brought, computed, later, tiles[filled], products, sizes, read)
         tiles[filled, 2] *= ~np.isin(tiles[filled, 0], computed)  # no rows for the GPU
         tiles[filled, 0] = [0 if e in computed else slots.slot_of[e] for e in tiles[filled, 0].tolist()]
         device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
 
     def _divided(
-        self, products: HostProducts | None, missing: list[int], tiles: np.ndarray, slots: Slots, hits: int
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Of missing experts those to bring, those that the CPU computes, and those of them to bring for later. Where
-        they come from the disk in several rounds, none may lie in memory for as long as the CPU would want it."""
+        self, products: HostProducts | None, missing: list[int], tiles: np.ndarray, slots: Slots, hits: int,
+        read: list[int],
+    ) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
+        """Of missing experts (`read`: those on the disk) those to bring, those that the CPU computes, and those of them
+        to bring for later. Where they come from the disk in several rounds, none may lie in memory for as long as the
+        CPU would want it. Both lists, and `read`, are left in the order in which experts are taken."""
         prices, most = self._missed.prices, self._report.host_slots or len(missing)
         if products is None or prices is None or not 0 < len(missing) <= most:
             return missing, [], []
         rows = [int(tiles[tiles[:, 0] == expert, 2].sum()) for expert in missing]
+        late = read_order(rows, [i for i, expert in enumerate(missing) if expert in read])
+        read[:] = [missing[i] for i in late]
         first: list[int] = []
-        second = sorted(range(len(missing)), key=lambda i: (rows[i], -i))
+        second = [*sorted((i for i in range(len(missing)) if i not in late), key=lambda i: (rows[i], -i)), *late]
         if self._missed.mode != CPU:
-            first, second = divide(rows, prices, slots.unit)
+            first, second = divide(rows, prices, slots.unit, late)
         brought, computed = [missing[i] for i in first], [missing[i] for i in second]
         room = slots.count - hits - len(brought) if self._free_link else 0
         spare = self._spare.count(prices, slots.unit, [rows[i] for i in second], len(brought), room)
-        return brought, computed, computed[::-1][:spare]  # those of the most tokens
+        heavy = sorted(second, key=lambda i: (-rows[i], i))
+        return brought, computed, [missing[i] for i in heavy[:spare]]
 
     def _copy(
         self, piece: int, brought: list[int], computed: list[int], later: list[int], tiles: np.ndarray,
-        products: HostProducts | None, sizes: Mapping[str, int],
+        products: HostProducts | None, sizes: Mapping[str, int], read: Sequence[int],
     ) -> None:  # fmt: skip
-        """Starts the copies of what is brought, then the CPU, then the copies for later."""
+        """Starts the copies of what is brought and the CPU, each as soon as an expert is there, then the copies for
+        later."""
         device, slots, report = self._device, self._slots[piece], self._report
         places: dict[int, int] = {}
-        for expert, address in self._source(piece, [*brought, *computed]):
+        ready: list[HostExpert] = []  # for the CPU, which is given what is in memory at once
+        near = [expert for expert in (*brought, *computed) if expert not in read]
+        for number, (expert, address) in enumerate(self.home.experts(piece, [*near, *read]), 1):
             places[expert] = address
-            if expert in brought:
+            if expert in computed:
+                chosen = tiles[tiles[:, 0] == expert]
+                ready.append(HostExpert(address, int(chosen[:, 1].min()), int(chosen[:, 2].sum())))
+            else:
                 self._bring(slots, expert, address)
+            if ready and number >= len(near):
+                assert self._host is not None and products is not None
+                self._host.start(products, ready, sizes["tokens"])
+                ready = []
+        report.computed += len(computed)
         if brought:
             device.record(self._there, self.copies)
             device.wait(self._stream, self._there)
-        if computed:
-            assert self._host is not None and products is not None
-            experts = []
-            for expert in computed:
-                chosen = tiles[tiles[:, 0] == expert]
-                experts.append(HostExpert(places[expert], int(chosen[:, 1].min()), int(chosen[:, 2].sum())))
-            self._host.start(products, experts, sizes["tokens"])
-            report.computed += len(computed)
         for expert in later:
             self._bring(slots, expert, places[expert])
         if later:

@@ -13,7 +13,7 @@ RuntimeDiagnostic and OutOfDeviceMemory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -87,7 +87,7 @@ class HybridWeights:
                 self._events.append(device.new_event())
         self._experts = HybridExperts(
             device, self._stream, self._step, self._pieces, plan,
-            region=self._region, source=self._expert_addresses, report=self._report, policy=policy,
+            region=self._region, report=self._report, policy=policy,
             most_tokens=self.most_tokens, missed=missed, code=code,
         )  # fmt: skip
         limit = device.host_limit_bytes
@@ -96,7 +96,7 @@ class HybridWeights:
         self.captured = not self.most_tokens and not host_plan.staged
         with uninterrupted():
             host = self._host = HostTier(device, artifact, host_plan, self._copies, policy=policy, preadv=preadv)
-        host.copies_of_experts = self._experts.copies
+        host.copies_of_experts, self._experts.home = self._experts.copies, host
         self._report.host_bytes, self._report.host_slots = host_plan.host_bytes, host_plan.slots
         self._report.disk_bytes = sum(self._pieces[piece].bytes for piece in host_plan.from_disk)
         self._window = DenseWindow(
@@ -110,10 +110,6 @@ class HybridWeights:
         ])  # fmt: skip
         self._experts.measure()
         self._loaded = replace(self.report)
-
-    def _expert_addresses(self, piece: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
-        assert self._host is not None
-        return self._host.experts(piece, experts)
 
     @property
     def report(self) -> HybridReport:

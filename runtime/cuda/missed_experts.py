@@ -1,11 +1,13 @@
 """Experts that a GPU's memory lacks: which are brought there, and which the CPU computes where they lie.
 
     brought, there = divide([9, 4, 1], prices, unit=3 << 20)      # indices, by the tokens that chose each
+    brought, there = divide([9, 4, 1], prices, 3 << 20, read=[0])  # the first of them lies on the disk only
 
 HybriMoE's rule (arXiv:2504.05897), as plans have it (`passes.place.missed_experts`): missing experts go one after
 another to the side that would be done with one first: the link, which takes the one of the most tokens since bringing
-costs the same whatever the load, or the CPU, which takes the one of the fewest. The same loads and prices give the same
-answer.
+costs the same whatever the load, or the CPU, which takes the one of the fewest. Those on the disk follow, in the order
+in which they are read: both ways have to wait for that, the CPU begins then, the link has still to bring them. The same
+loads and prices give the same answer.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ MODES = (AUTO, FETCH, CPU)
 @dataclass(frozen=True)
 class ExpertPrices:
     """Bytes a second that the link brings, and that the CPU multiplies with one token; each further token of an expert
-    costs the CPU `row_share` of the first; seconds until the CPU has begun and its results are on the GPU."""
+    costs the CPU `row_share` of the first; seconds until the CPU has begun and its results are on the GPU; bytes a
+    second that the disk reads (0: nothing is said, as if it took no time)."""
 
     link_bytes_per_s: float
     host_bytes_per_s: float
     row_share: float = 1.0
     start_s: float = 0.0
+    disk_bytes_per_s: float = 0.0
+
+    def read_s(self, unit: int) -> float:
+        """Of reading an expert of `unit` bytes."""
+        return unit / self.disk_bytes_per_s if self.disk_bytes_per_s > 0 else 0.0
 
     def fetch_s(self, unit: int) -> float:
         """Of an expert of `unit` bytes."""
@@ -59,9 +67,17 @@ def missed_of(asked: str | Missed) -> Missed:
     return Missed(asked)
 
 
-def divide(loads: Sequence[int], prices: ExpertPrices, unit: int) -> tuple[list[int], list[int]]:
-    """(indices to bring, in that order; indices that the CPU computes) of missing experts of `unit` bytes."""
-    order = sorted(range(len(loads)), key=lambda i: (-loads[i], i))
+def read_order(loads: Sequence[int], read: Sequence[int]) -> list[int]:
+    """The indices of `read` in the order in which they are read: those of the most tokens first."""
+    return sorted(read, key=lambda i: (-loads[i], i))
+
+
+def divide(
+    loads: Sequence[int], prices: ExpertPrices, unit: int, read: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """(indices to bring, in that order; indices that the CPU computes) of missing experts of `unit` bytes. Those in
+    `read` come from the disk first, one after another (`read_order`)."""
+    order = sorted((i for i in range(len(loads)) if i not in read), key=lambda i: (-loads[i], i))
     brought: list[int] = []
     there: list[int] = []
     link, host, fetch_s = 0.0, prices.start_s, prices.fetch_s(unit)
@@ -73,6 +89,16 @@ def divide(loads: Sequence[int], prices: ExpertPrices, unit: int) -> tuple[list[
         else:
             link += fetch_s
             brought.append(order.pop(0))
+    for number, index in enumerate(read_order(loads, read), 1):
+        arrived = number * prices.read_s(unit)
+        by_host = max(host, arrived) + prices.host_s(unit, loads[index])
+        by_link = max(link, arrived) + fetch_s
+        if by_host <= by_link:
+            host = by_host
+            there.append(index)
+        else:
+            link = by_link
+            brought.append(index)
     return brought, there
 
 

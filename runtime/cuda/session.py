@@ -23,7 +23,7 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
 from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
-from runtime.cuda.host_experts import open_host
+from runtime.cuda.host_experts import host_code, open_host
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
@@ -78,7 +78,8 @@ class CudaSession(SessionBase):
     """An artifact on a GPU. `memory` bounds the device memory in bytes, `host_memory` what is pinned of the host's:
     weights for which neither has room are read from the disk. `missed_experts` says what is done about those that are
     not on the device: `auto` (brought there or computed by the CPU, whichever is sooner as measured now), `fetch`
-    (brought, so that outputs are those of a device with room for all to the last bit), `cpu`; or with prices. `device`
+    (brought, so that outputs are those of a device with room for all to the last bit), `cpu`; or with prices. `threads`
+    are the CPU's that compute them; given where nothing is computed there they are refused. `device`
     is one that is open, which the session then closes; `weights` makes another store than one that has them all on the
     device.
 
@@ -87,7 +88,6 @@ class CudaSession(SessionBase):
     """
 
     streamer = kv_spill = kv_stream = None
-    threads = 1  # of the host, that give the GPU its work
     _of_parent = "its GPU context exists"
     _after_fault = ("a fault of the GPU", "open a new one, in a new process")
 
@@ -101,6 +101,7 @@ class CudaSession(SessionBase):
         memory: int | None = None,
         host_memory: int | None = None,
         missed_experts: str | Missed = AUTO,
+        threads: int | None = None,
         device: Device | None = None,
         weights: MakeWeights | None = None,
         progress: LoadProgress | None = None,
@@ -119,23 +120,28 @@ class CudaSession(SessionBase):
                     held.device = open_device(limit_bytes=memory)
             held.device.host_limit_bytes = host_memory
             self._missed = missed_of(missed_experts)
-            self._acquire(held.device, weights, progress)
+            self._acquire(held.device, weights, progress, threads)
         except BaseException:
             self.close()
             raise
         self._profile: GpuProfile | None = None
 
-    def _acquire(self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None) -> None:
+    def _acquire(
+        self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None, threads: int | None
+    ) -> None:
         held = self._held
         device.enter()
         plan = self._hybrid_plan(device) if weights is None else None
         others = pinned_bytes(self.gpu, self.vocab_size)
+        own = weights is None
         if plan is not None:
             weights = lambda device, stream, artifact: HybridWeights(  # noqa: E731
                 device, stream, artifact, plan, others_pinned=others, missed=self._missed,
-                code=open_host(artifact) if self._missed.mode != FETCH and plan.slots else None,
+                code=open_host(artifact, threads) if self._missed.mode != FETCH and plan.slots else None,
             )  # fmt: skip
         self._check_room(device, weights is None)
+        if threads is not None and own:
+            self._check_threads(threads, plan)
         with uninterrupted():
             held.stream = device.new_stream()
         make = weights or (
@@ -148,7 +154,29 @@ class CudaSession(SessionBase):
             device, held.stream, self.gpu, self.artifact.gpu_images(), held.weights,
             slots=self.num_slots, max_context=self.max_context, vocab_size=self.vocab_size, where=self._where,
         )  # fmt: skip
+        report = self.hybrid
+        self.threads = max(1, report.host_threads if report is not None else 1)  # 1: gives the GPU its work
         self.device_name, self.architecture = device.name, f"sm_{device.capability[0]}{device.capability[1]}"
+
+    def _check_threads(self, threads: int, plan: HbmPlan | None) -> None:
+        """Raises RuntimeDiagnostic where threads were asked for that would have nothing to do."""
+        pieces = self.manifest.weights.pieces
+        if threads < 1:
+            raise RuntimeDiagnostic(f"{threads} threads", where="--threads", expected="1 or more")
+        if plan is None:
+            why = "all weights are on the GPU"
+        elif not any(count * pieces[piece].unit < pieces[piece].bytes for piece, count in plan.slots):
+            why = "only dense weights pass through the GPU's memory"
+        elif self._missed.mode == FETCH:
+            why = "missing experts are brought to the GPU (--missed-experts fetch)"
+        elif not host_code(self.artifact)[1]:
+            why = "the artifact has no code of experts for this CPU"
+        else:
+            return
+        raise RuntimeDiagnostic(
+            f"the CPU computes nothing in this run: {why}", where="--threads",
+            expected="a model whose experts do not all fit the device memory", hint="leave --threads out",
+        )  # fmt: skip
 
     def _hybrid_plan(self, device: Device) -> HbmPlan | None:
         """What of the weights stays on the device where not all of them fit beside activations and a cache of all

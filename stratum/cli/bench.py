@@ -92,7 +92,7 @@ def bench(
     check_missed_experts(missed_experts, device)
     choice = choose_device(
         model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
-        threads=threads, plan=limits.plan, kv_dir=limits.kv_dir, expert_policy=limits.expert_policy,
+        plan=limits.plan, kv_dir=limits.kv_dir, expert_policy=limits.expert_policy,
         no_mmap=None if limits.mmap else True,
     )  # fmt: skip
     on_gpu = choice.device == "cuda"
@@ -118,7 +118,7 @@ def bench(
         if on_gpu:
             opened: Session | CudaSession = open_on_gpu(
                 path, memory=api.memory_bytes(limits.memory), device_memory=limit, max_context=context,
-                missed_experts=missed_experts or AUTO,
+                missed_experts=missed_experts or AUTO, threads=count,
             )  # fmt: skip
         else:
             opened = _on_cpu(path, count, context, limits)

@@ -211,7 +211,8 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
         click.echo(f"device: {choice.device}, since {choice.why}", err=True)
     runs = f"{instructions} ({manifest.target.name}), {session.threads} thread{'s' if session.threads > 1 else ''}"
     if on_gpu:
-        runs = f"on {session.device_name} ({session.architecture})"
+        beside = f", experts also on {session.threads} threads of the CPU" if session.threads > 1 else ""
+        runs = f"on {session.device_name} ({session.architecture}){beside}"
     parameters = f"{format_count(manifest.model.get('parameters') or 0)} parameters in {formats_of(manifest)}"
     click.echo(
         f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "

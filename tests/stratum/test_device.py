@@ -15,6 +15,7 @@ from ir.diagnostics import DiagnosticError
 from runtime.cuda import driver as cuda_driver
 from runtime.cuda.driver import NoDevice
 from runtime.cuda.session import CudaSession
+from runtime.errors import RuntimeDiagnostic
 from stratum.cli import main
 from stratum.device_choice import choose_device
 from stratum.model import Model
@@ -81,7 +82,7 @@ def test_auto_asks_the_gpu(checkpoint: Path, gpu: Callable[..., EmulatedDriver],
 
 
 def test_options_decide_too(checkpoint: Path) -> None:
-    assert choose_device(checkpoint, "auto", memory="1GiB", threads=None).why == "--memory is not for GPUs"
+    assert choose_device(checkpoint, "auto", memory="1GiB", plan=None).why == "--memory is not for GPUs"
     assert choose_device(checkpoint, "auto", target="host").device == "cpu"
     with pytest.raises(DiagnosticError, match="--kv-dir, --plan are not for GPUs"):
         choose_device(checkpoint, "cuda", kv_dir="x", plan="y")
@@ -101,7 +102,7 @@ def test_a_model_on_a_gpu(toy: Path, gpu: Callable[..., EmulatedDriver]) -> None
         assert isinstance(model.session, CudaSession) and model.session.max_context == 100
         assert [event.token for event in stratum_tokens(model, [1, 2, 3], 5)] == greedy_tokens([1, 2, 3], 5)
     assert driver.leaks() == []
-    with pytest.raises(DiagnosticError, match="--threads is not for GPUs"):
+    with pytest.raises(RuntimeDiagnostic, match="the CPU computes nothing in this run: all weights are on the GPU"):
         stratum.load(toy, device="cuda", threads=2)
 
 

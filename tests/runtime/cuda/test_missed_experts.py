@@ -22,9 +22,10 @@ from runtime import host
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device
 from runtime.cuda.driver import DeviceFault, OutOfDeviceMemory
+from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_experts import HostProgram, open_host
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
-from runtime.cuda.missed_experts import AUTO, CPU, FETCH, ExpertPrices, Missed, SpareLink, divide
+from runtime.cuda.missed_experts import AUTO, CPU, FETCH, ExpertPrices, Missed, SpareLink, divide, read_order
 from runtime.cuda.session import CudaSession
 from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic
@@ -35,7 +36,7 @@ from tests.runtime.cuda.passing_model import CHOSEN, PAGE, RUNNER, UNIT, PythonE
 from tests.runtime.cuda.toy_model import open_checked
 from tests.runtime.fake_artifact import VOCAB
 
-NEVER, EVEN, ALWAYS = ExpertPrices(1e9, 1.0), ExpertPrices(1e9, 1e9, 0.5), ExpertPrices(1.0, 1e9)
+NEVER, EVEN, ALWAYS = ExpertPrices(1e9, 1.0), ExpertPrices(1e9, 1e9, 0.5, 0.0, 3e8), ExpertPrices(1.0, 1e9)
 
 # -- which -------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +51,36 @@ def test_the_rule_is_that_of_plans(loads: list[int], host_bytes: float, share: f
         loads, fetch=1.0, near=lambda tokens: 0.0, far=lambda tokens: prices.host_s(1, tokens), start=start
     )
     assert divide(loads, prices, 1) == (list(brought), list(there))
+
+
+@given(
+    st.lists(st.integers(1, 9), max_size=8), st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from([0.0, 0.2, 1.0, 9.0]),
+    st.data(),
+)  # fmt: skip
+def test_those_on_the_disk_come_later(loads: list[int], host_bytes: float, disk: float, data: st.DataObject) -> None:
+    """Everyone goes somewhere, those in memory as if there were no others; of each of the others the side that it was
+    given to is done with it first, reading included."""
+    read = data.draw(st.lists(st.sampled_from(range(len(loads))), unique=True) if loads else st.just([]))
+    prices = ExpertPrices(1.0, host_bytes, 0.5, 0.1, disk)
+    brought, there = divide(loads, prices, 1, read)
+    assert sorted([*brought, *there]) == list(range(len(loads)))
+    near = [i for i in range(len(loads)) if i not in read]
+    for found, alone in zip((brought, there), divide([loads[i] for i in near], prices, 1), strict=True):
+        assert [i for i in found if i not in read] == [near[i] for i in alone]
+    link = sum(1.0 for i in brought if i not in read)
+    host = 0.1 + sum(prices.host_s(1, loads[i]) for i in there if i not in read)
+    for number, index in enumerate(read_order(loads, read), 1):
+        arrived = number / disk if disk else 0.0
+        by_host, by_link = max(host, arrived) + prices.host_s(1, loads[index]), max(link, arrived) + 1.0
+        assert (by_host <= by_link) == (index in there)
+        host, link = (by_host, link) if index in there else (host, by_link)
+
+
+def test_what_waits_for_the_disk_has_the_link_to_itself() -> None:
+    """Two in memory are shared by link and CPU; where a slow disk brings one at a time, the link takes both."""
+    prices = ExpertPrices(1.0, 1 / 1.2, disk_bytes_per_s=0.2)
+    assert divide([1, 1], prices, 1) == ([0], [1])
+    assert divide([1, 1], prices, 1, read=[0, 1]) == ([0, 1], [])
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.floats(0.1, 10), st.integers(0, 3))
@@ -242,6 +273,31 @@ def test_native_experts_within_rounding(artifact: Path) -> None:
         assert driver.leaks() == []
     for got, want in zip(found[True], found[False], strict=True):
         assert np.abs(got - want).max() <= models.TOLERANCE * np.abs(want).max()
+
+
+def test_threads_of_the_cpu(artifact: Path) -> None:
+    """Theirs that compute experts; refused, with the reason, where the CPU computes nothing."""
+    found = open_artifact(artifact)
+    step = found.gpu
+    assert step is not None
+    scratch = scratch_bytes(step, models.VOCAB)
+
+    def opened(limit: int | None, **options: Any) -> tuple[EmulatedDriver, CudaSession]:
+        driver = EmulatedDriver(GridRunner(models.lowered(SPARSE)[1].kernels), granule=1 << 12)
+        return driver, CudaSession(artifact, device=open_checked(driver, limit), max_context=16, **options)
+
+    less = scratch + found.manifest.weights.bytes - 1
+    driver, session = opened(less, threads=3)
+    with session:
+        assert session.hybrid is not None and session.threads == session.hybrid.host_threads == 3
+    assert driver.leaks() == []
+    for limit, options, why in (
+        (None, {"threads": 2}, "all weights are on the GPU"),
+        (less, {"threads": 2, "missed_experts": "fetch"}, "--missed-experts fetch"),
+        (less, {"threads": 0}, "0 threads"),
+    ):
+        with pytest.raises(RuntimeDiagnostic, match=why):
+            opened(limit, **options)
 
 
 def test_the_code_of_this_cpu_is_found(artifact: Path) -> None:

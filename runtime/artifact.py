@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 
 from runtime import host
+from runtime.artifact_path import MANIFEST_NAME
+from runtime.artifact_path import is_artifact as is_artifact  # found here as well
 from runtime.cuda.modules import Image
 from runtime.cuda.program import GpuStep
 from runtime.cuda.program_reader import read_step
@@ -29,7 +31,6 @@ from runtime.manifest import MAX_MANIFEST_BYTES, REBUILD_HINT, FileInfo, Manifes
 from runtime.memory import FileMapping
 from runtime.weight_reader import Pread
 
-MANIFEST_NAME = "manifest.json"
 FULL_HASH_BELOW_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
 _MAX_CODE_BYTES = 1 << 30
@@ -112,11 +113,6 @@ def open_artifact(path: str | os.PathLike[str], *, verify: bool = False) -> Arti
     if not manifest.target.is_gpu:
         check_target(manifest.target, str(root))
     return Artifact(root, manifest, code)
-
-
-def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Whether the directory looks like an artifact (has a manifest), without opening it."""
-    return (Path(path) / MANIFEST_NAME).is_file()
 
 
 def check_target(target: TargetInfo, where: str) -> None:

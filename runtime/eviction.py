@@ -29,6 +29,7 @@ from runtime.errors import RuntimeDiagnostic
 
 Entry = tuple[int, int]
 POLICIES = ("lru", "lfu", "lrfu", "score", "least_stale")
+DEFAULT_POLICY = "lrfu"  # best in sessions, and what no routing makes useless
 SCORE_ALPHA = 0.5
 HALF_LIFE = 16  # passes
 

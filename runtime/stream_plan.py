@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from runtime.errors import RuntimeDiagnostic
-from runtime.eviction import POLICIES
+from runtime.eviction import DEFAULT_POLICY, POLICIES
 from runtime.manifest import Manifest, ProgramInfo
 from runtime.stand_ins import check_stand_ins
 
 SCHEMA = "stratum.stream/1"
 SCOPES = ("global", "layer")
-DEFAULT_POLICY = "lrfu"  # best in sessions, and what no routing makes useless
 _LARGEST = 1 << 50
 
 

@@ -22,10 +22,12 @@ from ir.diagnostics import DiagnosticError
 from passes.place.machine import main_tier
 from runtime.artifact import is_artifact, open_artifact
 from runtime.stream_plan import StreamPlan
+from stratum.built_planning import expected_hits
 from stratum.measure_run import Measured, Phase, measure_apart
 from stratum.plan_report import seconds_text, table
-from stratum.planning import Planned, PlanRequest, expected_hits
-from stratum.process_account import PROCESS_BYTES
+from stratum.plan_request import PlanRequest
+from stratum.planned import Planned
+from stratum.process_room import PROCESS_BYTES
 from stratum.run_prediction import RIGHT_GUESSES, PhaseTimes, predict, problem_for
 
 SCHEMA = "stratum.compare/1"

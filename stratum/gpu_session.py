@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stratum.process_account import TABLES_SHARE, DoesNotFit, mib, pinned_room
+from stratum.process_account import DoesNotFit, mib, pinned_room
+from stratum.process_room import TABLES_SHARE
 
 if TYPE_CHECKING:
     from runtime.cuda.session import CudaSession

@@ -33,11 +33,13 @@ from passes.place.placement import (
     TierPlan,
     span,
 )
+from runtime.eviction import DEFAULT_POLICY
 from runtime.kv_stream import LAYERS_AT_ONCE, going_layers
 from runtime.manifest import Manifest, PieceInfo
-from runtime.stream_plan import DEFAULT_POLICY, least_expert_bytes, live_bytes
+from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
-from stratum.process_account import CONTEXT_STEP, SLACK_BYTES, DoesNotFit, ProcessAccount, mib, room_of
+from stratum.process_account import CONTEXT_STEP, DoesNotFit, ProcessAccount, mib
+from stratum.process_room import SLACK_BYTES, room_of
 from stratum.stream_placement import MEMORY, model_name, part_of, parts_of_pieces, piece_name, recipe_of
 
 UNIT = "cores"  # what the target `host` calls what computes

@@ -21,7 +21,8 @@ from passes.place.solve import NoFit, Solution, solve
 from passes.place.what_if import Gain, gains
 from runtime.manifest import Manifest
 from stratum.host_placement import DRIVE, default_context, place_on_host
-from stratum.process_account import ROWS_BYTES, DoesNotFit, ProcessAccount, budget_of_room, foreseen_bytes, room_of
+from stratum.process_account import DoesNotFit, ProcessAccount, foreseen_bytes
+from stratum.process_room import ROWS_BYTES, budget_of_room, room_of
 from stratum.stream_placement import MEMORY, MemoryPlan, stream_of_placement
 
 

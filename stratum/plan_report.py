@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from passes.place.outcome import CATEGORIES
 from passes.place.placement import PhasePlan, Placed, PlacedKV, Placement
-from stratum.planning import Planned
+from stratum.planned import Planned
 from stratum.progress import format_bytes, format_count
 
 _SHOWN_RESOURCES = 6

@@ -1,7 +1,7 @@
 """What a plan is asked for, as the command line has it, and what the texts mean: bounds, the session, budgets of tiers.
 
     request = PlanRequest("Qwen3-30B-A3B", target="rtx-4090", context=8192, budgets=(("memory", "2GiB"),))
-    session_of(request, shape), budgets_of(request, target), parse_slo("ttft=2s,tpot=50ms")
+    session_of(request, shape), budgets_of(request, target), parse_slo("ttft=2s,tpot=50ms"), read_placement(path)
 
 Raises DiagnosticError for texts that mean nothing, contexts that a model does not take, and tiers that are not there.
 """
@@ -17,8 +17,9 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.machine import main_tier
 from passes.place.pins import MEASURE_DRIVE
+from passes.place.placement import Placement
 from passes.place.problem import Session, Slo
-from stratum.process_account import room_of
+from stratum.process_room import room_of
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ def session_of(request: PlanRequest, shape: ModelShape) -> Session:
         )
     generate = max(1, min(request.generate, context - prompt)) if context > prompt else 1
     return Session(context=context, batch=max(1, request.batch), prompt=prompt, generate=generate)
+
+
+def read_placement(path: Path) -> Placement:
+    """The plan of a file. DiagnosticError for what cannot be read or is none."""
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise DiagnosticError(f"the plan cannot be read: {fault.strerror}", where=str(path)) from None
+    return Placement.from_json(data, str(path))
 
 
 def budgets_of(request: PlanRequest, target: Target) -> dict[str, int]:

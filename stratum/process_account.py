@@ -1,9 +1,9 @@
 """What a process takes that runs a model under a byte budget: the one account that plans and runs share.
 
-Its own part is foreseen, so that a plan is the same before the process is there and in it: `room_of` says what a budget
-leaves, and `budget_of_room` which budget leaves that. A process that takes more (part of a larger program) is measured
-(`baseline_bytes`), and has as much less for the model. `ProcessAccount` adds what depends on the model: page tables,
-the KV cache of a context, activations, rows of embeddings. A budget that is too small for all of it raises DoesNotFit.
+Its own part is foreseen (`stratum.process_room`), so that a plan is the same before the process is there and in it. A
+process that takes more (part of a larger program) is measured (`baseline_bytes`), and has as much less for the model.
+`ProcessAccount` adds what depends on the model: page tables, the KV cache of a context, activations, rows of
+embeddings. A budget that is too small for all of it raises DoesNotFit.
 """
 
 from __future__ import annotations
@@ -12,33 +12,14 @@ from ir.diagnostics import DiagnosticError
 from runtime.manifest import Manifest
 from runtime.memory import PAGE_BYTES
 from runtime.process_memory import give_back_read_ahead, resident_bytes
+from stratum.process_room import FORESEEN_BYTES, ROWS_BYTES, SLACK_BYTES, TABLES_SHARE
 
-FORESEEN_BYTES = 85 << 20  # the interpreter with its libraries, as measured
 TOKENIZER_BYTES, TOKENIZER_SHARE = 8 << 20, 30  # and of each byte of its file, as measured of 2000 to 150 000 words
-SLACK_BYTES = 24 << 20  # logits, sampling, thread stacks, what a library allocates later
-ROWS_BYTES = 8 << 20
-PROCESS_BYTES = FORESEEN_BYTES + SLACK_BYTES + ROWS_BYTES  # of a budget, before the process is there
-TABLES_SHARE = 256  # of a budget goes to page tables, one part
 DEFAULT_CONTEXT = 256  # positions that a budget without a context must hold
 CONTEXT_SHARE = 8  # of the budget, at most, goes to the KV cache when no context is asked for
 CONTEXT_STEP = 64
 GUESSES = 2  # the likeliest are nearly always right; further ones cost more in vain than they save
 EXIT_DOES_NOT_FIT = 3
-
-
-def room_of(budget: int) -> int:
-    """What a budget is foreseen to leave for weights, keys and values, and activations."""
-    return max(0, budget - PROCESS_BYTES - budget // TABLES_SHARE)
-
-
-def budget_of_room(room: int) -> int:
-    """The largest budget that leaves so much."""
-    budget = (room + PROCESS_BYTES) * TABLES_SHARE // (TABLES_SHARE - 1)
-    while room_of(budget + 1) <= room:
-        budget += 1
-    while budget and room_of(budget) > room:
-        budget -= 1
-    return budget
 
 
 def foreseen_bytes(manifest: Manifest) -> int:

@@ -24,11 +24,13 @@ from pathlib import Path
 from ir.diagnostics import DiagnosticError
 from passes.place.piece_choice import AHEAD_BYTES
 from passes.place.placement import Placed, Placement, layer_numbers
-from runtime.eviction import POLICIES
+from runtime.eviction import DEFAULT_POLICY, POLICIES
 from runtime.manifest import Manifest, PieceInfo
-from runtime.stream_plan import DEFAULT_POLICY, StreamPlan, least_expert_bytes, live_bytes
+from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
-from stratum.process_account import DoesNotFit, ProcessAccount, baseline_bytes, budget_of_room, mib
+from stratum.plan_request import read_placement
+from stratum.process_account import DoesNotFit, ProcessAccount, baseline_bytes, mib
+from stratum.process_room import budget_of_room
 
 MEMORY = "dram"  # what the target `host` calls its memory; every other tier or storage is a place to read from
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.*)")
@@ -55,15 +57,6 @@ class Stays:
     expert_bytes: int
     scope: str
     policy: str
-
-
-def read_placement(path: Path) -> Placement:
-    """The plan of a file. DiagnosticError for what cannot be read or is none."""
-    try:
-        data = path.read_bytes()
-    except OSError as fault:
-        raise DiagnosticError(f"the plan cannot be read: {fault.strerror}", where=str(path)) from None
-    return Placement.from_json(data, str(path))
 
 
 def budget_of(placement: Placement) -> int:

@@ -30,7 +30,8 @@ from hw_targets.calibrate import calibrate
 from hw_targets.quantities import parse_quantity
 from runtime.artifact import open_artifact
 from runtime.stream_plan import StreamPlan
-from stratum.planning import PlanRequest, expected_hits, make_plan
+from stratum.built_planning import expected_hits
+from stratum.planning import PlanRequest, make_plan
 from stratum.run_prediction import RIGHT_GUESSES, predict, problem_for
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from ir.diagnostics import DiagnosticError
 from ir.formats.packed import PackedArray, stored_bytes
-from ir.formats.plain import F8E4M3, F8E5M2, F32, NumberFormat, PlainFormat
+from ir.formats.plain import F8E4M3, F8E5M2, F32, ROUNDINGS, NumberFormat, PlainFormat
 from ir.formats.registry import SCALE_FORMATS, check_fields, read_scale, register_family
-from ir.formats.scaled import QUOTIENT_SLACK, ROUNDINGS, round_up
+from ir.formats.scaled import QUOTIENT_SLACK, round_up
 
 ELEMENTS = {"f8e4m3": F8E4M3, "f8e5m2": F8E5M2}
 _LARGEST = {"f8e4m3": 448.0, "f8e5m2": 57344.0}

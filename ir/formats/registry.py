@@ -1,19 +1,26 @@
 """The text forms of number formats: a family of formats registers how its text is read, so that it is one file.
 
 `name<field=value, ...>` is read by the family whose pattern fits the name; a lone word stands for one format. Writing
-is `str(format)`. Refused, as ValueError: unknown, missing and ill-formed fields, each with what would be right.
+is `str(format)`. The files of the families are loaded when the first text is read that is no plain format. Refused, as
+ValueError: unknown, missing and ill-formed fields, each with what would be right.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ir.formats.plain import BF16, F16, F32, I8, PLAIN_FORMATS, U8, NumberFormat, PlainFormat
 
 SCALE_FORMATS = {"f16": F16, "bf16": BF16, "f32": F32}
 MAX_GROUP_DIGITS = 9
+_FIELD = re.compile(r"([a-z_]+) *= *([a-z0-9]+)", re.ASCII)
+_WRITTEN = re.compile(r"([a-z][a-z0-9_]*)(?:<([a-z_]+ *= *[a-z0-9]+(?:, *[a-z_]+ *= *[a-z0-9]+)*)>)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,50 @@ def register_word(format: NumberFormat) -> None:
 
 def format_word(word: str) -> NumberFormat | None:
     """The format that a word stands for, plain ones among them."""
+    if word not in PLAIN_FORMATS:
+        _load_families()
     return _WORDS.get(word)
 
 
 def format_names() -> list[str]:
     """Names of formats, for suggestions."""
-    return [*_WORDS, *(name for family in _FAMILIES for name in family.names)]
+    _load_families()
+    families = sorted(_FAMILIES, key=lambda family: family.read.__module__)  # whichever was loaded first
+    return [*_WORDS, *(name for family in families for name in family.names)]
 
 
 def format_family(name: str) -> FormatFamily | None:
     """The family that reads `name<...>`."""
+    _load_families()
     return next((family for family in _FAMILIES if family.pattern.fullmatch(name)), None)
+
+
+def read_format(text: str) -> NumberFormat | None:
+    """The format of a text that is a word, or a name and fields that are words: `q4_sym<group=32, scale=f16>`.
+
+    None for every other text, and for fields that a family refuses: `ir.text_reader.parse_format` reads what formats
+    mean in general, with the grammar of the IR, and says what is wrong.
+    """
+    found = _WRITTEN.fullmatch(text.strip())
+    if found is None:
+        return None
+    name, inside = found.groups()
+    if inside is None:
+        return format_word(name)
+    family, fields = format_family(name), dict(_FIELD.findall(inside))
+    if family is None or len(fields) != inside.count("="):
+        return None
+    try:
+        return family.read(name, fields)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _load_families() -> None:
+    """Imports every file of this folder, so that each has registered what it reads."""
+    for name in sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])):
+        importlib.import_module(f"ir.formats.{name}")
 
 
 # -- fields that families share ----------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats.bit_packing import pack_codes
 from ir.formats.least_squares import GroupSearch, SearchPlan
 from ir.formats.packed import PackedArray, stored_bytes
-from ir.formats.plain import BF16, F16, F32, I8, U8, NumberFormat, PlainFormat
+from ir.formats.plain import BF16, F16, F32, I8, ROUNDINGS, U8, NumberFormat, PlainFormat
 
-ROUNDINGS = ("nearest", "mse")
 _F32_MAX = float(np.finfo(np.float32).max)
 # The quotient value / scale is computed in float64, below 2**8 and with a relative error of 2**-53.
 QUOTIENT_SLACK = 2.0**-44

@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ir.formats import F32, U8, NumberFormat, PackedArray, PlainFormat
+from ir.formats import F32, ROUNDINGS, U8, NumberFormat, PackedArray, PlainFormat
 from ir.op_def import Op, attr, expect, operand, register_op, result
 from ir.ops import checks
 from ir.ops.low_bit import scale_parts, unpacked
 from ir.sizes import num_elements
 from ir.traits import Pure
 from ir.types import TensorType, Type
-
-ROUNDINGS = ("nearest", "mse")
 
 
 @register_op

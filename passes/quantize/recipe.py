@@ -31,14 +31,14 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
-from ir.ops.quant import ROUNDINGS
+from ir.formats import BF16, F16, F32, ROUNDINGS, NumberFormat, PlainFormat, read_format
 from ir.spelling import did_you_mean
-from ir.text_reader import parse_format, parse_type
-from ir.types import KVCacheType
+
+if TYPE_CHECKING:
+    from ir.types import KVCacheType
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_BYTES = 4 << 20  # of a file: a rule for each of 30 000 tensors
@@ -350,7 +350,7 @@ def _format(table: _Table, key: str) -> NumberFormat | str | None:
     if not text or text in (STORED, FLOAT):
         return text or None
     try:
-        found = parse_format(text)
+        found = read_format(text) or _parsed(text)
     except DiagnosticError as error:
         words = error.diagnostics[0].message
         like = f'a format like "q4_sym<group=32, scale=f16>" or "bf16", or "{STORED}", "{FLOAT}"'
@@ -358,6 +358,13 @@ def _format(table: _Table, key: str) -> NumberFormat | str | None:
     if isinstance(found, PlainFormat) and found not in FLOATS:
         raise table.fault(f"{key} = {text!r} holds no weights", "f32, bf16, f16 or a low-bit format")
     return found
+
+
+def _parsed(text: str) -> NumberFormat:
+    """What the text form of the IR calls so, or the fault in it. Loads the IR's grammar with all its types and ops."""
+    from ir.text_reader import parse_format
+
+    return parse_format(text)
 
 
 def _activations(table: _Table) -> NumberFormat | str | None:
@@ -388,6 +395,9 @@ def _kv(table: _Table) -> str:
 
 def cache_type(text: str, num_kv_heads: int, head_dim: int) -> KVCacheType:
     """The type of a KV cache kept as `[kv] format` says; blocks of a rotation are cut to what divides the heads."""
+    from ir.text_reader import parse_type
+    from ir.types import KVCacheType
+
     found = parse_type(f"kv<{num_kv_heads} x {_ANY_WIDTH} x {text}>")
     if not isinstance(found, KVCacheType):
         raise DiagnosticError(f"{text!r} is no format of a KV cache")

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ir.formats import BF16, FP8Format, PackedArray, ScaledFormat
+from ir.formats import BF16, ROUNDINGS, FP8Format, PackedArray, ScaledFormat
 from ir.formats.bit_packing import pack_codes
 from ir.formats.least_squares import SearchPlan
 from ir.formats.product import ProductFormat
-from ir.formats.scaled import ROUNDINGS
 from passes.quantize.jit import run_in_threads
 
 _FEW = 1 << 12  # values for which compiled code need not be loaded

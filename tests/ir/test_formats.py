@@ -26,6 +26,7 @@ from ir.formats import (
     NumberFormat,
     PackedArray,
     PlainFormat,
+    read_format,
 )
 from ir.formats.bit_packing import pack_codes, row_bytes, unpack_codes
 from ir.formats.scaled import round_up
@@ -231,13 +232,36 @@ def test_formats_that_make_no_sense(arguments: tuple, message: str) -> None:
 
 @given(formats)
 def test_grouped_formats_survive_text(format: GroupedIntFormat) -> None:
-    assert parse_format(str(format)) == format
+    assert parse_format(str(format)) == read_format(str(format)) == format
+
+
+_written_fields = st.lists(
+    st.tuples(
+        st.sampled_from(["group", "scale", "channel", "block", "dim", "bits", "x"]),
+        st.sampled_from(
+            ["32", "032", "0", "row", "f16", "u8", "f32", "1x32", "2", "8", "-1", "2.5", '"f16"', "f8e4m3"]
+        ),
+    ),
+    max_size=4,
+)
+
+
+@given(
+    st.sampled_from(["q4_sym", "q4_zp", "q0_sym", "pq", "k4", "nf4", "f8e4m3", "kv", "tensor", "Q4"]), _written_fields
+)
+def test_what_is_read_without_the_grammar_is_what_the_grammar_reads(name: str, fields: list[tuple[str, str]]) -> None:
+    text = f"{name}<{', '.join(f'{key}={value}' for key, value in fields)}>"
+    try:
+        expected = parse_format(text)
+    except DiagnosticError:
+        expected = None
+    assert read_format(text) in (expected, None)
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN_FORMATS))
 def test_plain_formats_survive_text(name: str) -> None:
     format = PLAIN_FORMATS[name]
-    assert parse_format(str(format)) is format
+    assert parse_format(str(format)) is read_format(str(format)) is format
     assert format.nbytes((3, 5)) == 15 * format.dtype.itemsize
     assert format.nbytes(()) == format.dtype.itemsize
 

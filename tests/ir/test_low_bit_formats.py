@@ -27,6 +27,7 @@ from ir.formats import (
     TableFormat,
     TernaryFormat,
     concatenate_packed,
+    read_format,
 )
 from ir.sizes import num_bytes
 from ir.text_reader import parse_format
@@ -90,7 +91,7 @@ def test_bytes_are_exact(data: st.DataObject, format: ScaledFormat, rounding: st
 
 @given(low_bit_formats)
 def test_text_is_read_back(format: ScaledFormat) -> None:
-    assert parse_format(str(format)) == format
+    assert parse_format(str(format)) == read_format(str(format)) == format
 
 
 @given(st.data(), low_bit_formats)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from passes.place.placement import PlacedKV
 from runtime import Session, open_artifact
 from runtime.kv_stream import KVStreamOptions
-from stratum import compare_run, measure_run, planning, process_account
+from stratum import compare_run, measure_run, planning, process_account, process_room
 from stratum.cli import main
 from stratum.compare_run import compare
 from stratum.kv_prediction import KVCall, KVQueue, KVReads
@@ -144,6 +144,6 @@ def test_a_context_that_memory_has_no_room_for_is_planned(kv_build: Callable[[st
     kv = sum(entry.nbytes for entry in whole.placement.kv)
     assert {entry.tier for entry in whole.placement.kv} == {"dram"}
     used = next(tier.peak for tier in whole.placement.tiers if tier.name == "dram")
-    budget = process_account.budget_of_room(used - kv // 2)
+    budget = process_room.budget_of_room(used - kv // 2)
     tight = make_plan(PlanRequest(path, context=4096, budgets=(("memory", f"{budget}B"),), what_if=False))
     assert "ssd" in {entry.tier for entry in tight.placement.kv}

@@ -14,7 +14,8 @@ from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.session import CudaSession
 from stratum import process_account
 from stratum.cli import main
-from stratum.process_account import SLACK_BYTES, TABLES_SHARE, DoesNotFit
+from stratum.process_account import DoesNotFit
+from stratum.process_room import SLACK_BYTES, TABLES_SHARE
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
 from tests.runtime.cuda.passing_model import CHOSEN, PAGE, RUNNER, UNIT, write_passing
 from tests.runtime.fake_artifact import VOCAB

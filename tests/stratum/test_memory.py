@@ -23,7 +23,7 @@ from runtime.manifest import KVInfo, Manifest, PieceInfo, ProgramInfo, TargetInf
 from runtime.process_memory import resident_bytes
 from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.memory_plan import DoesNotFit, plan_memory
-from stratum.process_account import PROCESS_BYTES, budget_of_room, room_of
+from stratum.process_room import PROCESS_BYTES, budget_of_room, room_of
 from tests.own_cache import own_cache
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 

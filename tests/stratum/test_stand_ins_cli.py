@@ -15,7 +15,7 @@ from passes.place.placement import Placement
 from runtime.artifact import open_artifact
 from runtime.process_memory import resident_bytes
 from runtime.stream_plan import StreamPlan
-from stratum import planning, process_account
+from stratum import built_planning, planning, process_account
 from stratum.cli import main
 from stratum.planning import PlanRequest, make_plan
 from stratum.stand_in_prediction import StandInUse, foretold, light_share
@@ -80,7 +80,9 @@ def test_plans_leave_them_out(artifact: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_they_would_buy_is_foretold(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them with a larger share, never a longer step or more bytes; nothing without the option."""
     monkeypatch.setattr(planning, "load_target", lambda name: HOST)
-    monkeypatch.setattr(planning, "expected_hits", lambda planned, stream: 0.3)  # of so small a model all would fit
+    monkeypatch.setattr(
+        built_planning, "expected_hits", lambda planned, stream: 0.3
+    )  # of so small a model all would fit
     request = PlanRequest(str(artifact), context=64, budgets=(("memory", "512MiB"),), what_if=False)
     assert make_plan(request).placement.stand_ins is None
     found = []

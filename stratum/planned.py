@@ -1,0 +1,29 @@
+"""A plan with what explains it: what `stratum.planning` makes and `stratum.plan_report` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from frontends.model_shape import ModelShape
+    from hw_targets.routing.trace import RoutingTrace
+    from hw_targets.target import Target
+    from passes.place.cache_choice import Judged
+    from passes.place.placement import Placement
+    from passes.place.solve import Solution
+    from passes.place.what_if import Gain
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what explains it."""
+
+    shape: ModelShape
+    target: Target
+    placement: Placement
+    solution: Solution | None = None  # None: every device keeps its share, found in closed form
+    gains: tuple[Gain, ...] = ()
+    judged: Judged | None = None
+    warnings: tuple[str, ...] = field(default=())
+    trace: RoutingTrace | None = None

@@ -1,0 +1,187 @@
+"""Plans over the tiers of one machine: solved, simulated, the cache of experts judged, and what more would buy.
+
+    planned = plan_tiers(request, shape, target, formats, session, slo, given, menu, built)
+
+Plans for this machine (`host`) are what `run` can carry out: keys and values in memory (on a drive only where they do
+not fit), one cache of experts for all layers with the policy of `run`; pins may ask for more. A plan that is given is
+computed as it is. Raises NoFit when nothing fits; for this machine it says what --memory would have to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from frontends.model_shape import ModelShape
+from hw_targets.quantities import enough_bytes
+from hw_targets.target import Target
+from passes.place.cache_choice import TraceRates, check_trace, judge, session_trace
+from passes.place.format_menu import Menu
+from passes.place.formats import Formats
+from passes.place.machine import machine_of, main_tier
+from passes.place.parallel import together
+from passes.place.pins import MEASURE_DRIVE, parse_pin
+from passes.place.placement import Placement
+from passes.place.prefill_mode import prefill_mode
+from passes.place.problem import Problem, Session, Slo
+from passes.place.refine import most_tokens, simulated, simulated_prompt
+from passes.place.routing_model import fading_hit_rate
+from passes.place.solve import NoFit, Solution, replay, solve
+from passes.place.what_if import Gain, gains
+from runtime.eviction import DEFAULT_POLICY
+from stratum.plan_request import PlanRequest, budgets_of
+from stratum.planned import Planned
+from stratum.process_room import budget_of_room, room_of
+
+if TYPE_CHECKING:
+    from stratum.built_planning import BuiltModel
+
+
+def plan_tiers(
+    request: PlanRequest,
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    slo: Slo,
+    given: Placement | None,
+    menu: Menu | None,
+    built: BuiltModel | None,
+) -> Planned:
+    """A plan over the tiers of one machine; of a built model on this one what `run` does, where nothing is pinned.
+    Raises NoFit."""
+    try:
+        return _placed(request, shape, target, formats, session, slo, given, menu, built)
+    except NoFit as fault:
+        if target.name == "host":
+            raise _advised(fault, request, target) from None
+        raise
+
+
+def _placed(
+    request: PlanRequest,
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    slo: Slo,
+    given: Placement | None,
+    menu: Menu | None,
+    built: BuiltModel | None,
+) -> Planned:
+    sizes = budgets_of(request, target)
+    if built is not None and built.budget is not None:
+        sizes[main_tier(target)] = room_of(built.budget)
+    machine = machine_of(target, budgets=sizes)
+    asked_more = request.pins or request.slo is not None or request.batch == 0 or len(sizes) > 1
+    by_run = built is not None and built.budget is not None and given is None and not asked_more
+    if by_run and built is not None:
+        given = built.placement_for(session, target)
+    here = target.name == "host"
+    names = menu.names if menu is not None else ()
+    pins = tuple(parse_pin(p, shape, machine, names) for p in request.pins)
+    if here and not any(pin.group == "kv" for pin in pins):
+        pins = (*pins, parse_pin(f"kv={main_tier(target)}", shape, machine))
+    problem = Problem(
+        shape, machine, formats, session, pins, slo,
+        together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
+        menu=menu,
+    )  # fmt: skip
+    trace = None
+    if request.trace is not None:
+        from hw_targets.routing.trace_file import read_trace
+
+        trace = check_trace(read_trace(request.trace), shape)
+        rates = TraceRates(trace, DEFAULT_POLICY, "global") if here else TraceRates(trace)
+        problem = dataclasses.replace(problem, cached=rates)
+    elif here:  # of the policy of `run`
+        problem = dataclasses.replace(problem, cached=fading_hit_rate)
+    made = built.executed(given) if built is not None and given is not None else None
+    solutions: list[Solution] = []
+    if made is not None and built is not None and given is not None:
+        solution = built.judged(problem, given, made)
+    elif given is not None:
+        solution = replay(problem, given)
+    else:
+        try:
+            solutions = _of_batches(problem) if request.batch == 0 else [solve(problem)]
+        except NoFit:
+            if len(pins) == len(request.pins):
+                raise
+            # Keys and values may come from a drive where memory has no room for them.
+            solutions = [solve(dataclasses.replace(problem, pins=pins[:-1]))]
+        solution = solutions[0]
+    step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
+    if made is not None:
+        pass  # played as the runtime does, see `_as_run`
+    elif request.simulate and given is not None:
+        step, prompt = simulated(solution), simulated_prompt(solution)
+    elif request.simulate:
+        bound, refined = most_tokens(solutions)
+        solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
+    placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
+    placement = dataclasses.replace(placement, simulated_step=step)
+    if request.simulate and placement.prefill_threshold is not None:
+        mode = prefill_mode(solution.problem, solution.choice)
+        placement = dataclasses.replace(
+            placement, prefill_threshold=mode.tokens, prefill_threshold_bound=mode.bound if mode.simulated else None
+        )
+    if prompt is not None:
+        first = {"simulated_prefill": prompt.seconds, "simulated_prefill_bound": prompt.bound}
+        placement = dataclasses.replace(placement, **first)
+    cached = [g for g in placement.groups if g.mode == "cached"]
+    if placement.expert_cache is not None and cached:
+        scope = "global" if here else "layer"
+        slots = max(1, min(g.slots for g in cached))
+        if trace is None:
+            layer = next(x for x in shape.layers if x.mlp.is_moe)
+            drawn = session_trace(layer.mlp.experts, layer.mlp.top_k)
+            cliffs = judge(drawn, slots, "a drawn session, Zipf 1.4", scope)
+        else:
+            cliffs = judge(trace, slots, str(request.trace), scope)
+        warnings += cliffs.warnings
+        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here else cliffs.policy
+        if given is not None and given.expert_cache is not None:
+            scope, policy = given.expert_cache.scope, given.expert_cache.policy
+        cache = dataclasses.replace(
+            placement.expert_cache, scope=scope, policy=policy, belady=max(rate, cliffs.belady), source=cliffs.source
+        )
+        placement = dataclasses.replace(placement, expert_cache=cache)
+    found: tuple[Gain, ...] = ()
+    if request.what_if and by_run and built is not None:
+        found = built.gains(bound, target)
+    elif request.what_if and given is None:
+        found = gains(bound)
+    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace)
+
+
+def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
+    """The same for this machine: what --memory would have to be, and that a drive helps once it was measured."""
+    least, notes = [], []
+    for tier, nbytes in fault.least:
+        if tier == main_tier(target) and "memory" in dict(request.budgets):
+            least.append((tier, budget_of_room(nbytes)))
+            notes.append(f"with --memory {enough_bytes(least[-1][1])} it fits")
+        else:
+            least.append((tier, nbytes))
+            notes.append(f"with {enough_bytes(nbytes)} of {tier} it fits")
+    if not target.storage:
+        notes.append(f"weights could be read from a drive: {MEASURE_DRIVE}")
+    return NoFit(
+        fault.diagnostics[0].message, least=tuple(least), context=fault.context, batch=fault.batch, pins=fault.pins,
+        notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _of_batches(problem: Problem) -> list[Solution]:
+    """The best plan of every batch that fits (powers of two), most tokens a second by their bounds first."""
+    found: list[Solution] = []
+    for exponent in range(11):
+        session = dataclasses.replace(problem.session, batch=1 << exponent)
+        try:
+            found.append(solve(dataclasses.replace(problem, session=session)))
+        except NoFit:
+            if not found:
+                raise
+            break
+    return sorted(found, key=lambda s: -s.placement.tokens_per_second)

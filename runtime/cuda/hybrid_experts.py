@@ -53,6 +53,11 @@ class Home(Protocol):
         """Bytes a second that the disk gave so far; 0 where nothing was read."""
         ...
 
+    @property
+    def stall_s(self) -> float:
+        """Seconds that were waited for reads."""
+        ...
+
 
 @dataclass
 class Slots:
@@ -208,7 +213,8 @@ class HybridExperts:
             host.copy_down(products, sizes["tokens"])
         started = time.perf_counter()
         device.synchronize(self._stream)
-        self._report.router_wait_s += time.perf_counter() - started
+        began, stalled = time.perf_counter(), self.home.stall_s
+        self._report.router_wait_s += began - started
         tiles = host_view(self._host_tiles, nbytes).view(np.int32).reshape(-1, TILE_WORDS)
         filled = tiles[:, 2] > 0
         wanted = np.unique(tiles[filled, 0]).tolist()
@@ -231,6 +237,13 @@ class HybridExperts:
         tiles[filled, 2] *= ~np.isin(tiles[filled, 0], computed)  # no rows for the GPU
         tiles[filled, 0] = [0 if e in computed else slots.slot_of[e] for e in tiles[filled, 0].tolist()]
         device.copy_in(self._arena + offset, self._host_tiles, nbytes, self._stream)
+        self._report.decisions += 1
+        self._report.decide_s += max(0.0, time.perf_counter() - began - (self.home.stall_s - stalled))
+
+    @property
+    def prices(self) -> ExpertPrices | None:
+        """By which missing experts are divided; None where nothing was measured or given."""
+        return self._missed.prices
 
     def _divided(
         self, products: HostProducts | None, missing: list[int], tiles: np.ndarray, slots: Slots, hits: int,

@@ -21,6 +21,8 @@ class HybridReport:
     host_threads: int = 0  # of the CPU that computes experts
     prices: tuple[float, float] | None = None  # bytes of experts a second: by the link, by the CPU
     router_wait_s: float = 0.0  # the host's, for the tiles of experts
+    decisions: int = 0  # about a layer's experts
+    decide_s: float = 0.0  # what they took the host, without waiting for routers and reads
     resident_bytes: int = 0
     host_bytes: int = 0  # of pinned memory: what lies there whole, and places for what comes from the disk
     slots: tuple[int, ...] = ()

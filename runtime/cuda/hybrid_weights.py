@@ -21,6 +21,7 @@ from typing import Any
 from runtime.artifact import Artifact
 from runtime.cuda.dense_window import DenseWindow, StepCopies
 from runtime.cuda.device import Device
+from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_experts import ExpertCode
 from runtime.cuda.host_plan import HostPlan, plan_host
 from runtime.cuda.host_tier import HostTier
@@ -28,9 +29,11 @@ from runtime.cuda.hybrid_experts import HybridExperts
 from runtime.cuda.hybrid_plan import HbmPlan, plan_hbm
 from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
-from runtime.cuda.missed_experts import FETCHED, Missed
+from runtime.cuda.missed_experts import FETCHED, ExpertPrices, Missed
 from runtime.cuda.program import GpuLaunch, GpuStep, WeightArgument
 from runtime.weight_reader import Pread
+
+SPARE_BYTES = 256 << 20  # of the device's memory beside what is counted: modules, and the driver's own
 
 
 class HybridWeights:
@@ -122,6 +125,11 @@ class HybridWeights:
             report.read_wait_s = host.stall_s - before.read_wait_s
             report.host_lookups, report.host_hits = lookups - before.host_lookups, hits - before.host_hits
         return report
+
+    @property
+    def prices(self) -> ExpertPrices | None:
+        """By which missing experts are divided between link and CPU, while the store is open."""
+        return self._experts.prices if self._experts is not None else None
 
     # -- as a store
 
@@ -225,6 +233,15 @@ def plan_of(artifact: Artifact, budget_bytes: int) -> HbmPlan:
     order = [piece for piece in dict.fromkeys(programs[0]) if all(piece in waits for waits in programs)]
     manifest = artifact.manifest
     return plan_hbm(manifest.weights.pieces, budget_bytes, manifest.experts_per_token or 1, order)
+
+
+def passing_plan(artifact: Artifact, free: int, kv_bytes: int) -> HbmPlan | None:
+    """What of the weights stays on a device with `free` bytes where not all of them fit beside activations and a cache
+    of `kv_bytes`; None where they do. Raises RuntimeDiagnostic where not even that helps."""
+    scratch, weights = scratch_bytes(_gpu(artifact), artifact.manifest.vocab_size), artifact.manifest.weights
+    if scratch + weights.bytes <= free:
+        return None
+    return plan_of(artifact, free - scratch - kv_bytes - min(SPARE_BYTES, free // 16))
 
 
 def _gpu(artifact: Artifact) -> GpuStep:

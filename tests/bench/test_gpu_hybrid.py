@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,15 @@ from passes.schedule.check_stream import check_stream
 from runtime.artifact import open_artifact
 from runtime.cuda.device import CudaDevice
 from runtime.cuda.executor import pinned_bytes
+from runtime.cuda.host_experts import HostLayer
 from runtime.cuda.host_plan import STAGES, plan_host
 from runtime.cuda.hybrid_weights import plan_of
+from runtime.cuda.missed_experts import MODES, ExpertPrices
 from runtime.cuda.session import gpu_step
 from stratum.compare_run import Compared
 from stratum.device_prediction import DeviceCase, decode_program, predict_device
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
-from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, write_passing
+from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, PythonExperts, write_passing
 from tests.runtime.cuda.toy_model import open_checked
 from tests.runtime.fake_artifact import VOCAB
 
@@ -32,8 +35,8 @@ def device() -> CudaDevice:
     return open_checked(EmulatedDriver(RUNNER))
 
 
-def run(path: Path, budget: int, **options: int) -> tuple[dict[str, Compared], bool | None]:
-    found = gpu_hybrid.hybrid_rows(path, device, load("h100-sxm"), budget=budget, context=2, **options)
+def run(path: Path, budget: int, **options: Any) -> tuple[dict[str, Compared], bool | None]:
+    (found,) = gpu_hybrid.hybrid_rows(path, device, load("h100-sxm"), budget=budget, context=2, **options)
     assert found.predicted.dispatch_seconds < found.predicted.seconds
     return {row.what: row for row in found.rows}, found.same
 
@@ -87,6 +90,29 @@ def test_experts_that_are_found_are_not_moved(tmp_path: Path) -> None:
     assert rows["from the disk"].predicted == pytest.approx(rows["from the disk"].measured)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pinned", [None, 3])
+def test_every_way_to_handle_missing_experts(tmp_path: Path, mode: str, pinned: int | None) -> None:
+    """The simulated step launches, brings and computes what the executed ones do, from memory and from the disk."""
+    path = write_passing(tmp_path / "artifact", [1, 0, 1, 0])
+    buffers = 8 * CHOSEN * 16 + (1 << 12)  # what the CPU works on
+    others = pinned_bytes(gpu_step(open_artifact(path)), VOCAB) + 16 * EXPERTS + buffers
+    host = None if pinned is None else others + pinned * UNIT
+    rows, same = run(
+        path, 3 * PAGE + 2 * 3 * UNIT, steps=6, host=host, modes=(mode,), code_of=lambda _: PythonExperts()
+    )
+    assert same is True and ("by the CPU" in rows) == (mode != "fetch")
+    for what in ("kernels", "graphs"):
+        assert rows[what].predicted == rows[what].measured
+    missing = 2 * CHOSEN * (1 - rows["experts found"].measured / 100)
+    if mode == "cpu":
+        assert rows["by the CPU"].predicted == pytest.approx(missing) == pytest.approx(rows["by the CPU"].measured)
+    if mode == "fetch":
+        assert rows["over the link"].predicted == pytest.approx(rows["over the link"].measured)
+    if pinned is not None:
+        assert rows["from the disk"].predicted == pytest.approx(rows["from the disk"].measured)
+
+
 def test_simulated_steps_are_sound(tmp_path: Path) -> None:
     """Proven; less memory of either kind makes a step longer, fewer hits too, and what all fits moves nothing."""
     target = gpu_hybrid.with_disk(gpu_hybrid.with_link(load("h100-sxm"), 1e8), 2e7)
@@ -100,7 +126,13 @@ def test_simulated_steps_are_sound(tmp_path: Path) -> None:
             plan = plan_of(artifact, budget)
             below = plan_host(pieces, plan, host)
             case = DeviceCase(artifact.gpu, pieces, plan, target, CHOSEN, 16, 1, hit, below, 0.5)
-            assert [d.message for d in check_stream(decode_program(case), case.target)] == []
+            layers = tuple(HostLayer(n, "f", 8, 8, 8, CHOSEN, (0, -1, 0, -1)) for n, _ in plan.slots)
+            for prices in (ExpertPrices(1e8, 1e8, 1.0, 1e-6, 2e7), ExpertPrices(1e8, 1e7), ExpertPrices(1e7, 1e9)):
+                for mode in MODES:
+                    other = replace(case, missed=mode, computing=layers, prices=prices)
+                    assert [d.message for d in check_stream(decode_program(other), other.machine)] == []
+                    predicted = predict_device(other)
+                    assert predicted.later <= predicted.computed and (predicted.computed == 0 or mode != "fetch")
             found.append(predict_device(case))
         assert found[0].link_bytes >= found[1].link_bytes >= found[2].link_bytes > found[3].link_bytes == 0
         assert found[0].seconds > found[1].seconds >= found[2].seconds > found[3].seconds

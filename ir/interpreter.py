@@ -11,7 +11,8 @@ Values: a tensor is an array of its element's dtype (a PackedArray in a low-bit 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ir.kv_state import KVState
 from ir.op_def import Op as DeclaredOp
 from ir.ops.builtin import FuncOp
 from ir.spelling import did_you_mean
-from ir.traits import Terminator, WritesKVCache, has_trait
+from ir.traits import Terminator, WritesKVCache
 from ir.types import KVCacheType, SymbolicDim, TensorType
 
 Weights = Callable[[str], np.ndarray] | Mapping[str, np.ndarray]
@@ -47,6 +48,24 @@ def interpret(
     results = environment.run_block(func.block, inputs)
     environment.write_back()
     return results
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """What the interpreter asks of a class of ops: its meaning (one of the two, or none), and two of its traits."""
+
+    interpret: Callable[..., Any] | None
+    reference: Callable[..., Any] | None
+    ends: bool
+    writes: bool
+
+
+@cache
+def _meaning_of(kind: type) -> _Meaning:
+    """Kernels run some hundred thousand ops, of a few dozen classes."""
+    traits = getattr(kind, "traits", ())
+    interpret, reference = getattr(kind, "interpret", None), getattr(kind, "reference", None)
+    return _Meaning(interpret, reference, Terminator in traits, WritesKVCache in traits)
 
 
 _OF_A_TEAM = ("team", "thread", "wait", "place", "sizes", "launch")
@@ -81,7 +100,7 @@ class Environment:
         values.update(zip(block.arguments, args, strict=True))
         for op in block.ops:
             read = [values[v] for v in op._operands]
-            if has_trait(op, Terminator):
+            if _meaning_of(type(op)).ends:
                 return read
             values.update(zip(op.results, self.run_op(op, read), strict=True))
         return []
@@ -93,11 +112,11 @@ class Environment:
     def run_op(self, op: Op, read: Sequence[Any]) -> tuple[Any, ...]:
         """The results of `op` when its operands hold `read`."""
         outer, self._running = self._running, op
-        meaning: Any = op  # `interpret` and `reference` are members of some ops
+        meaning = _meaning_of(type(op))
         try:
-            if hasattr(meaning, "interpret"):
-                made = meaning.interpret(read, self)
-            elif hasattr(meaning, "reference"):
+            if meaning.interpret is not None:
+                made = meaning.interpret(op, read, self)
+            elif meaning.reference is not None:
                 made = meaning.reference(*read, **op.attributes)
             else:
                 raise _error_at(op, f"'{op.name}' has no meaning that the interpreter knows")
@@ -105,7 +124,7 @@ class Environment:
             raise _error_at(op, f"'{op.name}' {error}") from error
         self._running = outer
         results = made if isinstance(made, tuple) else (made,)
-        if has_trait(op, WritesKVCache):
+        if meaning.writes:
             self._track(read, results)
         return results
 

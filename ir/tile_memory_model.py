@@ -9,20 +9,40 @@ A `BufferView` is what one thread's buffer value holds: memory, first byte, what
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ir.formats import PlainFormat
 
-_NOBODY = -1
-_SEVERAL = -2
+_NOBODY = 0  # marks of bytes; that of a thread is its number and one
+_SEVERAL = 255
 _UNDEFINED = 0xCB  # scratch begins as this byte: 0xCBCBCBCB is -2.67e7 as f32, easy to see in a result
 
 
 class KernelFault(Exception):
     """A kernel or program did what it must not do: touched memory out of bounds or in a race with another thread,
     or left the threads of its team at different barriers."""
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What one thread leaves and looks for. A byte's mark becomes `when_read[mark]` when the thread reads it."""
+
+    own: bytes
+    nobody_or_own: bytes
+    when_read: bytes
+
+
+@cache
+def _marks_of(thread: int) -> _Marks:
+    own = thread + 1
+    if own >= _SEVERAL:
+        raise ValueError(f"expected fewer than {_SEVERAL - 1} threads, got thread {thread}")
+    when_read = bytes(own if mark in (_NOBODY, own) else _SEVERAL for mark in range(256))
+    return _Marks(bytes([own]), bytes([_NOBODY, own]), when_read)
 
 
 class Memory:
@@ -32,38 +52,37 @@ class Memory:
         self.bytes = array.reshape(-1).view(np.uint8)
         self.name = name
         self.shared = shared
-        size = self.bytes.size if shared else 0
-        self.writer = np.full(size, _NOBODY, np.int16)
-        self.reader = np.full(size, _NOBODY, np.int16)
         self._notes = threading.Lock()  # two threads that touch a byte at once both leave their mark
+        self.new_phase()
 
     def new_phase(self) -> None:
         """Forgets who touched what: a barrier has ordered it."""
-        self.writer.fill(_NOBODY)
-        self.reader.fill(_NOBODY)
+        size = self.bytes.size if self.shared else 0
+        self.writer, self.reader = bytearray(size), bytearray(size)  # a mark for each byte
 
     def note_read(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has written there in this phase."""
         if not self.shared:
             return
+        marks = _marks_of(thread)
         with self._notes:
-            self._refuse_others(self.writer[where], thread, where, "reads", "written")
-            readers = self.reader[where]
-            self.reader[where] = np.where((readers == _NOBODY) | (readers == thread), thread, _SEVERAL)
+            self._refuse_others(self.writer, marks, where, "reads", "written")
+            self.reader[where] = self.reader[where].translate(marks.when_read)
 
     def note_write(self, where: slice, thread: int) -> None:
         """Raises KernelFault when another thread has touched these bytes in this phase."""
         if not self.shared:
             return
+        marks = _marks_of(thread)
         with self._notes:
-            self._refuse_others(self.writer[where], thread, where, "writes", "written")
-            self._refuse_others(self.reader[where], thread, where, "writes", "read")
-            self.writer[where] = thread
+            self._refuse_others(self.writer, marks, where, "writes", "written")
+            self._refuse_others(self.reader, marks, where, "writes", "read")
+            self.writer[where] = marks.own * (where.stop - where.start)
 
-    def _refuse_others(self, who: np.ndarray, thread: int, where: slice, does: str, done: str) -> None:
-        others = (who != _NOBODY) & (who != thread)
-        if others.any():
-            at = where.start + int(others.argmax())
+    def _refuse_others(self, touched: bytearray, marks: _Marks, where: slice, does: str, done: str) -> None:
+        who = touched[where]
+        if others := who.translate(None, marks.nobody_or_own):
+            thread, at = marks.own[0] - 1, where.start + who.index(others[0])
             raise KernelFault(f"thread {thread} {does} {self.name} at byte {at}, {done} by another in this phase")
 
 

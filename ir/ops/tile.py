@@ -89,7 +89,7 @@ class BinaryOp(Op):
 
 
 def _divide(a: Any, b: Any) -> Any:
-    if np.issubdtype(np.asarray(a).dtype, np.floating):
+    if np.asarray(a).dtype.kind == "f":
         return a / b
     quotient = a // b  # rounds down; one more where that is not towards zero
     return quotient + ((quotient * b != a) & ((a < 0) != (b < 0)))

@@ -46,7 +46,7 @@ def _fused32(a: Any, b: Any, c: Any) -> Any:
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)  # exact (Knuth's two-sum)
-    if np.any(error):
+    if error.any():
         even = (total.view(np.int64) & 1) == 0
         inexact = np.isfinite(total) & (error != 0) & even
         total = np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)

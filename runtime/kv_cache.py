@@ -22,10 +22,10 @@ class KVCache:
     """Room for `num_slots` sequences of `capacity` positions each; `capacity` is a multiple of 64."""
 
     def __init__(self, info: KVInfo, max_context: int, num_slots: int) -> None:
-        self.capacity = -(-max_context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+        self.capacity = _capacity(max_context)
         self.num_slots = num_slots
-        per_slot = info.bytes_per_position * self.capacity + info.bytes_per_slot
-        self.reserved_bytes = per_slot * num_slots
+        self.reserved_bytes = self.bytes_for(info, max_context, num_slots)
+        per_slot = self.reserved_bytes // max(1, num_slots)
         if self.reserved_bytes > _MAX_RESERVATION_BYTES:
             raise RuntimeDiagnostic(
                 f"the KV cache for {num_slots} sequences of {max_context} positions takes {self.reserved_bytes} bytes",
@@ -48,6 +48,11 @@ class KVCache:
         self._block = info.block
         self.bytes_per_position = info.bytes_per_position
         self.reservation = Reservation(self.reserved_bytes, what="the KV cache")
+
+    @staticmethod
+    def bytes_for(info: KVInfo, max_context: int, num_slots: int) -> int:
+        """What such a cache takes when it is full."""
+        return (info.bytes_per_position * _capacity(max_context) + info.bytes_per_slot) * num_slots
 
     @property
     def heads(self) -> int:
@@ -124,3 +129,8 @@ class KVCache:
     def close(self) -> None:
         """Unmaps the cache."""
         self.reservation.close()
+
+
+def _capacity(max_context: int) -> int:
+    """Positions of a slot."""
+    return -(-max_context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE

@@ -13,7 +13,8 @@ from typing import Any
 
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for, runs_on
-from codegen.nvptx.host.experts import object_path
+from codegen.nvptx.host.attention import attention_path
+from codegen.nvptx.host.experts import LEVELS, object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep
 from codegen.nvptx.lowering import HOPPER
@@ -65,18 +66,20 @@ def _number(architecture: str) -> int:
 @dataclass(frozen=True)
 class GpuCode:
     """A lowered step with its code by architecture; `cubins` has those that were assembled, `host` the objects of
-    experts by instruction set of the CPU."""
+    experts, `attention` those of attention, by instruction set of the CPU."""
 
     lowered: LoweredGridStep
     ptx: dict[str, str]
     cubins: dict[str, bytes]
     host: dict[str, bytes]
+    attention: dict[str, bytes]
 
     def files(self) -> dict[str, str | bytes]:
         """Path in the artifact -> content."""
         made: dict[str, str | bytes] = {f"code/{name}.ptx": text for name, text in self.ptx.items()}
         made |= {f"code/{name}.cubin": data for name, data in self.cubins.items()}
-        return made | {object_path(level): data for level, data in self.host.items()}
+        made |= {object_path(level): data for level, data in self.host.items()}
+        return made | {attention_path(level): data for level, data in self.attention.items()}
 
     def entries(self) -> dict[str, Any]:
         """What the manifest says of code, programs and cache."""
@@ -89,7 +92,7 @@ class GpuCode:
             for name in self.ptx
         ]
         return {
-            "gpu": gpu_entry(self.lowered, code, tuple(self.host)),
+            "gpu": gpu_entry(self.lowered, code, tuple(self.host), tuple(self.attention)),
             "programs": programs_entry(self.lowered),
             "kv": kv_entry(self.lowered),
         }
@@ -106,7 +109,7 @@ def compile_gpu_step(
     ptx = compile_ptx_for(lowered.kernels, runs or architectures, cache)
     program = find_ptxas()
     cubins = {} if program is None else {name: _cubin(text, name, program, cache) for name, text in ptx.items()}
-    return GpuCode(lowered, ptx, cubins, lowered.host.objects(cache))
+    return GpuCode(lowered, ptx, cubins, lowered.host.objects(cache), lowered.attention.objects(cache, LEVELS))
 
 
 def _cubin(ptx: str, architecture: str, program: Path, cache: ObjectCache | None) -> bytes:

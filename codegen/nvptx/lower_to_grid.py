@@ -22,6 +22,7 @@ from codegen.lower_to_plan import Lowering
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
 from codegen.nvptx.emitters.rows import merged
+from codegen.nvptx.host.attention import HostAttention, host_attention
 from codegen.nvptx.host.experts import HostStep, host_experts
 from codegen.nvptx.kv_planes import KvPlanes
 from codegen.nvptx.launches import (
@@ -80,8 +81,8 @@ class GridProgram(Program):
 
 @dataclass(frozen=True)
 class LoweredGridStep:
-    """A step for GPUs: programs, kernels, the weights file with its tables, the planes of the cache; `host` is what the
-    CPU beside one can compute."""
+    """A step for GPUs: programs, kernels, the weights file with its tables, the planes of the cache; `host` are
+    experts, `attention` layers that the CPU beside one can compute."""
 
     programs: tuple[GridProgram, ...]
     kernels: tuple[GridKernel, ...]
@@ -91,6 +92,7 @@ class LoweredGridStep:
     kv_format: str
     num_layers: int
     host: HostStep
+    attention: HostAttention
 
     def plan_module(self) -> ModuleOp:
         """The programs as one printable module."""
@@ -170,8 +172,11 @@ def lower_grid_step(
     kernels = tuple(lowering.grid_kernels.values())
     check_launches([p.func for p in lowered], [k.func for k in kernels]).raise_if_errors()
     host = host_experts([call.spec for call in builders[0].calls], file, lowering.weights.get)
+    first = builders[0]
+    calls = [(builder.grid_spec.name, builder.grid_spec.few, builder.calls) for builder in builders]
+    attention = host_attention(calls, first.layer_of, first.as_its_type)
     layers = len(lowering.layers)
-    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, lowering.kv_format, layers, host)
+    return LoweredGridStep(lowered, kernels, file, tables, lowering.kv, lowering.kv_format, layers, host, attention)
 
 
 def program_specs(options: GridOptions) -> tuple[GridSpec, ...]:
@@ -304,6 +309,14 @@ class _GridBuilder(ProgramBuilder):
         if isinstance(buffer, Table):
             return TABLES
         return super()._weight(buffer.weight if isinstance(buffer, WeightPart) else buffer)
+
+    def layer_of(self, call: Any) -> int | None:
+        """The layer whose cache a call uses."""
+        return self._kv_layer(call)
+
+    def as_its_type(self, value: Value) -> bool:
+        """Whether a tensor lies in memory as its type says."""
+        return isinstance(value.type, TensorType) and self._element(value) == value.type.element
 
     def _kv_layer(self, call: Any) -> int | None:
         for buffer in call.buffers:

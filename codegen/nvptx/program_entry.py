@@ -19,16 +19,21 @@ from ir.types import KV_BLOCK
 
 
 def gpu_entry(
-    step: LoweredGridStep, code: Sequence[Mapping[str, str]], host_levels: Sequence[str] = ()
+    step: LoweredGridStep,
+    code: Sequence[Mapping[str, str]],
+    host_levels: Sequence[str] = (),
+    attention_levels: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest's `gpu`. `code`: architecture, ptx and cubin (paths in the artifact) of each architecture;
-    `host_levels`: the instruction sets that the artifact has objects of experts for."""
+    `host_levels`, `attention_levels`: the instruction sets that the artifact has objects of experts and of attention
+    for."""
     return {
         "code": [dict(files) for files in code],
         "kernels": [_kernel(kernel) for kernel in step.kernels],
         "programs": [_program(program, step.file.pieces) for program in step.programs],
         "kv": {"layers": step.num_layers, "block": KV_BLOCK, "planes": _planes(step.kv)},
         **({"experts": step.host.entry(host_levels)} if step.host.layers else {}),
+        **({"attention": step.attention.entry(attention_levels)} if attention_levels else {}),
     }
 
 

@@ -3,8 +3,9 @@
 Takes a device, the program with its code, and the weights. Each call runs one program on at most its `max_tokens`
 tokens. A program that replays is captured once for each number of tokens and rows, its copies of inputs and logits
 included, and launched as one graph from then on; ids, positions, slots and rows lie at fixed places in device memory.
-Where weights pass through and the host acts within a step (a router is read, a piece comes from the disk), each run of
-launches between two such places is a graph. Graphs and plain launches give the same bits: they are the same launches.
+Where the host acts within a step (a router is read, a piece comes from the disk, the CPU attends to keys and values in
+its own memory), each run of launches between two such places is a graph. Graphs and plain launches give the same bits:
+they are the same launches.
 
 A step is given to the stream and waited for. Where Ctrl-C or a fault ends the call before that, the next one waits for
 what is still under way before it touches anything.
@@ -16,13 +17,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from runtime.cuda.device import Arguments, Device, host_view
+from runtime.cuda.host_kv import HostKV
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import GpuKV
 from runtime.cuda.modules import Image
@@ -114,13 +116,21 @@ def pinned_bytes(step: GpuStep, vocab_size: int) -> int:
     )
 
 
+def device_layers(step: GpuStep, host: HostKV | None) -> list[int]:
+    """Layers whose keys and values lie on the device."""
+    elsewhere = host.plan.layers if host is not None else {}
+    return [layer for layer in range(step.kv.layers) if layer not in elsewhere]
+
+
 class Executor:
     """Programs on a device. Whoever makes it closes it, with no step under way."""
 
     def __init__(
         self, device: Device, stream: Any, step: GpuStep, images: Sequence[Image], weights: WeightStore, *,
-        slots: int, max_context: int, vocab_size: int, where: str,
+        slots: int, max_context: int, vocab_size: int, where: str, host: HostKV | None = None,
     ) -> None:  # fmt: skip
+        self._host = host  # layers whose keys and values lie there
+        self._layers = {layer: i for i, layer in enumerate(device_layers(step, host))}
         self.step, self.weights, self.vocab_size = step, weights, vocab_size
         self.most_rows = most_rows(step, vocab_size)
         self.arena_bytes = scratch_bytes(step, vocab_size)
@@ -145,12 +155,14 @@ class Executor:
             arena = max(p.arena_bytes for p in step.programs)
             self._arena = self._allocate(arena, "activations")
             weights.attach(self._arena)
+            if host is not None:
+                host.attach(self._arena)
             self._place_inputs()
             logits = 4 * vocab_size * self.most_rows
             self._logits, self._host_logits = self._allocate(logits, "logits"), self._allocate_pinned(logits, "logits")
             self._logits_view = host_view(self._host_logits, logits).view(np.float32).reshape(-1, vocab_size)
             with uninterrupted():
-                self.kv = GpuKV(device, stream, step.kv, slots, max_context)
+                self.kv = GpuKV(device, stream, replace(step.kv, layers=len(self._layers)), slots, max_context)
         except BaseException:
             self.close()
             raise
@@ -197,10 +209,12 @@ class Executor:
             "pieces": len(pieces),
         }  # fmt: skip
         self._under_way = True
+        if self._host is not None:
+            self._host.begin()
         times = None
         if timed:
             times = self._run_timed(program, sizes)
-        elif program.replays and self.weights.captured:
+        elif program.replays and self.weights.captured and self._host is None:
             self._replay(program, sizes)
             self.replayed += 1
         else:
@@ -268,7 +282,7 @@ class Executor:
             self._free_segments(self._segments.popitem(last=False)[1])
         single = 0
         for start, stop in self._segments_of(program):
-            self.weights.before(ready[start].launch, sizes)
+            self._before(program, ready[start], sizes)
             given = [one for one in ready[start:stop] if one.blocks]
             if len(given) <= 1:
                 self._launch(given)
@@ -286,9 +300,21 @@ class Executor:
     def _segments_of(self, program: GpuProgram) -> list[tuple[int, int]]:
         """(first launch, end) of each run of launches at whose first alone the store acts."""
         if program.name not in self._cuts:
-            starts = [n for n, launch in enumerate(program.launches) if n == 0 or self.weights.cuts(launch)]
+            starts = [n for n, launch in enumerate(program.launches) if n == 0 or self._cuts_at(program, n, launch)]
             self._cuts[program.name] = list(pairwise([*starts, len(program.launches)]))
         return self._cuts[program.name]
+
+    def _cuts_at(self, program: GpuProgram, number: int, launch: GpuLaunch) -> bool:
+        """Whether the host acts before a launch."""
+        return self.weights.cuts(launch) or (self._host is not None and self._host.cuts(program, number))
+
+    def _before(self, program: GpuProgram, ready: _Ready, sizes: dict[str, int]) -> None:
+        """What the host does before a launch."""
+        self.weights.before(ready.launch, sizes)
+        if self._host is not None:
+            inputs = self._inputs[program.name]
+            places = [inputs.host + inputs.offsets[name] for name in ("positions", "slots")]
+            self._host.before(program, ready.number, sizes, *places)
 
     def _launch(self, given: Sequence[_Ready]) -> None:
         for one in given:
@@ -306,7 +332,7 @@ class Executor:
             self._device.record(events[0], self._stream)
         ready_ones = self._ready(program, sizes)
         for ready in ready_ones:
-            self.weights.before(ready.launch, sizes)
+            self._before(program, ready, sizes)
             if ready.blocks:
                 self._launch([ready])
             if events:
@@ -349,6 +375,8 @@ class Executor:
 
     def _prepare(self, program: GpuProgram, number: int, launch: GpuLaunch, sizes: dict[str, int]) -> _Ready:
         kernel = self.step.kernel(launch.kernel)
+        if self._host is not None and self._host.skips(program, number):
+            return _Ready(None, 0, kernel.threads, 0, Arguments([], []), launch, number)
         values, extents = [], []
         for argument in launch.arguments:
             value, extent = self._place(program, argument, sizes)
@@ -368,7 +396,7 @@ class Executor:
             case WeightArgument():
                 return self.weights.address(argument), self.weights.extent(argument)
             case KVArgument(layer, plane):
-                return self.kv.address(layer, plane), self.kv.plane_bytes(plane)
+                return self.kv.address(self._layers[layer], plane), self.kv.plane_bytes(plane)
             case InputArgument("logits"):
                 return self._logits, 4 * self.vocab_size * self.most_rows
             case InputArgument(which):

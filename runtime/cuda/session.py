@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
 from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
 from runtime.cuda.host_experts import host_code, open_host
+from runtime.cuda.host_kv import HostCacheTooSmall, HostKV, HostKvPlan, HostKvReport, plan_host_kv
 from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
 from runtime.cuda.interrupts import uninterrupted
@@ -31,7 +33,7 @@ from runtime.cuda.kv import capacity_of
 from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
 from runtime.cuda.missed_experts import AUTO, FETCH, Missed, missed_of
 from runtime.cuda.profile import GpuProfile
-from runtime.cuda.program import GpuProgram, GpuStep
+from runtime.cuda.program import GpuProgram, GpuStep, KVPlan
 from runtime.cuda.weights import BUFFERS, CHUNK_BYTES, LoadProgress, ResidentWeights, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest
@@ -51,6 +53,7 @@ class _Held:
         self.stream: Any = None
         self.weights: WeightStore | None = None
         self.executor: Executor | None = None
+        self.host: HostKV | None = None
 
 
 def _release(held: _Held) -> None:
@@ -63,12 +66,14 @@ def _release(held: _Held) -> None:
             device.enter()
             if held.stream is not None:
                 device.synchronize(held.stream)
-            for part in (held.executor, held.weights):
+            for part in (held.executor, held.weights, held.host):
                 if part is not None:
                     part.close()
             if held.stream is not None:
                 device.free_stream(held.stream)
             device.close()
+    elif held.host is not None:
+        held.host.close()  # its threads
 
 
 MakeWeights = Callable[[Device, Any, Artifact], WeightStore]
@@ -78,9 +83,10 @@ class CudaSession(SessionBase):
     """An artifact on a GPU. `memory` bounds the device memory in bytes, `host_memory` what is pinned of the host's:
     weights for which neither has room are read from the disk. `missed_experts` says what is done about those that are
     not on the device: `auto` (brought there or computed by the CPU, whichever is sooner as measured now), `fetch`
-    (brought, so that outputs are those of a device with room for all to the last bit), `cpu`; or with prices. `threads`
-    are the CPU's that compute them; given where nothing is computed there they are refused. `device`
-    is one that is open, which the session then closes; `weights` makes another store than one that has them all on the
+    (brought, so that outputs are those of a device with room for all to the last bit), `cpu`; or with prices. Keys and
+    values of the layers `host_kv` lie in the host's memory, where the CPU attends to them (`runtime.cuda.host_kv`).
+    `threads` are the CPU's that compute; given where nothing is computed there they are refused. `device` is one that
+    is open, which the session then closes; `weights` makes another store than one that has them all on the
     device.
 
     Raises NoDevice without a usable GPU, OutOfDeviceMemory where something does not fit, RuntimeDiagnostic for whatever
@@ -101,6 +107,7 @@ class CudaSession(SessionBase):
         memory: int | None = None,
         host_memory: int | None = None,
         missed_experts: str | Missed = AUTO,
+        host_kv: Sequence[int] = (),
         threads: int | None = None,
         device: Device | None = None,
         weights: MakeWeights | None = None,
@@ -118,13 +125,24 @@ class CudaSession(SessionBase):
             if held.device is None:
                 with uninterrupted():
                     held.device = open_device(limit_bytes=memory)
-            held.device.host_limit_bytes = host_memory
             self._missed = missed_of(missed_experts)
+            self._host_plan = plan_host_kv(self.artifact, host_kv, self.num_slots, self.max_context)
+            held.device.host_limit_bytes = self._pinned_limit(host_memory)
             self._acquire(held.device, weights, progress, threads)
         except BaseException:
             self.close()
             raise
         self._profile: GpuProfile | None = None
+
+    def _pinned_limit(self, host_memory: int | None) -> int | None:
+        """What may be pinned beside the host's part of the cache."""
+        plan = self._host_plan
+        if host_memory is None or plan is None:
+            return host_memory
+        needed = plan.plain_bytes + plan.pinned_bytes + pinned_bytes(self.gpu, self.vocab_size)
+        if needed > host_memory:
+            raise HostCacheTooSmall(host_memory, needed)
+        return host_memory - plan.plain_bytes
 
     def _acquire(
         self, device: Device, weights: MakeWeights | None, progress: LoadProgress | None, threads: int | None
@@ -132,7 +150,8 @@ class CudaSession(SessionBase):
         held = self._held
         device.enter()
         plan = self._hybrid_plan(device) if weights is None else None
-        others = pinned_bytes(self.gpu, self.vocab_size)
+        host_plan = self._host_plan
+        others = pinned_bytes(self.gpu, self.vocab_size) + (host_plan.pinned_bytes if host_plan is not None else 0)
         own = weights is None
         if plan is not None:
             weights = lambda device, stream, artifact: HybridWeights(  # noqa: E731
@@ -140,7 +159,7 @@ class CudaSession(SessionBase):
                 code=open_host(artifact, threads) if self._missed.mode != FETCH and plan.slots else None,
             )  # fmt: skip
         self._check_room(device, weights is None)
-        if threads is not None and own:
+        if threads is not None and own and host_plan is None:
             self._check_threads(threads, plan)
         with uninterrupted():
             held.stream = device.new_stream()
@@ -150,12 +169,15 @@ class CudaSession(SessionBase):
             )
         )
         held.weights = make(device, held.stream, self.artifact)
+        if host_plan is not None:
+            held.host = HostKV(device, held.stream, self.artifact, host_plan, threads)
         self.executor = held.executor = Executor(
             device, held.stream, self.gpu, self.artifact.gpu_images(), held.weights,
             slots=self.num_slots, max_context=self.max_context, vocab_size=self.vocab_size, where=self._where,
+            host=held.host,
         )  # fmt: skip
-        report = self.hybrid
-        self.threads = max(1, report.host_threads if report is not None else 1)  # 1: gives the GPU its work
+        reports = [found for found in (self.hybrid, self.host_kv) if found is not None]
+        self.threads = max([1, *(found.host_threads for found in reports)])  # 1: gives the GPU its work
         self.device_name, self.architecture = device.name, f"sm_{device.capability[0]}{device.capability[1]}"
 
     def _check_threads(self, threads: int, plan: HbmPlan | None) -> None:
@@ -185,7 +207,8 @@ class CudaSession(SessionBase):
         scratch = scratch_bytes(self.gpu, self.vocab_size)
         if scratch + self.manifest.weights.bytes <= free:
             return None
-        others = scratch + self.gpu.kv.nbytes(self.num_slots, capacity) + min(SPARE_BYTES, free // 16)
+        here = device_kv(self.gpu, self._host_plan)
+        others = scratch + here.nbytes(self.num_slots, capacity) + min(SPARE_BYTES, free // 16)
         try:
             return plan_of(self.artifact, free - others)
         except RuntimeDiagnostic:
@@ -271,6 +294,8 @@ class CudaSession(SessionBase):
             self.executor.settle()
             with uninterrupted():
                 self._filled[slot], self._newest[slot] = 0, -1
+                if self._held.host is not None:
+                    self._held.host.release(slot)
                 return self.executor.kv.release(slot)
 
     @contextmanager
@@ -306,6 +331,11 @@ class CudaSession(SessionBase):
         weights = self._held.weights
         return weights.report if isinstance(weights, HybridWeights) else None
 
+    @property
+    def host_kv(self) -> HostKvReport | None:
+        """What the CPU attended to; None where keys and values of all layers lie on the device."""
+        return self._held.host.report if self._held.host is not None else None
+
     def close(self) -> None:
         """Gives the device memory back, after a step in progress. Closing twice is fine."""
         with self._lock, uninterrupted():
@@ -316,6 +346,11 @@ def _chunk_bytes(device: Device, others: int) -> int:
     """Of the buffers that all weights come through, where the pinned memory has room for `others` too."""
     limit = device.host_limit_bytes
     return CHUNK_BYTES if limit is None else max(1, min(CHUNK_BYTES, (limit - others) // BUFFERS))
+
+
+def device_kv(step: GpuStep, host: HostKvPlan | None) -> KVPlan:
+    """The part of the cache that lies on the device."""
+    return replace(step.kv, layers=step.kv.layers - (len(host.layers) if host is not None else 0))
 
 
 def gpu_step(artifact: Artifact) -> GpuStep:

@@ -17,6 +17,7 @@ from codegen.object_cache import ObjectCache
 from frontends.huggingface import import_model
 from ir.diagnostics import DiagnosticError
 from runtime.artifact import open_artifact
+from runtime.cuda.host_attention import AttentionProgram
 from runtime.errors import RuntimeDiagnostic
 from runtime.session import Session
 from stratum.checkpoint_report import artifact_text, describe_artifact
@@ -30,6 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("gpu")
     cache = ObjectCache(folder / "cache")
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gpu_code, "LEVELS", ("x86-64-v3",))  # code for one kind of CPU beside it is enough here
         for name, program in (("plain", None), ("assembled", Path(__file__))):
             patched.setattr(gpu_code, "find_ptxas", lambda program=program: program)
             patched.setattr(gpu_code, "assemble", lambda ptx, architecture, program: Assembled(b"machine code", {}))
@@ -51,6 +53,9 @@ def test_what_is_in_it(built: tuple[Path, Path]) -> None:
     for ours, theirs in zip(plain.gpu.programs, plain.manifest.programs, strict=True):
         assert (ours.name, len(ours.launches)) == (theirs.name, len(theirs.launches))
     assert plain.gpu.kv.bytes_per_position == plain.manifest.kv.bytes_per_position
+    attention = AttentionProgram.of(plain)
+    assert sorted(attention.layers) == list(range(plain.gpu.kv.layers)) and attention.kv_info(1).format == "bf16"
+    assert plain.read_bytes(attention.code[0][0]).startswith(b"\x7fELF")
 
 
 def test_the_bytes_depend_on_the_model_alone(built: tuple[Path, Path]) -> None:
@@ -94,6 +99,7 @@ def test_what_a_build_chooses_for_a_gpu() -> None:
 def test_architectures_that_lack_an_instruction_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations in f8e4m3: code for any GPU is for those that multiply them; one that does not is refused by name."""
     lowered: Any = SimpleNamespace(kernels=fp8_kernels()[:1], host=SimpleNamespace(objects=lambda cache: {}))
+    lowered.attention = SimpleNamespace(objects=lambda cache, levels: {})
     with pytest.raises(DiagnosticError, match="@decode_fp8 has instructions that sm_80 lacks") as caught:
         gpu_code.compile_gpu_step(lowered, ("sm_80",))
     assert "sm_89 or sm_90" in str(caught.value) and "recipe fp8" in str(caught.value)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from codegen.nvptx.compile import compile_ptx
+from codegen.nvptx.host.attention import attention_path
 from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.launches import GridOptions
-from codegen.nvptx.lower_to_grid import LoweredGridStep, lower_grid_step
+from codegen.nvptx.lower_to_grid import GridSpec, LoweredGridStep, lower_grid_step
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
 from ir.formats import BF16
 from ir.interpreter import interpret
@@ -37,7 +38,8 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "experts": (replace(SMALL, layers=1, experts=5, top_k=2), ("w4a16-g32",)),
     "bytes": (replace(SMALL, hidden=32, layers=1, q_heads=2, kv_heads=1, experts=3, top_k=2), ("w4a8-g32",)),
 }
-HOPPER = ("experts",)  # with products of warpgroups for prompts
+PROGRAMS: dict[str, Sequence[GridSpec]] = {}  # where not all that there are
+HOPPER = ("experts", "bytes")  # with products of warpgroups for prompts
 TOLERANCE = 0.01  # of the largest logit, as where the program is tested
 TOLERANCE_OF_BYTES = 0.04  # activations of 8 bits are a code apart
 
@@ -48,24 +50,28 @@ def lowered(case: str) -> tuple[Model, LoweredGridStep]:
     model = build_model(shape)
     PassManager(gpu_pipeline(recipe=recipe)).run(model.module)
     options = GridOptions(multiprocessors=4, split_positions=32, prefill_tokens=32, hopper=case in HOPPER)
-    return model, lower_grid_step(model.step, options)
+    return model, lower_grid_step(model.step, options, programs=PROGRAMS.get(case))
 
 
-def write_lowered(root: Path, case: str, code: str = ".version 7.8\n", levels: Sequence[str] = ()) -> Path:
-    """An artifact of it; beside `code` it holds the names of the kernels only. `levels`: instruction sets of CPUs that
-    it has code of experts for."""
+def write_lowered(
+    root: Path, case: str, code: str = ".version 7.8\n", levels: Sequence[str] = (), attention: Sequence[str] = ()
+) -> Path:
+    """An artifact of it; beside `code` it holds the names of the kernels only. `levels`, `attention`: instruction sets
+    of CPUs that it has code of experts, and of attention, for."""
     model, step = lowered(case)
     weights = stored_weights(step, model)
     names = [f".entry {k.name}(\n" for k in step.kernels]
     ptx = (code + "".join(name for name in names if name.strip() not in code)).encode()
     files = {"code/sm_90.ptx": ptx, "weights/weights.bin": weights}
     files |= {object_path(level): made for level, made in step.host.objects(levels=levels).items()}
+    files |= {attention_path(level): made for level, made in step.attention.objects(levels=attention).items()}
 
     def describe(manifest: dict) -> None:
         manifest["model"] |= {"vocab_size": VOCAB, "max_context": CONTEXT}
         manifest["model"] |= {"experts_per_token": CASES[case][0].top_k} if CASES[case][0].experts else {}
         manifest["target"] = {"name": "cuda", "triple": "nvptx64-nvidia-cuda", "cpu": "sm_90", "features": []}
-        manifest |= {"programs": programs_entry(step), "kv": kv_entry(step), "gpu": gpu_entry(step, NO_CODE, levels)}
+        gpu = gpu_entry(step, NO_CODE, levels, attention)
+        manifest |= {"programs": programs_entry(step), "kv": kv_entry(step), "gpu": gpu}
         pieces = [
             {"kind": p.kind, "offset": p.offset, "bytes": p.nbytes, "unit": p.unit, "origin": p.origin}
             for p in step.file.pieces

@@ -26,7 +26,7 @@ from codegen.kernels.call import (
 )
 from codegen.kernels.math import clip, silu
 from codegen.kernels.micro import LANES
-from codegen.kernels.packed import ASKING, Ahead
+from codegen.kernels.packed import Ahead
 from codegen.kernels.products import Product, product_of
 from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
 from ir.core import Op, Value
@@ -40,7 +40,9 @@ from ir.types import TensorType
 from passes.fuse.forms import FormError, GemmForm, describe_gemm
 
 SHARED_PART = 3  # one strip of so many is not given to a thread beforehand
-PREFETCH_BYTES = 9216  # measured on Zen 4: with half of that the first tile still waits
+LINES_AHEAD_BYTES = 6912  # how far on in a strip the tile that reads it first asks once more; 4 to 12 KiB do as well
+ASKING = 5  # tiles of an expert's rows in a prompt that share asking for the next strip
+ALTERNATE = 2  # tiles of a few rows that share asking for the next strip
 PIECE_BYTES = 32 << 10  # of weights at a time are taken of those
 
 
@@ -189,7 +191,7 @@ class _TileEmitter:
         self.fixed = self.units - shared
         self.piece = max(1, min(-(-PIECE_BYTES // (product.strip_bytes * self.halves)), shared // 2))
         self.pieces = -(-shared // self.piece)
-        self.tickets = Tickets(k) if shared else None
+        self.tickets = Tickets(k, ahead=True) if shared else None
 
     def all_strips(
         self, source_row: Callable[[Expr], Expr], first_row: Expr, last_row: Expr, first_piece: Expr
@@ -208,17 +210,37 @@ class _TileEmitter:
             last = own_last
             if mine is not None:
                 last = k.select(fixed, own_last, k.select(mine, (first + self.piece).min(k.index(self.units)), first))
+            following = k.index(self.units)
+            if self.tickets is not None:
+                piece = k.select(fixed, self.tickets.next(), self.tickets.after_next()) - first_piece
+                following = piece * self.piece + self.fixed
             with k.loop(first, last) as unit:
                 strips = [self.product.strip(unit.i * self.halves + h) for h in range(self.halves)]
-                self.all_rows(strips, unit.i * self.product.layout.rows, source_row, first_row, last_row)
+                column, distance = unit.i * self.product.layout.rows, self.distance(unit.i, last, following)
+                self.all_rows(strips, column, distance, source_row, first_row, last_row)
             if self.tickets is not None and mine is not None:
                 with k.when(mine):
                     self.tickets.take()
 
+    def distance(self, unit: Expr, last: Expr, following: Expr) -> Expr:
+        """Bytes from strip `unit` to the one that this thread reads next: the one behind it, after the last of a run
+        the one where the next run begins, `following`. 0 where that is not of this matrix."""
+        k = self.k
+        elsewhere = k.select(following.compare("lt", self.units), following - unit, k.index(0))
+        strips = k.select((unit + 1).compare("lt", last), k.index(1), elsewhere)
+        return strips * (self.product.strip_bytes * self.halves)
+
     def all_rows(
-        self, strips: list[Buffer], column: Expr, source_row: Callable[[Expr], Expr], first: Expr, last: Expr
+        self,
+        strips: list[Buffer],
+        column: Expr,
+        distance: Expr,
+        source_row: Callable[[Expr], Expr],
+        first: Expr,
+        last: Expr,
     ) -> None:
-        """Tiles of rows of nearly equal size: 8 rows are two of 4, not one of 6 and one of 2."""
+        """Tiles of rows of nearly equal size: 8 rows are two of 4, not one of 6 and one of 2. The strip that is read
+        next lies `distance` bytes on."""
         k, most = self.k, self.product.tile_rows
         rows = last - first
         tiles = (rows + (most - 1)) // most
@@ -229,18 +251,17 @@ class _TileEmitter:
             size = k.select(tile.i.compare("lt", larger), small + 1, small)
             for count in range(1, most + 1):
                 with k.when(size.compare("eq", count)):
-                    self.tile(strips, column, source_row, start, count, self.ahead(tile.i, count))
+                    self.tile(strips, column, source_row, start, count, self.ahead(tile.i, count, distance))
 
-    def ahead(self, tile: Expr, count: int) -> Ahead | None:
-        """What a tile asks memory for: its strip while it is read for the first time, the next one while it is read
-        again. A single row needs its bytes too soon for that to help. Rows of an expert in a prompt are tiles enough
-        to share asking for the next strip; those of a dense product so many that one strip's reading counts nothing."""
-        k, step = self.k, self.product.strip_bytes * self.halves
+    def ahead(self, tile: Expr, count: int, distance: Expr) -> Ahead | None:
+        """What a tile asks memory for: its part of the strip that is read next. A core drops what is asked for while
+        too many lines are on their way, so the tiles of a strip share that evenly, and the one that reads a strip
+        first asks a second time. A single row needs its bytes too soon for that to help. Rows of an expert in a prompt
+        are more tiles; those of a dense product so many that one strip's reading counts nothing."""
         if self.gemm.few:
-            if count == 1:
-                return None
-            return Ahead(k.select(tile.compare("eq", 0), k.index(PREFETCH_BYTES), k.index(step)))
-        return Ahead(k.index(step), tile % ASKING) if self.gemm.grouped is not None else None
+            again = self.k.index(LINES_AHEAD_BYTES)
+            return Ahead(distance, tile % ALTERNATE, ALTERNATE, again) if count > 1 else None
+        return Ahead(distance, tile % ASKING, ASKING) if self.gemm.grouped is not None else None
 
     def tile(
         self,

@@ -22,7 +22,6 @@ from ir.types import VectorType
 
 LONGEST_SEGMENT = (2**31 - 1) // (2 * 255 * 127) // BLOCK * BLOCK
 _LINE = 64  # bytes that come together
-ASKING = 5  # tiles of rows that share asking for a strip, where many meet it
 _UNROLLED_STEPS = 16  # inner products of a segment that are written out; longer segments loop over their blocks
 _UNROLLED_SEGMENTS = 4  # of a group
 
@@ -44,13 +43,13 @@ class Activations:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a tile asks memory for while it computes: the bytes that lie `distance` behind those in use.
-
-    With `turn` only a part of them: one of `ASKING` tiles that meet a strip one after another.
-    """
+    """What a tile asks memory for while it computes: of each group of the strip `distance` bytes on, the lines whose
+    `turn` it is of so many `turns`; in turn 0 with `again` also all lines so many bytes behind those in use."""
 
     distance: Expr
-    turn: Expr | None = None
+    turn: Expr
+    turns: int
+    again: Expr | None = None
 
 
 def segment_of(w: PackedStrips, group: int, integer: bool) -> int:
@@ -132,13 +131,17 @@ class _PackedProduct:
         return loop.results
 
     def _ask(self, group: Buffer, ahead: Ahead) -> None:
-        """Asks for the lines of a group, or for those whose turn it is."""
-        later, lines = group.at(ahead.distance), -(-self.w.group_bytes // _LINE)
-        if ahead.turn is not None:
-            lines = -(-lines // ASKING)
-            later = later.at(ahead.turn * (lines * _LINE))
-        for line in range(lines):
+        """Asks for the lines of a group whose turn it is, and maybe for lines that come soon a second time."""
+        lines = -(-self.w.group_bytes // _LINE)
+        part = -(-lines // ahead.turns)
+        later = group.at(ahead.distance + ahead.turn * (part * _LINE))
+        for line in range(part):
             later.prefetch(line * _LINE, level=2)
+        if ahead.again is not None:
+            with self.k.when(ahead.turn.compare("eq", 0)):
+                soon = group.at(ahead.again)
+                for line in range(lines):
+                    soon.prefetch(line * _LINE, level=2)
 
     def _segment(
         self,

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hw_targets.expert_cache import replay as replay_trace
 from hw_targets.quantities import parse_quantity
+from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+from passes.place.build_plan import joules, phase_plan
 from passes.place.formats import Formats, formats_of
 from passes.place.placement import Placement, StandInPlan
 from passes.place.problem import Problem, Session
@@ -34,6 +35,7 @@ from stratum.host_placement import drive_of
 from stratum.plan_request import PlanRequest
 from stratum.planned import Planned
 from stratum.process_account import foreseen_bytes
+from stratum.run_bound import bound_of_run
 from stratum.run_prediction import predict, problem_for
 from stratum.stand_in_prediction import stand_in_use
 from stratum.stand_in_share import check_threshold
@@ -92,13 +94,15 @@ class BuiltModel:
         except (DiagnosticError, RuntimeDiagnostic):
             return None  # `as_run` says why
 
-    def judged(self, problem: Problem, given: Placement, made: MemoryPlan) -> Solution:
+    def judged(
+        self, problem: Problem, given: Placement, made: MemoryPlan, trace: RoutingTrace | None = None
+    ) -> Solution:
         """A plan with seconds and bounds in closed form, and with the bytes that `made`, its executable part, holds."""
-        return host_planning.judged(problem, self.manifest, given, made)
+        return host_planning.judged(problem, self.manifest, given, made, trace)
 
-    def gains(self, solution: Solution, target: Target) -> tuple[Gain, ...]:
+    def gains(self, solution: Solution, target: Target, trace: RoutingTrace | None = None) -> tuple[Gain, ...]:
         """What more of each resource would buy, each placed again as `run` would."""
-        return host_planning.host_gains(solution, self.manifest, self._drive(target))
+        return host_planning.host_gains(solution, self.manifest, self._drive(target), trace)
 
     def _drive(self, target: Target) -> str:
         return host_planning.drive_of_target(target, drive_of(self.path))
@@ -119,7 +123,11 @@ class BuiltModel:
         except (DiagnosticError, RuntimeDiagnostic) as fault:
             warning = f"this machine cannot execute the plan: {str(fault).removeprefix('error: ')}"
             return dataclasses.replace(planned, warnings=(*planned.warnings, warning))
+        bound = bound_of_run(planned.solution.problem, planned.solution.choice, manifest, stream, hits, kv_bytes)
         seconds: dict[str, Any] = {
+            "decode": phase_plan(bound.decode),
+            "prefill": phase_plan(bound.prefill),
+            "joules_per_token": joules(problem.machine.target, bound.decode, placement.session.batch),
             "simulated_step": times.decode.seconds,
             "simulated_prefill": times.prefill.seconds,
             "simulated_prefill_bound": times.prefill.bound,
@@ -146,14 +154,5 @@ def opened(request: PlanRequest) -> BuiltModel:
 
 
 def expected_hits(planned: Planned, stream: StreamPlan | None) -> float:
-    """The share of a decode step's experts that are in memory: the trace replayed in the cache that is executed, else
-    what the plan expects."""
-    if stream is None or not stream.expert_bytes:
-        return 1.0
-    if planned.trace is not None:
-        found = replay_trace(
-            planned.trace, stream.expert_bytes_in(1, stream.kv_bytes // 2), policy=stream.policy, scope=stream.scope
-        )
-        return found.decode_hit_rate
-    cache = planned.placement.expert_cache
-    return cache.hit_rate if cache is not None else 1.0
+    """The share of a decode step's experts that are in memory, as the plan or its trace says."""
+    return host_planning.hits_of(planned.placement.expert_cache, stream, planned.trace)

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 
+from hw_targets.expert_cache import replay as replay_trace
+from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
-from passes.place.build_plan import from_placement, quality_plan, to_placement
+from passes.place.build_plan import expert_cache_of, from_placement, quality_plan, to_placement
 from passes.place.milp import FEW_NODES
-from passes.place.outcome import Outcome, PhaseOutcome, TierUse, evaluate, objective
-from passes.place.placement import Placement
+from passes.place.outcome import Choice, Outcome, TierUse
+from passes.place.placement import ExpertCache, Placement
 from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
 from passes.place.what_if import Gain, gains
 from runtime.manifest import Manifest
+from runtime.stream_plan import StreamPlan
 from stratum.host_placement import DRIVE, default_context, place_on_host
 from stratum.process_account import DoesNotFit, ProcessAccount, foreseen_bytes
 from stratum.process_room import ROWS_BYTES, budget_of_room, room_of
+from stratum.run_bound import bound_of_run, overlapped
 from stratum.stream_placement import MEMORY, MemoryPlan, stream_of_placement
 
 
@@ -63,7 +67,9 @@ def executed(manifest: Manifest, given: Placement, budget: int) -> MemoryPlan:
         raise no_fit(fault) from None
 
 
-def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryPlan) -> Solution:
+def judged(
+    problem: Problem, manifest: Manifest, given: Placement, made: MemoryPlan, trace: RoutingTrace | None = None
+) -> Solution:
     """The plan with seconds and bounds in closed form, and with the bytes that `made`, its executable part, holds."""
     session = dataclasses.replace(problem.session, **dataclasses.asdict(given.session))
     problem = dataclasses.replace(problem, session=session, pins=())
@@ -73,7 +79,7 @@ def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryP
             hint="'compile-model targets calibrate --disk DIR' does, where DIR is on it",
         )
     choice = from_placement(problem, given)
-    outcome = dataclasses.replace(overlapped(problem, evaluate(problem, choice)), tiers=held(problem, manifest, made))
+    outcome = _bound(problem, choice, manifest, made, trace)
     placement = dataclasses.replace(
         to_placement(problem, choice, outcome), groups=given.groups, kv=given.kv, degrees=given.degrees, gap=given.gap,
         quality=quality_plan(problem, given.groups),
@@ -84,18 +90,25 @@ def judged(problem: Problem, manifest: Manifest, given: Placement, made: MemoryP
     return Solution(problem, choice, outcome, placement, given.gap, None)
 
 
-def overlapped(problem: Problem, outcome: Outcome) -> Outcome:
-    """The same with phases as long as their busiest resource is busy.
+def _bound(
+    problem: Problem, choice: Choice, manifest: Manifest, made: MemoryPlan, trace: RoutingTrace | None
+) -> Outcome:
+    hits = hits_of(expert_cache_of(choice), made.stream, trace)
+    found = bound_of_run(problem, choice, manifest, made.stream, hits, made.kv_bytes)
+    return dataclasses.replace(found, tiers=held(problem, manifest, made))
 
-    A plan in general waits for a missing expert once its router has spoken. The runtime reads experts before, on a
-    guess: only this is a bound of what it does.
-    """
-    decode, prefill = (
-        PhaseOutcome(found.busy[0][1], found.busy[0][0], found.busy) if found.busy else found
-        for found in (outcome.decode, outcome.prefill)
-    )
-    value = objective(problem, decode.seconds, prefill.seconds)
-    return dataclasses.replace(outcome, decode=decode, prefill=prefill, objective=value)
+
+def hits_of(cache: ExpertCache | None, stream: StreamPlan | None, trace: RoutingTrace | None) -> float:
+    """The share of a decode step's experts that are in memory: the trace replayed in the cache that is executed, else
+    what the plan expects."""
+    if stream is None or not stream.expert_bytes:
+        return 1.0
+    if trace is not None:
+        found = replay_trace(
+            trace, stream.expert_bytes_in(1, stream.kv_bytes // 2), policy=stream.policy, scope=stream.scope
+        )
+        return found.decode_hit_rate
+    return cache.hit_rate if cache is not None else 1.0
 
 
 def held(problem: Problem, manifest: Manifest, made: MemoryPlan) -> tuple[TierUse, ...]:
@@ -122,7 +135,9 @@ def held(problem: Problem, manifest: Manifest, made: MemoryPlan) -> tuple[TierUs
     )
 
 
-def host_gains(solution: Solution, manifest: Manifest, drive: str) -> tuple[Gain, ...]:
+def host_gains(
+    solution: Solution, manifest: Manifest, drive: str, trace: RoutingTrace | None = None
+) -> tuple[Gain, ...]:
     """What more of each resource would buy, each placed again as `run` would."""
 
     def again(problem: Problem) -> Outcome:
@@ -132,6 +147,7 @@ def host_gains(solution: Solution, manifest: Manifest, drive: str) -> tuple[Gain
         given = placement_for(manifest, budget, problem.session, drive)
         session = dataclasses.replace(problem.session, **dataclasses.asdict(given.session))
         problem = dataclasses.replace(problem, session=session)
-        return overlapped(problem, evaluate(problem, from_placement(problem, given)))
+        made = executed(manifest, given, budget)
+        return _bound(problem, from_placement(problem, given), manifest, made, trace)
 
     return gains(solution, again)

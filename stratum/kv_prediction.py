@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ir.diagnostics import DiagnosticError
+from passes.place.problem import Problem
 from runtime.kv_cache import KVCache
 from runtime.kv_stream import GROUP, going_layers
 from runtime.manifest import Manifest
@@ -71,6 +72,21 @@ class KVReads:
         self._kv.close()
 
 
+def kv_calls(problem: Problem, manifest: Manifest, kv_bytes: int | None, *, decode: bool) -> tuple[KVCall, ...]:
+    """What each call of a phase reads of the cache; () where all of it has room (`kv_bytes` None)."""
+    session = problem.session
+    if kv_bytes is None:
+        return ()
+    reads = KVReads(manifest, kv_bytes, session.context, session.batch)
+    try:
+        if decode:
+            return (reads.decode(min(session.decode_context, session.context - 1)),)
+        ends = [min(session.prompt, (call + 1) * session.chunk) for call in range(session.passes)]
+        return tuple(reads.prompt(first, end) for first, end in zip([0, *ends], ends, strict=False))
+    finally:
+        reads.close()
+
+
 @dataclass
 class KVQueue:
     """Layers on their way, over several calls. `fetch` begins to read so many bytes and gives when they are there."""
@@ -89,6 +105,7 @@ class KVQueue:
         for following in (*(n for n in call.going if n > layer), *(n for n in call.going if n < layer)):
             if len(self.there) >= call.at_once:
                 break
-            if following not in self.there:
-                self.there[following] = self.fetch(call.read_bytes)
+            if following not in self.there:  # for the next call, what this one has written as well
+                written = call.written_bytes if following < layer else 0.0
+                self.there[following] = self.fetch(call.read_bytes + written)
         return self.there.get(layer, 0.0)

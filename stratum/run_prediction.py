@@ -32,7 +32,7 @@ from runtime.manifest import Manifest, ProgramInfo
 from runtime.stream_books import missing_in
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
-from stratum.kv_prediction import KVCall, KVQueue, KVReads
+from stratum.kv_prediction import KVCall, KVQueue, kv_calls
 from stratum.stand_in_prediction import StandInUse
 from stratum.stream_placement import parts_of_pieces
 
@@ -63,7 +63,7 @@ class RunTimes:
     prefill: PhaseTimes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Stage:
     """Arithmetic of `seconds`, for which the program waits at its wait number `wait` (-1: for nothing), and for keys
     and values of layer `kv` (-1: of none)."""
@@ -119,6 +119,11 @@ def problem_for(problem: Problem, manifest: Manifest, stream: StreamPlan | None)
     return dataclasses.replace(
         problem, session=dataclasses.replace(problem.session, chunk=chunk, micro_batches=1), pins=()
     )
+
+
+def rows_rate(store: Storage, stream: StreamPlan, rows: float, rate: float) -> float:
+    """Bytes a second of pages that are read for so many rows by all threads, `rate` at most."""
+    return min((store.read_rate(PAGE_BYTES) or rate) * min(stream.threads, max(1.0, rows)), rate)
 
 
 def predict(
@@ -185,7 +190,7 @@ class _Player:
         self.disk = _Disk(rate, window)
         self.guessed = 0.0, 0.0  # wanted bytes read for the next layer on a guess, and when they are there
         self.place = 0.0  # of the stream of dense pieces: where the program is
-        self.kv_calls = self._kv_calls()
+        self.kv_calls = kv_calls(self.problem, self.manifest, self.kv_bytes, decode=self.decode)
         self.kv_read = 0.0
         self.kv_queue = KVQueue(self._fetch_kv)
         self.stages = self._stages()
@@ -223,20 +228,6 @@ class _Player:
 
     # -- keys and values
 
-    def _kv_calls(self) -> tuple[KVCall, ...]:
-        """What each call reads of the cache; () where all of it has room."""
-        session = self.problem.session
-        if self.kv_bytes is None:
-            return ()
-        reads = KVReads(self.manifest, self.kv_bytes, session.context, session.batch)
-        try:
-            if self.decode:
-                return (reads.decode(min(session.decode_context, session.context - 1)),)
-            ends = [min(session.prompt, (call + 1) * session.chunk) for call in range(session.passes)]
-            return tuple(reads.prompt(first, end) for first, end in zip([0, *ends], ends, strict=False))
-        finally:
-            reads.close()
-
     def _fetch_kv(self, nbytes: float) -> float:
         self.kv_read += nbytes
         return self.disk.fetch(nbytes, self.now)
@@ -259,9 +250,9 @@ class _Player:
         tables = [p for n, p in enumerate(self.pieces) if p.kind == "rows" and n not in self.resident]
         if self.stream is None or self.store is None or not tables:
             return
-        small = (self.store.read_rate(PAGE_BYTES) or self.disk.rate) * min(self.stream.threads, max(1.0, self.rows))
+        small = rows_rate(self.store, self.stream, self.rows, self.disk.rate)
         nbytes = sum(self.rows * math.ceil(table.unit / PAGE_BYTES) * PAGE_BYTES for table in tables)
-        self._until(self.disk.fetch(nbytes, self.now, min(small, self.disk.rate)))
+        self._until(self.disk.fetch(nbytes, self.now, small))
 
     def _wait(self, number: int) -> None:
         wait = self.program.awaits[number]
@@ -337,18 +328,22 @@ class _Player:
         bytes_of: dict[tuple[str, int], int] = {}
         for wait in self.program.awaits:
             bytes_of[owner[wait.piece]] = bytes_of.get(owner[wait.piece], 0) + self.pieces[wait.piece].bytes
-        found = []
-        for number, wait in enumerate(self.program.awaits):
-            part = owner[wait.piece]
-            share = self.pieces[wait.piece].bytes / bytes_of[part]
-            first = part[0] == "attention" and all((stage.group, stage.kv) != part for stage in found)
-            found.append(_Stage(part[0], kept.get(part, 0.0) * share, number, part[1] if first else -1))
-        rest = [
-            _Stage(group, seconds, kv=layer if group == "attention" else -1)
+        rest = sorted(
+            (_place(group, layer), _Stage(group, seconds, kv=layer if group == "attention" else -1))
             for (group, layer), seconds in kept.items()
             if (group, layer) not in bytes_of
-        ]
-        return (*rest, *found)
+        )
+        found: list[_Stage] = []
+        attended = set()
+        for number, wait in enumerate(self.program.awaits):
+            group, layer = part = owner[wait.piece]
+            while rest and rest[0][0] < _place(group, layer):  # as the program has them: layer by layer
+                found.append(rest.pop(0)[1])
+            share = self.pieces[wait.piece].bytes / bytes_of[part]
+            first = group == "attention" and layer not in attended
+            attended |= {layer} if first else set()
+            found.append(_Stage(group, kept.get(part, 0.0) * share, number, layer if first else -1))
+        return (*found, *(stage for _, stage in rest))
 
     def _seconds(self) -> dict[tuple[str, int], float]:
         """Seconds of arithmetic of every part of every layer in one call, everything being in memory."""
@@ -366,6 +361,11 @@ class _Player:
             for layer in part.layers or (-1,):
                 found[part.group, layer] = cost.waited / calls * less
         return {part: seconds for part, seconds in found.items() if seconds}
+
+
+def _place(group: str, layer: int) -> tuple[float, int]:
+    """Where a part comes in a program."""
+    return (math.inf if group == "head" else layer), ("embedding", "attention", "mlp", "experts", "head").index(group)
 
 
 def _in_memory(option: Option, home: str) -> bool:

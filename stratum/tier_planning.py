@@ -99,7 +99,7 @@ def _placed(
     made = built.executed(given) if built is not None and given is not None else None
     solutions: list[Solution] = []
     if made is not None and built is not None and given is not None:
-        solution = built.judged(problem, given, made)
+        solution = built.judged(problem, given, made, trace)
     elif given is not None:
         solution = replay(problem, given)
     else:
@@ -113,7 +113,7 @@ def _placed(
         solution = solutions[0]
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:
-        pass  # played as the runtime does, see `_as_run`
+        pass  # played as the runtime does, see `BuiltModel.as_run`
     elif request.simulate and given is not None:
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:
@@ -149,7 +149,7 @@ def _placed(
         placement = dataclasses.replace(placement, expert_cache=cache)
     found: tuple[Gain, ...] = ()
     if request.what_if and by_run and built is not None:
-        found = built.gains(bound, target)
+        found = built.gains(bound, target, trace)
     elif request.what_if and given is None:
         found = gains(bound)
     return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace)

@@ -62,7 +62,7 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         decode=phase_plan(outcome.decode),
         prefill=phase_plan(outcome.prefill),
         tiers=tuple(TierPlan(t.name, t.room, **dict(t.used)) for t in outcome.tiers),
-        expert_cache=_expert_cache(choice),
+        expert_cache=expert_cache_of(choice),
         prefill_threshold=prefill_threshold(problem, choice),
         joules_per_token=joules(problem.machine.target, outcome.decode, problem.session.batch),
         quality=quality_plan(problem, groups),
@@ -287,7 +287,8 @@ def _mode(option: Option) -> Mode:
     return option.mode
 
 
-def _expert_cache(choice: Choice) -> ExpertCache | None:
+def expert_cache_of(choice: Choice) -> ExpertCache | None:
+    """The slots of all layers, with the hits expected of them; None where nothing is cached."""
     cached = [(o, n) for o, n in choice if o.mode == CACHED]
     if not cached:
         return None

@@ -22,6 +22,7 @@ from stratum.compare_run import compare
 from stratum.kv_prediction import KVCall, KVQueue, KVReads
 from stratum.measure_run import Measured, Phase
 from stratum.planning import PlanRequest, make_plan
+from stratum.run_bound import drive_seconds
 from stratum.run_prediction import predict, problem_for
 from tests.runtime.conftest import KV_LAYERS
 from tests.stratum.test_stream_placement import HOST
@@ -90,6 +91,10 @@ def test_more_room_for_the_cache_is_never_slower(kv_build: Callable[[str], Path]
     with Session(path, threads=1, max_context=CONTEXT) as plain:
         limits = [plain.kv.hot_bytes(CONTEXT) + n * plain.kv.layer_bytes(CONTEXT) for n in range(1, KV_LAYERS + 1)]
     found = [predict(problem, manifest, None, kv_bytes=limit) for limit in limits]
+    for limit, times in zip(limits, found, strict=True):
+        for decode, phase in ((True, times.decode), (False, times.prefill)):
+            busy = drive_seconds(problem, manifest, None, 1.0, limit, decode=decode)
+            assert phase.seconds >= busy * (1 - 1e-9) and (busy > 0) is (phase.kv_read_bytes > 0)
     for little, much in itertools.pairwise(found):
         assert much.decode.seconds <= little.decode.seconds * (1 + 1e-9)
         assert much.decode.kv_read_bytes <= little.decode.kv_read_bytes

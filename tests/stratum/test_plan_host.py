@@ -15,9 +15,9 @@ from hw_targets.quantities import parse_quantity
 from ir.diagnostics import DiagnosticError
 from passes.place.outcome import Outcome, PhaseOutcome
 from passes.place.solve import NoFit
-from stratum.host_planning import overlapped
 from stratum.planning import PlanRequest, make_plan
 from stratum.process_room import PROCESS_BYTES
+from stratum.run_bound import overlapped
 from tests.stratum.test_targets_cli import DRIVE
 
 FOUND = Calibration(2, 3e10, 1e11, bf16_peak=2e11, i8_peak=4e11, read_by_threads=((1, 2e10), (2, 3e10)))

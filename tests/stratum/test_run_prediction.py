@@ -6,23 +6,30 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frontends.shape_library import load_shape
+from hw_targets.target import StoragePoint
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
 from passes.place.problem import Problem, Session
+from passes.place.solve import NoFit
+from runtime.artifact import open_artifact
 from runtime.await_info import RouterInfo
 from runtime.expert_guess import LEAST_SHARE
 from runtime.manifest import Manifest
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from stratum import planning
 from stratum.planning import PlanRequest, make_plan
+from stratum.process_account import SLACK_BYTES, foreseen_bytes
+from stratum.process_room import ROWS_BYTES
+from stratum.run_bound import drive_seconds
 from stratum.run_prediction import PhaseTimes, predict, problem_for
 from tests.stratum.test_stream_placement import HOST, sketch
 
 RATE = 1e9  # of HOST's drive
+DEPTHS = st.sampled_from(((), (1,), (1, 4)))  # of its small reads, where they are known
 MODELS = ("TinyLlama-1.1B-Chat-v1.0", "OLMoE-1B-7B-0924")
 
 
@@ -68,6 +75,10 @@ def test_bounds_and_room(data: st.DataObject, name: str, prompt: int, hit: float
         for phase in (little, much):
             _check(phase)
         assert much.seconds <= little.seconds * (1 + 1e-9)
+    for one, times in zip((small, large), found, strict=True):
+        for decode, phase in ((True, times.decode), (False, times.prefill)):
+            busy = drive_seconds(problem_for(problem, manifest, one), manifest, one, hit, None, decode=decode)
+            assert phase.seconds >= busy * (1 - 1e-9)
 
 
 def _check(phase: PhaseTimes) -> None:
@@ -75,6 +86,33 @@ def _check(phase: PhaseTimes) -> None:
     assert phase.seconds == pytest.approx(arithmetic + phase.waited)
     # What was read ahead of the phase comes back at its end: the window holds as much then.
     assert phase.seconds >= phase.read_bytes / RATE * (1 - 1e-6) - 1e-9
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_phase_is_shorter_than_its_closed_form(
+    llama_artifact: Path, moe_artifact: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    """Of any budget and drive: small reads that are slow or fast, by one request or by several."""
+    points = [StoragePoint(1 << 20, 4, RATE)]
+    points += [StoragePoint(4096, depth, data.draw(st.floats(1e6, RATE))) for depth in data.draw(DEPTHS)]
+    host = dataclasses.replace(HOST, storage=(dataclasses.replace(HOST.storage[0], points=tuple(points)),))
+    monkeypatch.setattr(planning, "load_target", lambda name: host)
+    path = data.draw(st.sampled_from((llama_artifact, moe_artifact)))
+    manifest = open_artifact(path).manifest
+    least = foreseen_bytes(manifest) + SLACK_BYTES + ROWS_BYTES + (3 << 19)
+    budget = data.draw(st.integers(least, least + (3 << 20)))
+    request = PlanRequest(
+        str(path), context=64, batch=data.draw(st.integers(1, 5)), prompt=data.draw(st.integers(1, 60)), generate=4,
+        budgets=(("memory", f"{budget}B"),), what_if=False,
+    )  # fmt: skip
+    try:
+        found = make_plan(request).placement
+    except NoFit:
+        return
+    assert found.simulated_step is not None and found.simulated_prefill is not None
+    assert found.simulated_step >= found.decode.seconds * (1 - 1e-6)
+    assert found.simulated_prefill >= found.prefill.seconds * (1 - 1e-6)
 
 
 def test_a_stream_is_as_long_as_the_longer_of_reads_and_arithmetic() -> None:

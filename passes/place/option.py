@@ -16,6 +16,7 @@ from passes.place.parts import Part
 from passes.place.problem import Problem
 
 RESIDENT, STREAMED, CACHED, SPLIT = "resident", "streamed", "cached", "split"
+NEAR = "near"  # of keys and values: in whatever memory they lie, a unit of that memory attends
 Missed = Literal["", "sooner", "there"]  # who has missing experts: whoever is sooner, or always the helper
 SOONER: Missed = "sooner"
 THERE: Missed = "there"

@@ -15,7 +15,18 @@ from collections.abc import Iterator
 from hw_targets.cost_model import Work, price, transfer_time
 from hw_targets.target import ComputeUnit
 from passes.place.expert_options import expert_ways
-from passes.place.option import RESIDENT, STREAMED, Option, PhaseCost, compute_part, cross, keep_weights, move_part
+from passes.place.machine import Machine
+from passes.place.option import (
+    NEAR,
+    RESIDENT,
+    STREAMED,
+    Option,
+    PhaseCost,
+    compute_part,
+    cross,
+    keep_weights,
+    move_part,
+)
 from passes.place.parts import Part
 from passes.place.problem import Problem
 from passes.place.routing_model import distinct_experts
@@ -33,10 +44,12 @@ def options_of(problem: Problem, part: Part) -> list[Option]:
     else:
         found = list(_dense(problem, part))
     pins = [pin for pin in problem.pins if pin.concerns(part)]
-    return [option for option in found if all(_allowed(pin.group, pin.where, option) for pin in pins)]
+    return [option for option in found if all(_allowed(pin.group, pin.where, option, machine) for pin in pins)]
 
 
-def _allowed(group: str, where: str, option: Option) -> bool:
+def _allowed(group: str, where: str, option: Option, machine: Machine) -> bool:
+    if group == "kv" and where == NEAR:
+        return any(unit.name == option.kv_unit and unit.tier == option.kv_home for unit in machine.units)
     if group == "kv":
         return where in (option.kv_home, option.kv_unit)
     return where in (option.home, option.unit, option.mode) or where in option.part.recipes

@@ -5,7 +5,8 @@
 Left of `=`: `weights` (every group), a group (`embedding`, `attention`, `mlp`, `experts`, `head`) or `kv`, perhaps with
 `layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it), a mode (`resident`,
 `streamed`, `cached`, `split`), or a recipe where a plan chooses among `formats`. `disk` is the first storage, `gpu` and
-`cpu` the first unit of that kind. All else is refused with what would work.
+`cpu` the first unit of that kind. `kv=near` leaves open where keys and values lie, but a unit beside them attends. All
+else is refused with what would work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from frontends.model_shape import ModelShape
 from ir.diagnostics import DiagnosticError
 from ir.spelling import did_you_mean
 from passes.place.machine import Machine
-from passes.place.option import CACHED, RESIDENT, SPLIT, STREAMED
+from passes.place.option import CACHED, NEAR, RESIDENT, SPLIT, STREAMED
 from passes.place.parts import GROUPS
 from passes.place.problem import Pin
 
@@ -48,7 +49,7 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
             )
         if group in ("embedding", "head"):
             raise DiagnosticError(f"pin {text!r}: {group} belongs to no layer")
-    known = places(machine) | {name: name for name in formats if name}
+    known = places(machine) | {name: name for name in formats if name} | ({NEAR: NEAR} if group == "kv" else {})
     if where not in known:
         raise DiagnosticError(
             f"pin {text!r}: target {machine.target.name} has nothing named {where!r}{did_you_mean(where, known)}",

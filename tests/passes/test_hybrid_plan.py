@@ -182,11 +182,12 @@ def value(found: Refined) -> float:
 
 
 def test_attention_goes_where_the_cache_lies() -> None:
-    """Keys and values in memory beside a slow link: the CPU attends; over a fast link they come to the GPU."""
-    for link, unit in ((1e6, "cores"), (1e9, "gpu")):
+    """Keys and values in memory beside a slow link: the CPU attends; over a fast link they come to the GPU, where that
+    is not ruled out."""
+    for link, unit, more in ((1e6, "cores", ()), (1e9, "gpu", ()), (1e9, "cores", ("kv=near",))):
         base = dataclasses.replace(problem(40.0, link, 1e8), session=Session(2048, 8, 512, 64))
-        pinned = dataclasses.replace(base, pins=(parse_pin("kv=dram", base.shape, base.machine),
-                                                 parse_pin("attention=gpu", base.shape, base.machine)))  # fmt: skip
+        texts = ("kv=dram", "attention=gpu", *more)
+        pinned = dataclasses.replace(base, pins=tuple(parse_pin(text, base.shape, base.machine) for text in texts))
         found = solve(pinned)
         assert {o.kv_unit for o, _ in found.choice if o.part.group == "attention"} == {unit}
         sound(placed_plan(found.problem, found.choice).program, found)

@@ -38,6 +38,11 @@ class MeasuringDevice:
         self.architecture = [a for a in ARCHITECTURES if fits(Image(a, b"", is_ptx=True), device.capability)][-1]
         self._stream = device.new_stream()
 
+    def close(self) -> None:
+        """Gives the device back; everything that was loaded or allocated must be free."""
+        self.device.free_stream(self._stream)
+        self.device.close()
+
     # -- memory
 
     def allocate(self, nbytes: int) -> DeviceArray:

@@ -15,6 +15,8 @@ from bench.gpu_cases import GpuCase, numbers, packed_weights
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
 from codegen.nvptx.kernels.gemm_packed import PackedShape
+from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape
+from codegen.nvptx.kernels.gemm_wgmma_bytes import BytesShape, row_tiles
 from codegen.nvptx.kernels.int8 import ActivationScales
 from codegen.nvptx.kernels.moe_products import Experts, grouped_blocks, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
@@ -41,6 +43,23 @@ def real_experts() -> list[GpuCase]:
     routing = [router_case("router_m16", 16, 128, 2048, 1), route_case("route_m4096", 4096, 128, 8)]
     groups = [dispatch_case("dispatch_m16", 16, 128, 8, 8), dispatch_case("dispatch_m4096", 4096, 128, 8, 64)]
     return [*few, *many, *routing, *groups]
+
+
+def real_group_experts() -> list[GpuCase]:
+    """A prompt by products of warpgroups, for sm_90a."""
+    case = experts_case("experts_wgmma_w4_m4096", 4096, 128, 8, 1536, 2048, Q4, shape=WgmmaShape.of(128))
+    shape = BytesShape.of(128)
+    return [
+        case,
+        experts_case("experts_wgmma_w4a8_m4096", 4096, 128, 8, 1536, 2048, Q4, shape=shape, x_group=128),
+        experts_case("experts_wgmma_w8a8_m4096", 4096, 128, 8, 1536, 2048, Q8, shape=shape, x_group=128),
+    ]
+
+
+def small_group_experts() -> list[GpuCase]:
+    """The same, a few blocks each."""
+    shape = BytesShape.with_rows(16, 1, 2)
+    return [experts_case("experts_wgmma_w4a8", 20, 3, 1, 32, 192, Q4, shape=shape, x_group=64)]
 
 
 def small_experts() -> list[GpuCase]:
@@ -103,13 +122,15 @@ def experts_case(
             return [*weights, numbers(rng, (tokens, k)), grouped, tiles, y, most]
         x = rng.integers(-127, 128, (tokens, k)).astype(np.int8)
         scales = (rng.random((tokens, of_x.row), np.float32) + 1) / 128
+        held.append(x)
+        x = row_tiles(layout, of_x).arranged(x) if isinstance(shape, BytesShape) else x
         return [*weights, x, grouped, tiles, scales, y, most]
 
     def meant(arguments: Sequence[Any]) -> list[np.ndarray]:
         x, grouped, tiles = arguments[first : first + 3]
         if of_x is not None:
             each = arguments[first + 3][:, : of_x.groups]
-            x = x.astype(np.float32) * np.repeat(each, k // of_x.groups, axis=1)
+            x = held[-1].astype(np.float32) * np.repeat(each, k // of_x.groups, axis=1)
         made = np.zeros((len(chosen), n // 2), np.float32)
         for i, row in enumerate(chosen):
             expert = next(e for e, start, count, _ in tiles.tolist() if start <= row < start + count)

@@ -11,12 +11,14 @@ from bench.gpu_cases import GpuCase, numbers, packed_weights, products_of
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
 from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
+from codegen.nvptx.kernels.gemm_wgmma_bytes import BytesShape, row_tiles, wgmma_bytes_kernel
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
     gemm_int8_kernel,
-    quantize_rows_kernel,
 )
+from codegen.nvptx.kernels.quantize_rows import quantize_rows_kernel
+from codegen.nvptx.kernels.row_tiles import GROUP, RowTiles
 from ir.formats import BF16, F8E4M3, I8, FP8Format, GroupedIntFormat, PlainFormat
 
 Q4, Q8 = GroupedIntFormat(4, 32), GroupedIntFormat(8, 32)
@@ -58,22 +60,28 @@ def _int8(
     group: int,
     shape: PackedShape | None = None,
 ) -> GpuCase:
-    layout, of_x = Fragments.of(n, k, format), ActivationScales(k, group)
+    """Activations of 8 bits; a `BytesShape` takes products of warpgroups, and x where they want it."""
+    groups = isinstance(shape, BytesShape)
+    layout, of_x = Fragments.of(n, k, format), ActivationScales(k, group, rows=GROUP if groups else 4)
     held: dict[str, np.ndarray] = {}
 
     def make(rng: np.random.Generator) -> list[Any]:
         weights, held["w"] = packed_weights(rng, layout, format)
         scales = (rng.random(of_x.count(m), np.float32) + 1) / 128
         x = numbers(rng, (m, k), F8E4M3) if layout.fp8 else rng.integers(-127, 128, (m, k)).astype(np.int8)
+        held["x"] = x.astype(np.float32)
+        x = row_tiles(layout, of_x).arranged(x) if groups else x
         return [*weights, x, scales, np.full((m, n), np.nan, np.float32), m]
 
     def meant(a: Sequence[Any]) -> list[np.ndarray]:
         scales = a[3].reshape(of_x.groups, -1)[:, :m].T
-        return [products_of(a[2].astype(np.float32) * np.repeat(scales, k // of_x.groups, axis=1), held["w"])]
+        return [products_of(held["x"] * np.repeat(scales, k // of_x.groups, axis=1), held["w"])]
 
     moved = layout.nbytes + m * (k + 4 * n) + 4 * of_x.count(m)
     if name.startswith("decode"):
         kernel, blocks = decode_int8_kernel(layout, of_x, name, rows=8 if m <= 8 else 16), layout.tiles
+    elif isinstance(shape, BytesShape):
+        kernel, blocks = wgmma_bytes_kernel(layout, of_x, name, shape), shape.blocks(m, layout)
     else:
         shape = shape or PackedShape.of(m)
         kernel, blocks = gemm_int8_kernel(layout, of_x, name, shape), shape.blocks(m, layout)
@@ -99,21 +107,26 @@ def small_fp8() -> list[GpuCase]:
     ]
 
 
-def _rounding(name: str, rows: int, k: int, group: int, to: PlainFormat = I8) -> GpuCase:
-    of_x = ActivationScales(k, group)
+def _rounding(name: str, rows: int, k: int, group: int, to: PlainFormat = I8, tiles: bool = False) -> GpuCase:
+    """Rows rounded to 8 bits; with `tiles` into the places of products of warpgroups with weights of 4 bits."""
+    of_x = ActivationScales(k, group, rows=GROUP if tiles else 4)
+    places = RowTiles(k, to, crossed=True) if tiles else None
+    stored = places.rows(rows) if places else rows
 
     def make(rng: np.random.Generator) -> list[Any]:
         x = numbers(rng, (rows, k))
-        return [x, np.zeros((rows, k), to.dtype), np.zeros(of_x.count(rows), np.float32), rows]
+        codes = np.zeros(places.count(rows) if places else (rows, k), to.dtype)
+        return [x, codes, np.zeros(of_x.count(rows), np.float32), rows]
 
     def meant(a: Sequence[Any]) -> list[np.ndarray]:
         grouped = a[0].astype(np.float32).reshape(rows, of_x.groups, -1)
         largest = np.abs(grouped).max(axis=-1, keepdims=True)
         scaled = (grouped * (np.float32(127 if to == I8 else 448) / largest)).reshape(rows, k)
-        return [np.rint(scaled) if to == I8 else scaled.astype(to.dtype)]
+        codes = (np.rint(scaled) if to == I8 else scaled).astype(to.dtype)
+        return [places.arranged(codes).reshape(-1) if places else codes]
 
-    kernel, tolerance = quantize_rows_kernel(of_x, name, BF16, to), 1 / 254 if to == I8 else 1 / 16
-    return GpuCase(name, kernel, rows, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, tolerance)
+    kernel, tolerance = quantize_rows_kernel(of_x, name, BF16, to, places), 1 / 254 if to == I8 else 1 / 16
+    return GpuCase(name, kernel, stored, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, tolerance)
 
 
 def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) -> GpuCase:
@@ -143,7 +156,14 @@ def real_wgmma() -> list[GpuCase]:
         _packed(f"wgmma_{name}_m{m}", m, 14336, 4096, format, WgmmaShape.of(m))
         for name, format in (("w16", BF16), ("w8", Q8), ("w4", Q4))
         for m in (64, 512, 4096)
-    ]
+    ] + [
+        _int8(f"wgmma_{name}_m{m}", m, 14336, 4096, format, group, BytesShape.of(m))
+        for name, format, group in (
+            ("w8a8", Q8, 128), ("w8a8_rows", GroupedIntFormat(8, 0), 0), ("w4a8", Q4, 128),
+            ("fp8", FP8Format(F8E4M3, 128, 128), 128),
+        )
+        for m in (64, 512, 4096)
+    ] + [_rounding("quantize_rows_tiles", 8192, 4096, 128, tiles=True)]  # fmt: skip
 
 
 def small_wgmma() -> list[GpuCase]:
@@ -152,4 +172,8 @@ def small_wgmma() -> list[GpuCase]:
         _packed("wgmma_w16", 20, 72, 320, BF16, WgmmaShape.with_rows(16, 1, 4)),
         _packed("wgmma_w8", 9, 64, 128, GroupedIntFormat(8, 128), WgmmaShape.with_rows(16, 1, 3)),
         _packed("wgmma_w4", 20, 72, 256, Q4, WgmmaShape.with_rows(8, 2, 4)),
+        _int8("wgmma_w8a8", 9, 64, 192, GroupedIntFormat(8, 64), 0, BytesShape.with_rows(16, 1, 3)),
+        _int8("wgmma_w4a8", 20, 72, 256, Q4, 128, BytesShape.with_rows(32, 1, 2)),
+        _int8("wgmma_fp8", 17, 48, 256, FP8Format(F8E4M3), 128, BytesShape.with_rows(16, 1, 2)),
+        _rounding("quantize_rows_tiles", 2, 192, 64, tiles=True),
     ]

@@ -14,12 +14,16 @@ import numpy as np
 from ir.grid_memory_model import NOBODY, WIDEST, GridBuffer, GridMemory, GridThreads
 from ir.tile_memory_model import KernelFault
 
-_GROUP, _ROWS, _DEPTH, _STEP, _PIECE, _ALIGN = 128, 64, 64, 16, 8, 1024
+_GROUP, _ROWS, _ROW_BYTES, _STEP_BYTES, _PIECE_BYTES, _ALIGN = 128, 64, 128, 32, 16, 1024
 _LANE = np.arange(_GROUP)
 _SUM_ROWS = (_LANE // 32 * 16 + _LANE % 32 // 4)[:, None]
-_LEFT = np.arange(8)  # numbers of a step that a thread has of the left factor
-_LEFT_ROWS = _SUM_ROWS + _LEFT // 2 % 2 * 8
-_LEFT_COLUMNS = (_LANE % 4 * 2)[:, None] + _LEFT // 4 * 8 + _LEFT % 2
+
+
+def _left_places(lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column [threads, lanes] of a thread's numbers in a step of the left factor: 8 of 16 bits, 16 of 8."""
+    i, each = np.arange(lanes), lanes // 4  # in a register
+    rows = _SUM_ROWS + i // each % 2 * 8
+    return rows, (_LANE % 4 * each)[:, None] + i // (2 * each) * 4 * each + i % each
 
 
 @dataclass
@@ -142,7 +146,7 @@ class WarpgroupProducts:
             memory.unfenced[mine] = NOBODY
 
     def start(self, op: object, c: Any, a: np.ndarray, b: GridBuffer, b_index: np.ndarray, step: int) -> PendingSums:
-        """Sums of c and of fragments `a` [threads, 8 for each step] times steps of the tiles of b."""
+        """Sums of c and of fragments `a` [threads, 16 bytes for each step] times steps of the tiles of b."""
         self._refuse_registers(op)
         sums = c.values if isinstance(c, PendingSums) else c
         sums = np.broadcast_to(sums, (self.who.total, sums.shape[-1]))
@@ -150,18 +154,22 @@ class WarpgroupProducts:
         elements = np.arange(sums.shape[-1])
         rows = _SUM_ROWS + elements % 4 // 2 * 8
         places = elements // 4 * 8 + _LANE[:, None] % 4 * 2 + elements % 2
+        item = b.element.dtype.itemsize
+        each, wide = _PIECE_BYTES // item, _STEP_BYTES // item
         lanes = np.broadcast_to(a, (self.who.total, a.shape[-1])).astype(np.float64)
         self.started[self.who.active] += 1
         self.by_op[op] = self.started.copy()
         for first in np.flatnonzero(self.who.active)[::_GROUP]:
             group = slice(first, first + _GROUP)
             right = self._tile(b, b_index, int(first), columns)
-            for number, part in enumerate(np.split(lanes[group], a.shape[-1] // 8, axis=1)):
-                left = np.zeros((_ROWS, _STEP))
-                left[_LEFT_ROWS, _LEFT_COLUMNS] = part
-                at = (step + number) * _STEP
-                product = left @ right[:, at : at + _STEP].T
-                made[group] = (made[group] + product[rows, places]).astype(np.float32)
+            for number, part in enumerate(np.split(lanes[group], a.shape[-1] // each, axis=1)):
+                left = np.zeros((_ROWS, wide))
+                left[_left_places(each)] = part
+                at = (step + number) * wide
+                product = (left @ right[:, at : at + wide].T)[rows, places]  # whole numbers are exact
+                whole = made.dtype.kind == "i"
+                total = made[group] + (product.astype(np.int64) if whole else product)
+                made[group] = total.astype(made.dtype)
         return PendingSums(made, self.started.copy())
 
     def _refuse_registers(self, op: object) -> None:
@@ -175,14 +183,14 @@ class WarpgroupProducts:
             raise KernelFault(f"{name} writes registers of a left factor, read by a product that goes on")
 
     def _tile(self, buffer: GridBuffer, index: np.ndarray, first: int, rows: int) -> np.ndarray:
-        """[rows, 64] in f64 of a tile; all threads of the warpgroup name the same."""
+        """[rows, 128 bytes of numbers] in f64 of a tile; all threads of the warpgroup name the same."""
         memory, who = buffer.memory, np.arange(first, first + _GROUP)
         starts = np.broadcast_to(index, self.who.total)[who]
         if (starts != starts[0]).any():
             raise KernelFault(f"{self.who.name(first)} and others of its warpgroup name different tiles")
         start = buffer.start[first if len(buffer.start) > 1 else 0] + starts[0] * buffer.element.dtype.itemsize
         one = who[:1]
-        units = memory.places(np.array([start]), rows * _DEPTH * 2, _ALIGN, "product", one)
+        units = memory.places(np.array([start]), rows * _ROW_BYTES, _ALIGN, "product", one)
         memory.note_read(units, one, by_warps=True)
         if (memory.unfenced[units] != NOBODY).any():
             message = f"{memory.name}, written without grid.fence_async between"
@@ -190,9 +198,10 @@ class WarpgroupProducts:
         memory.product_reads[units] += 1
         memory.products += 1
         self.reads.append((memory, units, first, int(self.started[first])))
-        stored = memory.words[units[0]].view(buffer.element.dtype).reshape(rows, _DEPTH // _PIECE, _PIECE)
-        swizzle = np.arange(_DEPTH // _PIECE) ^ np.arange(rows)[:, None] % 8
-        return stored[np.arange(rows)[:, None], swizzle].reshape(rows, _DEPTH).astype(np.float64)
+        pieces = _ROW_BYTES // _PIECE_BYTES
+        stored = memory.words[units[0]].view(buffer.element.dtype).reshape(rows, pieces, -1)
+        swizzle = np.arange(pieces) ^ np.arange(rows)[:, None] % 8
+        return stored[np.arange(rows)[:, None], swizzle].reshape(rows, -1).astype(np.float64)
 
     def wait(self, c: Any, pending: int) -> Any:
         active = self.who.active

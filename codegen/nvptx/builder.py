@@ -137,7 +137,7 @@ class GridBuilder(KernelBuilder):
         self.emit_op(grid_warpgroup.FenceAsyncOp())
 
     def group_mma(self, c: Expr, a: Expr, b: Buffer, b_at: Expr | int, step: int = 0) -> Expr:
-        """A product of the left factor's registers `a` with columns 16 * step and on of the tile at `b_at`."""
+        """A product of the left factor's registers `a` with the tile at `b_at`, from that step of its columns on."""
         op = grid_warpgroup.GroupMmaOp(c.value, a.value, b.value, self.index(b_at).value, step=step)
         return Expr(self, self.emit(op))
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from codegen.nvptx.grid_lowerings import GLOBAL, SHARED, pointer, words_of
 from codegen.nvptx.lowering import GridEmitter, grid_lowering
 from ir.core import Value
-from ir.formats import PlainFormat
+from ir.formats import I32, PlainFormat
 from ir.ops import grid_bulk, grid_warpgroup
-from ir.ops.tile_types import lanes_of
+from ir.ops.tile import ConstantOp
+from ir.ops.tile_types import element_of, lanes_of
 from ir.types import BufferType
 
 # A descriptor beside the address / 16: 1 (not read with a swizzle), 1024 bytes between 8 rows, the 128-byte swizzle.
 _DESCRIPTOR = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-_STEP_BYTES = 2 * grid_warpgroup.STEP  # of a row, in one instruction
+_KINDS = {"f8e4m3": "e4m3", "i8": "s8"}  # names of elements in instructions, where they are others
 
 
 def _bits(buffer: Value) -> int:
@@ -83,19 +84,26 @@ def _fence_async(e: GridEmitter, op: grid_warpgroup.FenceAsyncOp) -> None:
 
 
 def _through(
-    e: GridEmitter, op: grid_warpgroup.GroupMmaOp | grid_warpgroup.WaitMmaOp, lines: list[str], more: list[str]
+    e: GridEmitter,
+    op: grid_warpgroup.GroupMmaOp | grid_warpgroup.WaitMmaOp,
+    lines: list[str],
+    more: list[str],
+    anew: bool = False,
 ) -> None:
-    """Emits instructions whose operands 0 .. lanes - 1 are the sums, changed in place; `more` come behind them."""
+    """Emits instructions whose operands 0 .. lanes - 1 are the sums, changed in place or, `anew`, made; `more` come
+    behind them, and behind what they were."""
     lanes = lanes_of(op.c.type)
-    sums = [f"float {e.assign(f'extractelement {e.typed(op.c)}, i64 {i}')}" for i in range(lanes)]
-    outputs, inputs = ",".join(["=f"] * lanes), ",".join(str(i) for i in range(lanes))
-    constraints = f"{outputs},{inputs},{''.join('r,' if x.startswith('i32') else 'l,' for x in more)}"
-    struct = f"{{{', '.join(['float'] * lanes)}}}"
+    kind, register = ("i32", "r") if element_of(op.c.type) == I32 else ("float", "f")
+    sums = [] if anew else [f"{kind} {e.assign(f'extractelement {e.typed(op.c)}, i64 {i}')}" for i in range(lanes)]
+    outputs = [f"={'&' * anew}{register}"] * lanes
+    inputs = [str(i) for i in range(len(sums))] + ["r" if x.startswith("i32") else "l" for x in more]
+    struct = f"{{{', '.join([kind] * lanes)}}}"
+    constraints = "".join(f"{x}," for x in (*outputs, *inputs))
     made = e.assign(_assembly(lines, constraints, [*sums, *more], struct))
     vector = "poison"
     for i in range(lanes):
         x = e.assign(f"extractvalue {struct} {made}, {i}")
-        vector = e.assign(f"insertelement <{lanes} x float> {vector}, float {x}, i64 {i}")
+        vector = e.assign(f"insertelement <{lanes} x {kind}> {vector}, {kind} {x}, i64 {i}")
     e.names[op.out] = vector
 
 
@@ -103,23 +111,29 @@ def _through(
 def _group_mma(e: GridEmitter, op: grid_warpgroup.GroupMmaOp) -> None:
     """The left factor is moved to registers of this place, so that nothing is computed into them before it."""
     lanes = lanes_of(op.c.type)
-    assert isinstance(op.b.type, BufferType)
-    kind = str(op.b.type.element)
-    name = f"wgmma.mma_async.sync.aligned.m64n{2 * lanes}k{grid_warpgroup.STEP}.f32.{kind}.{kind}"
+    assert isinstance(op.b.type, BufferType) and isinstance(op.b.type.element, PlainFormat)
+    element = op.b.type.element
+    kind, of_sums = _KINDS.get(str(element), str(element)), "s32" if element_of(op.c.type) == I32 else "f32"
+    columns = 2 * grid_warpgroup.step_lanes(element)
+    name = f"wgmma.mma_async.sync.aligned.m64n{2 * lanes}k{columns}.{of_sums}.{kind}.{kind}"
+    signs = "" if of_sums == "s32" else ", 1, 1, 0" if element.bits == 16 else ", 1, 1"  # and: not transposed
+    start_of_sums = op.c.defining_op()
+    anew = isinstance(start_of_sums, ConstantOp) and start_of_sums.value == 0
     sums = ", ".join(f"${i}" for i in range(lanes))
     words = words_of(e, op.a)
     place = e.assign(f"zext i32 {_address(e, op.b, op.b_index)} to i64")
     start = e.assign(f"or disjoint i64 {e.assign(f'lshr i64 {place}, 4')}, {_DESCRIPTOR}")
-    first, more = 2 * lanes, [f"i32 {word}" for word in words]  # operands behind the sums, which are there twice
+    first, more = lanes * (1 if anew else 2), [f"i32 {word}" for word in words]  # operands behind the sums
     lines = [f"{{ .reg .b32 %left<{len(words)}>;"]
     lines += [f"mov.b32 %left{i}, ${first + i};" for i in range(len(words))]
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(len(words) // 4):
         left = ", ".join(f"%left{4 * step + i}" for i in range(4))
-        lines.append(f"{name} {{{sums}}}, {{{left}}}, ${first + len(words) + step}, 1, 1, 1, 0;")
-        more.append(f"i64 {e.assign(f'add i64 {start}, {(op.step + step) * _STEP_BYTES // 16}')}")
+        adds = 0 if anew and step == 0 else 1
+        lines.append(f"{name} {{{sums}}}, {{{left}}}, ${first + len(words) + step}, {adds}{signs};")
+        more.append(f"i64 {e.assign(f'add i64 {start}, {(op.step + step) * grid_warpgroup.STEP_BYTES // 16}')}")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    _through(e, op, lines, more)
+    _through(e, op, lines, more, anew)
 
 
 @grid_lowering(grid_warpgroup.WaitMmaOp)

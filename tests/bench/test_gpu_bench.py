@@ -20,7 +20,7 @@ from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
 from bench.gpu_dense_cases import small_dense
 from bench.gpu_device import MeasuringDevice
-from bench.gpu_moe_cases import small_experts
+from bench.gpu_moe_cases import small_experts, small_group_experts
 from bench.gpu_product_cases import small_fp8, small_products, small_wgmma
 from bench.gpu_rows import Row, rows_table
 from codegen.nvptx import gpu_code
@@ -53,7 +53,7 @@ def run(cases: list[GpuCase], *arguments: str, **named: Any) -> int:
 @pytest.mark.usefixtures("no_compiler")
 def test_every_small_case_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [*small_cases(), *small_products(), *small_wgmma(), *small_fp8(), *small_attention()]
-    cases += [*small_experts(), *small_dense()]
+    cases += [*small_experts(), *small_group_experts(), *small_dense()]
     assert run(cases, "--check") == 0
     said = capsys.readouterr().out
     assert "emulated GPU, PTX for sm_90" in said and "WRONG" not in said

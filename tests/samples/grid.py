@@ -22,6 +22,8 @@ BYTES = np.array([127, -128, 5, -3] * 4, np.int8)
 BARRIERS = Stored(np.zeros(2, np.int64), "shared")
 TILES = Stored((np.arange(80 * 64) % 7 - 3).astype(BF16.dtype), "shared")
 COUNTED, OF_TILES, LEFT = BufferType(I64, "shared"), BufferType(BF16, "shared"), VectorType(8, BF16)
+ROWS_OF_BYTES = Stored(np.tile(BYTES, 80), "shared")
+OF_BYTES = (VectorType(32, I8), BufferType(I8, "shared"), INDEX)
 SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.block_id", "first"),
     low_sample("grid.num_blocks", "one"),
@@ -54,6 +56,14 @@ SAMPLES: tuple[Sample, ...] = (
     low_sample("grid.fence_async", "nothing_written"),
     low_sample("grid.group_mma", "one_step", np.arange(8, dtype=np.float32), v(*range(8)), TILES, 4096),
     low_sample("grid.group_mma", "two_more", np.arange(8, dtype=np.float32), v(*range(16)), TILES, 0, step=2),
+    low_sample("grid.group_mma", "i8", v(7, 0, -7, 2**31 - 1, element=I32), -BYTES, ROWS_OF_BYTES, 0),
+    low_sample(
+        "grid.group_mma",
+        "f8e4m3",
+        *(np.arange(8, dtype=np.float32), v(*range(16), element=F8E4M3)),
+        *(Stored(v(*range(-8, 8), element=F8E4M3).repeat(128), "shared"), 0),
+        step=3,
+    ),
     low_sample("grid.wait_mma", "nothing_started", np.arange(8, dtype=np.float32), pending=0),
 )
 
@@ -128,6 +138,9 @@ FAULTS: tuple[Fault, ...] = (
     fault("grid.group_mma", "a shared buffer of f16", VectorType(8, F32), VectorType(8, F16), OF_TILES, INDEX, step=0),
     fault("grid.group_mma", "expected an index, got i32", VectorType(8, F32), LEFT, OF_TILES, INT, step=0),
     fault("grid.group_mma", "1 of 4 steps, got those from 4 on", VectorType(8, F32), LEFT, OF_TILES, INDEX, step=4),
-    fault("grid.wait_mma", "expected a vector of f32, got f32", F, pending=0),
+    fault("grid.group_mma", "4, 8, 12, 16 or a multiple of 8 lanes of i32", VectorType(20, I32), *OF_BYTES, step=0),
+    fault("grid.group_mma", "a multiple of 8 lanes of i32 to add to", VectorType(8, F32), *OF_BYTES, step=0),
+    fault("grid.group_mma", "2 of 4 steps, got those from 3 on", VectorType(8, I32), *OF_BYTES, step=3),
+    fault("grid.wait_mma", "expected a vector of f32 or i32, got f32", F, pending=0),
     fault("grid.wait_mma", "expected 0 .. 7 products, got 8", VectorType(8, F32), pending=8),
 )

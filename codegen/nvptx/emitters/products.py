@@ -2,7 +2,7 @@
 
 rows of activations in bf16    a row by row kernel, where there is a norm or a cast before
 the product                    `decode` for up to 16 rows, `gemm_packed` (on sm_90a `gemm_wgmma`) for more, on the same
-                               stored weights;
+                               stored weights (with activations of 8 bits `codegen.nvptx.emitters.int8`);
                                `gemm` on row-major bf16 weights; `wide` for f32
 what comes behind it           a row by row kernel, unless the product's kernel writes the result itself
 """
@@ -10,7 +10,7 @@ what comes behind it           a row by row kernel, unless the product's kernel 
 from __future__ import annotations
 
 from codegen.kernels.call import SizeArgument, rows_of
-from codegen.nvptx.emitters.int8 import Rounded, check_alike, int8_launch, rounded
+from codegen.nvptx.emitters.int8 import Rounded, by_warpgroups, check_alike, int8_launch, rounded
 from codegen.nvptx.emitters.rows import part_launch, temporary_like
 from codegen.nvptx.emitters.stored import Output, fragments_of, tile_rows, weight_parts
 from codegen.nvptx.fragments import Fragments
@@ -96,7 +96,11 @@ def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: Gri
     if form.quantize is None:
         return made
     grouped = isinstance(form.product, GroupedGemmOp)
-    found, launch = rounded(op, form.quantize, made, F32 if before else context.element(x), by_row=grouped)
+    layout = None
+    if by_warpgroups(context, grouped=grouped):
+        layout = fragments_of(op, tensor_type(op.operands[form.weight]))
+    element = F32 if before else context.element(x)
+    found, launch = rounded(op, form.quantize, made, element, by_row=grouped, warpgroups=layout)
     launches.append(launch)
     return found
 
@@ -193,7 +197,7 @@ def _of_experts(op: Op, form: GemmForm, x: GridArgument | Rounded, output: Outpu
             f"experts_{stem}_rows{most}", ("experts", experts, most), arguments, writes,
             f"{group.most} * {layout.tiles}", lambda name: grouped_decode_kernel(experts, name, rows=most), True,
         )  # fmt: skip
-    shape = PackedShape.of(group.rows) if isinstance(x, Rounded) else many_rows(group.rows, context)
+    shape = x.shape(group.rows) if isinstance(x, Rounded) else many_rows(group.rows, context)
     assert shape.rows == group.rows
     return GridLaunch(
         f"experts_{'wgmma_' * isinstance(shape, WgmmaShape)}{stem}", ("experts", experts, shape), arguments, writes,

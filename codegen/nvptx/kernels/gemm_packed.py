@@ -94,6 +94,7 @@ class PackedGemm:
 
     element = BF16
     piece_bytes = PIECE_BYTES
+    chunks = 1  # of a stage
 
     def __init__(
         self,
@@ -116,19 +117,26 @@ class PackedGemm:
         self.scale_count = 8 * 2 * layout.groups_of_unit if layout.group else 0  # of a tile and unit
         stages = shape.stages
         self.piece = self.piece_bytes // self.element.dtype.itemsize  # elements of x in a copy
-        self.pieces = CHUNK // self.piece
-        self.held_x = b.shared(stages * shape.rows * CHUNK, self.element)
-        self.held_codes = b.shared(stages * shape.tiles * self.code_words, I32)
-        self.held_scales = (
-            b.shared(stages * shape.tiles * self.scale_count, layout.scale_element) if layout.group else None
-        )
+        self.pieces = CHUNK * self.chunks // self.piece
+        held = stages * shape.tiles * self.chunks  # chunks of tiles in shared memory
+        self.held_x = b.shared(stages * shape.rows * CHUNK * self.chunks, self.element)
+        self.held_codes = b.shared(held * self.code_words, I32)
+        self.held_scales = b.shared(held * self.scale_count, layout.scale_element) if self.holds_scales else None
         self.thread = b.thread_id()
         self.lane, warp = b.lane_and_warp()
         across = shape.tiles // shape.warp_tiles
         self.warp_row, self.warp_tile = warp // across * shape.warp_rows, warp % across * shape.warp_tiles
         self.source = tile.source
-        rows = [self.row + number // self.pieces for number, _ in self._share(shape.rows * self.pieces)]
-        self.places = [self.row_of_x(row) * layout.k for row in rows]  # looked up once, before the loop
+
+    @property
+    def holds_scales(self) -> bool:
+        """Whether scales of weights come to shared memory."""
+        return self.layout.group > 0
+
+    def _places_of_rows(self, width: int) -> list[Expr]:
+        """Where the rows of x begin that this thread copies pieces of: looked up once, before the loop."""
+        shared = self._share(self.shape.rows * self.pieces)
+        return [self.row_of_x(self.row + number // self.pieces) * width for number, _ in shared]
 
     def row_of_x(self, row: Expr) -> Expr:
         """What a row of y is made of; of the last one for rows behind it."""
@@ -136,6 +144,7 @@ class PackedGemm:
 
     def build(self) -> None:
         b, shape = self.b, self.shape
+        self.places = self._places_of_rows(self.layout.k)
         for stage in range(shape.stages - 1):
             self._fetch(b.index(stage), b.index(stage))
         sums = [b.f32(0.0, 4) for _ in range(shape.warp_tiles * shape.warp_rows // ROWS)]

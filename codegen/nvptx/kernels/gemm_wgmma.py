@@ -22,7 +22,7 @@ from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, product_k
 from codegen.nvptx.kernels.weight_factors import left_factor
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F32, I32, I64, PlainFormat
-from ir.ops.grid_warpgroup import STEP, WARPGROUP
+from ir.ops.grid_warpgroup import WARPGROUP
 from ir.types import VectorType
 
 GROUP_TILES = WARPGROUP // WARP  # a tile of 16 rows for each warp of a warpgroup
@@ -66,6 +66,7 @@ class GroupGemm(PackedGemm):
         assert isinstance(shape, WgmmaShape) and shape.rows <= 256
         stages, ahead = shape.stages, shape.stages - 2  # products with the two stages before one may go on
         assert ahead > 0
+        self.places = self._places_of_rows(self.layout.k) if self.source is not None else []
         self.barriers = b.shared(stages, I64)
         with b.when(self.thread.compare("lt", stages)):
             b.init_barrier(self.barriers, self.thread)
@@ -94,7 +95,7 @@ class GroupGemm(PackedGemm):
             factors = [self._left(words, scales, s, m) for m in range(2)]
             sums = b.wait_mma(sums, 1)  # the product that read these registers is done
             tile = stage * (self.shape.rows * PIECES * SEGMENT // 2)
-            sums = b.group_mma(sums, b.join(*factors), self.held_x, tile, step=s * (SEGMENT // STEP))
+            sums = b.group_mma(sums, b.join(*factors), self.held_x, tile, step=2 * s)
         return sums
 
     def _left(self, words: list[Expr], scales: Expr | None, s: int, m: int) -> Expr:

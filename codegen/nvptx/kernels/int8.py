@@ -1,9 +1,9 @@
 """Products of activations of 8 bits with weights of 8 or 4: y[m, n] = x[m, k] w[n, k] with sums in i32, then f32.
 
-A row of x has a scale for `group` columns or for all (`ActivationScales`); `quantize_rows_kernel` makes both. The
-weights are those of `codegen.nvptx.fragments`, the same bytes as for products in bf16, as i8 in registers. A sum of at
-most 64 columns stays below 2**22: begun with the bits of 1.5 * 2**23 it is a number in f32 without a conversion.
-Weights in f8e4m3 meet activations in f8e4m3, with sums in f32, from sm_89 on.
+A row of x has a scale for `group` columns or for all (`ActivationScales`); `codegen.nvptx.kernels.quantize_rows` makes
+both. The weights are those of `codegen.nvptx.fragments`, the same bytes as for products in bf16, as i8 in registers.
+A sum of at most 64 columns stays below 2**22: begun with the bits of 1.5 * 2**23 it is a number in f32 without a
+conversion. Weights in f8e4m3 meet activations in f8e4m3, with sums in f32, from sm_89 on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COPY = 16  # activations that are
 
 @dataclass(frozen=True)
 class ActivationScales:
-    """Scales of x [m, k]: f32 [groups, m rounded up to a multiple of 4], so that those of a block are neighbours.
+    """Scales of x [m, k]: f32 [groups, m rounded up to a multiple of `rows`], so that those of a block are neighbours.
 
     With `by_row` f32 [m, groups rounded up to a multiple of 4]: those of a row are, for rows that are gathered.
     """
@@ -34,6 +34,7 @@ class ActivationScales:
     k: int
     group: int = 0  # columns that share a scale, 0 for whole rows
     by_row: bool = False
+    rows: int = _QUAD
 
     def __post_init__(self) -> None:
         fits = self.group in (0, SEGMENT) or self.group % CHUNK == 0
@@ -55,11 +56,15 @@ class ActivationScales:
 
     def count(self, m: int) -> int:
         """How many there are for m rows."""
-        return m * self.row if self.by_row else self.groups * -(-m // _QUAD) * _QUAD
+        return m * self.row if self.by_row else self.groups * -(-m // self.rows) * self.rows
+
+    def stride(self, m: Expr) -> Expr:
+        """From a row's scale to that of its next group, where those of a block are neighbours."""
+        return (m + (self.rows - 1)) // self.rows * self.rows
 
     def place(self, group: Expr, row: Expr, m: Expr) -> Expr:
         """Where the scale of a row's group lies; `m` rows there are."""
-        return row * self.row + group if self.by_row else group * _stride(m) + row
+        return row * self.row + group if self.by_row else group * self.stride(m) + row
 
     @property
     def each(self) -> int:
@@ -73,10 +78,6 @@ class ActivationScales:
         if self.each == 1:
             return [chunk // (self.group // CHUNK)]
         return [chunk * 2, (chunk * 2 + 1).min(self.groups - 1)]
-
-
-def _stride(m: Expr) -> Expr:
-    return (m + (_QUAD - 1)) // _QUAD * _QUAD
 
 
 def check_int8(layout: Fragments) -> None:
@@ -133,7 +134,7 @@ class DecodeInt8(DecodeProduct):
         if x_scales.by_row:
             self.scale_rows = [[self.row_of_x((first + i).min(self.count - 1)) for i in range(2)] for first in parts]
         else:
-            self.scale_rows = [[first.min(_stride(self.count) - 2)] for first in parts]
+            self.scale_rows = [[first.min(x_scales.stride(self.count) - 2)] for first in parts]
         return self
 
     def _activations(self, chunk: Expr, part: int) -> list[Expr]:
@@ -222,7 +223,7 @@ class GemmInt8(PackedGemm):
                 at = (stage * self.shape.rows + number) * _QUAD
                 self._copy(self.held_of_x, at, self.of_x, first + groups[0] // _QUAD * _QUAD, inside, here)
             return
-        stride = _stride(self.m)
+        stride = self.x_scales.stride(self.m)
         for i, group in enumerate(groups):
             first = group * stride + self.row
             for number, here in self._share(self.shape.rows // _QUAD):
@@ -265,67 +266,3 @@ class GemmInt8(PackedGemm):
                 at = part * shape.warp_tiles + t
                 made[at] = _add_columns(b, layout, made[at], left[t], right, scales[t], x_scales)
         return made
-
-
-_LARGEST = {I8: 127.0, F8E4M3: 448.0}
-LANES = 8  # neighbouring columns of a thread
-_THREADS = 256
-
-
-def quantize_rows_kernel(
-    x_scales: ActivationScales, name: str, element: PlainFormat = F32, to: PlainFormat = I8
-) -> GridKernel:
-    """A kernel (x [m, k] of `element`, codes i8 or f8e4m3 [m, k], scales f32, m), a block for each row.
-
-    A scale is the largest magnitude of its group / 127, or 448; codes are the nearest numbers of scales.
-    """
-    group = x_scales.group
-    if group & (group - 1) or group > WARP * LANES:
-        message = f"activations are rounded in groups of {group} columns"
-        raise DiagnosticError(message, expected=f"a power of two of at most {WARP * LANES}, or whole rows")
-    limit = _LARGEST[to]
-    k = GridBuilder(name, _THREADS)
-    x, codes, scales, m = k.buffer("x", element), k.buffer("codes", to), k.buffer("scales", F32), k.size("rows")
-    work = k.shared(_THREADS // WARP, F32)
-    row, width = k.block_id(), x_scales.k
-    own = k.thread_id() * LANES
-
-    def load(column: Expr) -> Expr:
-        return x.load(row * width + column.min(width - LANES), LANES).cast(F32)
-
-    def largest(values: Expr) -> Expr:
-        return values.max(k.f32(0.0, LANES) - values).reduce("max")
-
-    def store(column: Expr, values: Expr, most: Expr) -> None:
-        """A row of zeros has scale 0 and codes 0."""
-        factor = k.select(most.compare("gt", 0.0), limit / most, 0.0)
-        with k.when(column.compare("lt", width)):
-            numbers = values * factor
-            codes.store(row * width + column, (k.round(numbers) if to == I8 else numbers).cast(to))
-
-    def combine(a: Expr, b: Expr) -> Expr:
-        return a.max(b)
-
-    if group:
-        with k.loop(0, -(-width // (_THREADS * LANES))) as loop:
-            column = own + loop.i * (_THREADS * LANES)
-            values = load(column)
-            most = k.warp_reduce(largest(values), combine, group // LANES)
-            store(column, values, most)
-            with k.when((column % group).compare("eq", 0) & column.compare("lt", width)):
-                scales.store(x_scales.place(column // group, row, m), most * (1.0 / limit))
-        return k.grid_kernel()
-    with k.loop(own, width, _THREADS * LANES, [k.f32(0.0)]) as loop:
-        loop.carry(loop.carried[0].max(largest(load(loop.i))))
-    lane, warp = k.lane_and_warp()
-    most = k.warp_reduce(loop.results[0], combine)
-    with k.when(lane.compare("eq", 0)):
-        work.store(warp, most)
-    k.barrier()
-    for other in range(_THREADS // WARP):
-        most = most.max(work.load(other))
-    with k.loop(own, width, _THREADS * LANES) as loop:
-        store(loop.i, load(loop.i), most)
-    with k.when(k.thread_id().compare("eq", 0)):
-        scales.store(x_scales.place(k.index_value(0), row, m), most * (1.0 / limit))
-    return k.grid_kernel()

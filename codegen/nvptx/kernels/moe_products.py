@@ -5,7 +5,8 @@ tile has none. The experts' matrices lie in the order of `codegen.nvptx.fragment
 scales behind its codes or elsewhere at the same distance. Only chosen experts are read.
 
 `grouped_decode_kernel` is for tiles of up to 8 or 16 rows, `grouped_gemm_kernel` for those of `shape.rows`. Rows of x
-are bf16, or int8 (with weights in f8e4m3: f8e4m3) under scales that lie by row.
+are bf16, or int8 (with weights in f8e4m3: f8e4m3) under scales that lie by row; for a `BytesShape` (products of
+warpgroups on bytes) as `codegen.nvptx.kernels.gemm_wgmma_bytes.row_tiles` says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.decode import ROWS, WARPS, DecodePart, DecodeProduct, blocks_at_once
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, PackedTile
 from codegen.nvptx.kernels.gemm_wgmma import GroupGemm, WgmmaShape
+from codegen.nvptx.kernels.gemm_wgmma_bytes import BytesShape, GroupBytes
 from codegen.nvptx.kernels.int8 import ActivationScales, DecodeInt8, GemmInt8, check_int8, element_of_x
 from codegen.nvptx.kernels.moe_route import TILE_WORDS
 from codegen.tile_builder import Buffer, Expr
@@ -70,18 +72,26 @@ def grouped_decode_kernel(
 
 def grouped_gemm_kernel(of: Experts, name: str, shape: PackedShape) -> GridKernel:
     """A kernel with the arguments of `grouped_decode_kernel`, launched with `grouped_blocks` blocks. Tiles have up to
-    `shape.rows` rows; a `WgmmaShape` takes products of warpgroups (activations in bf16, on sm_90a)."""
+    `shape.rows` rows; a `WgmmaShape`, with activations of 8 bits a `BytesShape`, takes products of warpgroups, on
+    sm_90a."""
     k = GridBuilder(name, shape.threads)
     launch = _Launch.of(k, of)
     block = k.block_id()
     expert, first, count = launch.entry(block % launch.most)
     with k.when(count.compare("gt", 0)):
         tile = PackedTile(first, first + count, block // launch.most * shape.tiles, launch.source)
-        many = GroupGemm if isinstance(shape, WgmmaShape) else PackedGemm
-        kind = many if launch.x_scales is None else GemmInt8
-        product = kind(k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up)
+        product = _kind_of(of, shape)(
+            k, shape, of.layout, launch.weights(expert), (launch.x, launch.y), tile, of.gate_up
+        )
         launch.scaled(product).build()
     return k.grid_kernel()
+
+
+def _kind_of(of: Experts, shape: PackedShape) -> type[PackedGemm]:
+    """Who writes a block of the product."""
+    if of.x_scales is not None:
+        return GroupBytes if isinstance(shape, BytesShape) else GemmInt8
+    return GroupGemm if isinstance(shape, WgmmaShape) else PackedGemm
 
 
 def grouped_blocks(of: Experts, shape: PackedShape, most: int) -> int:
@@ -115,7 +125,7 @@ class _Launch:
 
     def scaled(self, product: AnyProduct) -> AnyProduct:
         """The product with the scales of x, where x has some."""
-        if isinstance(product, DecodeInt8 | GemmInt8):
+        if isinstance(product, DecodeInt8 | GemmInt8 | GroupBytes):
             assert self.experts.x_scales is not None and self.x_scales is not None
             product.with_scales(self.experts.x_scales, self.x_scales)
         return product

@@ -70,7 +70,17 @@ INT8_CODES = -0x7F7F7F80  # 128 in each byte of a word
 
 
 def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) -> Expr:
-    """The 16 codes of this lane for segment s as i8, without their zero point, or as f8e4m3.
+    """The 16 codes of this lane for segment s as i8, without their zero point, or as f8e4m3."""
+    return as_bytes(k, layout, int8_words(k, layout, words, s))
+
+
+def as_bytes(k: GridBuilder, layout: Fragments, words: Sequence[Expr]) -> Expr:
+    """The codes of words, 4 in each."""
+    return k.join(*words).bitcast(VectorType(4 * len(words), F8E4M3 if layout.fp8 else I8))
+
+
+def int8_words(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) -> list[Expr]:
+    """What `int8_left` has, as 4 words.
 
     Codes of 4 bits come in the order 0, 2, 1, 3 of each four columns: `int8_right` takes x alike.
     """
@@ -81,15 +91,11 @@ def int8_left(k: GridBuilder, layout: Fragments, words: Sequence[Expr], s: int) 
             low.append((first & 0xFFFF) | second.shifted_left(16))
             high.append((first.shifted_right(16) & 0xFFFF) | (second & -0x10000))
         parts = [low[0], high[0], low[1], high[1]]
-        if layout.fp8:
-            return k.join(*parts).bitcast(VectorType(16, F8E4M3))
-        parts = [k.xor(w, k.constant(w.type, INT8_CODES)) for w in parts]
-    else:
-        nibbles = [words[0].extract(2 * s + m) for m in range(2)]
-        codes = [w & 0x0F0F0F0F for word in nibbles for w in (word, word.shifted_right(4))]
-        # 128 + code - 8 borrows from no other byte; then 128 is taken out of its highest bit
-        parts = [k.xor((w | INT8_CODES) - 0x08080808, k.constant(w.type, INT8_CODES)) for w in codes]
-    return k.join(*parts).bitcast(VectorType(16, I8))
+        return parts if layout.fp8 else [k.xor(w, k.constant(w.type, INT8_CODES)) for w in parts]
+    nibbles = [words[0].extract(2 * s + m) for m in range(2)]
+    codes = [w & 0x0F0F0F0F for word in nibbles for w in (word, word.shifted_right(4))]
+    # 128 + code - 8 borrows from no other byte; then 128 is taken out of its highest bit
+    return [k.xor((w | INT8_CODES) - 0x08080808, k.constant(w.type, INT8_CODES)) for w in codes]
 
 
 def int8_right(k: GridBuilder, layout: Fragments, pair: Expr) -> Expr:

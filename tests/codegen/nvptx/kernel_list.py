@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from codegen.nvptx.builder import GridBuilder, GridKernel
@@ -13,16 +14,18 @@ from codegen.nvptx.kernels.decode import decode_kernel
 from codegen.nvptx.kernels.gemm import gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
 from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
+from codegen.nvptx.kernels.gemm_wgmma_bytes import BytesShape, wgmma_bytes_kernel
 from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
     gemm_int8_kernel,
-    quantize_rows_kernel,
 )
 from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, route_kernel
+from codegen.nvptx.kernels.quantize_rows import quantize_rows_kernel
 from codegen.nvptx.kernels.rope import rope_table_kernel
 from codegen.nvptx.kernels.rope_append import HeadNorm, Projection, rope_append_kernel
+from codegen.nvptx.kernels.row_tiles import RowTiles
 from codegen.nvptx.kernels.rowwise import row_kernel
 from codegen.nvptx.kernels.wide import wide_kernel
 from codegen.nvptx.kv_planes import KvPlanes
@@ -104,9 +107,31 @@ def hopper_kernels() -> tuple[GridKernel, ...]:
         gemm_wgmma_kernel(Fragments.of(4096, 4096, format), f"wgmma_{name}", WgmmaShape.of(rows))
         for name, format, rows in (("w16", BF16, 512), ("w8", Q8, 512), ("w4", Q4, 512), ("w4_32", Q4, 32))
     ]
+    made += [
+        wgmma_bytes_kernel(
+            Fragments.of(4096, 4096, format),
+            ActivationScales(4096, group, rows=8),
+            f"wgmma_{name}",
+            BytesShape.of(rows),
+        )
+        for name, format, group, rows in (
+            ("w8a8", Q8, 128, 512), ("w8a8_rows", GroupedIntFormat(8, 0), 0, 512), ("w4a8", Q4, 128, 512),
+            ("w4a8_32", Q4, 128, 32), ("fp8", FP8Format(F8E4M3, 128, 128), 128, 512),
+        )
+    ]  # fmt: skip
+    made.append(
+        quantize_rows_kernel(
+            ActivationScales(4096, 128, rows=8), "quantize_rows_tiles", BF16, I8, RowTiles(4096, I8, crossed=True)
+        )
+    )
     layout = Fragments.of(1536, 2048, Q4)
     up = Experts(layout, layout.nbytes, 8, True, BF16)
-    return (*made, grouped_gemm_kernel(up, "experts_wgmma_w4", WgmmaShape.of(32)))
+    rounded = replace(up, x_scales=ActivationScales(2048, 128, by_row=True))
+    return (
+        *made,
+        grouped_gemm_kernel(up, "experts_wgmma_w4", WgmmaShape.of(32)),
+        grouped_gemm_kernel(rounded, "experts_wgmma_w4a8", BytesShape.of(128)),
+    )
 
 
 @cache

@@ -13,6 +13,10 @@ import numpy as np
 
 GLOBAL_BASE = 1 << 20  # where global memory begins
 _GROUP = 128  # threads of a warpgroup
+FACTORS: dict[str, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "s8": np.dtype(np.int8),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}  # fmt: skip
 
 
 class HopperInstructions:
@@ -73,30 +77,38 @@ class HopperInstructions:
     def _wgmma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         if words[1] != "mma_async":
             return  # fence, commit_group, wait_group
-        assert operands[3:] == ("1", "1", "1", "0")
+        element = FACTORS[words[-1]]
+        columns, each = 32 // element.itemsize, 4 // element.itemsize  # of a step, of a register
+        signs = {"bf16": ("1", "1", "0"), "e4m3": ("1", "1"), "s8": ()}[words[-1]]
+        assert words[4].endswith(f"k{columns}") and words[5] == ("s32" if words[-1] == "s8" else "f32")
+        assert words[6] == words[7] and operands[3] in ("0", "1") and operands[4:] == signs
         lanes = len(operands[0])
-        sums = np.stack([self.read(r, "f32", who) for r in operands[0]], axis=1).astype(np.float64)
+        assert words[4].startswith(f"m64n{2 * lanes}k")
+        kind, wide = ("s32", np.int64) if words[-1] == "s8" else ("f32", np.float64)
+        sums = np.zeros((len(who), lanes), wide)
+        if operands[3] == "1":
+            sums += np.stack([self.read(r, kind, who) for r in operands[0]], axis=1)
         thread = np.arange(_GROUP)
         rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + np.arange(lanes) % 4 // 2 * 8
-        columns = np.arange(lanes) // 4 * 8 + thread[:, None] % 4 * 2 + np.arange(lanes) % 2
+        places = np.arange(lanes) // 4 * 8 + thread[:, None] % 4 * 2 + np.arange(lanes) % 2
         held = np.stack([self.read(r, "u32", who) for r in operands[1]], axis=1).astype(np.uint32)
-        factors = held.view(ml_dtypes.bfloat16).astype(np.float64)
-        place = np.arange(8)
-        left_rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + place // 2 % 2 * 8
-        left_columns = thread[:, None] % 4 * 2 + place // 4 * 8 + place % 2
+        factors = held.view(element).astype(np.float64)
+        number = np.arange(4 * each)
+        left_rows = thread[:, None] // 32 * 16 + thread[:, None] % 32 // 4 + number // each % 2 * 8
+        left_columns = thread[:, None] % 4 * each + number // (2 * each) * 4 * each + number % each
         for first in range(0, len(who), _GROUP):
             descriptor = int(self.read(operands[2], "u64", who[first : first + 1])[0])
-            right = self._tile(descriptor, 2 * lanes, int(who[first]) // self.threads)
-            left = np.zeros((64, 16))
+            right = self._tile(descriptor, 2 * lanes, int(who[first]) // self.threads, element)
+            left = np.zeros((64, columns))
             left[left_rows, left_columns] = factors[first : first + _GROUP]
-            sums[first : first + _GROUP] += (left @ right.T)[rows, columns]
+            sums[first : first + _GROUP] += (left @ right.T)[rows, places].astype(wide)
         for i, target in enumerate(operands[0]):
-            self.write(target, np.ascontiguousarray(sums[:, i].astype(np.float32)), who)
+            self.write(target, np.ascontiguousarray(sums[:, i].astype(np.int32 if kind == "s32" else np.float32)), who)
 
-    def _tile(self, descriptor: int, rows: int, block: int) -> np.ndarray:
-        """16 columns of a factor in bf16, as a descriptor with the 128-byte swizzle says."""
+    def _tile(self, descriptor: int, rows: int, block: int, element: np.dtype) -> np.ndarray:
+        """The columns of a step of a factor, as a descriptor with the 128-byte swizzle says."""
         assert descriptor >> 62 == 1 and descriptor >> 32 & 0x3FFF == 64
         row, byte = np.arange(rows)[:, None], np.arange(32)
         at = ((descriptor & 0x3FFF) << 4) + row // 8 * 1024 + row % 8 * 128 + byte
         at ^= (at >> 7 & 7) << 4
-        return self.shared[block, at].view(ml_dtypes.bfloat16).astype(np.float64)
+        return self.shared[block, at].view(element).astype(np.float64)

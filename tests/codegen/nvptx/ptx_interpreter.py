@@ -17,7 +17,7 @@ import numpy as np
 
 from ir.ops.grid_matrix import multiply_fragments
 from ir.ops.tile_products import FmaOp
-from tests.codegen.nvptx.ptx_hopper import GLOBAL_BASE, HopperInstructions
+from tests.codegen.nvptx.ptx_hopper import FACTORS, GLOBAL_BASE, HopperInstructions
 
 _TYPES: dict[str, Any] = {
     **{
@@ -27,9 +27,6 @@ _TYPES: dict[str, Any] = {
     "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64), "pred": np.dtype(bool),
 }  # fmt: skip
 _PAIRS: dict[str, Any] = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
-_FACTORS: dict[str, Any] = {
-    "bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn,
-}  # fmt: skip
 _WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1, "done": 1, "%left": 4}  # bytes of registers by their names
 _WARP = 32
 _TOGETHER = {"mma": _WARP, "shfl": _WARP, "ldmatrix": _WARP, "wgmma": 4 * _WARP}  # threads of one instruction
@@ -277,6 +274,12 @@ class PtxMachine(HopperInstructions):
         first, count = int(operands[2]), int(operands[3])
         self.write(operands[0], (value >> value.dtype.type(first)) & value.dtype.type((1 << count) - 1), who)
 
+    def _bfi(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
+        first, count = int(operands[3]), int(operands[4])
+        low, value = (self.read(o, words[1], who) for o in operands[1:3])
+        mask = value.dtype.type((1 << count) - 1 << first)
+        self.write(operands[0], value & ~mask | low << value.dtype.type(first) & mask, who)
+
     def _prmt(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         chosen = int(operands[3].rstrip("U"), 0)
         assert words[1] == "b32" and not chosen & 0x8888, operands
@@ -357,7 +360,7 @@ class PtxMachine(HopperInstructions):
 
     def _mma(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         self._warps(who)
-        element = _FACTORS[words[7]]
+        element = FACTORS[words[7]]
         factors = [np.stack([self.read(r, "b32", who) for r in group], axis=1).view(element) for group in operands[1:3]]
         sums = np.stack([self.read(r, words[-1], who) for r in operands[3]], axis=1)
         made = multiply_fragments(*(v.reshape(-1, _WARP, v.shape[1]) for v in (sums, *factors))).reshape(-1, 4)

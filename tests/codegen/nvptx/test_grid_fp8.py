@@ -14,8 +14,8 @@ from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
     gemm_int8_kernel,
-    quantize_rows_kernel,
 )
+from codegen.nvptx.kernels.quantize_rows import quantize_rows_kernel
 from codegen.nvptx.kernels.weight_factors import from_fp8
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F8E4M3, F8E5M2, F32, I32, FP8Format, PackedArray

@@ -15,8 +15,8 @@ from codegen.nvptx.kernels.int8 import (
     ActivationScales,
     decode_int8_kernel,
     gemm_int8_kernel,
-    quantize_rows_kernel,
 )
+from codegen.nvptx.kernels.quantize_rows import quantize_rows_kernel
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, GroupedIntFormat, PackedArray, PlainFormat
 from ir.grid_interpreter import interpret_grid

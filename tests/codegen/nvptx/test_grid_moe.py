@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
 from codegen.nvptx.kernels.gemm_packed import PackedShape
+from codegen.nvptx.kernels.gemm_wgmma_bytes import BytesShape, row_tiles
 from codegen.nvptx.kernels.int8 import ActivationScales
 from codegen.nvptx.kernels.moe_products import Experts, grouped_blocks, grouped_decode_kernel, grouped_gemm_kernel
 from codegen.nvptx.kernels.moe_route import dispatch_kernel, most_tiles, route_kernel
@@ -135,11 +136,11 @@ def stack(
 
 def grouped(
     ids: np.ndarray, experts: int, n: int, k: int, format: NumberFormat, gather: bool, gate_up: bool, rows: int,
-    x_scales: ActivationScales | None = None,
+    x_scales: ActivationScales | None = None, shape: PackedShape = SMALL,
 ) -> None:  # fmt: skip
-    """One of the kernels for tiles of 8 or 16 rows, or of `SMALL` where rows is 0, against moe.grouped_gemm."""
+    """One of the kernels for tiles of 8 or 16 rows, or of `shape` where rows is 0, against moe.grouped_gemm."""
     tokens, top_k = ids.shape
-    order, offsets, _, tiles = dispatch(ids.reshape(-1), experts, rows or SMALL.rows)
+    order, offsets, _, tiles = dispatch(ids.reshape(-1), experts, rows or shape.rows)
     weights, numbers, stride = stack(experts, n, k, format, gate_up)
     x = normal(tokens if gather else tokens * top_k, k, element=BF16)
     layout = Fragments.of(n, k, format)
@@ -151,11 +152,13 @@ def grouped(
         of_x[:, : x_scales.groups] = 1 + np.random.default_rng(1).random((len(x), x_scales.groups), np.float32)
         wide = np.repeat(of_x[:, : x_scales.groups], k // x_scales.groups, axis=1) / 40
         x, scales, held = codes, [of_x / 40], codes.astype(np.float32) * wide
+        if isinstance(shape, BytesShape) and not rows:
+            x = row_tiles(layout, x_scales).arranged(codes)
     else:
         held = x
     y = np.full((tokens * top_k, n // 2 if gate_up else n), -1).astype(of.out.dtype)
-    made = grouped_decode_kernel(of, "few", rows=rows, warps=2) if rows else grouped_gemm_kernel(of, "many", SMALL)
-    blocks = len(tiles) * of.layout.tiles if rows else grouped_blocks(of, SMALL, len(tiles))
+    made = grouped_decode_kernel(of, "few", rows=rows, warps=2) if rows else grouped_gemm_kernel(of, "many", shape)
+    blocks = len(tiles) * of.layout.tiles if rows else grouped_blocks(of, shape, len(tiles))
     arguments = [*weights, x, order, tiles, *scales, y, len(tiles)]
     report = interpret_grid(made.func, arguments, blocks=blocks, threads=made.threads)
     assert report.bank_conflicts == 0
@@ -195,6 +198,20 @@ def test_grouped_products_of_bytes(
     ids = np.array([random.sample(range(experts), top_k) for _ in range(tokens)], np.int32)
     scales = ActivationScales(k, group, by_row=True)
     grouped(ids, experts, 48 if gate_up else 40, k, format, gather, gate_up, rows, scales)
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "group", "gather", "gate_up"),
+    [(Q8, 192, 64, True, True), (Q4, 320, 0, False, True), (FP8, 256, 128, True, False), (Q8, 96, 32, False, False)],
+)
+def test_grouped_products_of_bytes_by_warpgroups(
+    format: NumberFormat, k: int, group: int, gather: bool, gate_up: bool
+) -> None:
+    """More rows than a tile has; a stage with four groups of x, with two, with one, with none of its own."""
+    ids = (np.arange(40, dtype=np.int32).reshape(20, 2) + np.arange(20)[:, None]) % 3 % 2
+    ids = np.stack([ids[:, 0], 2 + ids[:, 1]], axis=1).astype(np.int32)
+    scales = ActivationScales(k, group, by_row=True)
+    grouped(ids, 5, 48, k, format, gather, gate_up, 0, scales, BytesShape.with_rows(16, 1, 3))
 
 
 def test_scales_of_every_row_are_its_own() -> None:

@@ -94,8 +94,9 @@ def test_kernels_assemble_without_spills(architecture: str) -> None:
 def test_kernels_for_hopper_assemble_without_spills() -> None:
     """Products of warpgroups that ptxas would run one after the other, it says so."""
     text = compile_ptx([one_of_each_on_hopper(), *hopper_kernels()], HOPPER)
-    assert ".version 8.0" in text and f".target {HOPPER}" in text
-    for instruction in ("wgmma.mma_async.sync.aligned.m64n256k16", "cp.async.bulk", "cp.async.ca", "try_wait.parity"):
+    assert ".version 8.4" in text and f".target {HOPPER}" in text
+    shapes = ("m64n256k16.f32.bf16.bf16", "m64n64k32.s32.s8.s8", "m64n64k32.f32.e4m3.e4m3")
+    for instruction in (*shapes, "cp.async.bulk", "cp.async.ca", "try_wait.parity"):
         assert instruction in text
     made = assemble(text, HOPPER)
     assert "serialized" not in made.report

@@ -11,7 +11,7 @@ import pytest
 
 from bench.gpu_attention_cases import small_attention
 from bench.gpu_cases import GpuCase, small_cases
-from bench.gpu_moe_cases import small_experts
+from bench.gpu_moe_cases import small_experts, small_group_experts
 from bench.gpu_product_cases import small_fp8, small_products, small_wgmma
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.compile import compile_ptx
@@ -93,9 +93,13 @@ def test_products_of_fp8() -> None:
 
 def test_products_of_warpgroups() -> None:
     kernel = one_of_each_on_hopper()
-    check(compile_ptx([kernel], HOPPER), kernel, 1, [normal(64 * 64, element=BF16), np.zeros(1024, np.float32)])
-    for case in small_wgmma():
-        check(compile_ptx([case.kernel], HOPPER), case.kernel, case.blocks, case.make(np.random.default_rng(11)))
+    text = compile_ptx([kernel], HOPPER)
+    assert ".version 8.0" in text
+    check(text, kernel, 1, [normal(64 * 64, element=BF16), np.zeros(1024, np.float32)])
+    cases = [*small_wgmma(), *small_group_experts()]
+    text = compile_ptx([case.kernel for case in cases], HOPPER)
+    for case in cases:
+        check(text, case.kernel, case.blocks, case.make(np.random.default_rng(11)))
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda o: o[0].name)

@@ -26,8 +26,9 @@ from runtime.cuda.driver import OutOfDeviceMemory
 from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
 from runtime.cuda.host_experts import host_code, open_host
 from runtime.cuda.host_kv import HostCacheTooSmall, HostKV, HostKvPlan, HostKvReport, plan_host_kv
+from runtime.cuda.host_plan import HostPlan
 from runtime.cuda.hybrid_plan import HbmPlan
-from runtime.cuda.hybrid_weights import HybridReport, HybridWeights, plan_of
+from runtime.cuda.hybrid_weights import SPARE_BYTES, HybridReport, HybridWeights, passing_plan
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import capacity_of
 from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
@@ -40,8 +41,6 @@ from runtime.manifest import Manifest
 from runtime.session_base import SessionBase
 from runtime.session_parts import MemoryReport
 from runtime.step_inputs import StepInputs
-
-SPARE_BYTES = 256 << 20  # beside what is counted: modules, and the driver's own
 
 
 class _Held:
@@ -203,14 +202,10 @@ class CudaSession(SessionBase):
     def _hybrid_plan(self, device: Device) -> HbmPlan | None:
         """What of the weights stays on the device where not all of them fit beside activations and a cache of all
         positions; None where they do, or where not even that helps."""
-        free, capacity = device.free_bytes(), capacity_of(self.gpu.kv, self.max_context)
-        scratch = scratch_bytes(self.gpu, self.vocab_size)
-        if scratch + self.manifest.weights.bytes <= free:
-            return None
         here = device_kv(self.gpu, self._host_plan)
-        others = scratch + here.nbytes(self.num_slots, capacity) + min(SPARE_BYTES, free // 16)
+        cache = here.nbytes(self.num_slots, capacity_of(self.gpu.kv, self.max_context))
         try:
-            return plan_of(self.artifact, free - others)
+            return passing_plan(self.artifact, device.free_bytes(), cache)
         except RuntimeDiagnostic:
             return None  # `_check_room` says so
 
@@ -324,6 +319,17 @@ class CudaSession(SessionBase):
             device = self._device()
             device.enter()
             return copy_bandwidth(device, max(1, min(COPY_BYTES, device.free_bytes() // 4)))
+
+    @property
+    def missed(self) -> str:
+        """What is done about experts that are not on the device: one of `runtime.cuda.missed_experts.MODES`."""
+        return self._missed.mode
+
+    @property
+    def passing(self) -> tuple[HbmPlan, HostPlan | None] | None:
+        """What of the weights stays on the device, and what of the others is pinned; None where all are there."""
+        weights = self._held.weights
+        return (weights.plan, weights.host_plan) if isinstance(weights, HybridWeights) else None
 
     @property
     def hybrid(self) -> HybridReport | None:

@@ -13,6 +13,8 @@ from stratum.cli.options import DTYPES
 
 if TYPE_CHECKING:
     from passes.place.solve import NoFit
+    from stratum.plan_request import PlanRequest
+    from stratum.planning import Planned
 
 EXIT_NO_FIT = 3
 
@@ -124,6 +126,7 @@ def plan(
         from stratum.plan_report import plan_text
 
         click.echo(plan_text(planned))
+        _tell_device_run(request, planned)
     if compare_run:
         from stratum.compare_run import compare, compared_json, compared_text, measured_what
 
@@ -134,6 +137,26 @@ def plan(
     elif as_json:
         click.echo(text, nl=False)
     return 0
+
+
+def _tell_device_run(request: PlanRequest, planned: Planned) -> None:
+    """Of an artifact for GPUs: what `run` on such a machine says, where weights pass through the GPU's memory."""
+    from runtime.artifact import is_artifact
+
+    if planned.target.name == "host" or not is_artifact(request.model):
+        return
+    from runtime.errors import RuntimeDiagnostic
+    from stratum.device_forecast import forecast_of_plan
+    from stratum.plan_request import budgets_of
+
+    budgets = budgets_of(request, planned.target)
+    try:
+        found = forecast_of_plan(Path(request.model), planned.target, budgets, planned.placement.session.context)
+    except RuntimeDiagnostic as refused:
+        click.echo(f"run --device cuda: {refused.message}")
+        return
+    if found is not None:
+        click.echo(f"run --device cuda, {found.line()}")
 
 
 def _batch(text: str) -> int:

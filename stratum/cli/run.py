@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -222,6 +222,17 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
         err=True,
     )
+    if session.device_name and getattr(session, "hybrid", None) is not None:
+        _tell_forecast(cast("CudaSession", session))
+
+
+def _tell_forecast(session: CudaSession) -> None:
+    """What a token is to take on a GPU that has no room for all weights, as `plan` says it."""
+    from stratum.device_forecast import forecast_of
+
+    found = forecast_of(session)
+    if found is not None:
+        click.echo(found.line(), err=True)
 
 
 def _kept(session: AnySession) -> str:
@@ -258,6 +269,11 @@ def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_jso
             reporter.event("streaming", **vars(link), same_bits=link.same_bits)
         elif not quiet:
             click.echo(link.summary(), err=True)
+    if attended := getattr(session, "host_kv", None):
+        if as_json:
+            reporter.event("host_kv", **vars(attended), link_bytes=attended.link_bytes)
+        elif not quiet:
+            click.echo(attended.summary(), err=True)
     if session.streamer is None:
         return
     from runtime.process_memory import peak_resident_bytes

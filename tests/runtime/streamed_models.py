@@ -13,6 +13,7 @@ import codegen.weight_pieces
 import stratum
 from runtime import Session, open_artifact
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, VOCAB, write_model
 
 FAMILIES = {"llama": LLAMA, "qwen3_moe": QWEN3_MOE, "mixed": QWEN3_MOE}
@@ -30,7 +31,8 @@ Batch = tuple[list[int], list[int], list[int], list[int]]
 def build_all(folder: Path, cache: Path) -> dict[str, Path]:
     """Builds whose dense pieces are single tensors, so that there is something to stream; the cache is theirs alone."""
     made = {}
-    with patch.object(codegen.weight_pieces, "DENSE_BYTES", 1), patch.dict(os.environ, STRATUM_CACHE=str(cache)):
+    own = patch.dict(os.environ, STRATUM_CACHE=str(cache))
+    with patch.object(codegen.weight_pieces, "DENSE_BYTES", 1), own, plain_code():
         for name, family in FAMILIES.items():
             model = write_model(folder / name, family)
             recipe = folder / "mixed.toml"

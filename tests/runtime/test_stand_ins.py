@@ -19,6 +19,7 @@ from runtime.manifest import manifest_digest, parse_manifest
 from runtime.stand_ins import in_program, largest_shares, stand_in, stand_in_pieces
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from stratum.routing_recorder import RoutingRecorder
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import QWEN3_MOE, VOCAB, write_model
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "low.toml").write_text(LOW)
     model = write_model(folder / "model", QWEN3_MOE)
     options = {"full": {}, "both": {"stand_ins": "w2a8"}, "low": {"recipe": str(folder / "low.toml")}}
-    return {name: stratum.build(model, folder / name, **more) for name, more in options.items()}
+    with plain_code():
+        return {name: stratum.build(model, folder / name, **more) for name, more in options.items()}
 
 
 def plan_of(path: Path, times: int = 1, **changes: object) -> StreamPlan:

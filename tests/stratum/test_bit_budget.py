@@ -17,6 +17,7 @@ from stratum.bit_budget import BitBudget, find_recipe
 from stratum.calibration_tokens import tokens_of_text
 from stratum.cli import main
 from stratum.weights_file import weights_file_bytes
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import VOCAB
 
 SMALL = "w3,w4a8-g32,w8a8"  # candidates, so that measuring is quick
@@ -50,11 +51,13 @@ def test_the_saved_recipe_builds_the_same_artifact(
     saved.parent.mkdir()
     options = {"bits-per-weight": 5, "calibration": text, "recipe": "w4a8-g32", "save-recipe": saved}
     budget = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    assert main(["build", str(llama_directory), "-o", str(first), *budget]) == 0
+    with plain_code():
+        assert main(["build", str(llama_directory), "-o", str(first), *budget]) == 0
     told = capsys.readouterr().err
     for words in ("bits per weight", "text.txt", "taken", "10 % more bytes", "attention.q+k+v", "sensitivity"):
         assert words in told
-    assert main(["build", str(llama_directory), "-o", str(second), "--recipe", str(saved), "-q"]) == 0
+    with plain_code():
+        assert main(["build", str(llama_directory), "-o", str(second), "--recipe", str(saved), "-q"]) == 0
     assert files_of(first) == files_of(second)
     assert load_recipe(str(first / "recipe.toml")) == load_recipe(str(saved))
     manifest = json.loads((first / "manifest.json").read_text())

@@ -21,6 +21,7 @@ from stratum import evaluation
 from stratum.cli import main
 from stratum.evaluation import Plan, Text, encode_text, evaluate, plan_windows
 from tests.own_cache import own_cache
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import LLAMA, write_model
 
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n" * 3
@@ -171,7 +172,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(llama_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stratum.build(llama_directory, tmp_path_factory.mktemp("artifacts") / "reference", dtype="f32")
+    with plain_code():
+        return stratum.build(llama_directory, tmp_path_factory.mktemp("artifacts") / "reference", dtype="f32")
 
 
 @pytest.fixture(autouse=True)
@@ -314,7 +316,8 @@ def test_bad_options(
 def test_reference_of_another_vocabulary(
     llama_artifact: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = stratum.build(write_model(tmp_path / "other", {**LLAMA, "vocab_size": 320}), tmp_path / "built")
+    with plain_code():
+        other = stratum.build(write_model(tmp_path / "other", {**LLAMA, "vocab_size": 320}), tmp_path / "built")
     assert main(arguments(llama_artifact, text_file, "--reference", str(other))) == 2
     assert "the models have vocabularies of 258 and 320 tokens" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from stratum.format_benchmark import (
     measure_formats,
     split_recipes,
 )
+from tests.plain_code import plain_code
 
 ROW = FormatRow("w8a8", 8.5, 2_000_000, "bf16", 500.0, 40.0, 30e9, 40e9, 0.75, 0.001, 0.01, 0.99)
 merit = st.integers(1, 4)
@@ -104,7 +105,8 @@ def test_builds_are_measured_and_compared_with_floats(
     text.write_text("the matter of the rest is that it is there " * 8)
     arguments = ["-p", "8", "-n", "2", "-r", "1", "-t", "1", "--text", str(text), "--chunks", "1", "--json", "--quiet"]
     arguments += ["--dtype", "f32"]  # the row without a recipe is the reference then: one build less
-    assert main(["bench", str(llama_directory), "--formats", "--recipes", "float w9 w8a8", *arguments]) == 0
+    with plain_code():
+        assert main(["bench", str(llama_directory), "--formats", "--recipes", "float w9 w8a8", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     floats, missing, low = found["rows"]
     assert (found["n_prompt"], found["n_gen"], found["n_depth"]) == (8, 2, 0)

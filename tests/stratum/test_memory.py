@@ -25,6 +25,7 @@ from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.process_room import PROCESS_BYTES, budget_of_room, room_of
 from tests.own_cache import own_cache
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,10 +156,11 @@ def test_a_default_context_is_one_that_fits() -> None:
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("memory")
     families = {"dense": {**LLAMA, "tie_word_embeddings": True}, "experts": QWEN3_MOE}
-    return {
-        name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
-        for name, family in families.items()
-    }
+    with plain_code():
+        return {
+            name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
+            for name, family in families.items()
+        }
 
 
 def test_the_table_of_a_tied_model_is_read_by_rows(artifacts: dict[str, Path]) -> None:

@@ -15,6 +15,7 @@ from ir.interpreter import zero_states
 from stratum.cli import main
 from tests.frontends import quantized_files as files
 from tests.frontends.test_quantized_weights import GPTQ
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import LLAMA, write_tokenizer
 
 IDS = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int32)
@@ -49,7 +50,8 @@ def test_inspect_says_what_was_found(model: files.Model, capsys: pytest.CaptureF
 
 def test_a_build_keeps_the_numbers(model: files.Model, tmp_path: Path) -> None:
     (tmp_path / "exact.toml").write_text(RECIPE)
-    artifact = stratum.build(model.packed, tmp_path / "out", dtype="f32", recipe=str(tmp_path / "exact.toml"))
+    with plain_code():
+        artifact = stratum.build(model.packed, tmp_path / "out", dtype="f32", recipe=str(tmp_path / "exact.toml"))
     formats = {
         tensor["format"] for tensor in json.loads((artifact / "manifest.json").read_text())["weights"]["tensors"]
     }

@@ -19,6 +19,7 @@ from stratum import built_planning, planning, process_account
 from stratum.cli import main
 from stratum.planning import PlanRequest, make_plan
 from stratum.stand_in_prediction import StandInUse, foretold, light_share
+from tests.plain_code import plain_code
 from tests.stratum.test_stream_placement import HOST
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
 
@@ -32,7 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(model: Path) -> Path:
-    return stratum.build(model, model.parent / "both", stand_ins="w2a8")
+    with plain_code():
+        return stratum.build(model, model.parent / "both", stand_ins="w2a8")
 
 
 def events(text: str) -> dict[str, dict[str, Any]]:

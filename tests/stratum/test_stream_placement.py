@@ -33,6 +33,7 @@ from stratum.cli import main
 from stratum.memory_plan import DoesNotFit, plan_memory
 from stratum.planning import PlanRequest, make_plan
 from stratum.stream_placement import budget_of, parts_of_pieces, stays_of, stream_for, stream_of_placement
+from tests.plain_code import plain_code
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, VOCAB, write_model
 
 MIB = 1 << 20
@@ -61,10 +62,11 @@ def stated_host(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("placed")
-    return {
-        name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
-        for name, family in FAMILIES.items()
-    }
+    with plain_code():
+        return {
+            name: stratum.build(write_model(folder / name, family), folder / f"{name}.stratum")
+            for name, family in FAMILIES.items()
+        }
 
 
 @pytest.fixture(scope="module")

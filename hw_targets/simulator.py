@@ -51,6 +51,12 @@ class Simulator:
         """The timeline when as many experts are missing as `missing` says, by cache."""
         return _Run(self.program, missing or {}).timeline()
 
+    def seconds(self, missing: Mapping[str, int] | None = None) -> float:
+        """Only how long that takes."""
+        run = _Run(self.program, missing or {})
+        run.play()
+        return run.seconds
+
 
 class _Run:
     def __init__(self, program: Program, missing: Mapping[str, int]) -> None:
@@ -83,6 +89,16 @@ class _Run:
             resource.used = 0.0
 
     def timeline(self) -> Timeline:
+        """Plays the plan to its end, and says what there was."""
+        self.play()
+        return self.result()
+
+    @property
+    def seconds(self) -> float:
+        """When the last op ended."""
+        return max(self.end, default=0.0)
+
+    def play(self) -> None:
         """Plays the plan to its end."""
         while True:
             while self.ready:
@@ -102,7 +118,6 @@ class _Run:
             else:
                 self.finish(task)
         self.check_ended()
-        return self.result()
 
     def push(self, at: float, kind: int, task: int, version: int = 0) -> None:
         self.sequence += 1
@@ -325,7 +340,7 @@ class _Run:
         busy = {name: r.used for name, r in program.resources.items() if r.used > 0.0}
         busy |= {name: s for name, s in zip(program.units, self.unit_busy, strict=True) if s > 0.0}
         memory = {place: tuple(changes) for place, changes in self.memory.items()}
-        return Timeline(max(self.end, default=0.0), tuple(ops), busy, self.critical_path(timed), memory)
+        return Timeline(self.seconds, tuple(ops), busy, self.critical_path(timed), memory)
 
     def critical_path(self, timed: list[int]) -> dict[str, float]:
         """Seconds by what limited them, along the chain of causes that ends last."""

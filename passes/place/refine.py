@@ -46,14 +46,18 @@ def refine(solution: Solution) -> Refined:
     best: Refined | None = None
     lowest = 0.0
     for candidate in _candidates(solution):
+        outcome = candidate.outcome
+        bound = objective(candidate.problem, outcome.decode.seconds, outcome.prefill.seconds)
+        if best is not None and bound >= lowest:
+            continue  # what is simulated is never below the closed form
         seconds = simulated(candidate)
         if seconds is None or _late(candidate, seconds, solution.problem.slo):
             continue
-        least = objective(candidate.problem, seconds, candidate.outcome.prefill.seconds)
+        least = objective(candidate.problem, seconds, outcome.prefill.seconds)
         if best is not None and least >= lowest:
             continue
         prompt = simulated_prompt(candidate)
-        length = prompt.seconds if prompt is not None else candidate.outcome.prefill.seconds
+        length = prompt.seconds if prompt is not None else outcome.prefill.seconds
         if solution.problem.slo.ttft is not None and length > solution.problem.slo.ttft:
             continue
         value = objective(candidate.problem, seconds, length)

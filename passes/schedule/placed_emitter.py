@@ -2,7 +2,9 @@
 
     program = Emitter(problem, passes, buffers, "decode").run()
 
-`passes` are the stages of each step of decoding, or of each chunk of a prompt. Every unit takes its stages in turn;
+`passes` are the stages of each step of decoding, or of each chunk of a prompt. `most` says of each expert cache how
+many are missing at most in what is asked about: the plan is then shorter and takes as long, without transfers that
+never take place, the experts that are always there computed together. Every unit takes its stages in turn;
 activations go to the next unit as a message where memories differ. Refuses placements in which two units stream through
 one tier whose buffers have no room for a piece of each.
 """
@@ -10,7 +12,7 @@ one tier whose buffers have no room for a piece of each.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hw_targets.cost_model import Work
@@ -29,9 +31,16 @@ class Emitter(Streams):
     """One plan in the making."""
 
     def __init__(
-        self, problem: Problem, passes: Sequence[tuple[Stage, ...]], buffers: dict[str, int], name: str, batches: int
+        self,
+        problem: Problem,
+        passes: Sequence[tuple[Stage, ...]],
+        buffers: dict[str, int],
+        name: str,
+        batches: int,
+        most: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(problem.machine, StreamWriter(name))
+        self.most = most or {}
         self.problem, self.passes, self.batches = problem, passes, batches
         self.every = [s for stages in passes for stage in stages for s in (stage, stage.beside) if s is not None]
         self.units = {s.unit: Unit(s.unit, problem.machine.unit(s.unit).tier) for s in self.every}
@@ -247,27 +256,47 @@ class Emitter(Streams):
         cache, hops = f"{stage.name}.{LATE}", self.way(stage.chunk_home, unit.tier)
         held = self.writer.segments[f"{stage.name}.cache"]
         answer = self.ask_helper(stage, unit, cache, k)
-        there = [rank for rank in range(1, stage.fetches + 1) if answer and stage.there[rank - 1]]
+        there = {rank for rank in range(1, stage.fetches + 1) if answer and stage.there[rank - 1]}
+        most = self.most.get(cache, stage.fetches)
+        held_ones = 0  # experts above `most` that are still to be computed, all at once
         coming: deque[Item] = deque()
         waiting = deque(rank for rank in range(stage.fetches, 0, -1) if rank not in there)
         for rank in range(stage.fetches, 0, -1):
             while waiting and (not coming or self.has_room(unit, stage, hops)):
                 if rank in there and not self.has_room(unit, stage, hops):
                     break  # it can wait: this one is no fetch
+                if waiting[0] <= most:
+                    held_ones = self.compute_held(stage, unit, k, rank, held_ones)
                 coming.append(self.fetch_missing(stage, unit, waiting.popleft(), cache, hops))
             if stage.later in there and unit.later is None and not waiting and self.has_room(unit, stage, hops):
+                if stage.later <= most:
+                    held_ones = self.compute_held(stage, unit, k, rank, held_ones)
                 unit.later = self.fetch_missing(stage, unit, stage.later, cache, hops), cache, stage.later
-            work = one_of(stage.work, stage.fetches, first=rank == stage.fetches)
-            if rank in there:
-                self.compute(unit, stage.name, work, [held], k, unless=(cache, rank))
-                continue
-            item = coming.popleft()
-            self.arrive(unit, item, cache, rank)
-            self.compute(unit, stage.name, work, [held, *item.slots], k)
-            self.free(unit, item, item.slots[0], item.hops[-1][1])
+            if rank > most:
+                held_ones += 1
+            else:
+                held_ones = self.compute_held(stage, unit, k, rank, held_ones)
+            item = coming.popleft() if rank not in there else None
+            if item is not None:
+                self.arrive(unit, item, cache, rank)
+            if rank <= most:
+                work = one_of(stage.work, stage.fetches, first=rank == stage.fetches)
+                slots, unless = (item.slots, ("", 0)) if item is not None else ([], (cache, rank))
+                self.compute(unit, stage.name, work, [held, *slots], k, unless=unless)
+            if item is not None:
+                self.leave(unit, item)
+        self.compute_held(stage, unit, k, 0, held_ones)
         if answer:
             self.writer.wait(unit.name, *answer)
             self.compute(unit, f"{stage.name}.sum", Work(), [unit.answer[k]], k)
+
+    def compute_held(self, stage: Stage, unit: Unit, k: int, rank: int, count: int) -> int:
+        """The `count` experts before `rank` in one computation, all of them there; returns 0, what is left to do."""
+        if count:
+            work = one_of(stage.work, stage.fetches, first=rank + count == stage.fetches)
+            held = self.writer.segments[f"{stage.name}.cache"]
+            self.compute(unit, stage.name, times(work, count), [held], k)
+        return 0
 
     def ask_helper(self, stage: Stage, unit: Unit, cache: str, k: int) -> tuple[Value, ...]:
         """Sends what missing experts are computed from to the unit that has them; the tokens of question and answer.
@@ -283,9 +312,9 @@ class Emitter(Streams):
         asked = writer.send(unit.name, helper.name, link, far.entry_bytes, question, unit.asked[k])
         received = writer.receive(helper.name, unit.name, link, far.entry_bytes, question, helper.act[k])
         writer.wait(helper.name, received)
-        work = far.work
+        work, most = far.work, self.most.get(cache, stage.fetches)
         for rank, there in enumerate(stage.there, 1):
-            if there:
+            if there and rank <= most:
                 expert = self.writer.segments[f"{stage.name}.missing.{rank - 1}"]
                 writer.compute(helper.name, far.name, work, [expert], [helper.act[k]], cache=cache, rank=rank)
                 work = replace(work, launches=0)
@@ -295,10 +324,11 @@ class Emitter(Streams):
 
     def fetch_missing(self, stage: Stage, unit: Unit, rank: int, cache: str, hops: Hops) -> Item:
         kept = Kept(f"{stage.name}.missing.{rank - 1}", stage.chunk_home, stage.expert_bytes)
-        item = Item((-1, rank), kept.name, kept, hops)
+        item = Item((-1, rank), kept.name, kept, hops, absent=rank > self.most.get(cache, stage.fetches))
         for _, goal in hops:
             unit.room[goal] = unit.room.get(goal, 0) - stage.expert_bytes
-        self.hop(unit, item, 0, cache, rank)
+        if not item.absent:
+            self.hop(unit, item, 0, cache, rank)
         return item
 
     def has_room(self, unit: Unit, stage: Stage, hops: Hops) -> bool:
@@ -321,3 +351,9 @@ def one_of(work: Work, count: int, first: bool) -> Work:
     """One of `count` equal parts of some work: the kernels are started once, with the first."""
     traffic = tuple((tier, nbytes / count) for tier, nbytes in work.traffic)
     return Work(work.flops / count, work.element, traffic, launches=work.launches if first else 0, rows=work.rows)
+
+
+def times(work: Work, count: int) -> Work:
+    """`count` equal parts of some work as one, in the whole numbers that a plan has of each: started once."""
+    traffic = tuple((tier, float(count * round(nbytes))) for tier, nbytes in work.traffic)
+    return Work(float(count * round(work.flops)), work.element, traffic, launches=work.launches, rows=work.rows)

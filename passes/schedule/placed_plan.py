@@ -15,7 +15,7 @@ Activations that pass two links are charged the second; new keys and values go h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,18 @@ class PromptTime:
     bound: str
 
 
-def placed_plan(problem: Problem, choice: Choice, steps: int = 1, *, order: str = "units") -> PlacedPlan:
+def placed_plan(
+    problem: Problem, choice: Choice, steps: int = 1, *, order: str = "units", most: Mapping[str, int] | None = None
+) -> PlacedPlan:
     """The plan of a choice, its layers in one of the orders of `decode_stages`.
+
+    `most`: how many experts each cache lacks at most in what is asked about (by default all that a step needs). The
+    plan is then shorter and takes as long: see `Emitter`.
 
     Raises DiagnosticError where the streams of two units need one tier's buffers at once."""
     stages = decode_stages(problem, choice, order)
     batches = min(problem.session.micro_batches, problem.session.batch)
-    emitter = Emitter(problem, [stages] * steps, _buffers(problem, choice), "decode", batches)
+    emitter = Emitter(problem, [stages] * steps, _buffers(problem, choice), "decode", batches, most)
     return PlacedPlan(emitter.run(), tuple((f"{s.name}.{LATE}", s.fetches, s.hit) for s in stages if s.fetches))
 
 
@@ -114,16 +119,16 @@ def _weights(depths: Sequence[int]) -> list[float]:
 
 def step_seconds(problem: Problem, choice: Choice, *, samples: int = 32, seed: int = 0, order: str = "units") -> float:
     """Simulated seconds of a decode step that follows another; expert misses are drawn by the expected hit rates."""
+    asked = [s for s in decode_stages(problem, choice, order) if s.fetches]
+    outcomes, most = [{}], None
+    if asked:
+        drawn = [from_hit_rates([s.hit], s.fetches, samples, seed + i) for i, s in enumerate(asked)]
+        outcomes = from_misses(np.concatenate(drawn, axis=1), [s.name for s in asked])
+        most = {f"{s.name}.{LATE}": int(misses.max()) for s, misses in zip(asked, drawn, strict=True)}
     times = []
     for steps in (1, 2):
-        plan = placed_plan(problem, choice, steps, order=order)
-        simulator = Simulator(plan.program, problem.machine.target)
-        if not plan.caches:
-            times.append(simulator.run().seconds)
-            continue
-        names = [name.removesuffix(f".{LATE}") for name, _, _ in plan.caches]
-        drawn = [from_hit_rates([hit], most, samples, seed + i) for i, (_, most, hit) in enumerate(plan.caches)]
-        times.append(simulate_steps(simulator, from_misses(np.concatenate(drawn, axis=1), names)).mean)
+        plan = placed_plan(problem, choice, steps, order=order, most=most)
+        times.append(simulate_steps(Simulator(plan.program, problem.machine.target), outcomes).mean)
     return times[1] - times[0]
 
 

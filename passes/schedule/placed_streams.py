@@ -21,7 +21,8 @@ Hops = tuple[tuple[str, str], ...]  # (from, to) of each
 
 @dataclass
 class Item:
-    """A piece on its way to a unit: the slots it has taken and its last token."""
+    """A piece on its way to a unit: the slots it has taken and its last token. `absent`: never asked for, only its room
+    is kept."""
 
     key: tuple[int, ...]
     name: str
@@ -29,6 +30,7 @@ class Item:
     hops: Hops
     slots: list[Value] = field(default_factory=list)
     token: Value | None = None
+    absent: bool = False
 
 
 @dataclass
@@ -118,6 +120,11 @@ class Streams:
 
     def arrive(self, unit: Unit, item: Item, cache: str = "", rank: int = 0) -> None:
         """Takes an item over its last hops; of its slots the last one is left."""
+        if item.absent:
+            for _, goal in item.hops[:-1]:
+                unit.room[goal] = unit.room.get(goal, 0) + item.source.nbytes
+            item.hops = item.hops[-1:]
+            return
         while True:
             assert item.token is not None
             self.writer.wait(unit.name, item.token)
@@ -147,6 +154,14 @@ class Streams:
         if unit.later is not None:
             (item, cache, rank), unit.later = unit.later, None
             self.arrive(unit, item, cache, rank)
+            self.leave(unit, item)
+
+    def leave(self, unit: Unit, item: Item) -> None:
+        """Frees the last slot of an item that has arrived."""
+        if item.absent:
+            goal = item.hops[-1][1]
+            unit.room[goal] = unit.room.get(goal, 0) + item.source.nbytes
+        else:
             self.free(unit, item, item.slots[0], item.hops[-1][1])
 
     def send_home(self, unit: Unit, kept: Kept, slot: Value, keep: int) -> None:

@@ -125,6 +125,32 @@ def test_divided_caches_are_sound(vram: float, link: float, cpu: float, batch: i
     assert none <= some * (1 + 1e-9) and none <= worst * (1 + 1e-9)
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from([8.0, 14.0, 22.0]),
+    st.sampled_from([3e6, 3e7, 3e8]),
+    st.sampled_from([1e7, 1e8, 5e8]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.data(),
+)
+def test_plans_of_few_misses_take_as_long(
+    vram: float, link: float, cpu: float, batch: int, micro: int, data: st.DataObject
+) -> None:
+    """Without what never takes place, the experts that are always there as one: shorter, and as long to a billionth."""
+    base = problem(vram, link, cpu, batch, layers=2)
+    found = cached_by_both(dataclasses.replace(base, session=dataclasses.replace(base.session, micro_batches=micro)))
+    whole = placed_plan(found.problem, found.choice, 2)
+    most = {name: data.draw(st.integers(0, asked)) for name, asked, _ in whole.caches}
+    short = placed_plan(found.problem, found.choice, 2, most=most)
+    missing = {name: data.draw(st.integers(0, m)) for name, m in most.items()}
+    ir.verify(ModuleOp.create(short.program))
+    assert len(short.program.block.ops) <= len(whole.program.block.ops)
+    both = [Simulator(plan.program, found.problem.machine.target) for plan in (whole, short)]
+    expected, timeline = both[0].run(missing).seconds, both[1].run(missing)
+    assert timeline.seconds == both[1].seconds(missing) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_missing_expert_is_computed_by_one_of_both() -> None:
     """Where the link takes as long as the CPU both have some; all are computed once, however many are missing."""
     found = cached_by_both(problem(14.0, 1.2e8, 1e8, batch=3))

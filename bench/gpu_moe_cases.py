@@ -42,7 +42,7 @@ def real_experts() -> list[GpuCase]:
     ] + [experts_case("experts_w4a8_m4096", 4096, 128, 8, 1536, 2048, Q4, x_group=128)]
     routing = [router_case("router_m16", 16, 128, 2048, 1), route_case("route_m4096", 4096, 128, 8)]
     groups = [dispatch_case("dispatch_m16", 16, 128, 8, 8), dispatch_case("dispatch_m4096", 4096, 128, 8, 64)]
-    return [*few, *many, *routing, *groups]
+    return [*few, *many, *real_group_experts(), *routing, *groups]
 
 
 def real_group_experts() -> list[GpuCase]:

@@ -17,7 +17,7 @@ from codegen.nvptx.kernels.int8 import (
     decode_int8_kernel,
     gemm_int8_kernel,
 )
-from codegen.nvptx.kernels.quantize_rows import quantize_rows_kernel
+from codegen.nvptx.kernels.quantize_rows import arrange_rows_kernel, quantize_rows_kernel
 from codegen.nvptx.kernels.row_tiles import GROUP, RowTiles
 from ir.formats import BF16, F8E4M3, I8, FP8Format, GroupedIntFormat, PlainFormat
 
@@ -129,7 +129,8 @@ def _rounding(name: str, rows: int, k: int, group: int, to: PlainFormat = I8, ti
     return GpuCase(name, kernel, stored, make, meant, (1,), rows * (3 * k + 4 * of_x.groups), 0, tolerance)
 
 
-def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) -> GpuCase:
+def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape, *, tiled: bool = False) -> GpuCase:
+    """Activations in bf16; `tiled`: where bulk copies of a product of warpgroups bring them from."""
     layout = Fragments.of(n, k, format)
     held: dict[str, np.ndarray] = {}  # the weights as numbers, which the arguments hold packed
 
@@ -137,22 +138,41 @@ def _packed(name: str, m: int, n: int, k: int, format: Any, shape: PackedShape) 
         weights, held["w"] = packed_weights(rng, layout, format)
         if isinstance(shape, WgmmaShape):
             held["w"] = held["w"].astype(BF16.dtype)  # it rounds weights under their scales
-        return [*weights, numbers(rng, (m, k)), np.full((m, n), -1).astype(BF16.dtype), m]
+        held["x"] = numbers(rng, (m, k))
+        x = RowTiles(k, BF16).arranged(held["x"]) if tiled else held["x"]
+        return [*weights, x, np.full((m, n), -1).astype(BF16.dtype), m]
 
     if isinstance(shape, WgmmaShape):
-        kernel = gemm_wgmma_kernel(layout, name, shape, BF16)
+        kernel = gemm_wgmma_kernel(layout, name, shape, BF16, tiled=tiled)
     else:
         kernel = gemm_packed_kernel(layout, name, shape, BF16)
     last = 3 if layout.group else 2
     return GpuCase(
-        name, kernel, shape.blocks(m, layout), make, lambda a: [products_of(a[last - 1], held["w"])], (last,),
+        name, kernel, shape.blocks(m, layout), make, lambda a: [products_of(held["x"], held["w"])], (last,),
         layout.nbytes + 2 * m * (k + n), 2 * m * n * k, 2.0**-8,
     )  # fmt: skip
 
 
+def _ordering(name: str, m: int, k: int) -> GpuCase:
+    """Rows in bf16 put where bulk copies bring them from."""
+    tiles = RowTiles(k, BF16)
+
+    def make(rng: np.random.Generator) -> list[Any]:
+        return [numbers(rng, (m, k)), np.zeros(tiles.count(m), BF16.dtype), m]
+
+    def meant(a: Sequence[Any]) -> list[np.ndarray]:
+        return [tiles.arranged(a[0]).reshape(-1)]
+
+    return GpuCase(name, arrange_rows_kernel(tiles, name), tiles.rows(m), make, meant, (1,), 4 * m * k, 0, 0.0)
+
+
 def real_wgmma() -> list[GpuCase]:
     """For sm_90a: beside torch's at one size, and the rows of a batch and of a prompt in every format."""
-    return [_packed("wgmma", 4096, 4096, 4096, BF16, WgmmaShape.of(4096))] + [
+    return [
+        _packed("wgmma", 4096, 4096, 4096, BF16, WgmmaShape.of(4096)),
+        _packed("wgmma_tiled", 4096, 4096, 4096, BF16, WgmmaShape.of(4096), tiled=True),
+        _ordering("arrange_rows", 4096, 4096),
+    ] + [
         _packed(f"wgmma_{name}_m{m}", m, 14336, 4096, format, WgmmaShape.of(m))
         for name, format in (("w16", BF16), ("w8", Q8), ("w4", Q4))
         for m in (64, 512, 4096)
@@ -172,6 +192,8 @@ def small_wgmma() -> list[GpuCase]:
         _packed("wgmma_w16", 20, 72, 320, BF16, WgmmaShape.with_rows(16, 1, 4)),
         _packed("wgmma_w8", 9, 64, 128, GroupedIntFormat(8, 128), WgmmaShape.with_rows(16, 1, 3)),
         _packed("wgmma_w4", 20, 72, 256, Q4, WgmmaShape.with_rows(8, 2, 4)),
+        _packed("wgmma_tiled", 20, 72, 128, BF16, WgmmaShape.with_rows(16, 1, 3), tiled=True),
+        _ordering("arrange_rows", 3, 200),
         _int8("wgmma_w8a8", 9, 64, 192, GroupedIntFormat(8, 64), 0, BytesShape.with_rows(16, 1, 3)),
         _int8("wgmma_w4a8", 20, 72, 256, Q4, 128, BytesShape.with_rows(32, 1, 2)),
         _int8("wgmma_fp8", 17, 48, 256, FP8Format(F8E4M3), 128, BytesShape.with_rows(16, 1, 2)),

@@ -5,7 +5,8 @@ y^T = w x^T: the weights are the left factor, which such a product takes from re
 `grid.mma`. Bulk copies bring them, counted by a barrier; one thread starts those of a stage.
 
 x is the right factor, in shared memory with the 128-byte swizzle. Its columns must come in the order in which lanes
-have those of w: of a segment of 32, pair j of piece q (8 columns) is pair q of piece j. Copies of 4 bytes put them so.
+have those of w: of a segment of 32, pair j of piece q (8 columns) is pair q of piece j. Copies of 4 bytes put them so,
+or x lies so already (`codegen.nvptx.kernels.row_tiles`) and comes by bulk copies as the weights do.
 
 A product takes a segment and is waited for when the next but one is to be started: the matrix unit has one to go on
 with while weights are unpacked. Scales multiply the weights here, in bf16, rounded once: sums of a group by themselves
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 
 from codegen.nvptx.builder import WARP, GridKernel
 from codegen.nvptx.fragments import CHUNK, SEGMENT, Fragments
+from codegen.nvptx.kernels.bulk_stage import BulkStage, TileParts, group_of
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedShape, product_kernel
+from codegen.nvptx.kernels.row_tiles import GROUP, ROW_BYTES, RowTiles
 from codegen.nvptx.kernels.weight_factors import left_factor
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import BF16, F32, I32, I64, PlainFormat
@@ -47,13 +50,19 @@ class WgmmaShape(PackedShape):
 
 
 def gemm_wgmma_kernel(
-    layout: Fragments, name: str, shape: WgmmaShape, out: PlainFormat = F32, *, gate_up: bool = False
+    layout: Fragments,
+    name: str,
+    shape: WgmmaShape,
+    out: PlainFormat = F32,
+    *,
+    gate_up: bool = False,
+    tiled: bool = False,
 ) -> GridKernel:
     """A kernel (codes i32, [scales,] x bf16 [m, k], y f32 or bf16 [m, n], m) of `shape.blocks(m, layout)` blocks.
 
-    As `gemm_packed_kernel`, for sm_90a only.
+    As `gemm_packed_kernel`, for sm_90a only. `tiled`: x lies as `RowTiles(k, BF16)` says, and bulk copies bring all.
     """
-    return product_kernel(GroupGemm, layout, name, shape, out, gate_up=gate_up)
+    return product_kernel(TiledGemm if tiled else GroupGemm, layout, name, shape, out, gate_up=gate_up)
 
 
 class GroupGemm(PackedGemm):
@@ -76,8 +85,7 @@ class GroupGemm(PackedGemm):
         zero = b.index_value(0)
         with b.loop(0, self.layout.chunks, 1, [zero, zero, b.f32(0.0, shape.rows // 2)]) as loop:
             stage, parity, sums = loop.carried
-            b.async_wait(ahead - 1)
-            b.fence_async()
+            self._wait_for_own(ahead - 1)
             b.wait_barrier(self.barriers, stage, parity)
             b.barrier()  # this stage is there for all; products with the one to be filled are done
             sums = self._add_chunk(stage, sums)
@@ -112,6 +120,11 @@ class GroupGemm(PackedGemm):
         return b.fma_pairs(codes, first, b.fma_pairs(codes, second, zero))
 
     # -- copies
+
+    def _wait_for_own(self, pending: int) -> None:
+        """For the copies that this thread has started; products may read them after the next barrier."""
+        self.b.async_wait(pending)
+        self.b.fence_async()
 
     def _fetch_rows(self, chunk: Expr, stage: Expr, there: Expr) -> None:
         """Rows of x, a warp one after the other: the places of all but the first are known numbers behind it."""
@@ -150,3 +163,30 @@ class GroupGemm(PackedGemm):
                 tile = (self.tile + t).min(self.layout.tiles - 1)
                 first = (tile * units + unit) * size
                 b.bulk_copy(held, (stage * tiles + t) * size, source, first, size, self.barriers, stage)
+
+
+class TiledGemm(GroupGemm):
+    """As `GroupGemm`; weights, their scales and x come by bulk copies that the stage's barrier counts."""
+
+    def _wait_for_own(self, pending: int) -> None:
+        """No thread copies anything itself."""
+
+    def _fetch(self, chunk: Expr, stage: Expr) -> None:
+        b, shape, layout = self.b, self.shape, self.layout
+        assert self.source is None, "rows that are gathered are no tiles"
+        tiles, each = RowTiles(layout.k, BF16), layout.chunks_of_unit
+        parts = [TileParts(self.held_codes, self.codes, self.code_words, layout.chunks, 1, 1)]
+        if self.scales is not None and self.held_scales is not None:
+            parts.append(TileParts(self.held_scales, self.scales, self.scale_count, layout.chunks // each, each, 1))
+        bulk = BulkStage(b, self.barriers, 1, chunk, stage)
+        with b.when(chunk.compare("lt", layout.chunks)):
+            with b.when(self.thread.compare("eq", 0)):
+                nbytes = shape.tiles * sum(of.nbytes for of in parts) + shape.rows * ROW_BYTES
+                b.expect_bytes(self.barriers, stage, nbytes)
+            with b.when(self.thread.compare("lt", shape.tiles)):
+                tile = (self.tile + self.thread).min(layout.tiles - 1)
+                for of in parts:
+                    bulk.tile(of, stage * shape.tiles + self.thread, tile)
+            with b.when(self.thread.compare("lt", shape.rows // GROUP)):
+                group = group_of(self.row, self.thread, self.m)
+                bulk.rows(self.held_x, stage * (shape.rows // GROUP) + self.thread, self.x, tiles, group, self.m)

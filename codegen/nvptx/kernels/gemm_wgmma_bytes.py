@@ -14,14 +14,13 @@ unit adds with about 14 bits, so sums of more than 128 columns are not left to i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from codegen.nvptx.builder import GridBuilder, GridKernel
 from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
+from codegen.nvptx.kernels.bulk_stage import BulkStage, TileParts, group_of
 from codegen.nvptx.kernels.gemm_packed import PackedGemm, PackedTile
 from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape
 from codegen.nvptx.kernels.int8 import ActivationScales, check_int8, element_of_x
-from codegen.nvptx.kernels.row_tiles import GROUP, GROUP_BYTES, PIECE_BYTES, ROW_BYTES, RowTiles, row_groups
+from codegen.nvptx.kernels.row_tiles import GROUP, PIECE_BYTES, ROW_BYTES, RowTiles
 from codegen.nvptx.kernels.weight_factors import as_bytes, int8_words
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import F32, I32, I64, PlainFormat
@@ -74,18 +73,6 @@ def wgmma_bytes_kernel(
     product = GroupBytes(b, shape, layout, (codes, scales), (x, y), tile, gate_up)
     product.with_scales(x_scales, held).build()
     return b.grid_kernel()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Codes or scales of tiles: `units` of `size` elements a tile, each for `each` chunks; a stage takes `parts`."""
-
-    held: Buffer
-    source: Buffer
-    size: int
-    units: int
-    each: int
-    parts: int
 
 
 class GroupBytes(PackedGemm):
@@ -157,67 +144,49 @@ class GroupBytes(PackedGemm):
         """Starts the copies of a stage, number `chunk` of the row's."""
         b, shape, layout = self.b, self.shape, self.layout
         there = chunk.compare("lt", self.tiled.pieces)
+        bulk, parts = BulkStage(b, self.barriers, self.chunks, chunk, stage), self._tile_parts()
         with b.when(there):
             with b.when(self.thread.compare("eq", 0)):
-                b.expect_bytes(self.barriers, stage, self._stage_bytes())
+                nbytes = shape.tiles * sum(of.nbytes for of in parts)
+                b.expect_bytes(self.barriers, stage, nbytes + (0 if self.x_scales.by_row else self._row_bytes()))
             with b.when(self.thread.compare("lt", shape.tiles)):
                 tile = (self.tile + self.thread).min(layout.tiles - 1)
-                at = stage * shape.tiles + self.thread
-                codes = _Parts(self.held_codes, self.codes, self.code_words, layout.chunks, 1, self.chunks)
-                self._fetch_parts(codes, at, tile, chunk, stage)
-                if self.scales is not None and self.held_scales is not None:
-                    each = layout.chunks_of_unit
-                    units, parts = layout.chunks // each, self._scale_units()
-                    scales = _Parts(self.held_scales, self.scales, self.scale_count, units, each, parts)
-                    self._fetch_parts(scales, at, tile, chunk, stage)
+                for of in parts:
+                    bulk.tile(of, stage * shape.tiles + self.thread, tile)
             if not self.x_scales.by_row:
                 with b.when(self.thread.compare("lt", shape.rows // GROUP)):
-                    self._fetch_groups(chunk, stage)
+                    self._fetch_groups(bulk)
         if self.x_scales.by_row:
             self._fetch_rows(chunk, stage, there)
             b.async_commit()
 
-    def _stage_bytes(self) -> int:
-        """What bulk copies bring for a stage."""
-        shape, layout = self.shape, self.layout
-        scales = self._scale_units() * self.scale_count * layout.scale_element.dtype.itemsize if self.w_columns else 0
-        nbytes = shape.tiles * (self.chunks * self.code_words * 4 + scales)
-        if self.x_scales.by_row:
-            return nbytes
-        return nbytes + shape.rows * (ROW_BYTES + (4 * STAGE // self.x_columns if self.x_columns else 0))
+    def _tile_parts(self) -> list[TileParts]:
+        """Codes of a tile, and scales where columns of a stage share some."""
+        layout, each = self.layout, self.layout.chunks_of_unit
+        made = [TileParts(self.held_codes, self.codes, self.code_words, layout.chunks, 1, self.chunks)]
+        if self.scales is not None and self.held_scales is not None:
+            units = layout.chunks // each
+            made.append(TileParts(self.held_scales, self.scales, self.scale_count, units, each, self._scale_units()))
+        return made
+
+    def _row_bytes(self) -> int:
+        """Of the block's rows of x and their scales in a stage."""
+        return self.shape.rows * (ROW_BYTES + (4 * STAGE // self.x_columns if self.x_columns else 0))
 
     def _scale_units(self) -> int:
         """Units of the weights' scales in a stage: one where groups are whole stages."""
         return 1 if self.w_columns == STAGE else self.chunks
 
-    def _fetch_parts(self, of: _Parts, at: Expr, tile: Expr, chunk: Expr, stage: Expr) -> None:
-        """What a tile has for a stage. Where the row ends within it its last chunk comes twice: x is 0 there."""
-        b, size = self.b, of.size
-        first, slot = tile * of.units, at * (self.chunks * size)
-        if of.parts == 1:
-            start = (first + chunk * self.chunks // of.each) * size
-            b.bulk_copy(of.held, slot, of.source, start, size, self.barriers, stage)
-        elif of.each == 1 and of.units % self.chunks == 0:
-            start = (first + chunk * self.chunks) * size
-            b.bulk_copy(of.held, slot, of.source, start, self.chunks * size, self.barriers, stage)
-        else:
-            for part in range(of.parts):
-                number = (chunk * self.chunks + part) // of.each
-                start = (first + number.min(of.units - 1)) * size
-                b.bulk_copy(of.held, slot + part * size, of.source, start, size, self.barriers, stage)
-
-    def _fetch_groups(self, chunk: Expr, stage: Expr) -> None:
+    def _fetch_groups(self, bulk: BulkStage) -> None:
         """8 of the block's rows of x, and their scales, for each of some threads."""
-        b, rows = self.b, self.shape.rows
-        group = (self.row // GROUP + self.thread).min(row_groups(self.m) - 1)
-        at = stage * (rows * ROW_BYTES) + self.thread * GROUP_BYTES
-        b.bulk_copy(self.held_x, at, self.x, self.tiled.first(chunk, group, self.m), GROUP_BYTES, self.barriers, stage)
+        rows, group = self.shape.rows, group_of(self.row, self.thread, self.m)
+        bulk.rows(self.held_x, bulk.stage * (rows // GROUP) + self.thread, self.x, self.tiled, group, self.m)
         if self.held_of_x is not None:
-            units = self._x_units(chunk)
+            units = self._x_units(bulk.number)
             for u, unit in enumerate(units):
-                at = (stage * len(units) + u) * rows + self.thread * GROUP
+                at = (bulk.stage * len(units) + u) * rows + self.thread * GROUP
                 place = self.x_scales.place(unit, group * GROUP, self.m)
-                b.bulk_copy(self.held_of_x, at, self.of_x, place, GROUP, self.barriers, stage)
+                self.b.bulk_copy(self.held_of_x, at, self.of_x, place, GROUP, self.barriers, bulk.stage)
 
     def _fetch_rows(self, chunk: Expr, stage: Expr, there: Expr) -> None:
         """Rows that are gathered, by 16 bytes; and four of their scales, which hold those of a stage."""

@@ -107,6 +107,7 @@ def hopper_kernels() -> tuple[GridKernel, ...]:
         gemm_wgmma_kernel(Fragments.of(4096, 4096, format), f"wgmma_{name}", WgmmaShape.of(rows))
         for name, format, rows in (("w16", BF16, 512), ("w8", Q8, 512), ("w4", Q4, 512), ("w4_32", Q4, 32))
     ]
+    made.append(gemm_wgmma_kernel(Fragments.of(4096, 4096, BF16), "wgmma_w16_tiled", WgmmaShape.of(512), tiled=True))
     made += [
         wgmma_bytes_kernel(
             Fragments.of(4096, 4096, format),

@@ -46,11 +46,16 @@ class HopperInstructions:
         if found[1:] == [0, 1]:
             found[:] = [found[0] + 1, 0, 0]
 
+    def awake(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> np.ndarray:
+        """Those of `who` that can go on: all, or where a barrier is waited for those whose phase is complete."""
+        if words[:2] != ("mbarrier", "try_wait"):
+            return who
+        places, parities = self._place(operands[1], who), self.read(operands[2], "u32", who)
+        phases = [self.barriers[t // self.threads, p][0] for t, p in zip(who.tolist(), places, strict=True)]
+        return who[np.array(phases, np.int64) % 2 != parities]
+
     def _mbarrier(self, words: Sequence[str], operands: Sequence[Any], who: np.ndarray) -> None:
         if words[1] == "try_wait":
-            places, parities = self._place(operands[1], who), self.read(operands[2], "u32", who)
-            phases = [self.barriers[t // self.threads, p][0] for t, p in zip(who.tolist(), places, strict=True)]
-            assert (np.array(phases) % 2 != parities).all(), "a barrier is waited for in vain"
             self.write("done", np.ones(len(who), bool), who)
             return
         place = operands[0 if words[1] == "init" else 1]

@@ -139,9 +139,10 @@ class PtxMachine(HopperInstructions):
             here = ready & (place == at)
             size = _TOGETHER.get(self.kernel.code[at].words[0], 1)
             here &= np.repeat(here.reshape(-1, size).all(axis=1), size)
-            if here.any():
-                return np.flatnonzero(here)
-        raise AssertionError("the lanes of a warp do not meet again")
+            found = self.awake(self.kernel.code[at].words, self.kernel.code[at].operands, np.flatnonzero(here))
+            if len(found):
+                return found
+        raise AssertionError("the lanes of a warp do not meet again, or a barrier is waited for in vain")
 
     # -- values
 

@@ -13,6 +13,7 @@ from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
 from codegen.nvptx.kernels.gemm_packed import PackedTile
 from codegen.nvptx.kernels.gemm_wgmma import GroupGemm, WgmmaShape, gemm_wgmma_kernel
+from codegen.nvptx.kernels.row_tiles import RowTiles
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F8E4M3, F32, I32, FP8Format, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
 from ir.grid_interpreter import interpret_grid
@@ -25,13 +26,15 @@ SHAPES = [WgmmaShape.with_rows(8, 1, 3), WgmmaShape.with_rows(16, 2, 4), WgmmaSh
 
 
 def product(
-    x: np.ndarray, w: np.ndarray | PackedArray, format: NumberFormat, shape: WgmmaShape, out: PlainFormat = F32
-) -> np.ndarray:
+    x: np.ndarray, w: np.ndarray | PackedArray, format: NumberFormat, shape: WgmmaShape, out: PlainFormat = F32,
+    tiled: bool = False,
+) -> np.ndarray:  # fmt: skip
     """y [m, n] of the interpreted kernel, which takes the bytes that decoding takes."""
     (m, k), n = x.shape, w.shape[0]
     layout = Fragments.of(n, k, format)
-    made = gemm_wgmma_kernel(layout, "product", shape, out)
+    made = gemm_wgmma_kernel(layout, "product", shape, out, tiled=tiled)
     arguments = [layout.codes(w), *([layout.scales(w)] if isinstance(w, PackedArray) else [])]
+    x = RowTiles(k, BF16).arranged(x) if tiled else x
     y = np.full((m, n), -1).astype(out.dtype)
     blocks = shape.blocks(m, layout)
     report = interpret_grid(made.func, [*arguments, x, y, m], blocks=blocks, threads=made.threads)
@@ -70,6 +73,14 @@ def test_whole_numbers_are_exact(format: NumberFormat) -> None:
     else:
         w = rng.integers(-8, 8, (n, k)).astype(BF16.dtype)
     np.testing.assert_array_equal(product(x, w, format, SHAPES[0]), MatmulOp.reference(x, w))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "format"), [(19, 72, 328, BF16), (17, 40, 256, FORMATS[2])], ids=str)
+def test_rows_that_bulk_copies_bring(m: int, n: int, k: int, format: NumberFormat) -> None:
+    """The bits of rows that threads copy: tiles, rows and columns behind the last ones."""
+    x, w, shape = normal(m, k, element=BF16), weights(n, k, format), WgmmaShape.with_rows(16, 1, 3)
+    got = product(x, w, format, shape, tiled=True)
+    np.testing.assert_array_equal(got, product(x, w, format, shape))
 
 
 def test_scaled_weights_are_rounded_once() -> None:

@@ -21,7 +21,8 @@ from frontends.huggingface import import_model
 from passes.quantize.bit_choice import BitProblem
 from passes.quantize.bit_recipe import candidates_of
 from passes.quantize.bits_solver import solve, uniform_solutions
-from passes.quantize.sensitivity import SensitivityTable, WholeModel, estimate, measure
+from passes.quantize.sensitivity import WholeModel, estimate, measure
+from passes.quantize.sensitivity_table import SensitivityTable
 from passes.quantize.weight_groups import joined_products
 from stratum.api import ensure_built
 from stratum.bit_budget import CHECK_EVERY, LENGTH, SEQUENCES

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.kv_cache import KVCache
-from runtime.manifest import PAGE_BYTES
+from runtime.piece_info import PAGE_BYTES
 
 
 class KVUse:

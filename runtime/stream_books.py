@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.expert_cache import Entry, ExpertCache
-from runtime.manifest import PAGE_BYTES, PieceInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
+from runtime.piece_info import PAGE_BYTES, PieceInfo
 from runtime.stand_ins import stand_in
 from runtime.weight_reader import ReadJob, WeightReader
 

@@ -25,9 +25,10 @@ from runtime.await_info import AwaitInfo
 from runtime.disk_watch import DiskWatch
 from runtime.expert_cache import ExpertCache
 from runtime.expert_guess import ExpertGuess
-from runtime.manifest import PAGE_BYTES, ProgramInfo
+from runtime.manifest import ProgramInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
+from runtime.piece_info import PAGE_BYTES
 from runtime.stand_ins import choice_weights, in_program, largest_shares, stand_in_pieces
 from runtime.stream_books import StreamBooks
 from runtime.stream_plan import StreamPlan

@@ -30,7 +30,8 @@ from passes.quantize.bit_recipe import candidates_of, recipe_of
 from passes.quantize.bit_report import report_of
 from passes.quantize.expert_groups import by_expert
 from passes.quantize.recipe import Recipe, load_recipe, read_recipe
-from passes.quantize.sensitivity import SensitivityTable, WholeModel, affordable_sequences, estimate, measure
+from passes.quantize.sensitivity import WholeModel, affordable_sequences, estimate, measure
+from passes.quantize.sensitivity_table import SensitivityTable
 from passes.quantize.weight_groups import WeightGroup, joined_products
 from stratum.calibration_tokens import tokens_of_model, tokens_of_text
 from stratum.model_cache import cache_entry

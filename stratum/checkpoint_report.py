@@ -238,7 +238,7 @@ def _expert_classes(manifest: Manifest) -> list[dict[str, Any]]:
 
 def _class_lines(facts: dict[str, Any]) -> list[str]:
     """Which experts have which formats, where they differ."""
-    from passes.quantize.recipe import ranges_of, ranges_text
+    from passes.quantize.expert_ranges import ranges_of, ranges_text
 
     lines = []
     for entry in facts["expert_classes"]:

@@ -81,7 +81,8 @@ class FormatRow:
 def default_recipes() -> tuple[str, ...]:
     """The float build and every shipped recipe that says in which format weights are, most bits first; none for GPUs
     alone."""
-    from passes.quantize.recipe import is_fp8, shipped_recipes
+    from passes.quantize.recipe import shipped_recipes
+    from passes.quantize.recipe_formats import is_fp8
 
     found = [
         (name, recipe.weights.format) for name, recipe in shipped_recipes().items()

@@ -16,7 +16,8 @@ from functools import lru_cache
 from frontends.model_shape import LayerShape, TensorShape
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, NumberFormat, PlainFormat
-from passes.quantize.recipe import FLOAT, HELD_BACK, STORED, Choice, Recipe, Rule, cache_type, load_recipe
+from passes.quantize.recipe import FLOAT, HELD_BACK, STORED, Choice, Recipe, Rule, load_recipe
+from passes.quantize.recipe_formats import cache_type
 
 FLOATS: dict[str, PlainFormat] = {"bf16": BF16, "f16": F16, "f32": F32}
 # From the most exact to the smallest: what "the next format down" means. "" is the float of the build.

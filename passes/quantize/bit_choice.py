@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16
 from passes.quantize.bits_solver import Choice, Group, Solution, assess, solve, uniform_solutions
-from passes.quantize.sensitivity import Candidate, SensitivityTable
+from passes.quantize.sensitivity_table import Candidate, SensitivityTable
 from passes.quantize.weight_groups import WeightGroup
 
 Assignment = Mapping[str, Candidate]

@@ -18,8 +18,9 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, GroupedIntFormat, NumberFormat, PlainFormat
 from ir.text_reader import parse_format
 from passes.quantize.bit_choice import BitChoice
-from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe, ranges_of
-from passes.quantize.sensitivity import Candidate
+from passes.quantize.expert_ranges import ranges_of
+from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe
+from passes.quantize.sensitivity_table import Candidate
 from passes.quantize.weight_groups import WeightGroup
 
 INT8 = "q8_sym<group=128, scale=f32>"

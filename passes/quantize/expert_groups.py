@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from passes.quantize.sensitivity import Candidate, Entry, SensitivityTable
+from passes.quantize.sensitivity_table import Candidate, Entry, SensitivityTable
 from passes.quantize.weight_groups import WeightGroup, expert_name
 
 Uses = Mapping[int, Sequence[float]]  # by layer: how often each expert is picked, in any unit

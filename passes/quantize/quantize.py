@@ -37,7 +37,8 @@ from passes.analysis.constants import is_constant_expression
 from passes.analysis.exactness import is_exact
 from passes.analysis.value_types import tensor_type
 from passes.pass_base import FunctionPass, PassContext, register_pass
-from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, cache_type, can_meet, has_integer_levels, load_recipe
+from passes.quantize.recipe import FLOAT, STORED, Choice, Recipe, load_recipe
+from passes.quantize.recipe_formats import cache_type, can_meet, has_integer_levels
 from passes.quantize.roles import expert_parts, weight_parts
 from passes.quantize.set_precision import FloatName, set_cache, set_embedding
 from passes.quantize.split_experts import split_experts

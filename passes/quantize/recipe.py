@@ -25,20 +25,18 @@ and formats that cannot be multiplied by each other. docs/passes/quantize.md lis
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, ROUNDINGS, NumberFormat, PlainFormat, read_format
 from ir.spelling import did_you_mean
-
-if TYPE_CHECKING:
-    from ir.types import KVCacheType
+from passes.quantize.expert_ranges import ranges_text, read_ranges
+from passes.quantize.recipe_formats import ANY_WIDTH, cache_type, can_meet, is_fp8, is_int8
 
 SHIPPED = Path(__file__).parent / "recipes"
 MAX_BYTES = 4 << 20  # of a file: a rule for each of 30 000 tensors
@@ -54,7 +52,6 @@ ROLES = {
     "router": (),
 }
 HELD_BACK = ("embedding", "router")  # only a rule that names the role reaches them
-_RANGE = re.compile(r"(\d{1,6})(?:\s*-\s*(\d{1,6}))?", re.ASCII)
 _ALL_ROLES = [*ROLES, *(f"{role}.{part}" for role, parts in ROLES.items() for part in parts)]
 
 
@@ -317,32 +314,12 @@ def _rule(table: _Table) -> Rule:
 
 
 def _experts(table: _Table) -> tuple[tuple[int, int], ...]:
-    """`experts` of a rule: numbers and ranges of them by commas."""
+    """`experts` of a rule."""
     text = table.text("experts")
-    found: list[tuple[int, int]] = []
-    for part in text.split(",") if text else ():
-        match = _RANGE.fullmatch(part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise table.fault(f"experts = {text!r}", 'numbers and ranges of them by commas: "0-3,8"')
-        found.append((first, last))
-    return tuple(found)
-
-
-def ranges_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Numbers as ranges of neighbours, first and last."""
-    found: list[tuple[int, int]] = []
-    for number in sorted(numbers):
-        if found and found[-1][1] == number - 1:
-            found[-1] = (found[-1][0], number)
-        else:
-            found.append((number, number))
-    return tuple(found)
-
-
-def ranges_text(ranges: Iterable[tuple[int, int]]) -> str:
-    """`0-3,8`: the text of `experts` in a rule."""
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+    found = read_ranges(text)
+    if found is None:
+        raise table.fault(f"experts = {text!r}", 'numbers and ranges of them by commas: "0-3,8"')
+    return found
 
 
 def _format(table: _Table, key: str) -> NumberFormat | str | None:
@@ -380,52 +357,14 @@ def _activations(table: _Table) -> NumberFormat | str | None:
     return found
 
 
-_ANY_WIDTH = 1 << 16  # of heads, when a recipe is read without a model
-
-
 def _kv(table: _Table) -> str:
     text = table.text("format")
     try:
-        return cache_type(text, 1, _ANY_WIDTH).format_text if text else ""
+        return cache_type(text, 1, ANY_WIDTH).format_text if text else ""
     except DiagnosticError as error:
         words = error.diagnostics[0].message
         like = '"bf16", "f16", "f32", or "q8_sym<group=row, scale=f16>" and its options'
         raise table.fault(f"format = {text!r}: {words}", like) from error
-
-
-def cache_type(text: str, num_kv_heads: int, head_dim: int) -> KVCacheType:
-    """The type of a KV cache kept as `[kv] format` says; blocks of a rotation are cut to what divides the heads."""
-    from ir.text_reader import parse_type
-    from ir.types import KVCacheType
-
-    found = parse_type(f"kv<{num_kv_heads} x {_ANY_WIDTH} x {text}>")
-    if not isinstance(found, KVCacheType):
-        raise DiagnosticError(f"{text!r} is no format of a KV cache")
-    block = math.gcd(found.rotate, head_dim) if found.rotate else 0
-    return replace(found, head_dim=head_dim, rotate=block if block > 1 else 0)
-
-
-def is_int8(format: object) -> bool:
-    """Whether this is the int8 format of activations: symmetric, in groups or by token, scales of f32."""
-    words = str(format)
-    return words.startswith("q8_sym<") and words.endswith("scale=f32>")
-
-
-def is_fp8(format: object) -> bool:
-    """Whether this is a format of activations in 8-bit floats: f8e4m3, a scale a row or so many columns of one."""
-    return re.fullmatch(r"f8e4m3<block=(row|1x\d+), scale=f32>", str(format)) is not None
-
-
-def can_meet(activations: object, weights: object) -> bool:
-    """Whether products multiply them: int8 integers, f8e4m3 weights in f8e4m3, floats everything."""
-    if is_fp8(activations):
-        return str(weights).startswith("f8e4m3<")
-    return not is_int8(activations) or has_integer_levels(weights)
-
-
-def has_integer_levels(format: object) -> bool:
-    """Whether the codes of a low-bit format stand for small integers, which int8 activations multiply exactly."""
-    return not isinstance(format, PlainFormat) and hasattr(format, "integer_levels")
 
 
 def _check_pairs(recipe: Recipe, where: str) -> None:

@@ -26,7 +26,7 @@ from ir.rewriter import PatternRewriter
 from passes.analysis.constants import is_constant_expression
 from passes.analysis.value_types import tensor_type
 from passes.clone import clone
-from passes.quantize.recipe import ranges_of
+from passes.quantize.expert_ranges import ranges_of
 
 Numbers = tuple[int, ...]
 Said = Callable[[GroupedGemmOp, int], Hashable]  # of a product and the number of an expert

@@ -17,7 +17,7 @@ from passes.quantize.bit_recipe import candidates_of, pattern_of, recipe_of
 from passes.quantize.bit_report import report_of
 from passes.quantize.bits_solver import assess
 from passes.quantize.recipe import load_recipe, read_recipe
-from passes.quantize.sensitivity import Candidate, Entry, SensitivityTable
+from passes.quantize.sensitivity_table import Candidate, Entry, SensitivityTable
 from passes.quantize.weight_groups import WeightGroup, joined_products
 
 Q8 = GroupedIntFormat(8, 32, False, F32)

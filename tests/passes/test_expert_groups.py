@@ -26,7 +26,8 @@ from passes.quantize.bit_recipe import recipe_of
 from passes.quantize.expert_groups import by_expert
 from passes.quantize.quantize import QuantizePass
 from passes.quantize.recipe import read_recipe
-from passes.quantize.sensitivity import Candidate, Entry, SensitivityTable, WholeModel, estimate, measure
+from passes.quantize.sensitivity import WholeModel, estimate, measure
+from passes.quantize.sensitivity_table import Candidate, Entry, SensitivityTable
 from passes.quantize.weight_groups import WeightGroup, expert_name, joined_products
 from tests.stratum.tiny_model import QWEN3_MOE, VOCAB, write_model
 

@@ -32,7 +32,7 @@ from passes.fuse.forms import describe_gemm
 from passes.pass_manager import PipelineReport
 from passes.pipelines import cpu_pipeline, fuse_across_kernels, simplify
 from passes.quantize.quantize import QuantizePass
-from passes.quantize.recipe import is_int8
+from passes.quantize.recipe_formats import is_int8
 from passes.quantize.roles import weight_parts
 from tests.passes.step_graphs import build_step, random_weights, run_step
 from tests.passes.test_families import SMALL

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16
 from ir.text_reader import parse_format
-from passes.quantize.recipe import Choice, Recipe, Rule, cache_type, is_int8, load_recipe, read_recipe, shipped_recipes
+from passes.quantize.recipe import Choice, Recipe, Rule, load_recipe, read_recipe, shipped_recipes
+from passes.quantize.recipe_formats import cache_type, is_int8
 
 Q4, Q6, Q8 = (parse_format(f"q{bits}_sym<group=32, scale=f16>") for bits in (4, 6, 8))
 SHIPPED = shipped_recipes()

@@ -15,16 +15,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, GroupedIntFormat
 from ir.ops.builtin import FuncOp
 from passes.quantize import sensitivity
-from passes.quantize.sensitivity import (
-    Candidate,
-    SensitivityTable,
-    WholeModel,
-    affordable_sequences,
-    divergence,
-    estimate,
-    log_softmax,
-    measure,
-)
+from passes.quantize.sensitivity import WholeModel, affordable_sequences, divergence, estimate, log_softmax, measure
+from passes.quantize.sensitivity_table import Candidate, Entry, SensitivityTable
 from passes.quantize.weight_groups import joined_products
 from tests.stratum.tiny_model import QWEN3_MOE, VOCAB, write_model
 
@@ -149,7 +141,7 @@ def test_a_table_that_cannot_be_kept_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     table = SensitivityTable(tmp_path / "file" / "table.jsonl")
     with pytest.raises(DiagnosticError, match="cannot be kept"):
-        table.add([sensitivity.Entry("a", "b", 0.0, 0.0, "measured")])
+        table.add([Entry("a", "b", 0.0, 0.0, "measured")])
 
 
 def test_without_text_the_error_of_the_weights_is_weighed_by_the_norm_in_front(case: Case) -> None:

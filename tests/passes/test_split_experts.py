@@ -22,8 +22,9 @@ from passes.clone import clone
 from passes.pass_base import PassContext
 from passes.pass_manager import PassManager
 from passes.quantize.add_stand_ins import AddStandInsPass
+from passes.quantize.expert_ranges import ranges_text
 from passes.quantize.quantize import QuantizePass
-from passes.quantize.recipe import ranges_text, read_recipe
+from passes.quantize.recipe import read_recipe
 
 TOKENS = SymbolicDim("tokens")
 FORMATS: tuple[str, ...] = tuple(f"q{bits}_sym<group=32, scale=f16>" for bits in (4, 8, 2))

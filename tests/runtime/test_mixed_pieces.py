@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
 from runtime.expert_cache import ExpertCache
-from runtime.manifest import PAGE_BYTES, PieceInfo, _weights
+from runtime.manifest import _weights
 from runtime.manifest_fields import Fields
+from runtime.piece_info import PAGE_BYTES, PieceInfo
 from runtime.stream_books import missing_in
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)  # pages of each expert

@@ -2,7 +2,7 @@
 
 is_int8(format), is_fp8(format)        # formats of activations that a kernel makes while a product runs
 can_meet(activations, weights)         # whether products multiply them
-cache_type("q8_sym<...>, rotate=64", heads, width)
+cache_type(text, num_kv_heads, head_dim)
 """
 
 from __future__ import annotations

@@ -150,13 +150,27 @@ def _groups(plan: Placement) -> list[str]:
     for (name, where, by, format), found in merged.items():
         size = format_bytes(sum(g.nbytes for g in found))
         rows.append((name, shortened(",".join(g.layers for g in found if g.layers)), where, by, size, format))
-    kv: dict[tuple[str, str, str], list[PlacedKV]] = {}
+    kv: dict[tuple[str, str, str, int], list[PlacedKV]] = {}
     for entry in plan.kv:
-        kv.setdefault((entry.tier, entry.unit, entry.format), []).append(entry)
-    for (tier, unit, format), entries in kv.items():
+        kv.setdefault((entry.tier, entry.unit, entry.format, entry.positions), []).append(entry)
+    for (tier, unit, format, positions), entries in kv.items():
         size = format_bytes(sum(e.nbytes for e in entries))
-        rows.append(("kv", shortened(",".join(e.layers for e in entries)), tier, unit, size, format))
-    return table(rows)
+        where = f"{tier}, {positions} positions" if positions else tier
+        rows.append(("kv", shortened(",".join(e.layers for e in entries)), where, unit, size, format))
+    return [*table(rows), *_kv_shares(plan)]
+
+
+def _kv_shares(plan: Placement) -> list[str]:
+    """How much of the keys and values lies where, where that is more than one place."""
+    places: dict[str, int] = {}
+    for entry in plan.kv:
+        places[entry.tier] = places.get(entry.tier, 0) + entry.nbytes
+    total = sum(places.values())
+    if len(places) < 2 or not total:
+        return []
+    newest = "; of divided layers the newest positions lie where attention is computed"
+    shares = ", ".join(f"{100 * nbytes / total:.0f} % {tier}" for tier, nbytes in places.items())
+    return [f"KV {shares}" + (newest if any(entry.positions for entry in plan.kv) else "")]
 
 
 def _stand_ins(plan: Placement) -> list[str]:

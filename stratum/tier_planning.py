@@ -10,7 +10,9 @@ computed as it is. Raises NoFit when nothing fits; for this machine it says what
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 from frontends.model_shape import ModelShape
 from hw_targets.quantities import enough_bytes
@@ -37,6 +39,29 @@ if TYPE_CHECKING:
     from stratum.built_planning import BuiltModel
 
 
+_Rest = ParamSpec("_Rest")
+
+
+def _advising(
+    plan: Callable[Concatenate[PlanRequest, ModelShape, Target, _Rest], Planned],
+) -> Callable[Concatenate[PlanRequest, ModelShape, Target, _Rest], Planned]:
+    """The same, that says of this machine what --memory would have to be where nothing fits."""
+
+    @functools.wraps(plan)
+    def advised(
+        request: PlanRequest, shape: ModelShape, target: Target, *rest: _Rest.args, **named: _Rest.kwargs
+    ) -> Planned:
+        try:
+            return plan(request, shape, target, *rest, **named)
+        except NoFit as fault:
+            if target.name == "host":
+                raise _advised(fault, request, target) from None
+            raise
+
+    return advised
+
+
+@_advising
 def plan_tiers(
     request: PlanRequest,
     shape: ModelShape,
@@ -50,25 +75,6 @@ def plan_tiers(
 ) -> Planned:
     """A plan over the tiers of one machine; of a built model on this one what `run` does, where nothing is pinned.
     Raises NoFit."""
-    try:
-        return _placed(request, shape, target, formats, session, slo, given, menu, built)
-    except NoFit as fault:
-        if target.name == "host":
-            raise _advised(fault, request, target) from None
-        raise
-
-
-def _placed(
-    request: PlanRequest,
-    shape: ModelShape,
-    target: Target,
-    formats: Formats,
-    session: Session,
-    slo: Slo,
-    given: Placement | None,
-    menu: Menu | None,
-    built: BuiltModel | None,
-) -> Planned:
     sizes = budgets_of(request, target)
     if built is not None and built.budget is not None:
         sizes[main_tier(target)] = room_of(built.budget)

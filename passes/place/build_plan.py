@@ -17,6 +17,7 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
+from passes.place.kv_division import divided, is_near, kv_parts
 from passes.place.machine import Machine
 from passes.place.option import CACHED, RESIDENT, SPLIT, Option, blended
 from passes.place.options import options_of
@@ -47,9 +48,10 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
     kv: list[PlacedKV] = []
     for found in by_part(choice).values():
         for option, layers in numbered(problem, found):
-            held = sum(n for _, category, n in option.holds if category == "kv") * len(layers)
-            if option.kv_home:
-                kv.append(PlacedKV(span(layers), option.kv_home, option.kv_unit, problem.formats.kv_name, held))
+            for part in reversed(kv_parts(problem, option)) if option.kv_home else ():
+                held = problem.session.batch * part.positions * option.part.kv_bytes_per_token * len(layers)
+                at = part.positions if option.kv_old else 0
+                kv.append(PlacedKV(span(layers), part.home, part.unit, problem.formats.kv_name, held, at))
     return Placement(
         model=problem.shape.name,
         target=problem.machine.target.name,
@@ -159,20 +161,22 @@ def _even(counts: list[int]) -> Iterable[int]:
 def from_placement(problem: Problem, placement: Placement) -> Choice:
     """The choice that the entries of a plan describe; DiagnosticError for what this machine or model cannot do."""
     found: list[tuple[Option, int]] = []
-    places = {layer: entry for entry in placement.kv for layer in layer_numbers(entry.layers)}
+    places: dict[int, tuple[PlacedKV, ...]] = {}
+    for entry in placement.kv:
+        for layer in layer_numbers(entry.layers):
+            places[layer] = (*places.get(layer, ()), entry)
     for ways in problem.variants():
         part = ways[0]
         named = _entries(placement, part)
-        runs: dict[tuple[tuple[int, ...], str, str], list[int]] = {}
+        runs: dict[tuple[tuple[int, ...], tuple[_KVPlace, ...]], list[int]] = {}
         for layer in (*part.layers,) or (-1,):
-            kv = places.get(layer) if part.group == "attention" else None
+            kv = tuple((e.tier, e.unit, e.positions) for e in places.get(layer, ()) if part.group == "attention")
             if layer in named:
                 alike = tuple(id(entry) for entry, _ in named[layer])
-                runs.setdefault((alike, kv.tier if kv else "", kv.unit if kv else ""), []).append(layer)
-        for (_, tier, unit), layers in runs.items():
+                runs.setdefault((alike, kv), []).append(layer)
+        for (_, kv), layers in runs.items():
             options = [
-                (_option(problem, _stored_as(ways, entry), entry, (tier, unit)), share)
-                for entry, share in named[layers[0]]
+                (_option(problem, _stored_as(ways, entry), entry, kv), share) for entry, share in named[layers[0]]
             ]
             found.append((options[0][0] if len(options) == 1 else blended(options), len(layers)))
         missing = tuple(layer for layer in (*part.layers,) or (-1,) if layer not in named)
@@ -216,27 +220,57 @@ def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
     )
 
 
-def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[str, str]) -> Option:
+_KVPlace = tuple[str, str, int]  # tier, unit, positions (0: all)
+
+
+def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...]) -> Option:
     if entry.mode in (CACHED, SPLIT):
         option = option_with(
             problem, part, entry.mode, entry.unit, entry.tier, max(1, entry.slots), entry.rest_unit, entry.missed
         )
         if option is not None:
             return option
-    for option in options_of(problem, part):
+    ways = options_of(problem, part)
+    wanted = [place[:2] for place in kv] or [("", "")]
+    found: list[Option] = []
+    for option in ways:
         same = (option.home, option.mode, option.unit) == (entry.tier, entry.mode, entry.unit)
         if part.group == "embedding":
             same = option.home == entry.tier
         else:
             same = same and option.prefill_unit == (entry.prefill_unit or entry.unit)
-        if same and (option.kv_home, option.kv_unit) == kv and not option.slots:
+        if same and (option.kv_home, option.kv_unit) in wanted and not option.slots:
+            found.append(option)
+    if len(kv) > 1 and any(positions for _, _, positions in kv):
+        option = _divided(problem, part, entry, kv, found)
+        if option is not None:
             return option
-    tail = f", its cache at {kv[0]} attended to by {kv[1]}" if kv[0] else ""
+    elif found:
+        return found[-1] if len(found) == 1 else next(o for o in found if (o.kv_home, o.kv_unit) == wanted[-1])
+    tail = "".join(f", its cache at {tier} attended to by {unit}" for tier, unit, _ in kv)
     raise DiagnosticError(
         f"the plan puts {entry.group} {entry.layers} at {entry.tier}, {entry.mode}, computed by {entry.unit}{tail}: "
         f"target {problem.machine.target.name} has no such way",
-        expected="one of: " + "; ".join(dict.fromkeys(o.label for o in options_of(problem, part)[:12])),
+        expected="one of: " + "; ".join(dict.fromkeys(o.label for o in ways[:12])),
     )
+
+
+def _divided(
+    problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...], found: list[Option]
+) -> Option | None:
+    """The way with a divided cache; None where the newest positions do not lie where attention is computed."""
+    assert part.layer is not None
+    whole, said = part.layer.kv_tokens(problem.session.context), {place[:2]: place[2] for place in kv}
+    if len(kv) != 2 or len(said) != 2 or sum(said.values()) != whole or min(said.values()) <= 0:
+        raise DiagnosticError(
+            f"the plan divides the cache of layers {entry.layers}: {' and '.join(str(p) for _, _, p in kv)} positions",
+            expected=f"two places with {whole} positions together, what the context of the plan takes",
+        )
+    near = next((o for o in found if is_near(problem, o)), None)
+    away = next((o for o in found if o is not near), None)
+    if near is None or away is None or away.kv_home == near.kv_home:
+        return None
+    return divided(problem, near, away, said[away.kv_home, away.kv_unit])
 
 
 def spread_placement(

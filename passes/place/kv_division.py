@@ -106,14 +106,15 @@ def recent(problem: Problem, near: Option, ways: Iterable[Option]) -> Iterator[O
 
 def kv_alike(problem: Problem, found: Sequence[Option]) -> list[list[Option]]:
     """The ways of a part, those together whose shares of a layer's cache may be mixed: the near one, those elsewhere,
-    and of each a division that a step reads nothing elsewhere of. Every other way is alone."""
-    pinned = [pin for pin in problem.pins if pin.group == "kv"]
-    if not found or found[0].part.group != "attention" or any(pin.share is not None for pin in pinned):
+    and of each a division that a step reads nothing elsewhere of. Every other way is alone, and all where the place of
+    the cache is pinned."""
+    pinned = any(pin.group == "kv" and pin.concerns(option.part) for pin in problem.pins for option in found[:1])
+    if not found or found[0].part.group != "attention" or pinned:
         return [[option] for option in found]
     groups = []
     for near, ways in siblings(problem, found):
-        made = () if any(pin.concerns(near.part) for pin in pinned) else recent(problem, near, ways)
-        groups.append([near, *ways, *made])
+        if ways:
+            groups.append([near, *ways, *recent(problem, near, ways)])
     taken = {id(option) for group in groups for option in group}
     return [*groups, *([option] for option in found if id(option) not in taken)]
 
@@ -145,20 +146,21 @@ def rounded(problem: Problem, counts: list[tuple[Option, float]]) -> list[tuple[
     if not layers:
         return [(option, count) for option, count in found if count]
     near = next((option for option, _ in counts if is_near(problem, option)), None)
-    away = {
-        (place, unit): sum(part for o, part in rest if _elsewhere(problem, o) == (place, unit))
-        for place, unit in dict.fromkeys(_elsewhere(problem, o) for o, _ in rest if _elsewhere(problem, o) is not None)
-    }
+    away: dict[tuple[str, str], float] = {}
+    for option, part in rest:
+        place = _elsewhere(problem, option)
+        if place is not None:
+            away[place] = away.get(place, 0.0) + part
     if near is None or not away:
         best = max(rest, key=lambda item: item[1])[0]
         return [(option, count + layers * (option is best)) for option, count in found if count or option is best]
-    place, unit = max(away, key=lambda key: away[key])
+    most = max(away, key=lambda place: away[place])
     assert near.part.layer is not None
     whole = near.part.layer.kv_tokens(problem.session.context)
     due = sum(part * (0 if _elsewhere(problem, o) and not o.kv_old else whole - o.kv_old) for o, part in rest)
     newest = min(whole, int(due / layers + tiny)) // BLOCK * BLOCK
     old = whole - newest
-    cold = next(o for o, _ in counts if not o.kv_old and (o.kv_home, o.kv_unit) == (place, unit))
+    cold = next(o for o, _ in counts if not o.kv_old and (o.kv_home, o.kv_unit) == most)
     made = cold if not newest else divided(problem, near, cold, old) if old else near
     if all(option is not made for option, _ in found):
         return [*((option, count) for option, count in found if count), (made, layers)]

@@ -3,10 +3,11 @@
     found = solve_counts(problem, options)           # options: one list a part
     found.choice, found.gap                          # gap 0: proved best of all choices
 
-Equal layers are one integer instead of a binary each, so that the program does not grow with depth. Variables: counts,
-the length of both phases, layers whose parts are on different units, and pieces of streams that need buffers. The goals
-are time (`best`), the fewest bytes in one tier (`least_bytes`) and any fit at all. Deterministic: bounded by nodes,
-never by time. Gives None when nothing fits.
+Equal layers are one integer instead of a binary each, so that the program does not grow with depth. Where a cache may
+be divided, ways of attention that differ in its place alone are whole only together. Variables: counts, the length of
+both phases, layers whose parts are on different units, and pieces of streams that need buffers. The goals are time
+(`best`), the fewest bytes in one tier (`least_bytes`) and any fit at all. Deterministic: bounded by nodes, never by
+time. Gives None when nothing fits.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from passes.place.kv_division import kv_alike, rounded
 from passes.place.option import Option
-from passes.place.outcome import Choice, crossing, tier_use, workspaces
+from passes.place.outcome import Choice, crossing, objective, tier_use, workspaces
 from passes.place.problem import Problem
 
 MANY_NODES = 300  # of the search: for a small verified gap
@@ -25,12 +27,17 @@ _REL_GAP = 2e-3
 _NUDGE = 1e-6  # among equals the choice with less work altogether
 
 
+Columns = list[tuple[Option, int]]
+
+
 @dataclass(frozen=True)
 class Found:
-    """A choice and how far from the best it can be at most, relatively."""
+    """A choice and how far from the best it can be at most, relatively. `value`: the time of the session as the program
+    has it; the choice itself takes longer where a division was rounded."""
 
     choice: Choice
     gap: float
+    value: float = 0.0
 
 
 @dataclass
@@ -66,25 +73,45 @@ def solve_counts(
     least_bytes: str = "",
     best: bool = True,
     nodes: int = MANY_NODES,
+    divide: bool = False,
 ) -> Found | None:
-    """The best counts; with `least_bytes` those that need least of that tier, whose room then does not count."""
+    """The best counts; with `least_bytes` those that need least of that tier, whose room then does not count.
+
+    `divide`: the cache of a layer may lie in two places, so that the layers of ways that differ in that alone are whole
+    only together.
+    """
     shrink = 1.0
     for _ in range(4):  # once, unless tolerances of the solver let a tier go over by a few bytes
-        rows, columns = _program(problem, options, least_bytes, best, shrink)
+        rows, columns, alike = _program(problem, options, least_bytes, best, shrink, divide)
         values, gap = _run(rows, nodes)
         if values is None:
             return None
-        choice = tuple((option, round(values[at])) for option, at in columns if round(values[at]))
+        choice = _whole(problem, columns, alike, values)
         over = [t for t in tier_use(problem, choice) if t.total > t.room and t.name != least_bytes]
         if not over:
-            return Found(choice, gap)
+            return Found(choice, gap, objective(problem, values[0], values[1]) * _time_scale(options))
         shrink *= 1 - 4e-6
+    if divide:  # in whole blocks it does not fit
+        return solve_counts(problem, options, least_bytes=least_bytes, best=best, nodes=nodes)
     return None
 
 
+def _whole(problem: Problem, columns: Columns, alike: Sequence[Columns], values: Sequence[float]) -> Choice:
+    """The counts of a solution, in the order of the columns; divided caches in whole blocks."""
+    together = {mixed[0][1]: mixed for mixed in alike}
+    inside = {at for mixed in alike for _, at in mixed}
+    choice: list[tuple[Option, int]] = []
+    for option, at in columns:
+        if at in together:
+            choice += rounded(problem, [(o, values[n]) for o, n in together[at]])
+        elif at not in inside and round(values[at]):
+            choice.append((option, round(values[at])))
+    return tuple(choice)
+
+
 def _program(
-    problem: Problem, options: Sequence[Sequence[Option]], least_bytes: str, best: bool, shrink: float
-) -> tuple[_Rows, list[tuple[Option, int]]]:
+    problem: Problem, options: Sequence[Sequence[Option]], least_bytes: str, best: bool, shrink: float, divide: bool
+) -> tuple[_Rows, Columns, list[Columns]]:
     rows, session = _Rows(), problem.session
     scale = _time_scale(options)
     wanted = best and not least_bytes
@@ -94,14 +121,23 @@ def _program(
         rows.upper[t_decode] = problem.slo.tpot / scale
     if problem.slo.ttft is not None:
         rows.upper[t_prefill] = problem.slo.ttft / scale
-    columns: list[tuple[Option, int]] = []
+    columns: Columns = []
+    alike: list[Columns] = []
     for found in options:
+        groups = kv_alike(problem, found) if divide else [[option] for option in found]
         mine = []
-        for option in found:
-            work = sum(sum(c.path.values()) + sum(c.streams.values()) for c in (option.decode, option.prefill))
-            at = rows.column(_NUDGE * work / scale if wanted else 0.0, float(option.part.count), True)
-            columns.append((option, at))
-            mine.append(at)
+        for together in groups:
+            first = len(columns)
+            for option in together:
+                work = sum(sum(c.path.values()) + sum(c.streams.values()) for c in (option.decode, option.prefill))
+                cost = _NUDGE * work / scale if wanted else 0.0
+                at = rows.column(cost, float(option.part.count), len(together) == 1)
+                columns.append((option, at))
+                mine.append(at)
+            if len(together) > 1:
+                alike.append(columns[first:])
+                whole = rows.column(0.0, float(together[0].part.count), True)
+                rows.row(0.0, 0.0, [(whole, 1.0), *((at, -1.0) for _, at in alike[-1])])
         count = float(found[0].part.count)
         rows.row(count, count, [(at, 1.0) for at in mine])
     for decode, length in ((True, t_decode), (False, t_prefill)):
@@ -109,7 +145,7 @@ def _program(
         _lengths(rows, problem, columns, crossings, length, decode, scale)
     _capacities(rows, problem, columns, least_bytes, shrink)
     _quality(rows, problem, columns)
-    return rows, columns
+    return rows, columns, alike
 
 
 def _time_scale(options: Sequence[Sequence[Option]]) -> float:

@@ -16,7 +16,6 @@ from passes.place.parts import Part
 from passes.place.problem import Problem
 
 RESIDENT, STREAMED, CACHED, SPLIT = "resident", "streamed", "cached", "split"
-NEAR = "near"  # of keys and values: in whatever memory they lie, a unit of that memory attends
 Missed = Literal["", "sooner", "there"]  # who has missing experts: whoever is sooner, or always the helper
 SOONER: Missed = "sooner"
 THERE: Missed = "there"
@@ -58,6 +57,9 @@ class Option:
     slots: int = 0
     kv_home: str = ""
     kv_unit: str = ""
+    kv_old: int = 0  # positions of the cache, the oldest ones, that lie elsewhere (`passes.place.kv_division`)
+    old_home: str = ""
+    old_unit: str = ""
     helper: str = ""  # the unit that computes the rest of a split, or experts that a cache lacks
     missed: Missed = ""  # of a cache with a helper
     prefill_unit: str = ""
@@ -75,6 +77,7 @@ class Option:
     def label(self) -> str:
         """All that tells it from the others of its part."""
         kv = f" kv={self.kv_home}@{self.kv_unit}" if self.kv_home else ""
+        kv += f" old={self.kv_old}:{self.old_home}@{self.old_unit}" if self.kv_old else ""
         slots = f" slots={self.slots}" if self.slots else ""
         rest = f" rest@{self.helper}" if self.helper else ""
         rest += f" {self.missed}" if self.missed else ""

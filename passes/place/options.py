@@ -15,20 +15,11 @@ from collections.abc import Iterator
 from hw_targets.cost_model import Work, price, transfer_time
 from hw_targets.target import ComputeUnit
 from passes.place.expert_options import expert_ways
+from passes.place.kv_division import KVPart, attended_pairs, kv_parts, with_share
 from passes.place.machine import Machine
-from passes.place.option import (
-    NEAR,
-    RESIDENT,
-    STREAMED,
-    Option,
-    PhaseCost,
-    compute_part,
-    cross,
-    keep_weights,
-    move_part,
-)
+from passes.place.option import RESIDENT, STREAMED, Option, PhaseCost, compute_part, cross, keep_weights, move_part
 from passes.place.parts import Part
-from passes.place.problem import Problem
+from passes.place.problem import NEAR, Problem
 from passes.place.routing_model import distinct_experts
 
 
@@ -44,7 +35,11 @@ def options_of(problem: Problem, part: Part) -> list[Option]:
     else:
         found = list(_dense(problem, part))
     pins = [pin for pin in problem.pins if pin.concerns(part)]
-    return [option for option in found if all(_allowed(pin.group, pin.where, option, machine) for pin in pins)]
+    for pin in pins:
+        if pin.share is not None and part.group == "attention":
+            found = with_share(problem, found, pin.where, pin.share)
+    plain = [pin for pin in pins if pin.share is None]
+    return [option for option in found if all(_allowed(pin.group, pin.where, option, machine) for pin in plain)]
 
 
 def _allowed(group: str, where: str, option: Option, machine: Machine) -> bool:
@@ -93,9 +88,7 @@ def _dense(problem: Problem, part: Part) -> Iterator[Option]:
 
 
 def _attention(problem: Problem, part: Part) -> Iterator[Option]:
-    machine, session = problem.machine, problem.session
-    assert part.layer is not None
-    held = session.batch * part.layer.kv_tokens(session.context) * part.kv_bytes_per_token
+    machine = problem.machine
     for unit, home, mode in _homes(problem):
         places = [(unit.tier, unit)]
         for kv_home in (*machine.tiers, *machine.stores):
@@ -106,14 +99,30 @@ def _attention(problem: Problem, part: Part) -> Iterator[Option]:
                 places.append((kv_home, beside[0]))  # attention near the cache
             if machine.way(kv_home, unit.tier) is not None:
                 places.append((kv_home, unit))
+        like = Option(part, unit.name, home, mode, prefill_unit=unit.name)
         for kv_home, kv_unit in places:
-            option = Option(part, unit.name, home, mode, kv_home=kv_home, kv_unit=kv_unit.name, prefill_unit=unit.name)
-            keep_weights(option, unit, part.nbytes, problem)
-            option.holds = (*option.holds, (kv_home, "kv", held))
-            _whole_part(problem, option, option.decode, unit, _tokens(problem))
-            _whole_part(problem, option, option.prefill, unit, None)
-            _attend(problem, option, unit, kv_unit)
-            yield option
+            yield attention_option(problem, like, (kv_home, kv_unit.name))
+
+
+def attention_option(
+    problem: Problem, like: Option, kv: tuple[str, str], older: tuple[str, str] = ("", ""), old: int = 0
+) -> Option:
+    """Weights as `like` has them, the cache at a place, attended to by a unit; the oldest `old` positions of it at
+    another place."""
+    part, unit = like.part, problem.machine.unit(like.unit)
+    assert part.layer is not None
+    option = Option(
+        part, unit.name, like.home, like.mode, kv_home=kv[0], kv_unit=kv[1], kv_old=old, old_home=older[0],
+        old_unit=older[1], prefill_unit=unit.name,
+    )  # fmt: skip
+    keep_weights(option, unit, part.nbytes, problem)
+    _whole_part(problem, option, option.decode, unit, _tokens(problem))
+    _whole_part(problem, option, option.prefill, unit, None)
+    for kv_part in kv_parts(problem, option):
+        held = problem.session.batch * kv_part.positions * part.kv_bytes_per_token
+        option.holds = (*option.holds, (kv_part.home, "kv", held))
+        _attend(problem, option, unit, kv_part)
+    return option
 
 
 # -- what they cost ----------------------------------------------------------------------------------------------------
@@ -153,40 +162,46 @@ def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: Compute
     move_part(problem, cost, option.home, unit.tier, moved * passes, part)
 
 
-def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv_unit: ComputeUnit) -> None:
-    """Scores and values: the cache is read by `kv_unit`, moved to it first when it lies elsewhere."""
+def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> None:
+    """Scores and values of a part of the cache: read by its unit, moved to it first when it lies elsewhere."""
     session, layer, target = problem.session, option.part.layer, problem.machine.target
     assert layer is not None
-    seen = layer.kv_tokens(session.decode_context)
-    read = session.batch * seen * option.part.kv_bytes_per_token
-    flops = session.batch * seen * layer.attention.flops_per_pair(absorbed=True)
+    kv_unit = problem.machine.unit(kv.unit)
+    read = session.batch * kv.seen * option.part.kv_bytes_per_token
+    flops = session.batch * kv.seen * layer.attention.flops_per_pair(absorbed=True)
     element = problem.formats.float_format
-    at_home = option.kv_home == kv_unit.tier
     paid = price(Work(flops, element, ((kv_unit.tier, read),)), kv_unit, target)
     option.decode.wait(kv_unit.name, paid.bound, paid.seconds)
-    pairs = session.prompts * attended_pairs(layer.attention.window, session.prompt)
-    prompt_read = session.prompt_rows * session.passes / 2 * option.part.kv_bytes_per_token
+    window, prompt = layer.attention.window, session.prompt
+    pairs = session.prompts * kv.pairs(window, prompt)
+    share = kv.pairs(window, prompt) / attended_pairs(window, prompt)
+    prompt_read = share * session.prompt_rows * session.passes / 2 * option.part.kv_bytes_per_token
     flops = pairs * layer.attention.flops_per_pair(absorbed=False)
     paid = price(Work(flops, element, ((kv_unit.tier, prompt_read),)), kv_unit, target)
     option.prefill.wait(kv_unit.name, paid.bound, paid.seconds)
-    if not at_home:
-        for source, goal in problem.machine.way(option.kv_home, kv_unit.tier) or ():
+    if kv.home != kv_unit.tier:
+        for source, goal in problem.machine.way(kv.home, kv_unit.tier) or ():
             resource, seconds = transfer_time(target, source, goal, read)
             option.decode.beside(resource, seconds)
-            option.buffer = (*option.buffer, (goal, math.ceil(read / max(1, session.micro_batches))))
-        _write_back(problem, option, kv_unit.tier)
+            if read:
+                option.buffer = (*option.buffer, (goal, math.ceil(read / max(1, session.micro_batches))))
+        _write_back(problem, option, kv, kv_unit.tier)
     elif kv_unit.name != unit.name:
         row = (layer.attention.heads * (layer.attention.head_dim + layer.attention.value_dim)) * 2
         row += layer.attention.kv_elements * 2
-        cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row)
-        cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row)
+        if kv.seen:
+            cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row)
+        if pairs:
+            cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row)
 
 
-def _write_back(problem: Problem, option: Option, tier: str) -> None:
-    """New keys and values go home."""
+def _write_back(problem: Problem, option: Option, kv: KVPart, tier: str) -> None:
+    """Keys and values go to their place."""
     session = problem.session
-    for cost, tokens in ((option.decode, session.batch), (option.prefill, session.prompt_rows)):
-        hops = problem.machine.way(option.kv_home, tier) or ()
+    one = 1 if kv.seen or not kv.newer else 0  # what leaves the newer part, at each step
+    fresh = (option.decode, session.batch * one), (option.prefill, session.prompts * kv.fresh(session.prompt))
+    for cost, tokens in fresh:
+        hops = problem.machine.way(kv.home, tier) or ()
         for goal, source in reversed(hops):
             try_bytes = tokens * option.part.kv_bytes_per_token
             store = problem.machine.target.store(goal) if problem.machine.target.tier(goal) is None else None
@@ -194,10 +209,3 @@ def _write_back(problem: Problem, option: Option, tier: str) -> None:
                 continue
             resource, seconds = transfer_time(problem.machine.target, source, goal, try_bytes)
             cost.beside(resource, seconds)
-
-
-def attended_pairs(window: int, prompt: int) -> float:
-    """Pairs of a token and one it attends to in a causal prompt."""
-    if not window or window >= prompt:
-        return prompt * (prompt + 1) / 2
-    return window * (window + 1) / 2 + (prompt - window) * window

@@ -5,8 +5,9 @@
 Left of `=`: `weights` (every group), a group (`embedding`, `attention`, `mlp`, `experts`, `head`) or `kv`, perhaps with
 `layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it), a mode (`resident`,
 `streamed`, `cached`, `split`), or a recipe where a plan chooses among `formats`. `disk` is the first storage, `gpu` and
-`cpu` the first unit of that kind. `kv=near` leaves open where keys and values lie, but a unit beside them attends. All
-else is refused with what would work.
+`cpu` the first unit of that kind. `kv=near` leaves open where keys and values lie, but a unit beside them attends;
+`kv=dram:0.5` is a place with the share of each layer's that lies there, the rest being elsewhere. All else is refused
+with what would work.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from frontends.model_shape import ModelShape
 from ir.diagnostics import DiagnosticError
 from ir.spelling import did_you_mean
 from passes.place.machine import Machine
-from passes.place.option import CACHED, NEAR, RESIDENT, SPLIT, STREAMED
+from passes.place.option import CACHED, RESIDENT, SPLIT, STREAMED
 from passes.place.parts import GROUPS
-from passes.place.problem import Pin
+from passes.place.problem import NEAR, Pin
 
 MEASURE_DRIVE = "'compile-model targets calibrate --disk DIR' measures one of this machine"
 MODES = (RESIDENT, STREAMED, CACHED, SPLIT)
-_PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._,-]+)")
+_PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._,-]+)(?::([0-9.]{1,8})(%?))?")
 
 
 def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[str] = ()) -> Pin:
@@ -34,7 +35,7 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
         raise DiagnosticError(
             f"{text!r} is not a pin", expected="group=where, such as experts=disk or layers.0-9.attention=gpu"
         )
-    first, last, group, where = match.groups()
+    first, last, group, where, amount, percent = match.groups()
     groups = ("weights", *GROUPS, "kv")
     if group not in groups:
         raise DiagnosticError(
@@ -50,13 +51,28 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
         if group in ("embedding", "head"):
             raise DiagnosticError(f"pin {text!r}: {group} belongs to no layer")
     known = places(machine) | {name: name for name in formats if name} | ({NEAR: NEAR} if group == "kv" else {})
+    share = _share(text, group, amount, bool(percent)) if amount is not None else None
+    if share is not None:  # of a memory or a drive
+        known = {name: place for name, place in known.items() if place in dict(machine.room)}
     if where not in known:
         raise DiagnosticError(
             f"pin {text!r}: target {machine.target.name} has nothing named {where!r}{did_you_mean(where, known)}",
             expected=", ".join(known),
             hint=MEASURE_DRIVE if where == "disk" and machine.target.name == "host" else "",
         )
-    return Pin(text.strip(), group, known[where], layers)
+    return Pin(text.strip(), group, known[where], layers, share if share is not None and share < 1 else None)
+
+
+def _share(text: str, group: str, amount: str, percent: bool) -> float:
+    """The part of the keys and values of every layer that a pin speaks of, above 0 and at most 1."""
+    try:
+        share = float(amount) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if group != "kv" or not 0 < share <= 1:
+        what = "only keys and values are divided" if group != "kv" else f"{amount!r} is no share"
+        raise DiagnosticError(f"pin {text!r}: {what}", expected="such as kv=dram:0.5 or kv=dram:50%")
+    return share
 
 
 def places(machine: Machine) -> dict[str, str]:

@@ -51,13 +51,18 @@ class Placed:
 
 @dataclass(frozen=True)
 class PlacedKV:
-    """Where the cache of some layers lies, and which unit attends to it."""
+    """Where the cache of some layers lies, and which unit attends to it.
+
+    `positions`: where the cache of each layer is divided, the positions of each sequence that lie there; 0 is all.
+    Of two entries for a layer the one in the memory of the unit that computes its attention has the newest.
+    """
 
     layers: str
     tier: str
     unit: str
     format: str
     nbytes: int
+    positions: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import prefill_threshold
 from passes.place.option import Option
-from passes.place.options import options_of
+from passes.place.options import attention_option, options_of
 from passes.place.outcome import Choice
 from passes.place.problem import Problem
 
@@ -63,6 +63,9 @@ def for_prompt(problem: Problem, choice: Choice, moved: bool) -> Choice | None:
     found: list[tuple[Option, int]] = []
     for option, count in choice:
         same = [o for o in options_of(problem, option.part) if _placed(o) == _placed(option)]
+        if option.kv_old:
+            kv = (option.kv_home, option.kv_unit), (option.old_home, option.old_unit)
+            same = [attention_option(problem, option, *kv, option.kv_old)]
         here = [o for o in same if o.prefill_unit in ("", o.unit)]
         away = [o for o in same if o.prefill_unit not in ("", o.unit)]
         ways = away or here if moved else here

@@ -18,6 +18,7 @@ from passes.place.machine import Machine
 from passes.place.parts import Part, parts_of
 from passes.place.routing_model import fixed_share, hit_rate
 
+NEAR = "near"  # a pin of keys and values: in whatever memory they lie, a unit of that memory attends
 HitRate = Callable[[int, int, int, int], float]  # experts, top_k, slots a layer, batch -> share found
 
 
@@ -57,12 +58,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Pin:
-    """A decision taken beforehand: `[layers.A-B.]group=where`. `text` is what the user wrote."""
+    """A decision taken beforehand: `[layers.A-B.]group=where`. `text` is what the user wrote.
+
+    `share`: of keys and values, how much of every layer's lies there; None: all.
+    """
 
     text: str
     group: str
     where: str
     layers: tuple[int, int] | None = None
+    share: float | None = None
 
     def concerns(self, part: Part) -> bool:
         """Whether it is about this part."""
@@ -99,6 +104,7 @@ class Problem:
     popular: HitRate = field(default=fixed_share, compare=False)
     move_for_prompts: bool = True  # whether weights by a slow unit may be moved to another one for prompts
     compute_missed: bool = True  # whether experts that a cache lacks may be computed where they lie
+    divide_kv: bool = True  # whether the cache of a layer may be divided between two places
     menu: Menu | None = None  # formats to choose among; None: `formats` throughout
 
     def parts(self) -> tuple[Part, ...]:

@@ -31,6 +31,7 @@ from passes.place.tidy import tidied
 
 _CHUNKS = (512, 128, 32, 8)
 _MICRO_BATCHES = (1, 2, 4, 8)
+MOST_ROUNDED = 2e-3  # that a division may cost in whole blocks before whole layers are tried as well
 _TRIES = 5  # of bounds on what formats may lose
 
 
@@ -145,7 +146,7 @@ def _with(problem: Problem, **changes: int) -> Problem:
 
 def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     options = choices_of(problem)
-    found = _solve_counts(problem, options, nodes)
+    found = _best_counts(problem, options, nodes)
     base = _baseline(problem, options)
     if found is None and base is not None:
         found = Found(base[0], 1.0)
@@ -160,18 +161,18 @@ def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
 
 
-def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int) -> Found | None:
+def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int, *, divide: bool = False) -> Found | None:
     """The best counts. Where losses differ by layer the program only knows their mean, and layers that lose most get
     the widest formats afterwards: it is asked again with another bound until what is lost is just what may be."""
     limit = problem.menu.most_loss if problem.menu is not None else None
     differ = any(len(set(o.part.losses)) > 1 for found in options for o in found[:1])
     if problem.menu is None or limit is None or not differ:
-        return solve_counts(problem, options, nodes=nodes)
+        return solve_counts(problem, options, nodes=nodes, divide=divide)
     best: Found | None = None
     lowest, bound = math.inf, limit
     for _ in range(_TRIES):
         asked = dataclasses.replace(problem, menu=dataclasses.replace(problem.menu, most_loss=bound))
-        found = solve_counts(asked, options, nodes=nodes)
+        found = solve_counts(asked, options, nodes=nodes, divide=divide)
         made = quality_plan(problem, groups_of(problem, found.choice)) if found is not None else None
         if found is None or made is None:
             break
@@ -182,6 +183,21 @@ def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int) -> 
             break
         bound *= 0.999 * limit / made.loss
     return best
+
+
+def _best_counts(problem: Problem, options: list[list[Option]], nodes: int) -> Found | None:
+    """The best counts where the cache of a layer may be divided; where rounding that to whole blocks costs more than
+    the solver leaves open, the better of it and of whole layers."""
+    found = _solve_counts(problem, options, nodes, divide=problem.divide_kv)
+    if found is None or not problem.divide_kv:
+        return found
+    outcome = evaluate(problem, found.choice)
+    if _in_time(problem, outcome) and outcome.objective <= found.value * (1 + MOST_ROUNDED):
+        return found
+    whole = _solve_counts(problem, options, nodes)
+    late = not _in_time(problem, outcome)
+    better = whole is not None and evaluate(problem, whole.choice).objective < outcome.objective
+    return whole if late or better else found
 
 
 def _baseline(problem: Problem, options: list[list[Option]]) -> tuple[Choice, Outcome] | None:

@@ -5,13 +5,15 @@
 
 A plan is as good as its slowest resource, so the program of `passes.place.milp` may leave keys and values on a drive
 whose time nothing waits for, though memory is free. Each such run of layers takes, as many layers as fit, the option
-that is the same but for its cache, when no phase gets longer by that.
+that is the same but for its cache, when no phase gets longer by that; of a divided cache all of it, or else its older
+part comes from a drive to a memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from passes.place.kv_division import divided, siblings
 from passes.place.option import CACHED, RESIDENT, Option
 from passes.place.outcome import Choice, evaluate
 from passes.place.problem import Problem
@@ -19,7 +21,8 @@ from passes.place.problem import Problem
 
 def tidied(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
     """The same choice with fewer bytes moved, or itself."""
-    return _with(problem, choice, {id(o): _nearer(problem, options, o) for o, _ in choice}, 1e-9)
+    choice = _with(problem, choice, {id(o): _nearer(problem, options, o) for o, _ in choice}, 1e-9)
+    return _with(problem, choice, {id(o): _older_nearer(problem, options, o) for o, _ in choice if o.kv_old}, 1e-9)
 
 
 def experts_whole(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
@@ -54,15 +57,29 @@ def _with(problem: Problem, choice: Choice, better_of: Mapping[int, Option | Non
 def _nearer(problem: Problem, options: Sequence[Sequence[Option]], option: Option) -> Option | None:
     """The option that differs in where its cache lies only: in the memory of its unit."""
     near = problem.machine.unit(option.unit).tier
-    if option.kv_home in ("", near):
+    if option.kv_home in ("", near) and not option.kv_old:
         return None
     same = (option.part, option.unit, option.home, option.mode, option.prefill_unit)
     for found in options:
         for other in found:
-            if (other.part, other.unit, other.home, other.mode, other.prefill_unit) == same and (
-                (other.kv_home, other.kv_unit) == (near, option.unit)
+            if (
+                not other.kv_old
+                and (other.part, other.unit, other.home, other.mode, other.prefill_unit) == same
+                and ((other.kv_home, other.kv_unit) == (near, option.unit))
             ):
                 return other
+    return None
+
+
+def _older_nearer(problem: Problem, options: Sequence[Sequence[Option]], option: Option) -> Option | None:
+    """The same with the older part of its cache in a memory instead of on a drive, for the same unit."""
+    if option.old_home not in problem.machine.stores:
+        return None
+    for near, ways in (pair for found in options for pair in siblings(problem, found)):
+        if (near.part, near.unit, near.home, near.mode) == (option.part, option.unit, option.home, option.mode):
+            for away in ways:
+                if away.kv_home not in problem.machine.stores and away.kv_unit == option.old_unit:
+                    return divided(problem, near, away, option.kv_old)
     return None
 
 

@@ -17,8 +17,8 @@ import math
 
 from hw_targets.cost_model import Work
 from passes.place.expert_options import missed_experts
+from passes.place.kv_division import KVPart
 from passes.place.option import CACHED, RESIDENT, SPLIT, Option
-from passes.place.options import attended_pairs
 from passes.place.outcome import Choice
 from passes.place.parts import Part
 from passes.place.problem import Problem
@@ -75,7 +75,7 @@ class _PromptReader(StageReader):
         else:
             made = [self.streamed(name, part, option, at, work, part.nbytes)]
         if part.group == "attention":
-            made.append(self.attend(name, part, option))
+            made += self.attend(name, part, option)
         return made
 
     def streamed(self, name: str, part: Part, option: Option, unit: str, work: Work, moved: int) -> Stage:
@@ -88,43 +88,58 @@ class _PromptReader(StageReader):
         kept = (Kept(f"{name}.rest", option.home, part.nbytes - moved),) if part.nbytes > moved else ()
         return Stage(name, unit, work, self.hidden_bytes, kept, option.home, chunks)
 
-    def attend(self, name: str, part: Part, option: Option) -> Stage:
+    def reads(self, part: Part, kv: KVPart, unit: str) -> bool:
+        return not kv.newer or (self.pairs(part, kv) > 0 if kv.unit != unit else self.places_of(kv) > 0)
+
+    def pairs(self, part: Part, kv: KVPart) -> float:
+        """Pairs of the chunk's tokens and what they attend to in a part of the cache."""
+        assert part.layer is not None
+        window = part.layer.attention.window
+        first, last = round(self.chunk * self.rows), round((self.chunk + 1) * self.rows)
+        return kv.pairs(window, last) - (kv.pairs(window, first) if first else 0.0)
+
+    def places_of(self, kv: KVPart) -> int:
+        """Chunks of the prompt that come to a part of the cache in its course."""
+        return max(0, self.passes - int(kv.newer // self.rows))
+
+    def attend_part(self, name: str, part: Part, kv: KVPart) -> Stage:
         problem, session, layer = self.problem, self.problem.session, part.layer
         assert layer is not None
-        attention, unit = layer.attention, problem.machine.unit(option.kv_unit)
-        first, last = round(self.chunk * self.rows), round((self.chunk + 1) * self.rows)
-        pairs = attended_pairs(attention.window, last) - (attended_pairs(attention.window, first) if first else 0.0)
-        read = (self.chunk + 0.5) * self.rows * part.kv_bytes_per_token
+        name = f"{name}.{kv.home}" if kv.newer else name
+        attention, unit = layer.attention, problem.machine.unit(kv.unit)
+        pairs = self.pairs(part, kv)
+        every = self.pairs(part, KVPart("", "", 0, layer.kv_tokens(session.context), 0))
+        read = (self.chunk + 0.5) * self.rows * part.kv_bytes_per_token * pairs / every
         flops = pairs * attention.flops_per_pair(absorbed=False)
         work = Work(flops, problem.formats.float_format, ((unit.tier, read),))
         entry = math.ceil(self.rows) * 2
         entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
-        held = session.batch * layer.kv_tokens(session.context) * part.kv_bytes_per_token
-        if option.kv_home == unit.tier:
-            return Stage(f"{name}.kv", unit.name, work, entry, (Kept(f"{name}.kv", option.kv_home, held),))
+        held = session.batch * kv.positions * part.kv_bytes_per_token
+        if kv.home == unit.tier:
+            return Stage(name, unit.name, work, entry, (Kept(name, kv.home, held),))
         piece = min(held, math.ceil(self.rows * part.kv_bytes_per_token))
-        places = max(1, held // max(1, piece))
+        places, newer, coming = max(1, held // max(1, piece)), int(kv.newer // self.rows), self.places_of(kv)
         before = min(self.chunk, places, math.ceil(attention.window / self.rows) if attention.window else self.chunk)
-        stored = storable(problem.machine, option.kv_home, unit.tier)
+        stored = storable(problem.machine, kv.home, unit.tier)
 
         def chunk_of(number: int) -> Kept:
-            made = f"{name}.kv of {number}" if stored else ""
-            return Kept(f"{name}.kv.{number % places}", option.kv_home, piece, KV_BLOCK_BYTES, made)
+            made = f"{name} of {number}" if stored else ""
+            return Kept(f"{name}.{number % places}", kv.home, piece, KV_BLOCK_BYTES, made)
 
         # What was there before the plan begins comes in a few pieces, unless a window lets go of it chunk by chunk.
-        joined = self.first if before == self.chunk and places >= self.passes else 0
+        joined = max(0, self.first - newer) if before == self.chunk and places >= coming else 0
         bounds = [joined * piece * i // min(_PIECES, joined or 1) for i in range(min(_PIECES, joined or 1) + 1)]
         earlier = tuple(
-            Kept(f"{name}.kv.before.{i}", option.kv_home, end - start, KV_BLOCK_BYTES)
+            Kept(f"{name}.before.{i}", kv.home, end - start, KV_BLOCK_BYTES)
             for i, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start
         )  # fmt: skip
-        used = min(places, self.passes)
+        used = min(places, coming)
         kept = (*earlier, *(chunk_of(i) for i in range(joined, used)))
-        rest = Kept(f"{name}.kv.rest", option.kv_home, held - used * piece)
+        rest = Kept(f"{name}.rest", kv.home, held - used * piece)
         return Stage(
-            f"{name}.kv", unit.name, work, entry, (*kept, rest), option.kv_home,
-            (*earlier, *(chunk_of(i) for i in range(max(joined, self.chunk - before), self.chunk))),
-            new=chunk_of(self.chunk) if stored else None,
+            name, unit.name, work, entry, (*kept, rest), kv.home,
+            (*earlier, *(chunk_of(i) for i in range(max(joined, self.chunk - before), self.chunk - newer))),
+            new=chunk_of(self.chunk) if stored and self.chunk < coming else None,
         )  # fmt: skip
 
     def cached(self, name: str, part: Part, option: Option) -> Stage:

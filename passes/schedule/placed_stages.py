@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hw_targets.cost_model import Work
 from passes.place.build_plan import numbered, sensitive_first
 from passes.place.expert_options import missed_experts, missing_chances
+from passes.place.kv_division import KVPart, kv_parts
 from passes.place.option import CACHED, SPLIT, STREAMED, Option
 from passes.place.outcome import Choice, by_part
 from passes.place.parts import Part
@@ -140,31 +141,46 @@ class StageReader:
         home = option.home if chunks else ""
         made = [Stage(name, option.unit, work, self.hidden_bytes, kept, home, chunks)]
         if part.group == "attention":
-            made.append(self.attend(name, part, option))
+            made += self.attend(name, part, option)
         return made
 
-    def attend(self, name: str, part: Part, option: Option) -> Stage:
-        """Scores and values, on the unit of the cache or on one that the cache is brought to."""
+    def attend(self, name: str, part: Part, option: Option) -> list[Stage]:
+        """Scores and values, on the unit of the cache or on one that the cache is brought to. Of a divided cache the
+        older part first; what nothing is read of is only there."""
+        made: list[Stage] = []
+        unread: tuple[Kept, ...] = ()
+        for kv in kv_parts(self.problem, option):
+            if self.reads(part, kv, option.unit):
+                made.append(self.attend_part(f"{name}.kv", part, kv))
+            else:
+                held = self.problem.session.batch * kv.positions * part.kv_bytes_per_token
+                unread = (Kept(f"{name}.kv.{kv.home}", kv.home, held),)
+        made[-1] = dataclasses.replace(made[-1], kept=(*made[-1].kept, *unread))
+        return made
+
+    def reads(self, part: Part, kv: KVPart, unit: str) -> bool:
+        """Whether something of a part of the cache is read, or must be brought to it."""
+        return kv.seen > 0 or not kv.newer
+
+    def attend_part(self, name: str, part: Part, kv: KVPart) -> Stage:
         session, layer, target = self.problem.session, part.layer, self.problem.machine
         assert layer is not None
-        seen = layer.kv_tokens(session.decode_context)
-        read = math.ceil(self.rows * seen * part.kv_bytes_per_token)
-        held = session.batch * layer.kv_tokens(session.context) * part.kv_bytes_per_token
-        unit = target.unit(option.kv_unit)
-        flops = self.rows * seen * layer.attention.flops_per_pair(absorbed=True)
+        name = f"{name}.{kv.home}" if kv.newer else name
+        read = math.ceil(self.rows * kv.seen * part.kv_bytes_per_token)
+        held = session.batch * kv.positions * part.kv_bytes_per_token
+        unit = target.unit(kv.unit)
+        flops = self.rows * kv.seen * layer.attention.flops_per_pair(absorbed=True)
         work = Work(flops, self.problem.formats.float_format, ((unit.tier, float(read)),))
         attention = layer.attention
         entry = math.ceil(self.rows) * 2
         entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
-        if option.kv_home == unit.tier:
-            return Stage(f"{name}.kv", unit.name, work, entry, (Kept(f"{name}.kv", option.kv_home, held),))
+        if kv.home == unit.tier:
+            return Stage(name, unit.name, work, entry, (Kept(name, kv.home, held),))
         new = math.ceil(self.rows * part.kv_bytes_per_token)
         piece = max(0, min(read, held // self.batches - new))
         rest = held - self.batches * (piece + new)
-        kept = (Kept(f"{name}.kv.rest", option.kv_home, max(0, rest)),)
-        return Stage(
-            f"{name}.kv", unit.name, work, entry, kept, cache_home=option.kv_home, cache_piece=piece, new_bytes=new
-        )
+        kept = (Kept(f"{name}.rest", kv.home, max(0, rest)),)
+        return Stage(name, unit.name, work, entry, kept, cache_home=kv.home, cache_piece=piece, new_bytes=new)
 
     def cached(self, name: str, part: Part, option: Option) -> Stage:
         """Experts in slots of the unit's tier; those that are missing come one by one."""

@@ -41,7 +41,7 @@ CACHES: dict[str, tuple[NumberFormat, int, int, int, Shape]] = {
 TOLERANCE = {"f16": 2e-4, "q8": 0.02, "q8 window": 0.02, "q4": 0.05, "q4 window": 0.05, "q2": 0.1}
 
 
-OPTIMIZED = [("q8", ()), ("q4 window", ()), ("q2", ()), ("q4", ("avx512",))]  # as builds are
+OPTIMIZED = [("q8", ()), ("q2", ()), ("q4", ("avx512",))]  # as builds are
 
 
 @cache

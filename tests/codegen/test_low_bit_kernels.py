@@ -182,7 +182,7 @@ def kernel(key: Key, context: EmitContext = PREFILL) -> OpKernel:
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[NativeKernels]:
     chosen = [kernel(key) for key in EVERY] + [kernel(key, context) for key in WIDE for context in CONTEXTS]
-    with native_kernels([k.kernel for k in chosen], host_target(), optimize_every=4) as loaded:
+    with native_kernels([k.kernel for k in chosen], host_target(), optimize_every=6) as loaded:
         yield loaded
 
 
@@ -190,7 +190,7 @@ def kernels() -> Iterator[NativeKernels]:
 def narrow_kernels() -> Iterator[NativeKernels]:
     """For a CPU with vectors of 256 bits and no instruction for byte products."""
     chosen = [kernel(key) for key in (*INTEGER[::5], *FLOATS[::7], *AROUND[::6])]
-    with native_kernels([k.kernel for k in chosen], host_target(("avx512", "avxvnni")), optimize_every=4) as loaded:
+    with native_kernels([k.kernel for k in chosen], host_target(("avx512", "avxvnni")), optimize_every=6) as loaded:
         yield loaded
 
 

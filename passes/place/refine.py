@@ -4,10 +4,11 @@
 
 The closed form lets streams run beside everything else. In a plan they wait for slots, and for units that take turns,
 so that a plan that streams less, or with more slots, can be faster than the one with the lowest bound. Tried are the
-solved plan, the best without streamed weights, the best with twice the slots, and where prompts are computed on another
-unit than decode steps, the best that computes them where the weights lie. Where a GPU and a CPU share the work, also
-plans of one kind: experts in a cache throughout, everything by the CPU, everything streamed to the GPU; so that no plan
-is slower than these, as simulated. What cannot be simulated keeps its bound and stays as it is.
+solved plan, the best without streamed weights, the best without caches of experts, the best with twice the slots, and
+where prompts are computed on another unit than decode steps, the best that computes them where the weights lie. Where a
+GPU and a CPU share the work, also plans of one kind: experts in a cache throughout, everything by the CPU, everything
+streamed to the GPU; so that no plan is slower than these, as simulated. What cannot be simulated keeps its bound and
+stays as it is.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ def _candidates(solution: Solution) -> Iterator[Solution]:
         deeper = dataclasses.replace(problem.session, depth=2 * problem.session.depth)
         variants.append(dataclasses.replace(problem, pins=(*problem.pins, still)))
         variants.append(dataclasses.replace(problem, session=deeper))
+    if _caches(solution):  # misses of a cache that has nearly all are little in closed form, and much one by one
+        variants.append(
+            dataclasses.replace(problem, pins=(*problem.pins, Pin("experts=resident", "experts", "resident")))
+        )
     if any(option.missed for option, _ in solution.choice):
         variants.append(dataclasses.replace(problem, compute_missed=False))
     if any(option.prefill_unit != option.unit for option, _ in solution.choice):

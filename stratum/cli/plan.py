@@ -141,7 +141,7 @@ def plan(
 
 def _tell_device_run(request: PlanRequest, planned: Planned) -> None:
     """Of an artifact for GPUs: what `run` on such a machine says, where weights pass through the GPU's memory."""
-    from runtime.artifact import is_artifact
+    from runtime.artifact_path import is_artifact
 
     if planned.target.name == "host" or not is_artifact(request.model):
         return

@@ -191,12 +191,13 @@ def test_more_of_anything_is_never_slower(vram: float, link: float, cpu: float) 
 
 @pytest.mark.parametrize(("vram", "link", "cpu"), [(9.0, 2e8, 3e7), (9.0, 1e7, 2e8)])
 def test_no_plan_is_slower_than_one_of_one_kind(vram: float, link: float, cpu: float) -> None:
-    """As simulated: everything by the CPU, everything streamed to the GPU, and without help for the cache."""
+    """As simulated: everything by the CPU, everything streamed to the GPU, and experts that stay where they are."""
     base = problem(vram, link, cpu, layers=2)
     best = value(refine(solve(base)))
     for pins in (
         ("attention=cores", "experts=cores", "head=cores", "kv=cores"),
         ("attention=streamed", "experts=streamed", "attention=gpu", "experts=gpu", "head=gpu", "kv=gpu"),
+        ("experts=resident",),
     ):
         pinned = dataclasses.replace(base, pins=tuple(parse_pin(text, base.shape, base.machine) for text in pins))
         assert best <= value(refine(solve(pinned))) * (1 + 1e-6)

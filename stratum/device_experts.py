@@ -77,7 +77,7 @@ class ExpertWriter:
         layer, unit = case.computes(piece), case.pieces[piece].unit
         self._end_later(piece)
         tiles = max(1, case.tokens * max(1, case.experts_per_token) * TILE_BYTES)
-        rows = case.tokens * (2 * layer.columns + 4 * layer.choices) if layer is not None else 0
+        rows = case.tokens * (layer.x_bytes * layer.columns + 4 * layer.choices) if layer is not None else 0
         self._message(self.gpu.name, host, self.gpu.tier, self.cpu.tier, tiles + rows)
         writer.compute(host, "decide", Work(launches=round(case.decide_s / TICK_S)), [])
         reads = self._read(piece, unit, most) if piece in self.cached else []

@@ -28,9 +28,10 @@ _LARGEST = 1 << 24  # columns
 
 @dataclass(frozen=True)
 class HostLayer:
-    """Experts of a piece: x has rows of `columns` bf16 numbers, of which each token has `choices` results; gated rows
-    have `hidden`, y has `out` f32 numbers. `places`: codes, scales (-1: none) of gate|up and of down, from the first
-    byte of an expert."""
+    """Experts of a piece: x has rows of `columns` numbers of `x_bytes` (2: bf16, 4: f32), of which each token has
+    `choices` results; gated rows have `hidden` of `hidden_bytes`, y has `out` f32 numbers. `places`: codes, scales (-1:
+    none) of gate|up and of down, from the first byte of an expert. With `rounds` x is not what the first product takes,
+    but what the launch before it rounds to 8 bits."""
 
     piece: int
     function: str
@@ -39,6 +40,9 @@ class HostLayer:
     out: int
     choices: int
     places: tuple[int, int, int, int]
+    x_bytes: int = 2
+    hidden_bytes: int = 2
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,13 @@ def _read(fields: Fields, pieces: Sequence[PieceInfo]) -> HostProgram:
         if pieces[piece].kind != "experts" or len(places) != 4 or piece in layers:
             entry.fail("places", "four places in the bytes of an expert", list(places))
         a, b, c, d = places
-        layers[piece] = HostLayer(piece, entry.text("function"), columns, hidden, out, choices, (a, b, c, d))
+        x_bytes, hidden_bytes = (entry.integer(name, 2, 4, 2) for name in ("x_bytes", "hidden_bytes"))
+        if 3 in (x_bytes, hidden_bytes):
+            entry.fail("x_bytes", "2 or 4", 3)
+        rounds = bool(entry.integer("rounds", 0, 1, 0))
+        layers[piece] = HostLayer(
+            piece, entry.text("function"), columns, hidden, out, choices, (a, b, c, d), x_bytes, hidden_bytes, rounds
+        )
     code = []
     for entry in fields.children("code", 64):
         features = entry.values.get("features")

@@ -24,7 +24,7 @@ from runtime.cuda.program import ArenaArgument, GpuLaunch, GpuProgram, GpuStep, 
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest_fields import REBUILD_HINT
 
-_NUMBER_BYTES, _HALF_BYTES = 4, 2
+_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class HostSide:
         self._busy: list[tuple[HostProducts, Sequence[HostExpert], Future[None]]] = []  # one after another
         layers = [found.layer for found in self._products.values()]
         pairs = max((most_tokens * layer.choices for layer in layers), default=0)
-        rows = {
-            name: max((getattr(layer, name) for layer in layers), default=0) for name in ("columns", "hidden", "out")
-        }
-        self._hidden = np.empty(max(1, pairs * rows["hidden"]), np.uint16)
+        out = max((layer.out for layer in layers), default=0)
+        row_bytes = max((layer.columns * layer.x_bytes for layer in layers), default=0)
+        hidden_bytes = max((layer.hidden * layer.hidden_bytes for layer in layers), default=0)
+        self._hidden = np.empty(max(1, pairs * hidden_bytes), np.uint8)
         self._sources = np.empty(max(1, pairs), np.int32)
         self._pool = ThreadPoolExecutor(1, "experts")
-        sizes = (most_tokens * rows["columns"] * _HALF_BYTES, pairs * 4, pairs * rows["out"] * _NUMBER_BYTES)
+        sizes = (most_tokens * row_bytes, pairs * 4, pairs * out * _NUMBER_BYTES)
         try:
             with uninterrupted():
                 self._x = device.allocate_pinned(max(1, sizes[0]), "rows of tokens for the CPU")
@@ -91,11 +91,14 @@ class HostSide:
             if layer is None:
                 continue
             second = next((n for n in range(number + 1, len(launches)) if _weights(launches[n], piece)), 0)
-            x, order = _arguments(launch, piece, 0), _arguments(launch, piece, 1)
+            x: Any = _arguments(launch, piece, 0)
+            order = _arguments(launch, piece, 1)
+            if layer.rounds:
+                x = _rounded_from(launches[number - 1], x) if number else None
             writes = launches[second].writes
             y: Any = launches[second].arguments[writes[0]] if writes else None
             pairs = program.max_tokens * layer.choices
-            rows = program.max_tokens * layer.columns * _HALF_BYTES, pairs * 4, pairs * layer.out * _NUMBER_BYTES
+            rows = program.max_tokens * layer.columns * layer.x_bytes, pairs * 4, pairs * layer.out * _NUMBER_BYTES
             if not second or second + 1 == len(launches) or not all(map(_holds, (x, order, y), rows)):
                 raise RuntimeDiagnostic(
                     f"the experts of {launch.origin} have code for the CPU, which does not fit their launches",
@@ -120,7 +123,8 @@ class HostSide:
         """Rows and order of a step, on the stream of the step. Nobody reads those of the layer before any more."""
         self.forget()
         layer, arena = products.layer, self._arena
-        self._device.copy_out(self._x, arena + products.x.offset, tokens * layer.columns * _HALF_BYTES, self._stream)
+        row_bytes = layer.columns * layer.x_bytes
+        self._device.copy_out(self._x, arena + products.x.offset, tokens * row_bytes, self._stream)
         self._device.copy_out(self._order, arena + products.order.offset, tokens * layer.choices * 4, self._stream)
 
     def start(self, products: HostProducts, experts: Sequence[HostExpert], tokens: int) -> None:
@@ -140,7 +144,7 @@ class HostSide:
 
     def _job(self, layer: HostLayer, weights: int, first: int, rows: int) -> HostJob:
         sources = self._sources.ctypes.data + 4 * first
-        hidden = self._hidden.ctypes.data + first * layer.hidden * _HALF_BYTES
+        hidden = self._hidden.ctypes.data + first * layer.hidden * layer.hidden_bytes
         return HostJob(weights, self._x, sources, hidden, self._y + first * layer.out * _NUMBER_BYTES, rows)
 
     def most_rows(self, layer: HostLayer) -> int:
@@ -178,6 +182,11 @@ class HostSide:
                     if address:
                         self._device.free_pinned(address)
                 self._x = self._order = self._y = 0
+
+
+def _rounded_from(before: GpuLaunch, codes: Any) -> Any:
+    """The rows that the launch before a product rounds to the codes that the product takes; None where it does not."""
+    return before.arguments[0] if len(before.arguments) > 1 and before.arguments[1] == codes else None
 
 
 def _holds(argument: Any, nbytes: int) -> bool:

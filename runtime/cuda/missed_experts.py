@@ -69,7 +69,7 @@ def missed_of(asked: str | Missed) -> Missed:
 
 def read_order(loads: Sequence[int], read: Sequence[int]) -> list[int]:
     """The indices of `read` in the order in which they are read: those of the most tokens first."""
-    return sorted(read, key=lambda i: (-loads[i], i))
+    return sorted(sorted(read), key=lambda i: -loads[i])
 
 
 def divide(

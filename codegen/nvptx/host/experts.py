@@ -9,11 +9,12 @@ A function computes both products of some experts of a layer, whose weights lie 
     i64 NAME(args*, i64 tid)
 
 `args` are words of 64 bits: 0 threads, 1 team*, 2 jobs*, 3 number of jobs. A job has ten: 0 codes, 1 scales of gate and
-up, 2 codes, 3 scales of down, 4 x (bf16, rows of tokens), 5 sources (i32, the row of x for each row), 6 room for the
-gated rows (bf16), 7 y (f32, rows), 8 number of rows, 9 unused. All threads of the team run it.
+up, 2 codes, 3 scales of down, 4 x (bf16 or f32, rows of tokens), 5 sources (i32, the row of x for each row), 6 room for
+the gated rows (bf16 or f32), 7 y (f32, rows), 8 number of rows, 9 unused. All threads of the team run it.
 
-There is an object for each instruction set in `LEVELS`: an artifact for GPUs runs whatever CPU is beside one. Experts
-without a product on CPUs (8-bit activations, f8e4m3, odd sizes) have no entry and are always brought to the GPU.
+There is an object for each instruction set in `LEVELS`: an artifact for GPUs runs whatever CPU is beside one. Where a
+GPU rounds rows to int8 before a product, the CPU gets the rows that are rounded, and rounds them itself. Experts that
+have no product on CPUs (f8e4m3, odd sizes) have no entry and are always brought to the GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from codegen.programs import WeightsFile
 from hw_targets import load
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32
+from ir.formats import BF16, F32, I8, PlainFormat
 
 LEVELS = ("x86-64-v3", "x86-64-v4", "aarch64")
 JOB_WORDS = 10
@@ -45,7 +46,8 @@ _JOB_BYTES = 8 * JOB_WORDS
 @dataclass(frozen=True)
 class HostLayer:
     """Experts of a piece: rows of x have `columns`, of which each token has `choices`; places of codes and scales of
-    gate|up and of down in an expert's bytes (-1: no scales)."""
+    gate|up and of down in an expert's bytes (-1: no scales). Numbers of x take `x_bytes`, those between the
+    products `hidden_bytes`; with `rounds` x is what the launch before the first product rounds."""
 
     piece: int
     function: str
@@ -54,6 +56,9 @@ class HostLayer:
     out: int
     choices: int
     places: tuple[int, int, int, int]
+    x_bytes: int = 2
+    hidden_bytes: int = 2
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class HostStep:
                 {
                     "piece": layer.piece, "function": layer.function, "columns": layer.columns,
                     "hidden": layer.hidden, "out": layer.out, "choices": layer.choices, "places": list(layer.places),
+                    "x_bytes": layer.x_bytes, "hidden_bytes": layer.hidden_bytes, "rounds": int(layer.rounds),
                 }
                 for layer in self.layers
             ],
@@ -118,7 +124,8 @@ def host_experts(launches: Sequence[GridLaunch], file: WeightsFile, name_of: Cal
     from what that wrote. `name_of` gives the name of a weight in the file."""
     functions: dict[tuple[HostProduct, HostProduct], str] = {}
     layers: list[HostLayer] = []
-    products = [launch for launch in launches if _experts_of(launch) is not None]
+    before = [None, *launches]
+    products = [(before[n], launch) for n, launch in enumerate(launches) if _experts_of(launch) is not None]
     for up, down in itertools.pairwise(products):
         layer = _layer(up, down, file, name_of, functions)
         if layer is not None:
@@ -132,22 +139,29 @@ def _experts_of(launch: GridLaunch) -> Experts | None:
 
 
 def _layer(
-    up: GridLaunch,
-    down: GridLaunch,
+    up_behind: tuple[GridLaunch | None, GridLaunch],
+    down_behind: tuple[GridLaunch | None, GridLaunch],
     file: WeightsFile,
     name_of: Callable[[Value], str | None],
     functions: dict[tuple[HostProduct, HostProduct], str],
 ) -> HostLayer | None:
+    """Of two products, each with the launch before it."""
+    up, down = up_behind[1], down_behind[1]
     first, second = _experts_of(up), _experts_of(down)
     assert first is not None and second is not None
-    shaped = first.gate_up and first.gather > 0 and first.out == BF16
+    shaped = first.gate_up and first.gather > 0 and first.out in (BF16, F32)
     follows = not second.gate_up and second.gather == 0 and second.out == F32 and second.layout.k * 2 == first.layout.n
     # `arguments` are the matrices, x, order, tiles, ..., y, how many tiles: y of one is x of the other.
     matrices = [[a for a in launch.arguments if isinstance(a, WeightPart)] for launch in (up, down)]
-    joined = down.arguments[len(matrices[1])] is up.arguments[up.writes[0]]
-    if not (shaped and follows and joined) or first.x_scales is not None or second.x_scales is not None:
+    of_up, of_down = (_rows(*of, len(m)) for of, m in zip((up_behind, down_behind), matrices, strict=True))
+    if of_up is None or of_down is None or not (shaped and follows and of_down[0] is up.arguments[up.writes[0]]):
         return None
-    products = HostProduct(first.layout, gate=True, gather=True), HostProduct(second.layout)
+    if (first.x_scales is None) != (second.x_scales is None) or of_down[1] != first.out:
+        return None
+    products = (
+        HostProduct(first.layout, True, True, of_up[1], of_up[2], first.out),
+        HostProduct(second.layout, element=of_down[1], rounded=of_down[2]),
+    )
     try:
         for product in products:
             product.check()
@@ -167,8 +181,24 @@ def _layer(
     function = functions.setdefault(products, f"stratum_experts_{len(functions)}")
     a, b, c, d = places
     return HostLayer(
-        pieces[0], function, first.layout.k, first.layout.n // 2, second.layout.n, first.gather, (a, b, c, d)
-    )
+        pieces[0], function, first.layout.k, first.layout.n // 2, second.layout.n, first.gather, (a, b, c, d),
+        of_up[1].dtype.itemsize, first.out.dtype.itemsize, first.x_scales is not None,
+    )  # fmt: skip
+
+
+def _rows(before: GridLaunch | None, product: GridLaunch, matrices: int) -> tuple[Any, PlainFormat, int | None] | None:
+    """(the rows that a product of experts is of, their element, the columns that are rounded together or None): its own
+    argument, or what the launch before rounds to int8. None for what CPUs do not round so."""
+    experts, x = _experts_of(product), product.arguments[matrices]
+    assert experts is not None
+    if experts.x_scales is None:
+        return x, BF16, None
+    key = before.key if before is not None else None
+    if before is None or not isinstance(key, tuple) or key[0] != "quantize" or key[3] != I8:
+        return None
+    if before.arguments[1] is not x or key[2] not in (BF16, F32):
+        return None
+    return before.arguments[0], key[2], experts.x_scales.group
 
 
 # -- the functions

@@ -6,7 +6,8 @@ tile, g and g + 8, so a vector of 16 words gives numbers of both by shifts and m
 depends on the width of the codes only, so x is laid out that way once for all tiles of a thread. Codes are multiplied
 as they are stored, from 0 up: the sums of x that this adds are taken away with the first product of each group.
 
-With a gate, a tile has 8 rows of gate and the 8 rows of up that belong to them: y is silu(gate) * up.
+With a gate, a tile has 8 rows of gate and the 8 rows of up that belong to them: y is silu(gate) * up. Where a GPU
+rounds x to 8 bits, the same is done here while x is laid out: each number becomes that of its code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from codegen.kernels.math import silu
 from codegen.nvptx.fragments import CHUNK, SEGMENT, TILE, Fragments
 from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F32, I32
+from ir.formats import BF16, F32, I32, PlainFormat
 from ir.ops.builtin import FuncOp
 from ir.types import VectorType
 
@@ -27,15 +28,21 @@ HALF = TILE // 2  # rows g and g + 8 lie together
 _WORDS = VectorType(LANES, I32)
 _NUMBERS = VectorType(LANES, F32)
 MOST_COLUMNS = 1 << 16  # of x on a thread's stack
+LARGEST_CODE = 127.0  # of int8
 
 
 @dataclass(frozen=True)
 class HostProduct:
-    """The product of a matrix that lies as `layout` says. With `gather` row r of y is made of row sources[r] of x."""
+    """The product of a matrix that lies as `layout` says. With `gather` row r of y is made of row sources[r] of x. Its
+    numbers are of `element` (bf16 or f32); `rounded`: they are rounded to int8 under scales of so many columns, 0 for
+    whole rows, None for not at all. y has numbers of `out`."""
 
     layout: Fragments
     gate: bool = False
     gather: bool = False
+    element: PlainFormat = BF16
+    rounded: int | None = None
+    out: PlainFormat = F32
 
     def check(self) -> None:
         """Raises DiagnosticError for matrices that have no product on CPUs."""
@@ -45,6 +52,11 @@ class HostProduct:
                 f"no product on CPUs for {layout.n} x {layout.k} numbers of {layout.bits} bits as GPUs have them",
                 expected=f"integers or bf16, a multiple of {TILE} rows and of {CHUNK} columns, at most {MOST_COLUMNS}",
             )
+        if self.rounded and (layout.k % self.rounded or self.rounded % LANES):
+            raise DiagnosticError(
+                f"no product on CPUs of {layout.k} columns rounded in groups of {self.rounded}",
+                expected=f"groups of a multiple of {LANES} columns that divides them",
+            )
 
     @property
     def width(self) -> int:
@@ -53,15 +65,15 @@ class HostProduct:
 
 
 def host_product(product: HostProduct, name: str) -> FuncOp:
-    """A kernel (codes i32, [scales,] x bf16, [sources i32,] y, rows), for a team; y is bf16 with a gate, else f32."""
+    """A kernel (codes i32, [scales,] x, [sources i32,] y, rows), for a team."""
     product.check()
     k, layout = KernelBuilder(name), product.layout
     codes = k.buffer("codes", I32)
     scales = k.buffer("scales", layout.scale_element) if layout.group else None
-    x = k.buffer("x", BF16)
+    x = k.buffer("x", product.element)
     sources = k.buffer("sources", I32) if product.gather else None
-    y, rows = k.buffer("y", BF16 if product.gate else F32), k.size("rows")
-    spread = _Spread.of(k, layout)
+    y, rows = k.buffer("y", product.out), k.size("rows")
+    spread = _Spread.of(k, product)
     tile = _Tile(k, layout, codes, scales, spread)
     first, last = k.thread_share(layout.tiles)
     with k.loop(0, rows) as row:
@@ -72,9 +84,9 @@ def host_product(product: HostProduct, name: str) -> FuncOp:
             sums = tile.sums(at.i)
             if product.gate:
                 made = silu(k, sums.load(0, HALF)) * sums.load(HALF, HALF)
-                target.store(at.i * HALF, made.cast(BF16))
+                target.store(at.i * HALF, made.cast(product.out))
             else:
-                target.store(at.i * TILE, sums.load(0, TILE))
+                target.store(at.i * TILE, sums.load(0, TILE).cast(product.out))
     return k.finish()
 
 
@@ -101,9 +113,12 @@ class _Spread:
     numbers: Buffer
     chunk: Buffer  # as it lies
     places: Sequence[Expr]
+    group: int  # columns that are rounded under one scale, 0 for none
+    factors: Buffer | None  # of each group: to codes, and back
 
     @classmethod
-    def of(cls, k: KernelBuilder, layout: Fragments) -> _Spread:
+    def of(cls, k: KernelBuilder, product: HostProduct) -> _Spread:
+        layout, rounded = product.layout, product.rounded
         columns = _columns(layout.bits)
         size = layout.chunks * LANES * (len(columns) + cls.begins(layout.bits))
         numbers, chunk, table = k.scratch(size, F32), k.scratch(CHUNK, F32), k.scratch(LANES, I32)
@@ -112,7 +127,9 @@ class _Spread:
             for lane, column in enumerate(numbers_of_vector):
                 table.store(lane, k.index(column).from_index())
             places.append(table.load(0, LANES))
-        return cls(k, layout, numbers, chunk, places)
+        group = 0 if rounded is None else rounded or layout.k
+        factors = k.scratch(2 * (layout.k // group), F32) if group else None
+        return cls(k, layout, numbers, chunk, places, group, factors)
 
     @staticmethod
     def begins(bits: int) -> int:
@@ -128,9 +145,12 @@ class _Spread:
         """Lays out a row."""
         k, begins = self.k, self.begins(self.layout.bits)
         zero = 1 << (self.layout.bits - 1)  # the code that means 0
+        if self.factors is not None:
+            self._find_factors(self.factors, x)
         with k.loop(0, self.layout.chunks) as loop:
             for i in range(0, CHUNK, LANES):
-                self.chunk.store(i, x.load(loop.i * CHUNK + i, LANES).cast(F32))
+                at = loop.i * CHUNK + i
+                self.chunk.store(i, self._rounded(x.load(at, LANES).cast(F32), at))
             found = [self.chunk.gather(place) for place in self.places]
             target = self.numbers.at(loop.i * (self.vectors * LANES))
             for i, vector in enumerate(found):
@@ -141,6 +161,27 @@ class _Spread:
                 for vector in found[i * each + 1 : (i + 1) * each]:
                     total = total + vector
                 target.store((len(found) + i) * LANES, total * float(-zero))
+
+    def _find_factors(self, factors: Buffer, x: Buffer) -> None:
+        """As `codegen.nvptx.kernels.quantize_rows`: a scale is the largest magnitude of its group / 127; a group of
+        zeros has factor and scale 0."""
+        k, none = self.k, self.k.constant(_NUMBERS, 0.0)
+        with k.loop(0, self.layout.k // self.group) as group:
+            with k.loop(0, self.group // LANES, 1, [none]) as loop:
+                values = x.load(group.i * self.group + loop.i * LANES, LANES).cast(F32)
+                loop.carry(loop.carried[0].max(values.max(none - values)))
+            most = loop.results[0].reduce("max")
+            factors.store(group.i * 2, k.select(most.compare("gt", 0.0), LARGEST_CODE / most, 0.0))
+            factors.store(group.i * 2 + 1, most * (1.0 / LARGEST_CODE))
+
+    def _rounded(self, values: Expr, column: Expr) -> Expr:
+        """Numbers from a column on, as their codes stand for them."""
+        k, factors = self.k, self.factors
+        if factors is None:
+            return values
+        group = column // self.group
+        code = k.round(values * k.splat(factors.load(group * 2), LANES))
+        return code * k.splat(factors.load(group * 2 + 1), LANES)
 
     def of_chunk(self, chunk: Expr) -> tuple[list[Expr], list[Expr]]:
         """Its vectors, and those that sums begin with."""

@@ -15,7 +15,7 @@ from codegen.nvptx.host.experts import HostStep
 from codegen.nvptx.host.product import HostProduct, host_product
 from codegen.nvptx.kernels.gate import turns
 from ir.diagnostics import DiagnosticError
-from ir.formats import BF16, F8E4M3, F32, I32, FP8Format, GroupedIntFormat, NumberFormat, PackedArray
+from ir.formats import BF16, F8E4M3, F32, I32, FP8Format, GroupedIntFormat, NumberFormat, PackedArray, PlainFormat
 from ir.ops.gemm import MatmulOp
 from ir.tile_interpreter import interpret_kernel
 from tests.samples.base import normal
@@ -34,7 +34,7 @@ def run(
     if isinstance(w, PackedArray):
         arguments.append(product.layout.scales(w))
     rows = len(sources)
-    y = np.full((rows, product.width), np.nan, np.float32).astype((BF16 if product.gate else F32).dtype)
+    y = np.full((rows, product.width), np.nan, np.float32).astype(product.out.dtype)
     order = [np.array(sources, I32.dtype)] if product.gather else []
     interpret_kernel(
         host_product(product, "product"), [*arguments, x.reshape(-1), *order, y.reshape(-1), rows], threads
@@ -55,12 +55,28 @@ def test_products(rows: int, n: int, chunks: int, format: NumberFormat, threads:
     np.testing.assert_allclose(got, MatmulOp.reference(x[sources], w), rtol=1e-5, atol=1e-5 * scale)
 
 
+@settings(max_examples=6, deadline=None)
+@given(st.sampled_from([BF16, F32]), st.sampled_from([0, 32, 64, 128]), st.sampled_from(FORMATS[2:]), st.booleans())
+def test_rows_that_a_gpu_rounds(element: PlainFormat, group: int, format: NumberFormat, zeros: bool) -> None:
+    """To int8 under scales of rows or groups, as `quantize_rows` does; a group of zeros stays one."""
+    n, k = 16, 128
+    x, w = normal(2, k, element=element), numbers(normal(n, k, seed="w"), format)
+    x[0, :32] *= not zeros
+    got = run(HostProduct(Fragments.of(n, k, format), element=element, rounded=group), w, x, [0, 1], 2)
+    grouped = x.astype(np.float32).reshape(2, -1, group or k)
+    most = np.abs(grouped).max(axis=-1, keepdims=True)
+    codes = np.rint(grouped * np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0))
+    rounded = (codes * (most * np.float32(1 / 127))).reshape(2, k)
+    want = MatmulOp.reference(rounded, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("format", [BF16, GroupedIntFormat(4, 32), GroupedIntFormat(8, 64)], ids=str)
 def test_gates(format: NumberFormat) -> None:
     """Rows of gate and up take turns of 8 as a GPU wants them."""
     n, k = 32, 128
     x, w = normal(2, k, element=BF16), normal(n, k, seed="w") * 0.2
-    got = run(HostProduct(Fragments.of(n, k, format), gate=True), numbers(w[turns(n)], format), x, [0, 1], 2)
+    got = run(HostProduct(Fragments.of(n, k, format), gate=True, out=BF16), numbers(w[turns(n)], format), x, [0, 1], 2)
     gate, up = np.split(MatmulOp.reference(x, numbers(w, format)), 2, axis=1)
     np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=2**-7, atol=1e-5)
 
@@ -69,12 +85,14 @@ def test_what_has_no_product_is_named() -> None:
     for layout in (Fragments.of(24, 64, BF16), Fragments.of(16, 64, FP8Format(F8E4M3))):
         with pytest.raises(DiagnosticError, match="no product on CPUs"):
             HostProduct(layout).check()
+    with pytest.raises(DiagnosticError, match="rounded in groups of 24"):
+        HostProduct(Fragments.of(16, 192, GroupedIntFormat(8, 64)), rounded=24).check()
 
 
 def test_all_threads_are_done_when_the_first_returns() -> None:
     """Gate and up before down, down before the caller takes the results: a barrier behind each."""
     layout = Fragments.of(32, 64, BF16)
-    products = HostProduct(layout, gate=True, gather=True), HostProduct(layout)
+    products = HostProduct(layout, gate=True, gather=True, out=BF16), HostProduct(layout)
     text = HostStep((), {"both": products}).text("x86_64-unknown-linux-gnu", frozenset(), "nounwind")
     body = text[text.index("define i64 @both(") :].split("}")[0]
     order = re.findall(r"@both_up|@both_down|@stratum_barrier|ret i64", body)

@@ -36,6 +36,7 @@ SMALL = Shape(hidden=64, ffn=64, vocab=VOCAB, dim=16)
 CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "dense": (replace(SMALL, layers=1, q_heads=2, kv_heads=1), ()),
     "experts": (replace(SMALL, layers=1, experts=5, top_k=2), ("w4a16-g32",)),
+    "rounded": (replace(SMALL, layers=1, q_heads=2, kv_heads=1, experts=4, top_k=2), ("w4a8-g32",)),
     "bytes": (replace(SMALL, hidden=32, layers=1, q_heads=2, kv_heads=1, experts=3, top_k=2), ("w4a8-g32",)),
 }
 PROGRAMS: dict[str, Sequence[GridSpec]] = {}  # where not all that there are

@@ -239,7 +239,7 @@ def test_a_team_that_fails_is_said_once(tmp_path: Path) -> None:
 
 # -- native code -------------------------------------------------------------------------------------------------------
 
-SPARSE = "experts"
+SPARSE, ROUNDED = "experts", "rounded"
 LEVEL = host.best_portable_target(host.host_features()) if host.host_architecture() == "x86_64" else "aarch64"
 
 
@@ -248,12 +248,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.write_lowered(tmp_path_factory.mktemp("native") / "artifact", SPARSE, levels=(LEVEL,))
 
 
-def test_native_experts_within_rounding(artifact: Path) -> None:
-    """All missing experts by the CPU's own code, beside a device that has room for everything."""
+@pytest.mark.parametrize(("case", "tolerance"), [(SPARSE, models.TOLERANCE), (ROUNDED, models.TOLERANCE_OF_BYTES)])
+def test_native_experts_within_rounding(artifact: Path, tmp_path: Path, case: str, tolerance: float) -> None:
+    """All missing experts by the CPU's own code, beside a device that has room for everything; rows in bf16, and rows
+    that are rounded to 8 bits."""
+    if case != SPARSE:
+        artifact = models.write_lowered(tmp_path / "artifact", case, levels=(LEVEL,))
     steps = [models.batch((0, 0, 2)), models.batch((0, 2, 1), (1, 0, 1))]
     found: dict[bool, list[np.ndarray]] = {}
     for on_cpu in (False, True):
-        driver = EmulatedDriver(GridRunner(models.lowered(SPARSE)[1].kernels), order="lazy", seed=2)
+        driver = EmulatedDriver(GridRunner(models.lowered(case)[1].kernels), order="lazy", seed=2)
 
         def some(device: Device, stream: Any, of: Artifact) -> WeightStore:
             plan = plan_of(of, 1 << 30)
@@ -272,7 +276,7 @@ def test_native_experts_within_rounding(artifact: Path) -> None:
                 assert report.prices is not None and min(report.prices) > 0
         assert driver.leaks() == []
     for got, want in zip(found[True], found[False], strict=True):
-        assert np.abs(got - want).max() <= models.TOLERANCE * np.abs(want).max()
+        assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
 
 def test_threads_of_the_cpu(artifact: Path) -> None:
@@ -318,6 +322,8 @@ def test_the_code_of_this_cpu_is_found(artifact: Path) -> None:
         ("columns", lambda e: {**e, "layers": [{**e["layers"][0], "columns": 0}]}),
         ("places", lambda e: {**e, "layers": [{**e["layers"][0], "places": [0, 1 << 40, 0, 0]}]}),
         ("places", lambda e: {**e, "layers": [{**e["layers"][0], "places": [0]}]}),
+        ("x_bytes", lambda e: {**e, "layers": [{**e["layers"][0], "x_bytes": 3}]}),
+        ("rounds", lambda e: {**e, "layers": [{**e["layers"][0], "rounds": "yes"}]}),
         ("features", lambda e: {**e, "code": [{**e["code"][0], "features": "all"}]}),
         ("no file", lambda e: {**e, "code": [{**e["code"][0], "file": "code/other.o"}]}),
         ("cannot be loaded", lambda e: {**e, "layers": [{**e["layers"][0], "function": "other"}]}),

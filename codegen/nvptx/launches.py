@@ -14,6 +14,7 @@ from typing import Any
 
 from codegen.kernels.call import SizeArgument
 from codegen.nvptx.builder import GridKernel
+from codegen.nvptx.kernels.row_tiles import RowTiles
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import PlainFormat
@@ -22,9 +23,11 @@ from ir.types import Dim, SymbolicDim, TensorType
 
 @dataclass(eq=False)
 class Temporary:
-    """Memory of the arena that launches of this program share; told apart by identity."""
+    """Memory of the arena that launches of this program share; told apart by identity. `tiles`: where its rows lie, if
+    not one behind the other."""
 
     type: TensorType
+    tiles: RowTiles | None = None
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,14 @@ from codegen.nvptx.kernels.gemm import GemmShape, check_gemm, gemm_kernel
 from codegen.nvptx.kernels.gemm_packed import PackedShape, gemm_packed_kernel
 from codegen.nvptx.kernels.gemm_wgmma import WgmmaShape, gemm_wgmma_kernel
 from codegen.nvptx.kernels.moe_products import Experts, grouped_decode_kernel, grouped_gemm_kernel
+from codegen.nvptx.kernels.row_tiles import GROUP, RowTiles
 from codegen.nvptx.kernels.wide import WARPS, wide_kernel
 from codegen.nvptx.launches import (
     Count,
     GridArgument,
     GridContext,
     GridLaunch,
+    Temporary,
     WeightPart,
     grid_emitter,
     refused,
@@ -92,6 +94,7 @@ def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: Gri
     made: GridArgument = x
     if before:
         made = temporary_like(before[-1].results[0])
+        made.tiles = _tiles(op, form, context)
         launches.append(part_launch(before, outer, made, context))
     if form.quantize is None:
         return made
@@ -103,6 +106,18 @@ def activations(op: Op, form: GemmForm, launches: list[GridLaunch], context: Gri
     found, launch = rounded(op, form.quantize, made, element, by_row=grouped, warpgroups=layout)
     launches.append(launch)
     return found
+
+
+def _tiles(op: Op, form: GemmForm, context: GridContext) -> RowTiles | None:
+    """Where the row by row kernel in front of a product puts rows in bf16, so that bulk copies bring them: dense
+    products of warpgroups, rows without columns to fill up, an arena that ends with eight rows."""
+    type, weight = tensor_type(form.product.x), tensor_type(op.operands[form.weight])
+    width, dense = type.shape[-1], isinstance(form.product, MatmulOp) and form.quantize is None
+    many = context.options.hopper and not context.few and context.most % GROUP == 0
+    if not (many and dense and type.element == BF16 and weight.layout is not None and isinstance(width, int)):
+        return None
+    tiles = RowTiles(width, BF16)
+    return tiles if tiles.padded == width else None
 
 
 def _dense(
@@ -142,9 +157,10 @@ def _packed(
     grid = f"ceil({size_text(rows)}, {shape.rows}) * {-(-layout.tiles // shape.tiles)}"
     key = ("gemm_packed", layout, shape, output.element, output.gate)
     if isinstance(shape, WgmmaShape):
+        tiled = isinstance(x, Temporary) and x.tiles is not None
         return GridLaunch(
-            f"wgmma_{stem}", key, arguments, writes, grid,
-            lambda name: gemm_wgmma_kernel(layout, name, shape, **made), True,
+            f"wgmma_{stem}{'_tiled' * tiled}", (*key, tiled), arguments, writes, grid,
+            lambda name: gemm_wgmma_kernel(layout, name, shape, tiled=tiled, **made), True,
         )  # fmt: skip
     return GridLaunch(
         f"gemm_{stem}", key, arguments, writes, grid, lambda name: gemm_packed_kernel(layout, name, shape, **made), True

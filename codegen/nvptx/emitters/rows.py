@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from codegen.kernels.call import rows_of, structure_key
+from codegen.kernels.call import SizeArgument, rows_of, structure_key
 from codegen.nvptx.kernels.rowwise import row_kernel
 from codegen.nvptx.launches import GridArgument, GridContext, GridLaunch, Temporary, grid_emitter, refused, size_text
 from ir.builder import Builder
@@ -76,11 +76,14 @@ def row_launch(part: RowPart, context: GridContext, costs: bool = False) -> Grid
         if not isinstance(order, Value) or order not in context.groups:
             raise refused(combine, "experts are combined in an order that no 'moe.dispatch' of this step gives")
         arguments.append(context.groups[order].inverse)
+    tiles = tuple(where.tiles if isinstance(where, Temporary) else None for _, where in part.results)
+    if any(tiles):
+        arguments.append(SizeArgument(rows_of(part.results[0][0].type)))
     region = part.region()
     stem = "_".join(op.name.split(".")[1] for op in part.ops)[:48]
     return GridLaunch(
-        stem, (structure_key(region), "rows"), arguments, writes, part.rows,
-        lambda name: row_kernel(region, name).kernel, costs, part,
+        stem, (structure_key(region), "rows", tiles), arguments, writes, part.rows,
+        lambda name: row_kernel(region, name, tiles).kernel, costs, part,
     )  # fmt: skip
 
 

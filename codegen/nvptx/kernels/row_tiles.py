@@ -20,6 +20,7 @@ from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.fragments import SEGMENT, STEP
 from codegen.tile_builder import Buffer, Expr
 from ir.formats import I32, PlainFormat
+from ir.ops.tile_types import lanes_of
 from ir.types import VectorType
 
 ROW_BYTES = 128  # of a row in a tile of the matrix unit
@@ -62,23 +63,31 @@ class RowTiles:
         return self.rows(m) * self.padded
 
     def store(self, b: GridBuilder, x: Buffer, row: Expr, column: Expr, numbers: Expr, m: Expr) -> None:
-        """Stores 8 neighbouring numbers of a row, from `column` (a multiple of 8) on."""
-        words = x.view(I32)
-        count = STEP * self.element.bits // 32  # of 8 numbers
-        bits = numbers.bitcast(VectorType(count, I32))
-        piece, within = column // self.columns, column % self.columns
-        segment, q = within // SEGMENT, within % SEGMENT // STEP
-        for j in range(count):
-            word = bits.extract(j)
+        """Stores up to 8 neighbouring numbers of a row, from `column` (a multiple of how many they are) on."""
+        each, lanes = 32 // self.element.bits, lanes_of(numbers.type)  # numbers of a word
+        if lanes < each:
+            assert lanes == 1 and not self.crossed
+            x.store(self._word(b, row, column, column % STEP // each, m) * each + column % each, numbers)
+            return
+        bits = numbers.bitcast(VectorType(lanes // each, I32))
+        for i in range(lanes // each):
+            word = bits.extract(i)
             if self.crossed:
                 word = (word & -0xFFFF01) | (word.shifted_right(8) & 0xFF00) | (word & 0xFF00).shifted_left(8)
-            sixteen = segment * count + j
-            if self.gathered:
-                first = (row * self.pieces + piece) * ROW_BYTES + sixteen * PIECE_BYTES
-            else:
-                first = self.first(piece, row // GROUP, m) + row % GROUP * ROW_BYTES
-                first = first + b.xor(sixteen, row % GROUP) * PIECE_BYTES
-            words.store(first // 4 + q, word)
+            j = i if lanes == STEP else column % STEP // each + i
+            x.view(I32).store(self._word(b, row, column, j, m), word)
+
+    def _word(self, b: GridBuilder, row: Expr, column: Expr, j: Expr | int, m: Expr) -> Expr:
+        """Where word j of the 8 numbers that `column` is among lies."""
+        piece, within = column // self.columns, column % self.columns
+        segment, q = within // SEGMENT, within % SEGMENT // STEP
+        sixteen = segment * (STEP * self.element.bits // 32) + j
+        if self.gathered:
+            first = (row * self.pieces + piece) * ROW_BYTES + sixteen * PIECE_BYTES
+        else:
+            first = self.first(piece, row // GROUP, m) + row % GROUP * ROW_BYTES
+            first = first + b.xor(sixteen, row % GROUP) * PIECE_BYTES
+        return first // 4 + q
 
     def arranged(self, x: np.ndarray) -> np.ndarray:
         """Rows [m, k] as they lie: [pieces, eights of rows, 8, numbers], or [rows, pieces, numbers]."""

@@ -8,12 +8,14 @@ is known from dispatching (`moe_route`), and comes as one more argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
 from codegen.kernels.math import LOG2_E
 from codegen.kernels.rowwise import RowEvaluator, element_of, width_of
 from codegen.nvptx.builder import WARP, GridBuilder, GridKernel
+from codegen.nvptx.kernels.row_tiles import RowTiles
 from codegen.tile_builder import Buffer, Expr
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
@@ -31,7 +33,7 @@ MAX_THREADS = 256
 @dataclass(frozen=True)
 class RowKernel:
     """A kernel launched with a block for each row. Its arguments are `inputs`, then a buffer for each result, then, for
-    moe.combine (`combines`), the inverse i32 [pairs] of its order."""
+    moe.combine (`combines`), the inverse i32 [pairs] of its order, then, where results lie as tiles, the rows."""
 
     kernel: GridKernel
     inputs: tuple[Value, ...]
@@ -75,8 +77,9 @@ class GridRowEvaluator(RowEvaluator):
             self.scales[norm.y] = 1.0 / k.sqrt(total * (1.0 / width) + norm.eps)
 
 
-def row_kernel(op: Op, name: str) -> RowKernel:
-    """The kernel of an op or a fused region. Raises DiagnosticError for what has none."""
+def row_kernel(op: Op, name: str, tiles: Sequence[RowTiles | None] = ()) -> RowKernel:
+    """The kernel of an op or a fused region. `tiles`: for each result where its rows lie, None where one behind the
+    other. Raises DiagnosticError for what has none."""
     body, inputs, results = _region(op)
     for inner in body:
         _refuse(inner)
@@ -92,12 +95,18 @@ def row_kernel(op: Op, name: str) -> RowKernel:
     combines = any(isinstance(inner, CombineOp) for inner in body)
     if combines:
         evaluator.inverse = k.buffer("inverse", I32)
+    m = k.size("rows") if any(tiles) else k.index_value(0)
     evaluator.prepare_row(k.block_id(), norms)
     for width in dict.fromkeys(map(width_of, results)):
         with k.loop(*evaluator.columns(width)) as loop:
-            for value, out in zip(results, outputs, strict=True):
-                if width_of(value) == width:
-                    out.store(evaluator.row * width + loop.i, evaluator.value(value, loop.i, lanes, None))
+            for value, out, places in zip(results, outputs, tiles or [None] * len(results), strict=True):
+                if width_of(value) != width:
+                    continue
+                numbers = evaluator.value(value, loop.i, lanes, None)
+                if places is None:
+                    out.store(evaluator.row * width + loop.i, numbers)
+                else:
+                    places.store(k, out, evaluator.row, loop.i, numbers, m)
     return RowKernel(k.grid_kernel(), tuple(inputs), combines)
 
 

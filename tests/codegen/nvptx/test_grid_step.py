@@ -96,6 +96,8 @@ def test_prompts_take_products_of_warpgroups_on_the_weights_of_decoding() -> Non
         names = [[launch.kernel for launch in program.launches] for program in step.programs]
         assert sum(name.startswith(few) for name in names[0]) == sum(name.startswith(many) for name in names[1]) > 0
         assert not any("wgmma" in name for name in names[0]) and not any(name.startswith("gemm") for name in names[1])
+    # behind a norm in bf16 rows come by bulk copies; those of attention and of a gate do not
+    assert sum("_tiled" in launch.kernel for launch in lowered("wgmma")[1].programs[1].launches) == 5
     wide = replace(OPTIONS, hopper=True, prefill_tokens=512)
     assert [s.max_tokens for s in program_specs(wide)] == [8, 16, 64, 512]
     model, plain = lowered("dense")[0], lowered("dense")[1]

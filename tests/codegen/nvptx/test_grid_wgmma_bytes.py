@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from codegen.nvptx.builder import GridBuilder
 from codegen.nvptx.compile import runs_on
 from codegen.nvptx.fragments import Fragments
 from codegen.nvptx.kernels.gate import turns
@@ -110,6 +111,21 @@ def test_rows_are_put_in_order() -> None:
     np.testing.assert_array_equal(y.view(np.uint16), tiles.arranged(x).reshape(-1).view(np.uint16))
     with pytest.raises(DiagnosticError, match="rows of 12 columns as tiles"):
         arrange_rows_kernel(RowTiles(12, BF16), "ordered")
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_parts_of_eight_columns_are_put_in_order(lanes: int) -> None:
+    """As row by row kernels store them whose rows are cut finer."""
+    tiles, x = RowTiles(128, BF16), normal(9, 128, element=BF16)
+    k = GridBuilder("parts", 32)
+    source, target, m = k.buffer("x", BF16), k.buffer("y", BF16), k.size("rows")
+    with k.loop(k.thread_id() * lanes, 128, 32 * lanes) as loop:
+        row = k.block_id()
+        tiles.store(k, target, row, loop.i, source.load(row * 128 + loop.i, lanes), m)
+    y = np.zeros(tiles.count(9), BF16.dtype)
+    interpret_grid(k.grid_kernel().func, [x, y, 9], blocks=9, threads=32)
+    wanted = tiles.arranged(np.concatenate([x, np.zeros((7, 128), BF16.dtype)]))  # behind the rows nothing is stored
+    np.testing.assert_array_equal(y.view(np.uint16), wanted.reshape(-1).view(np.uint16))
 
 
 def test_gate_and_up() -> None:

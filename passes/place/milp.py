@@ -74,8 +74,12 @@ def solve_counts(
     best: bool = True,
     nodes: int = MANY_NODES,
     divide: bool = False,
+    within: float = _REL_GAP,
 ) -> Found | None:
     """The best counts; with `least_bytes` those that need least of that tier, whose room then does not count.
+
+    `within`: the share of the best by which a choice may be longer where it was found in so many nodes. Which one that
+    is depends on the version of HiGHS; 0 asks for the best itself.
 
     `divide`: the cache of a layer may lie in two places, so that the layers of ways that differ in that alone are whole
     only together.
@@ -83,7 +87,7 @@ def solve_counts(
     shrink = 1.0
     for _ in range(4):  # once, unless tolerances of the solver let a tier go over by a few bytes
         rows, columns, alike = _program(problem, options, least_bytes, best, shrink, divide)
-        values, gap = _run(rows, nodes)
+        values, gap = _run(rows, nodes, within)
         if values is None:
             return None
         choice = _whole(problem, columns, alike, values)
@@ -92,7 +96,7 @@ def solve_counts(
             return Found(choice, gap, objective(problem, values[0], values[1]) * _time_scale(options))
         shrink *= 1 - 4e-6
     if divide:  # in whole blocks it does not fit
-        return solve_counts(problem, options, least_bytes=least_bytes, best=best, nodes=nodes)
+        return solve_counts(problem, options, least_bytes=least_bytes, best=best, nodes=nodes, within=within)
     return None
 
 
@@ -248,7 +252,7 @@ def _quality(rows: _Rows, problem: Problem, columns: list[tuple[Option, int]]) -
         rows.row(0.0, math.inf, spare)
 
 
-def _run(rows: _Rows, nodes: int) -> tuple[list[float] | None, float]:
+def _run(rows: _Rows, nodes: int, within: float) -> tuple[list[float] | None, float]:
     """(values of the columns, relative gap); None when nothing fits."""
     import highspy
     import numpy as np
@@ -272,7 +276,7 @@ def _run(rows: _Rows, nodes: int) -> tuple[list[float] | None, float]:
         ("random_seed", 0),
         ("presolve", "off"),  # there is nothing to take out: it costs more than half of the time and cuts worse
         ("mip_max_nodes", nodes),
-        ("mip_rel_gap", _REL_GAP if nodes >= MANY_NODES else 2.5 * _REL_GAP),
+        ("mip_rel_gap", within if nodes >= MANY_NODES else 2.5 * within),
         ("mip_feasibility_tolerance", 1e-7),
         ("primal_feasibility_tolerance", 1e-8),
     ):

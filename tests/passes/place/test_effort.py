@@ -22,7 +22,7 @@ from stratum.planning import PlanRequest, make_plan
 def test_the_largest_model_on_a_machine_of_many_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
     """671 billion parameters in 61 layers: as few columns as a model of a few, and few programs."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(milp, "_run", lambda rows, nodes: asked.append((len(rows.cost), nodes)) or (None, 1.0))
+    monkeypatch.setattr(milp, "_run", lambda rows, nodes, within: asked.append((len(rows.cost), nodes)) or (None, 1.0))
     made = make_plan(
         PlanRequest("DeepSeek-V3", target="instinfer-csd", simulate=False)
     )  # greedy, where no program is solved

@@ -42,6 +42,8 @@ from runtime.session_base import SessionBase
 from runtime.session_parts import MemoryReport
 from runtime.step_inputs import StepInputs
 
+LEAST_CHUNK_BYTES = 1 << 20  # of the buffers that weights come through, beside a cache on the host
+
 
 class _Held:
     """What a session holds, apart from it, so that dropping the session can release it."""
@@ -139,6 +141,7 @@ class CudaSession(SessionBase):
         if host_memory is None or plan is None:
             return host_memory
         needed = plan.plain_bytes + plan.pinned_bytes + pinned_bytes(self.gpu, self.vocab_size)
+        needed += BUFFERS * min(LEAST_CHUNK_BYTES, self.manifest.weights.bytes)  # through which weights come
         if needed > host_memory:
             raise HostCacheTooSmall(host_memory, needed)
         return host_memory - plan.plain_bytes

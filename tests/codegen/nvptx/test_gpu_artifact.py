@@ -16,13 +16,18 @@ from codegen.nvptx.ptxas import Assembled
 from codegen.object_cache import ObjectCache
 from frontends.huggingface import import_model
 from ir.diagnostics import DiagnosticError
+from runtime import host
 from runtime.artifact import open_artifact
+from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_attention import AttentionProgram
 from runtime.errors import RuntimeDiagnostic
 from runtime.session import Session
 from stratum.checkpoint_report import artifact_text, describe_artifact
+from stratum.host_kv_choice import layers_on_host
 from tests.codegen.nvptx.kernel_list import fp8_kernels
 from tests.goldens import GOLDENS
+
+LEVEL = host.best_portable_target(host.host_features()) if host.host_architecture() == "x86_64" else "aarch64"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("gpu")
     cache = ObjectCache(folder / "cache")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gpu_code, "LEVELS", ("x86-64-v3",))  # code for one kind of CPU beside it is enough here
+        patched.setattr(gpu_code, "LEVELS", (LEVEL,))  # code for one kind of CPU is enough here
         for name, program in (("plain", None), ("assembled", Path(__file__))):
             patched.setattr(gpu_code, "find_ptxas", lambda program=program: program)
             patched.setattr(gpu_code, "assemble", lambda ptx, architecture, program: Assembled(b"machine code", {}))
@@ -56,6 +61,20 @@ def test_what_is_in_it(built: tuple[Path, Path]) -> None:
     attention = AttentionProgram.of(plain)
     assert sorted(attention.layers) == list(range(plain.gpu.kv.layers)) and attention.kv_info(1).format == "bf16"
     assert plain.read_bytes(attention.code[0][0]).startswith(b"\x7fELF")
+
+
+def test_a_plan_says_which_keys_and_values_lie_on_the_host(built: tuple[Path, Path]) -> None:
+    """Of an artifact as it is built; more room, fewer layers."""
+    artifact = open_artifact(built[0])
+    assert artifact.gpu is not None
+    slots, count = 16, artifact.gpu.kv.layers
+    others = artifact.manifest.weights.bytes + scratch_bytes(artifact.gpu, artifact.manifest.vocab_size)
+    found = []
+    for share in (0.1, 0.7, 1.1):
+        free = round((others + share * artifact.gpu.kv.nbytes(slots, 64)) * 16 / 15)
+        device: Any = SimpleNamespace(name="NVIDIA H100 80GB HBM3", free_bytes=lambda free=free: free)
+        found.append(len(layers_on_host(artifact, device, context=64, slots=slots, host_bytes=1 << 30)))
+    assert found[0] == count and 0 < found[1] < count and found[2] == 0
 
 
 def test_the_bytes_depend_on_the_model_alone(built: tuple[Path, Path]) -> None:

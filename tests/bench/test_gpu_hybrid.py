@@ -133,6 +133,8 @@ def test_simulated_steps_are_sound(tmp_path: Path) -> None:
                     assert [d.message for d in check_stream(decode_program(other), other.machine)] == []
                     predicted = predict_device(other)
                     assert predicted.later <= predicted.computed and (predicted.computed == 0 or mode != "fetch")
+                    less = (predicted.computed - predicted.later) * UNIT
+                    assert predicted.link_bytes == pytest.approx(predict_device(case).link_bytes - less)
             found.append(predict_device(case))
         assert found[0].link_bytes >= found[1].link_bytes >= found[2].link_bytes > found[3].link_bytes == 0
         assert found[0].seconds > found[1].seconds >= found[2].seconds > found[3].seconds

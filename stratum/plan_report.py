@@ -20,7 +20,7 @@ def plan_text(planned: Planned) -> str:
     """The report of a plan."""
     plan = planned.placement
     lines = [*_head(planned), *_quality(plan), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
-    lines += _threshold(plan)
+    lines += [*_chunks(planned), *_threshold(plan)]
     if plan.expert_cache is not None:
         lines += ["", *_cache(planned)]
     lines += _stand_ins(plan)
@@ -28,6 +28,16 @@ def plan_text(planned: Planned) -> str:
         lines += ["", *_gains(planned)]
     lines += [f"warning: {text}" for text in planned.warnings]
     return "\n".join(lines)
+
+
+def _chunks(planned: Planned) -> list[str]:
+    """How many tokens of a prompt pass at once, and what others would take, where several were simulated."""
+    if not planned.chunks:
+        return []
+    tried = ", ".join(
+        f"{chunk}: {seconds_text(prompt)}, {seconds_text(step)} a step" for chunk, prompt, step in planned.chunks
+    )
+    return [f"prompts pass in chunks of {planned.placement.session.chunk} tokens (simulated with {tried})"]
 
 
 def _threshold(plan: Placement) -> list[str]:

@@ -27,3 +27,5 @@ class Planned:
     judged: Judged | None = None
     warnings: tuple[str, ...] = field(default=())
     trace: RoutingTrace | None = None
+    # Chunks of a prompt that were simulated, with the seconds of a prompt and of a step.
+    chunks: tuple[tuple[int, float, float], ...] = ()

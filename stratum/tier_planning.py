@@ -18,6 +18,7 @@ from frontends.model_shape import ModelShape
 from hw_targets.quantities import enough_bytes
 from hw_targets.target import Target
 from passes.place.cache_choice import TraceRates, check_trace, judge, session_trace
+from passes.place.chunk_choice import best_chunk
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
 from passes.place.machine import machine_of, main_tier
@@ -117,6 +118,7 @@ def plan_tiers(
             # Keys and values may come from a drive where memory has no room for them.
             solutions = [solve(dataclasses.replace(problem, pins=pins[:-1]))]
         solution = solutions[0]
+    tried: tuple[tuple[int, float, float], ...] = ()
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:
         pass  # played as the runtime does, see `BuiltModel.as_run`
@@ -124,7 +126,8 @@ def plan_tiers(
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:
         bound, refined = most_tokens(solutions)
-        solution, step, prompt = refined.solution, refined.step_seconds, refined.prompt
+        chunks = best_chunk(refined.solution, refined.prompt, refined.step_seconds)
+        solution, step, prompt, tried = chunks.solution, chunks.step_seconds, chunks.prompt, chunks.tried
     placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step)
     if request.simulate and placement.prefill_threshold is not None:
@@ -158,7 +161,7 @@ def plan_tiers(
         found = built.gains(bound, target, trace)
     elif request.what_if and given is None:
         found = gains(bound)
-    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace)
+    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace, tried)
 
 
 def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:

@@ -19,7 +19,7 @@ from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.kv_division import divided, is_near, kv_parts
 from passes.place.machine import Machine
-from passes.place.option import CACHED, RESIDENT, SPLIT, Option, blended
+from passes.place.option import CACHED, RESIDENT, SPLIT, THERE, Option, blended
 from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, PhaseOutcome, by_part
 from passes.place.parallel import Spread
@@ -335,22 +335,34 @@ def expert_cache_of(choice: Choice) -> ExpertCache | None:
 
 
 def prefill_threshold(problem: Problem, choice: Choice) -> int | None:
-    """Tokens of a prompt from which it is faster to move the experts (or MLP) of slow units than to compute there."""
-    slow = [o for o, _ in choice if o.mode == RESIDENT and o.part.group in ("mlp", "experts") and o.part.layers]
-    for option in slow:
+    """Tokens of a prompt from which it is faster to move the experts (or MLP) of slow units than to compute there: of
+    those that lie by such a unit, and of those that a cache lacks and a helper may compute."""
+    for option in (o for o, _ in choice if o.part.group in ("mlp", "experts") and o.part.layers):
         tokens = 1
         while tokens <= 1 << 16:
             session = dataclasses.replace(problem.session, prompt=tokens, chunk=tokens)
-            trial = dataclasses.replace(problem, session=session, pins=())
-            ways = [
-                o
-                for o in options_of(trial, option.part)
-                if (o.unit, o.home, o.mode) == (option.unit, option.home, option.mode)
-            ]
-            if len(ways) < 2:
+            ways = prompt_ways(dataclasses.replace(problem, session=session, pins=()), option)
+            if ways is None:
                 break
-            lengths = [max(o.prefill.waited, max(o.prefill.streams.values(), default=0.0)) for o in ways]
-            if min(lengths[1:]) < lengths[0]:
+            stays, moved = (max(o.prefill.waited, max(o.prefill.streams.values(), default=0.0)) for o in ways)
+            if moved < stays:
                 return tokens
             tokens *= 2
     return None
+
+
+def prompt_ways(problem: Problem, option: Option) -> tuple[Option, Option] | None:
+    """Computed where it lies and moved for a prompt, the placement being the same; None where there is no choice."""
+    part = option.part
+    if option.mode == CACHED and option.helper:
+        given = problem, part, CACHED, option.unit, option.home, option.slots
+        there, moved = option_with(*given, option.helper, THERE), option_with(*given)
+        return (there, moved) if there is not None and moved is not None else None
+    if option.mode != RESIDENT:
+        return None
+    alike = [
+        o for o in options_of(problem, part) if (o.unit, o.home, o.mode) == (option.unit, option.home, option.mode)
+    ]
+    if len(alike) < 2:
+        return None
+    return alike[0], min(alike[1:], key=lambda o: max(o.prefill.waited, max(o.prefill.streams.values(), default=0.0)))

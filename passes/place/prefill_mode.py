@@ -3,11 +3,11 @@
     mode = prefill_mode(problem, choice)      # PrefillMode(tokens=128, bound=64); no tokens: never, as far as tried
 
 What lies by a slow unit and is computed there in decode steps may be moved to a faster one for a prompt, layer by layer
-for all its tokens. Weights that are moved cost the same for every prompt, computing them grows with its tokens. The
-closed form (`build_plan.prefill_threshold`) compares single parts and lets moves run beside everything else: it says
-from where on moving may win. From there a few doublings are simulated event by event, all parts moved against none, and
-the first that is faster moved is taken. Devices that work as one, and plans that cannot be simulated, keep the closed
-form.
+for all its tokens; so may experts that a cache lacks, where a helper can compute them. Weights that are moved cost the
+same for every prompt, computing them grows with its tokens. The closed form (`build_plan.prefill_threshold`) compares
+single parts and lets moves run beside everything else: it says from where on moving may win. From there a few doublings
+are simulated event by event, all parts moved against none, and the first that is faster moved is taken. Devices that
+work as one, and plans that cannot be simulated, keep the closed form.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from ir.diagnostics import DiagnosticError
-from passes.place.build_plan import prefill_threshold
-from passes.place.option import Option
+from passes.place.build_plan import prefill_threshold, prompt_ways
+from passes.place.expert_options import option_with
+from passes.place.option import CACHED, Option
 from passes.place.options import attention_option, options_of
 from passes.place.outcome import Choice
 from passes.place.problem import Problem
@@ -62,6 +63,14 @@ def for_prompt(problem: Problem, choice: Choice, moved: bool) -> Choice | None:
     """The same placement for another prompt, parts that may be moved for it moved or not; None where there is none."""
     found: list[tuple[Option, int]] = []
     for option, count in choice:
+        if option.mode == CACHED:
+            same = option_with(problem, option.part, CACHED, option.unit, option.home, option.slots)
+            pair = prompt_ways(problem, option) or (same, same)
+            way = pair[moved]
+            if way is None:
+                return None
+            found.append((way, count))
+            continue
         same = [o for o in options_of(problem, option.part) if _placed(o) == _placed(option)]
         if option.kv_old:
             kv = (option.kv_home, option.kv_unit), (option.old_home, option.old_unit)

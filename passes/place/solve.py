@@ -20,9 +20,10 @@ from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
 from passes.place.greedy import greedy
+from passes.place.kv_division import is_near
 from passes.place.machine import UNLIMITED
-from passes.place.milp import MANY_NODES, Found, solve_counts
-from passes.place.option import Option
+from passes.place.milp import FEW_NODES, MANY_NODES, Found, solve_counts
+from passes.place.option import RESIDENT, Option
 from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, evaluate, tier_use
 from passes.place.placement import Placement
@@ -81,11 +82,14 @@ def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:
     """
     best: Solution | None = None
     for variant in _variants(problem):
-        found = _solve_one(variant, nodes)
+        shorter = best is not None and variant.session.chunk < problem.session.chunk
+        found = _solve_one(variant, min(nodes, FEW_NODES) if shorter else nodes)
         if found is not None and (best is None or found.outcome.objective < best.outcome.objective * (1 - 1e-9)):
             best = found
-        if found is not None and variant.session.micro_batches == problem.session.micro_batches and _settled(problem):
-            break  # smaller chunks are for when nothing else fits
+        elif shorter and variant.session.batch == 1:
+            break  # nor would even shorter ones help
+        if found is not None and variant.session.batch == 1 and (nodes < MANY_NODES or _at_ease(found)):
+            break  # smaller chunks leave no room that anything wants
     if best is None:
         raise _no_fit(problem)
     return best
@@ -126,8 +130,11 @@ def choices_of(problem: Problem) -> list[list[Option]]:
     return found
 
 
-def _settled(problem: Problem) -> bool:
-    return problem.session.batch == 1
+def _at_ease(found: Solution) -> bool:
+    """Whether all lies in the memory of one unit, which computes it."""
+    options = [option for option, _ in found.choice if option.part.nbytes]
+    at_home = all(o.mode == RESIDENT and (not o.kv_home or is_near(found.problem, o)) for o in options)
+    return at_home and len({o.unit for o in options} | {o.unit_at(True) for o in options}) == 1
 
 
 def _variants(problem: Problem) -> list[Problem]:

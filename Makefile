@@ -10,7 +10,8 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 CODE := ir frontends hw_targets passes codegen runtime stratum tests examples tools bench
 FOLDERS = $(wildcard $(CODE))
-PYTEST := $(PY) -m pytest
+# Hundreds of processes import the same modules: their compiled form is kept, even where the environment says not to.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PY) -m pytest
 WORKERS ?= 2
 
 help: ## list the targets

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
 import os
 import shutil
 import signal
@@ -36,6 +38,7 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+_ROOT = Path(__file__).parents[1]
 _REFERENCE = Path(__file__).parent / "reference"
 _RUN_CACHE = "STRATUM_TEST_CACHE"
 
@@ -45,9 +48,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The run has one cache for compiled objects and built models; its workers inherit the name."""
+    """The run has one cache for compiled objects and built models; its workers inherit the name.
+
+    Objects are found by their LLVM text, options and generator: those of earlier runs are taken too.
+    """
     if not hasattr(config, "workerinput"):
-        os.environ[_RUN_CACHE] = tempfile.mkdtemp(prefix="stratum-test-cache-")
+        os.environ[_RUN_CACHE] = folder = tempfile.mkdtemp(prefix="stratum-test-cache-")
+        compiler = hashlib.sha256((_ROOT / "codegen" / "compile_child.py").read_bytes()).hexdigest()[:16]
+        kept = _ROOT / "build" / "test-objects" / compiler
+        with contextlib.suppress(OSError):  # a tree that cannot be written: nothing is kept
+            kept.mkdir(parents=True, exist_ok=True)
+            os.symlink(kept, Path(folder) / "objects")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for, runs_on
-from codegen.nvptx.host.attention import attention_path
-from codegen.nvptx.host.experts import LEVELS, object_path
+from codegen.nvptx.host.attention import LEVELS, attention_path
+from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep
 from codegen.nvptx.lowering import HOPPER

@@ -196,4 +196,7 @@ def one_of_each_on_hopper() -> GridKernel:
     left = k.join(*(x.load(1024 + thread * 16 + half * 8, 8) for half in range(2)))
     c = k.group_mma(k.f32(1.0, 8), left, right, 0, step=2)
     y.store(thread * 8, k.part(k.wait_mma(c, 0), 0, 4))
+    whole = k.part(left, 0, 8).bitcast(VectorType(16, I8))
+    d = k.group_mma(k.constant(VectorType(8, I32), 3), whole, right.view(I8), 0)
+    y.store(thread * 8 + 4, k.part(k.wait_mma(k.group_mma(d, whole, right.view(I8), 0, step=3), 0), 4, 4).cast(F32))
     return k.grid_kernel()

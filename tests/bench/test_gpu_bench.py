@@ -22,7 +22,7 @@ from bench.gpu_dense_cases import small_dense
 from bench.gpu_device import MeasuringDevice
 from bench.gpu_moe_cases import small_experts, small_group_experts
 from bench.gpu_product_cases import small_fp8, small_products, small_wgmma
-from bench.gpu_rows import Row, rows_table
+from bench.gpu_rows import MODELS, Row, in_order, rows_table
 from codegen.nvptx import gpu_code
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.lower_to_grid import LoweredGridStep, lower_grid_step
@@ -106,6 +106,8 @@ def test_verdicts() -> None:
     ):  # fmt: skip
         assert row.verdict == verdict
         assert Row.from_json(row.to_json()).verdict == verdict
+    assert [row.name for row in in_order([Row("a"), Row("prefill", fault="no")])] == ["prefill", "a"]
+    assert set(MODELS) == set(bench_gpu.MODELS)
     text = rows_table([Row("plain", 1e-6, 0.5, nbytes=2e3), Row("barred", 1e-6, 3.2, 3.0, "torch's speed")])
     assert text.splitlines()[2].startswith("| barred | - | 1.0 | - | - | 3.20 x | torch's speed | at least 3.00 x |")
     assert "| plain | - | 1.0 | 2 | - | 50 % |" in text

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from codegen.artifact import ArtifactWriter
+from codegen.build_stages import BuildStages, Progress
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import CodegenTarget, compile_lowered, lower_step
 from codegen.format_report import FormatUse, bits_per_weight, format_uses
@@ -28,6 +29,7 @@ from codegen.object_cache import ObjectCache
 from codegen.programs import WeightsFile
 from codegen.weights import write_weights
 from frontends.huggingface import ImportedModel
+from hw_targets.target import Target as MachineTarget
 from ir import print_module
 from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import ModuleOp
@@ -40,7 +42,6 @@ from passes.quantize.quantize import QuantizePass
 from passes.quantize.recipe import is_path, load_recipe
 
 DTYPES = ("bf16", "f32")
-Progress = Callable[[str, float], None]  # stage, fraction of it that is done
 
 
 class Target(CodegenTarget, Protocol):
@@ -53,7 +54,8 @@ class Target(CodegenTarget, Protocol):
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Where the artifact is and how it came about. `notes` say what the recipe could not have as it is written."""
+    """Where the artifact is and how it came about. `notes` say what of the machine is not used, and what the recipe
+    could not have as it is written."""
 
     path: Path
     code_was_cached: bool
@@ -103,7 +105,7 @@ def build_artifact(
     `recipe` names recipes by commas (`passes.quantize.recipe`); a checkpoint that is quantized stays as it is stored
     unless another recipe or a pipeline is given. `stand_ins` names those of copies of the experts in fewer bits.
     """
-    tell = progress or (lambda stage, fraction: None)
+    tell = BuildStages(progress)
     module, architectures = imported.module, gpu_architectures(target)
     parts = recipe_parts(recipe, pipeline, module)
     copies = stand_in_parts(stand_ins, pipeline, imported)
@@ -129,7 +131,11 @@ def build_artifact(
     weights = maker.file
     extra = [value for bundle in weights.bundles if bundle.stand_in for value in bundle.weights]
     formats = format_uses([(name, value) for name, value in weights.roots if value not in extra])
-    with ArtifactWriter(out, expected_bytes=weights.nbytes) as writer, ThreadPoolExecutor(1, "build-code") as pool:
+    with (
+        tell,
+        ArtifactWriter(out, expected_bytes=weights.nbytes) as writer,
+        ThreadPoolExecutor(1, "build-code") as pool,
+    ):
         # LLVM runs in a process of its own: it works while the weights stream.
         pending = pool.submit(maker.make)
         with writer.open("weights/weights.bin") as file:
@@ -141,6 +147,7 @@ def build_artifact(
                 progress=lambda done, all: tell("weights", done / max(1, all)),
             )
             file.write(maker.tables)
+        tell("code", 0.0)  # what is left of it
         code = pending.result()
         for name, content in code.files.items():
             writer.add(name, content)
@@ -180,7 +187,9 @@ def build_artifact(
                 },
             }
         )
-    return BuildResult(Path(out), maker.was_cached, weights.nbytes, report, formats, _notes(report))
+    return BuildResult(
+        Path(out), maker.was_cached, weights.nbytes, report, formats, (*unused_gpu(target), *_notes(report))
+    )
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,17 @@ def _without_paths(made: Pass) -> Pass:
         if any(is_path(part) for part in made.stand_ins):
             made = replace(made, stand_ins=("stand_ins.toml",))
     return made
+
+
+def unused_gpu(target: Target) -> tuple[str, ...]:
+    """Of a machine with a GPU that has no kernels: what is built instead."""
+    first = target.units[0] if isinstance(target, MachineTarget) and target.units else None
+    if first is None or first.kind != "gpu" or gpu_architectures(target):
+        return ()
+    return (
+        f"built for the CPU of {target.name} ({target.llvm_cpu}); its GPU is not used: kernels are for CPUs and for "
+        "NVIDIA GPUs",
+    )
 
 
 def _notes(report: PipelineReport) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere, JSON events for programs, or nothing.
 
 A `Progress` is called as `progress(stage, done, total, unit)`; `unit` is `bytes` or the plural of what is counted, and
-`total` 0 means unknown. Stages come one after the other; `close` ends the last one. Display goes to stderr, so that
-stdout holds results only; JSON events go to stdout, one object a line.
+`total` 0 means unknown. Stages come one after the other; `close` ends the last one. The stage "compiling" interrupts
+another, which then goes on as if no time had passed. Display goes to stderr, so that stdout holds results only; JSON
+events go to stdout, one object a line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Protocol, TextIO
 _LINE_SECONDS = 5.0  # between two plain lines of one stage
 _BAR_SECONDS = 0.1
 _EVENT_SECONDS = 0.25
+COMPILING = "compiling"
+_EXPLAINED = "loops for the weights of this build, once on a machine"
 
 
 class Progress(Protocol):
@@ -33,19 +36,45 @@ class Reporter:
         self.started = 0.0
         self._shown = 0.0
         self._last: tuple[float, float, str] = (0.0, 0.0, "")
+        self._outer: tuple[str, float, tuple[float, float, str]] | None = None  # interrupted: its seconds, what it did
+        self._compiled = 0.0  # seconds in all
 
     def __call__(self, stage: str, done: float, total: float, unit: str = "") -> None:
         now = time.monotonic()
         if stage != self.stage:
-            self._end_stage()
-            self.stage, self.started, self._shown = stage, now, now
-            self.begin(stage, total, unit)
+            self._change(stage, now, total, unit)
         self._last = (done, total, unit)
         if now - self._shown >= self.interval_s:
             self._shown = now
             self.update(stage, done, total, unit, now - self.started)
 
+    def _change(self, stage: str, now: float, total: float, unit: str) -> None:
+        if stage == COMPILING and self.stage:
+            self._outer = self.stage, now - self.started, self._last
+            self.stage, self.started, self._shown = COMPILING, now - self._compiled, now
+            self.begin(COMPILING, total, unit)
+            return
+        outer = self._resume(now)
+        if stage != outer:
+            self._end_stage()
+            self.stage, self.started, self._shown = stage, now, now
+            self.begin(stage, total, unit)
+
+    def _resume(self, now: float) -> str:
+        """Goes back to what compiling interrupted; its name, "" for none."""
+        if self._outer is None:
+            return ""
+        before, self._compiled = self._compiled, now - self.started
+        self.pause(COMPILING, self._compiled - before)
+        (self.stage, spent, self._last), self._outer = self._outer, None
+        self.started, self._shown = now - spent, now
+        return self.stage
+
     def _end_stage(self) -> None:
+        self._resume(time.monotonic())
+        if self._compiled:
+            seconds, self._compiled = self._compiled, 0.0
+            self.end(COMPILING, 0.0, 0.0, "", seconds)
         if self.stage:
             done, total, unit = self._last
             self.end(self.stage, done, total, unit, time.monotonic() - self.started)
@@ -66,6 +95,8 @@ class Reporter:
 
     def begin(self, stage: str, total: float, unit: str) -> None: ...
 
+    def pause(self, stage: str, seconds: float) -> None: ...
+
     def update(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None: ...
 
     def end(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None: ...
@@ -79,6 +110,10 @@ class LineReporter(Reporter):
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
         self.stream = stream or sys.stderr
+
+    def begin(self, stage: str, total: float, unit: str) -> None:
+        if stage == COMPILING and not self._compiled:
+            print(f"{stage}: {_EXPLAINED}", file=self.stream, flush=True)
 
     def update(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None:
         print(f"{stage}: {describe(done, total, unit, seconds)}", file=self.stream, flush=True)
@@ -107,19 +142,29 @@ class BarReporter(Reporter):
             console=self._console,
             transient=True,
         )
-        self._task: Any = None
+        self._tasks: dict[str, Any] = {}
 
     def begin(self, stage: str, total: float, unit: str) -> None:
         self._bar.start()
-        self._task = self._bar.add_task(stage, total=total or None, text="")
+        text = _EXPLAINED if stage == COMPILING else ""
+        self._tasks[stage] = self._bar.add_task(stage, total=total or None, text=text)
+
+    def pause(self, stage: str, seconds: float) -> None:
+        self._bar.remove_task(self._tasks.pop(stage))
 
     def update(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None:
+        if stage == COMPILING:
+            return
         self._bar.update(
-            self._task, completed=done, total=total or None, text=describe(done, total, unit, seconds, percent=False)
+            self._tasks[stage],
+            completed=done,
+            total=total or None,
+            text=describe(done, total, unit, seconds, percent=False),
         )
 
     def end(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None:
-        self._bar.remove_task(self._task)
+        if stage in self._tasks:
+            self._bar.remove_task(self._tasks.pop(stage))
         amount = f", {amount_text(done, unit)}{rate_text(done, unit, seconds)}" if unit == "bytes" and done else ""
         self._console.print(f"[green]✓[/] {stage:<12} {seconds:.1f} s{amount}", highlight=False)
 
@@ -142,7 +187,12 @@ class JsonReporter(Reporter):
             "progress", stage=stage, fraction=fraction, done=done, total=total, unit=unit, seconds=round(seconds, 3)
         )
 
+    def pause(self, stage: str, seconds: float) -> None:
+        self.event("stage_done", stage=stage, done=0.0, unit="", seconds=round(seconds, 3))
+
     def end(self, stage: str, done: float, total: float, unit: str, seconds: float) -> None:
+        if stage == COMPILING:
+            return  # told at each pause
         self.event("stage_done", stage=stage, done=done, unit=unit, seconds=round(seconds, 3))
 
     def event(self, kind: str, **fields: Any) -> None:

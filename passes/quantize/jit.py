@@ -2,19 +2,22 @@
 
 `@jit` is numba.njit without the interpreter lock, so that threads of Python share the work. The machine code of one
 process serves the next ones: beside other things that can be made again (`hw_targets.cache_dir`), unless
-NUMBA_CACHE_DIR says where. Where nothing can be written, code is compiled in each process.
+NUMBA_CACHE_DIR says where. Where nothing can be written, code is compiled in each process. `watch_compiling` tells when
+that happens: for the first build on a machine it takes longer than the weights.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config
+from numba.core import config, event
 
 from hw_targets.cache_dir import cache_root
 
@@ -30,6 +33,32 @@ def jit(function: Function) -> Function:
         return cast("Function", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
     except (RuntimeError, OSError):  # there is no folder that can be written
         return cast("Function", numba.njit(nogil=True, error_model="numpy")(function))
+
+
+@contextmanager
+def watch_compiling(tell: Callable[[bool], None]) -> Iterator[None]:
+    """`tell(True)` when a loop begins to be compiled in any thread, `tell(False)` when the last one has ended."""
+    with event.install_listener("numba:compile", _Compiling(tell)):
+        yield
+
+
+class _Compiling(event.Listener):
+    """Counts the loops that are compiled at once: one may need another."""
+
+    def __init__(self, tell: Callable[[bool], None]) -> None:
+        self.tell, self.lock, self.running = tell, threading.RLock(), 0
+
+    def on_start(self, event: object) -> None:
+        self._count(1)
+
+    def on_end(self, event: object) -> None:
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self.lock:
+            before, self.running = self.running, self.running + change
+            if bool(before) != bool(self.running):
+                self.tell(bool(self.running))
 
 
 def thread_count() -> int:

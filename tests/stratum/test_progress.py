@@ -40,6 +40,45 @@ def test_each_stage_ends_before_the_next(clock: list[float]) -> None:
     assert stream.getvalue().splitlines() == ["passes: done in 0.5 s", "code: done in 0.0 s"]
 
 
+def test_compiling_interrupts_a_stage(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """What was interrupted goes on at its own rate; seconds of compiling are summed up, and told once to people."""
+
+    def play(report: Reporter) -> None:
+        with report:
+            report("weights", 0, 8 << 20, "bytes")
+            for part in (1, 2):
+                clock[0] += 1.0
+                report("compiling", 0, 0)
+                clock[0] += 20.0
+                report("weights", (4 * part - 2) << 20, 8 << 20, "bytes")
+            clock[0] += 2.0
+            report("weights", 8 << 20, 8 << 20, "bytes")
+
+    stream = io.StringIO()
+    play(LineReporter(stream))
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("compiling: loops for the weights") and len(lines) == 3
+    assert lines[1:] == ["compiling: done in 40.0 s", "weights: done in 4.0 s (8 MiB, 2 MiB/s)"]
+    play(JsonReporter())
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [(e["event"], e["stage"]) for e in events if e["event"] != "progress"]
+    compiled = [("stage", "compiling"), ("stage_done", "compiling")]
+    assert told == [("stage", "weights"), *compiled, *compiled, ("stage_done", "weights")]
+    assert [e["seconds"] for e in events if e["event"] == "stage_done"] == [20.0, 20.0, 4.0]
+
+
+def test_a_stage_may_end_while_loops_are_compiled(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with LineReporter(stream) as report:
+        report("passes", 0, 0)
+        report("compiling", 0, 0)
+        clock[0] += 3.0
+        report("code", 0, 0)
+        report("compiling", 0, 0)
+    lines = stream.getvalue().splitlines()
+    assert lines[1:3] == ["compiling: done in 3.0 s", "passes: done in 0.0 s"] and lines[-1] == "code: done in 0.0 s"
+
+
 def test_json_events_are_one_object_a_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with JsonReporter() as report:
         report("weights", 0, 8, "bytes")

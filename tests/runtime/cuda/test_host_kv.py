@@ -65,17 +65,19 @@ def opened(path: Path, case: str, order: str = "shuffled", **options: Any) -> tu
     return driver, CudaSession(path, device=open_checked(driver), num_slots=models.SLOTS, **options)
 
 
-PROMPTS = models.batch((0, 0, 14), (1, 0, 3))  # by the program of prompts
-STEPS = (
-    models.batch((0, 0, 9), (1, 0, 3)),
-    models.batch((1, 3, 1), (0, 9, 1)),
-    models.batch((0, 10, 1), (1, 4, 1)),  # of the sizes of the one before: its segments are launched again
-)
+def following(first: int, second: int) -> tuple[Batch, Batch]:
+    """Two steps of both sequences behind so many positions; the second launches the segments of the first again."""
+    a, b = (models.batch((0, first + i, 1), (1, second + i, 1)) for i in range(2))
+    return a, b
+
+
+PROMPTS = (models.batch((0, 0, 14), (1, 0, 3)), *following(14, 3))  # by the program of prompts
+STEPS = (models.batch((0, 0, 5), (1, 0, 2)), *following(5, 2))
 
 
 @pytest.mark.parametrize(
     ("case", "layers", "steps"),
-    [("host_bf16", (1,), (PROMPTS, *STEPS[1:])), ("host_kv8", (0, 1), STEPS[:2]), ("host_kv4", (0,), STEPS[:2])],
+    [("host_bf16", (1,), PROMPTS), ("host_kv8", (0, 1), STEPS[:2]), ("host_kv4", (0,), STEPS[:2])],
 )
 def test_logits_are_those_of_the_model(
     case: str, layers: tuple[int, ...], steps: tuple[Batch, ...], written: Callable[[str], Path]

@@ -3,6 +3,7 @@ bounded argument by argument, work in any order that streams allow."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,6 +18,7 @@ from codegen.nvptx.host.experts import object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import GridSpec, LoweredGridStep, lower_grid_step
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
+from codegen.object_cache import ObjectCache
 from ir.formats import BF16
 from ir.interpreter import interpret
 from passes.pass_manager import PassManager
@@ -65,7 +67,8 @@ def write_lowered(
     ptx = (code + "".join(name for name in names if name.strip() not in code)).encode()
     files = {"code/sm_90.ptx": ptx, "weights/weights.bin": weights}
     files |= {object_path(level): made for level, made in step.host.objects(levels=levels).items()}
-    files |= {attention_path(level): made for level, made in step.attention.objects(levels=attention).items()}
+    kept = ObjectCache(Path(os.environ["STRATUM_CACHE"]) / "objects")
+    files |= {attention_path(level): made for level, made in step.attention.objects(kept, attention).items()}
 
     def describe(manifest: dict) -> None:
         manifest["model"] |= {"vocab_size": VOCAB, "max_context": CONTEXT}

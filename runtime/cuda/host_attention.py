@@ -173,7 +173,8 @@ def open_attention(
             expected=_NO_CODE,
         )  # fmt: skip
     functions = [place.function for layer in chosen for place in layer.places.values()]
-    return AttentionCode(artifact, file, functions, threads or host.available_cores().default_threads)
+    count = host.available_cores().default_threads if threads is None else threads
+    return AttentionCode(artifact, file, functions, count)
 
 
 def launches_of(program: GpuProgram, layer: AttentionLayer) -> range:

@@ -163,6 +163,8 @@ def test_what_cannot_be_done_is_refused(written: Callable[[str], Path], monkeypa
     path = written("host_bf16")
     with pytest.raises(RuntimeDiagnostic, match="the CPU has no attention for layer 2"):
         opened(path, "host_bf16", host_kv=(2,))
+    with pytest.raises(RuntimeDiagnostic, match="cannot run on 0 threads"):
+        opened(path, "host_bf16", host_kv=(0,), threads=0)
     monkeypatch.setattr(host, "host_features", frozenset)
     with pytest.raises(RuntimeDiagnostic, match="no attention for this CPU"):
         opened(path, "host_bf16", host_kv=(0,))

@@ -6,7 +6,8 @@
 An expert is light where it has less than `share` of the weight of every token that chose it. How often that is so is a
 matter of the router: of a trace that has weights it is counted, else the router's logits are taken as normal with
 `SPREAD`, which fits what a trained model was measured to do (docs/streaming.md). Missing and light are taken as
-independent, and copies as being in memory as often as experts.
+independent, and copies as being in memory as often as experts. A run begins with an empty cache: also where all experts
+have room in the end, those that were not asked for yet are missing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from hw_targets.routing.trace import RoutingTrace
-from passes.place.routing_model import distinct_experts, fading_hit_rate
+from passes.place.routing_model import distinct_experts, fading_hit_rate, inclusion
 from runtime.manifest import Manifest
 from runtime.stand_ins import stand_in_pieces
 from runtime.stream_plan import StreamPlan
@@ -115,17 +116,32 @@ def foretold(manifest: Manifest, stream: StreamPlan, prompt: int, steps: int) ->
 
 
 def expected_counts(manifest: Manifest, stream: StreamPlan, hit: float, prompt: int, steps: int) -> Counts | None:
-    """Of a prompt and `steps` single tokens behind it; None without copies."""
+    """Of a prompt and `steps` single tokens behind it, from an empty cache; None without copies.
+
+    `hit` is the share that would be found once the cache is full. Before, an expert is there only if it was read: when
+    a token asked for it to which it was not light.
+    """
     lookups = used = 0.0
     layers = sum(piece.kind == "experts" for piece in manifest.weights.pieces)
     experts = max((piece.count for piece in manifest.weights.pieces if piece.kind == "experts"), default=0)
+    top_k = manifest.experts_per_token
     most = min(stream.tokens_at_once(manifest), max(program.max_tokens for program in manifest.programs))
-    calls = [*(min(most, prompt - first) for first in range(0, prompt, most)), *([1] * min(steps, 1))]
-    for number, tokens in enumerate(calls):
-        use = stand_in_use(manifest, stream.stand_ins, hit, tokens)
+    calls = [(first, min(most, prompt - first), 1) for first in range(0, prompt, most)]
+    for before, tokens, times in [*calls, *([(prompt, 1, steps)] if steps else [])]:
+        there = hit * read_before(experts, top_k, light_share(experts, top_k, stream.stand_ins), before, tokens, times)
+        use = stand_in_use(manifest, stream.stand_ins, there, tokens)
         if use is None:
             return None
-        times = steps if number == len(calls) - 1 and steps else 1
-        asked = times * layers * distinct_experts(experts, manifest.experts_per_token, tokens)
+        asked = times * layers * distinct_experts(experts, top_k, tokens)
         lookups, used = lookups + asked, used + asked * use.used
     return Counts(round(lookups), round(used))
+
+
+def read_before(experts: int, top_k: int, light: float, before: int, tokens: int, times: int) -> float:
+    """Of the experts that `times` steps of `tokens` tokens ask for behind `before` others, the share that any of those
+    before asked for as more than a light one; in a drawn conversation."""
+    chances = np.array(inclusion(experts, top_k))
+    asked = 1.0 - (1.0 - chances) ** tokens
+    unread = 1.0 - chances * (1.0 - light)
+    behind = before + tokens * np.arange(times)
+    return float(np.mean((1.0 - unread ** behind[:, None]) @ asked) / asked.sum())

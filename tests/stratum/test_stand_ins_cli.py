@@ -18,7 +18,7 @@ from runtime.stream_plan import StreamPlan
 from stratum import built_planning, planning, process_account
 from stratum.cli import main
 from stratum.planning import PlanRequest, make_plan
-from stratum.stand_in_prediction import StandInUse, foretold, light_share
+from stratum.stand_in_prediction import StandInUse, foretold, light_share, read_before
 from tests.plain_code import plain_code
 from tests.stratum.test_stream_placement import HOST
 from tests.stratum.tiny_model import LLAMA, QWEN3_MOE, write_model
@@ -111,6 +111,20 @@ def test_shares_are_those_of_a_trained_router() -> None:
     assert StandInUse(0.5, 0.0, 0.5, 1.0, "").read == StandInUse(0.5, 1.0, 0.5, 0.0, "").computed == 1.0
 
 
+def test_what_was_not_asked_for_yet_is_missing(artifact: Path) -> None:
+    """Where all experts have room a run still begins with an empty cache; the longer it is the less that matters."""
+    manifest = open_artifact(artifact).manifest
+    found = []
+    for share, prompt in ((0.2, 1), (0.6, 1), (0.6, 60)):
+        counts = foretold(manifest, StreamPlan(1 << 30, (), expert_bytes=1 << 40, stand_ins=share), prompt, 100)
+        assert counts is not None
+        found.append(counts.stand_ins)
+    assert 0 <= found[0] < found[1] and found[2] < found[1]
+    shares = [read_before(8, 2, 0.3, before, 1, 10) for before in (0, 5, 50, 5000)]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == pytest.approx(1.0)
+    assert read_before(8, 2, 1.0, 500, 1, 1) == 0.0
+
+
 def test_a_run_says_what_was_foretold(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = open_artifact(artifact).manifest
     stream = StreamPlan(1 << 30, (), expert_bytes=1 << 16, stand_ins=0.3)
@@ -122,7 +136,7 @@ def test_a_run_says_what_was_foretold(artifact: Path, capfd: pytest.CaptureFixtu
     assert "stand-ins: 0 of " in capfd.readouterr().err
     assert main([*common, "--stand-ins", "0.3", "--json"]) == 0
     told = events(capfd.readouterr().out)["stand_ins"]
-    assert told["foretold"]["stand_ins"] == told["used"] == 0 and told["lookups"] > 0
+    assert told["foretold"]["stand_ins"] <= 1 and told["used"] == 0 and told["lookups"] > 0  # a few are not read yet
 
 
 def test_eval_gives_the_text_token_by_token(artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ from bench.gpu_device import MeasuringDevice
 from bench.gpu_hybrid import MOST_ERROR, hybrid_rows
 from bench.gpu_kernels import architecture_of, kernel_rows
 from bench.gpu_models import LLAMA_8B, ModelSize
-from bench.gpu_moe_cases import real_experts, real_group_experts
+from bench.gpu_moe_cases import real_experts
 from bench.gpu_product_cases import real_fp8, real_products, real_wgmma
 from bench.gpu_rows import BARS, DENSE_OF, Row, rows_table
 from bench.measure import ROOT, machine
@@ -65,7 +65,7 @@ class Asked:
 def all_cases() -> list[GpuCase]:
     """Every kernel at sizes of a real model."""
     return [*real_cases(), *real_products(), *real_wgmma(), *real_fp8(), *real_attention(), *real_experts(),
-            *real_group_experts(), *real_dense()]  # fmt: skip
+            *real_dense()]  # fmt: skip
 
 
 def ordered(cases: Sequence[GpuCase]) -> list[GpuCase]:

@@ -36,21 +36,6 @@ class TensorSource(Protocol):
         ...
 
 
-class WholeTensors:
-    """A `TensorSource` over `read(name) -> array`; keeps the tensor read last."""
-
-    def __init__(self, read: Callable[[str], np.ndarray]) -> None:
-        self._read = read
-        self._last = ("", np.empty(0))  # replaced as a whole: several threads read
-
-    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        kept, tensor = self._last
-        if name != kept:
-            tensor = self._read(name)
-            self._last = name, tensor
-        return tensor[first:last] if tensor.ndim else tensor
-
-
 class ConstantReader:
     """One node of the expression. `shape` is its own; `dtype` what its readers get.
 

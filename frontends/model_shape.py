@@ -198,13 +198,6 @@ class ModelShape:
         outer = sum(t.used_elements for t in self.outer_tensors())
         return inner + outer + (self.head().elements if self.tied_head else 0)
 
-    def expert_parameters(self) -> int:
-        """Parameters of all routed experts."""
-        return sum(
-            count * sum(t.elements for t in self.tensors(layer) if t.role.startswith("experts."))
-            for layer, count in self.kinds()
-        )
-
     def kv_elements_per_token(self) -> int:
         """Elements that one token adds to the caches of all layers (windows are not full yet)."""
         return sum(layer.kv_elements_per_token for layer in self.layers)

@@ -188,14 +188,6 @@ class Block:
         self.arguments = (*self.arguments, argument)
         return argument
 
-    def _erase_argument(self, index: int) -> None:
-        if self.arguments[index].uses:
-            raise ValueError(f"block argument {index} is still used")
-        kept = [a for i, a in enumerate(self.arguments) if i != index]
-        for i, argument in enumerate(kept):
-            argument.index = i
-        self.arguments = tuple(kept)
-
 
 class Region:
     """Blocks belonging to an op. Structured control flow only: every region here has exactly one block."""

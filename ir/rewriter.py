@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ir.builder import Builder
-from ir.core import Block, BlockArgument, Op, Value
+from ir.core import Block, Op, Value
 from ir.location import Location, fuse_origins
 from ir.traits import is_pure
 from ir.types import Type
@@ -98,14 +98,6 @@ class PatternRewriter:
         op.parent._remove(op)
         block._insert(len(block.ops), op)
         self._touch(op)
-
-    def append_argument(self, block: Block, type: Type, name_hint: str = "") -> BlockArgument:
-        self.changed = True
-        return block._append_argument(type, name_hint)
-
-    def erase_argument(self, block: Block, index: int) -> None:
-        block._erase_argument(index)
-        self.changed = True
 
     def erase(self, op: Op) -> None:
         """Removes an op nobody reads any more; ops that fed it are visited again."""

@@ -81,10 +81,6 @@ class RoutingTrace:
         """Bytes of the experts that one token uses in all layers: below this size a global LRU cache never hits."""
         return sum(self.expert_bytes) * self.top_k
 
-    def decode_experts(self) -> npt.NDArray[np.int32]:
-        """experts of the decoded tokens only: [decode tokens, layers, top_k]."""
-        return self.experts[self.decode]
-
     @cached_property
     def requests(self) -> tuple[Batch, ...]:
         """All of `batches()`, kept: every replay of the trace reads them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,3 +161,18 @@ class _StepBuilder:
 def build_model(shape: Shape, seed: int = 0) -> Model:
     """The step function of a model of that shape, with random weights."""
     return _StepBuilder(shape, seed).build()
+
+
+class WholeTensors:
+    """A `TensorSource` over `read(name) -> array`; keeps the tensor read last."""
+
+    def __init__(self, read: Callable[[str], np.ndarray]) -> None:
+        self._read = read
+        self._last = ("", np.empty(0))  # replaced as a whole: several threads read
+
+    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        kept, tensor = self._last
+        if name != kept:
+            tensor = self._read(name)
+            self._last = name, tensor
+        return tensor[first:last] if tensor.ndim else tensor

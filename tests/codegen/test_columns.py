@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codegen.constant_reader import ConstantReader, WholeTensors
+from codegen.constant_reader import ConstantReader
 from ir.attributes import SymbolRef
 from ir.builder import Builder
 from ir.core import Block
@@ -19,6 +19,7 @@ from ir.ops.tensor import CastOp, ConstantOp
 from ir.types import SymbolicDim, TensorType
 from tests.codegen.harness import host_target
 from tests.codegen.kernel_library import NativeKernels, native_kernels
+from tests.codegen.models import WholeTensors
 from tests.codegen.op_kernels import OpKernel, single
 
 TOKENS = SymbolicDim("tokens")

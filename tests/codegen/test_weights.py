@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codegen.constant_reader import ConstantReader, WholeTensors
+from codegen.constant_reader import ConstantReader
 from codegen.strips import pack_strips
 from codegen.weights import PAGE_BYTES, load_stored, plan_weights, stored_pieces, write_weights
 from ir.attributes import SymbolRef
@@ -19,6 +19,7 @@ from ir.formats import BF16, F16, F32, PlainFormat
 from ir.ops.tensor import AddOp, CastOp, ConcatOp, ConstantOp, ConstantStackOp, ReshapeOp, SliceOp
 from ir.ops.tensor_layout import LayoutOp
 from ir.types import Layout, SymbolicDim, TensorType
+from tests.codegen.models import WholeTensors
 
 
 class Checkpoint:

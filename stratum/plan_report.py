@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from passes.place.outcome import CATEGORIES
-from passes.place.placement import PhasePlan, Placed, PlacedKV, Placement
+from passes.place.placement import PhasePlan, Placed, PlacedKV, Placement, layer_numbers, span
 from stratum.planned import Planned
 from stratum.progress import format_bytes, format_count
 
@@ -73,12 +73,19 @@ def _head(planned: Planned) -> list[str]:
     if degrees.devices > 1:
         experts = f", experts on {degrees.expert}" if degrees.expert > 1 else ""
         lines.append(
-            f"{degrees.devices} devices: products cut {degrees.tensor} ways, {degrees.pipeline} stages, "
-            f"{degrees.data} copies{experts}, vocabulary cut {degrees.vocabulary} ways"
+            f"{degrees.devices} devices: products cut {_counted(degrees.tensor, 'way')}, "
+            f"{_counted(degrees.pipeline, 'stage')}, {_counted(degrees.data, 'copy')}{experts}, vocabulary cut "
+            f"{_counted(degrees.vocabulary, 'way')}"
         )
     elif session.micro_batches > 1:
         lines.append(f"{session.micro_batches} micro-batches take turns")
     return lines
+
+
+def _counted(count: int, what: str) -> str:
+    """`1 way`, `8 ways`, `2 copies`."""
+    many = what.removesuffix("y") + "ies" if what.endswith("py") else f"{what}s"
+    return f"{count} {what if count == 1 else many}"
 
 
 def _quality(plan: Placement) -> list[str]:
@@ -159,14 +166,14 @@ def _groups(plan: Placement) -> list[str]:
             merged.setdefault((_what(group), _where(group), _by(group), group.format), []).append(group)
     for (name, where, by, format), found in merged.items():
         size = format_bytes(sum(g.nbytes for g in found))
-        rows.append((name, shortened(",".join(g.layers for g in found if g.layers)), where, by, size, format))
+        rows.append((name, shortened(_joined(g.layers for g in found)), where, by, size, format))
     kv: dict[tuple[str, str, str, int], list[PlacedKV]] = {}
     for entry in plan.kv:
         kv.setdefault((entry.tier, entry.unit, entry.format, entry.positions), []).append(entry)
     for (tier, unit, format, positions), entries in kv.items():
         size = format_bytes(sum(e.nbytes for e in entries))
         where = f"{tier}, {positions} positions" if positions else tier
-        rows.append(("kv", shortened(",".join(e.layers for e in entries)), where, unit, size, format))
+        rows.append(("kv", shortened(_joined(e.layers for e in entries)), where, unit, size, format))
     return [*table(rows), *_kv_shares(plan)]
 
 
@@ -218,6 +225,11 @@ def _by(group: Placed) -> str:
     return f"{both}; prompts {group.prefill_unit}" if group.prefill_unit else both
 
 
+def _joined(layers: Iterable[str]) -> str:
+    """`0-60` of `0-2` and `3-60`, in order."""
+    return span(tuple(sorted(number for text in layers for number in layer_numbers(text))))
+
+
 def shortened(layers: str, width: int = 28) -> str:
     """Numbers of layers, cut to `width` characters with how many there are."""
     if len(layers) <= width:
@@ -247,6 +259,9 @@ def _cache(planned: Planned) -> list[str]:
 def _gains(planned: Planned) -> list[str]:
     plan = planned.placement
     rows = [("what would help", "decode at least", "prefill", "a session is shorter by")]
+    if planned.gains_from is not None:  # in closed form too, and that may be of another plan than the one above
+        decode, prefill = map(seconds_text, planned.gains_from)
+        rows.append(("(as it is)", decode, prefill, ""))
     for gain in planned.gains[:_SHOWN_GAINS]:
         rows.append((gain.what, seconds_text(gain.decode), seconds_text(gain.prefill), f"{gain.saved:.1%}"))
     if all(gain.saved < 1e-3 for gain in planned.gains):

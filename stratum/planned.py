@@ -29,3 +29,5 @@ class Planned:
     trace: RoutingTrace | None = None
     # Chunks of a prompt that were simulated, with the seconds of a prompt and of a step.
     chunks: tuple[tuple[int, float, float], ...] = ()
+    # Seconds of a step and of a prompt that gains are counted from: those of the plan that is best in closed form.
+    gains_from: tuple[float, float] | None = None

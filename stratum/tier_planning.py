@@ -161,7 +161,8 @@ def plan_tiers(
         found = built.gains(bound, target, trace)
     elif request.what_if and given is None:
         found = gains(bound)
-    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace, tried)
+    lowest = (bound.outcome.decode.seconds, bound.outcome.prefill.seconds)
+    return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace, tried, lowest)
 
 
 def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:

@@ -14,7 +14,7 @@ from frontends.shape_library import load_shape
 from passes.place.placement import SCHEMA, Placement
 from passes.quantize.recipe import load_recipe
 from stratum.cli import main
-from stratum.plan_report import seconds_text, shortened
+from stratum.plan_report import plan_text, seconds_text, shortened
 from stratum.plan_request import parse_slo
 from stratum.planning import PlanRequest, make_plan
 from tests.frontends.model_files import config_of, write_model
@@ -34,6 +34,7 @@ def test_report_names_bounds_and_places(capsys: pytest.CaptureFixture[str]) -> N
     for words in ("30.53 B parameters", "tok/s, bound by vram read", "J a token", "experts", "vram, resident", "kv"):
         assert words in text, words
     assert "what would help" in text and "+10 GB/s of vram read" in text and "--recipe w3" in text
+    assert text.count("(as it is)") == 1
 
 
 def test_json_can_be_edited_and_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +149,12 @@ def test_a_directory_is_planned_from_its_headers(tmp_path: Path, capsys: pytest.
     code, text, _ = run(capsys, str(tmp_path), "--target", "ddr5-laptop", "--ctx", "64")
     assert code == 0 and "dram, resident" in text
     assert run(capsys, str(tmp_path / "config.json"), "--target", "ddr5-laptop", "--ctx", "64")[0] == 0
+
+
+def test_layers_and_devices_are_told_shortly() -> None:
+    text = plan_text(make_plan(PlanRequest("DeepSeek-V3", "8xh100", "w4a8-g32")))
+    assert "8 devices: products cut 8 ways, 1 stage, 1 copy, experts on 8, vocabulary cut 8 ways" in text
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("attention")] == [["attention", "0-60"]]
 
 
 def test_a_plan_loads_what_it_needs() -> None:

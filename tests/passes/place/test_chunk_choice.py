@@ -55,7 +55,7 @@ def test_more_memory_is_never_slower_with_chunks_of_any_length() -> None:
 
 
 def test_the_command_says_which_chunk(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "Llama-3.1-8B", "--target", "rtx-4090", "--recipe", "w8a8", "--budget", "vram=7GiB"]
-    assert main([*words, "--quick", "--ctx", "4096", "--prompt-tokens", "2048"]) == 0
+    words = ["plan", "TinyLlama-1.1B-Chat-v1.0", "--target", "rtx-4090", "--budget", "vram=1GiB"]
+    assert main([*words, "--quick", "--ctx", "2048", "--prompt-tokens", "1024"]) == 0
     said = capsys.readouterr().out
     assert "prompts pass in chunks of " in said and "simulated with 512: " in said

@@ -71,15 +71,11 @@ def test_what_cannot_be_simulated_keeps_the_closed_form(monkeypatch: pytest.Monk
 
 def test_what_a_cache_lacks_has_a_threshold() -> None:
     """Missing experts are computed by the CPU for short prompts, and moved to the GPU for long ones."""
-    shape, found = sparse(3, experts=16, top_k=2, hidden=256), []
-    for link in (3e7, 1e9):
-        machine = machine_of(target(vram=8 * MIB, dram_rate=1e9, link=link))
-        pins = (Pin("experts=cached", "experts", "cached"),)
-        use = Session(context=256, prompt=64, generate=64)
-        solution = solve(Problem(shape, machine, formats_of(""), use, pins=pins))
-        assert any(option.helper for option, _ in solution.choice if option.part.experts)
-        mode = prefill_mode(solution.problem, solution.choice)
-        assert mode.bound is not None and (mode.tokens is None or mode.tokens >= mode.bound)
-        assert solution.placement.prefill_threshold == mode.bound and mode.simulated
-        found.append(mode.tokens or 1 << 20)
-    assert found[1] <= found[0] and found[1] < 1 << 20
+    machine = machine_of(target(vram=8 * MIB, dram_rate=1e9, link=1e9))
+    pins = (Pin("experts=cached", "experts", "cached"),)
+    use = Session(context=256, prompt=64, generate=64)
+    solution = solve(Problem(sparse(2), machine, formats_of(""), use, pins=pins))
+    assert any(option.helper for option, _ in solution.choice if option.part.experts)
+    mode = prefill_mode(solution.problem, solution.choice)
+    assert mode.bound is not None and mode.tokens is not None and mode.tokens >= mode.bound
+    assert solution.placement.prefill_threshold == mode.bound and mode.simulated

@@ -185,9 +185,11 @@ def _kv_shares(plan: Placement) -> list[str]:
     total = sum(places.values())
     if len(places) < 2 or not total:
         return []
-    newest = "; of divided layers the newest positions lie where attention is computed"
     shares = ", ".join(f"{100 * nbytes / total:.0f} % {tier}" for tier, nbytes in places.items())
-    return [f"KV {shares}" + (newest if any(entry.positions for entry in plan.kv) else "")]
+    if plan.decode_at_context is None:
+        return [f"KV {shares}"]
+    filled = f"a step with {plan.session.context} in use takes at least {seconds_text(plan.decode_at_context)}"
+    return [f"KV {shares}; of divided layers the newest positions lie where attention is computed; {filled}"]
 
 
 def _stand_ins(plan: Placement) -> list[str]:

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from frontends.model_shape import ModelShape
 from hw_targets.quantities import enough_bytes
 from hw_targets.target import Target
+from passes.place.build_plan import from_placement
 from passes.place.cache_choice import TraceRates, check_trace, judge, session_trace
 from passes.place.chunk_choice import best_chunk
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
 from passes.place.machine import machine_of, main_tier
+from passes.place.outcome import evaluate
 from passes.place.parallel import together
 from passes.place.pins import MEASURE_DRIVE, parse_pin
 from passes.place.placement import Placement
@@ -156,6 +158,8 @@ def plan_tiers(
             placement.expert_cache, scope=scope, policy=policy, belady=max(rate, cliffs.belady), source=cliffs.source
         )
         placement = dataclasses.replace(placement, expert_cache=cache)
+    if any(entry.positions for entry in placement.kv):
+        placement = dataclasses.replace(placement, decode_at_context=_at_context(solution))
     found: tuple[Gain, ...] = ()
     if request.what_if and by_run and built is not None:
         found = built.gains(bound, target, trace)
@@ -163,6 +167,14 @@ def plan_tiers(
         found = gains(bound)
     lowest = (bound.outcome.decode.seconds, bound.outcome.prefill.seconds)
     return Planned(shape, target, placement, solution, found, cliffs, tuple(warnings), trace, tried, lowest)
+
+
+def _at_context(solution: Solution) -> float:
+    """Seconds of a decode step, at least, when each sequence is as long as the context: old positions are read then."""
+    session = solution.problem.session
+    full = dataclasses.replace(session, generate=2 * (session.context - session.prompt))
+    problem = dataclasses.replace(solution.problem, session=full, pins=())
+    return evaluate(problem, from_placement(problem, solution.placement)).decode.seconds
 
 
 def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
@@ -184,12 +196,13 @@ def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
 
 
 def _of_batches(problem: Problem) -> list[Solution]:
-    """The best plan of every batch that fits (powers of two), most tokens a second by their bounds first."""
+    """The best plan of every batch that fits (powers of two), most tokens a second by their bounds first. The cache of
+    a layer is not divided: more sequences would pay whose later positions, reserved and not yet read, cost nothing."""
     found: list[Solution] = []
     for exponent in range(11):
         session = dataclasses.replace(problem.session, batch=1 << exponent)
         try:
-            found.append(solve(dataclasses.replace(problem, session=session)))
+            found.append(solve(dataclasses.replace(problem, session=session, divide_kv=False)))
         except NoFit:
             if not found:
                 raise

@@ -183,8 +183,8 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> 
         for source, goal in problem.machine.way(kv.home, kv_unit.tier) or ():
             resource, seconds = transfer_time(target, source, goal, read)
             option.decode.beside(resource, seconds)
-            if read:
-                option.buffer = (*option.buffer, (goal, math.ceil(read / max(1, session.micro_batches))))
+            full = session.batch * kv.positions * option.part.kv_bytes_per_token  # room for the whole context
+            option.buffer = (*option.buffer, (goal, math.ceil(full / max(1, session.micro_batches))))
         _write_back(problem, option, kv, kv_unit.tier)
     elif kv_unit.name != unit.name:
         row = (layer.attention.heads * (layer.attention.head_dim + layer.attention.value_dim)) * 2

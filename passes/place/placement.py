@@ -188,6 +188,7 @@ class Placement:
     prefill_threshold: int | None = None
     gap: float = 0.0
     joules_per_token: float | None = None
+    decode_at_context: float | None = None  # the same where sequences fill the context, if a layer has kv in two places
     simulated_step: float | None = None  # seconds of a decode step, event by event; `decode` is its closed-form bound
     simulated_prefill: float | None = None  # of a prompt; of a built model on this machine as the runtime takes it
     simulated_prefill_bound: str = ""  # what most of that goes to

@@ -25,6 +25,8 @@ from passes.place.solve import NoFit, Solution, replay, solve
 from passes.schedule.check_stream import check_stream
 from passes.schedule.placed_plan import placed_plan, prompt_plan, step_seconds
 from stratum.cli import main
+from stratum.plan_request import PlanRequest
+from stratum.planning import make_plan
 from tests.passes.place.machines import MIB, dense, sparse, target
 from tests.passes.place.test_solve import check_plan
 
@@ -150,3 +152,14 @@ def test_the_command_says_it(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert sorted(entry["positions"] for entry in plan["kv"]) == [2048, 6144]
     assert main([*words, "--plan", str(tmp_path / "plan.json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kv"] == plan["kv"]
+
+
+def test_a_divided_cache_says_what_filling_the_context_costs() -> None:
+    """A step reads what is near until texts get long; a batch is not chosen for room that is reserved and not read."""
+    request = PlanRequest("Llama-3.1-8B", "rtx-4090", "w4a8-g32", context=8192, batch=8, what_if=False, simulate=False)
+    request = dataclasses.replace(request, budgets=(("vram", "8GiB"),))
+    divided = make_plan(request).placement
+    assert any(entry.positions for entry in divided.kv)
+    assert divided.decode_at_context is not None and divided.decode_at_context > 2 * divided.decode.seconds
+    chosen = make_plan(dataclasses.replace(request, batch=0)).placement
+    assert chosen.decode_at_context is None and not any(entry.positions for entry in chosen.kv)

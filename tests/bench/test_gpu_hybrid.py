@@ -105,12 +105,14 @@ def test_every_way_to_handle_missing_experts(tmp_path: Path, mode: str, pinned: 
     for what in ("kernels", "graphs"):
         assert rows[what].predicted == rows[what].measured
     missing = 2 * CHOSEN * (1 - rows["experts found"].measured / 100)
+    drawn = 0.0 if mode == "fetch" else 0.2  # experts a step: which copies come in time varies, misses are drawn
     if mode == "cpu":
-        assert rows["by the CPU"].predicted == pytest.approx(missing) == pytest.approx(rows["by the CPU"].measured)
+        assert missing == pytest.approx(rows["by the CPU"].measured)
+        assert rows["by the CPU"].predicted == pytest.approx(missing, abs=drawn)
     if mode == "fetch":
         assert rows["over the link"].predicted == pytest.approx(rows["over the link"].measured)
     if pinned is not None:
-        assert rows["from the disk"].predicted == pytest.approx(rows["from the disk"].measured)
+        assert rows["from the disk"].predicted == pytest.approx(rows["from the disk"].measured, abs=drawn * UNIT / 1e6)
 
 
 def test_simulated_steps_are_sound(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def layers_on_host(
     free, count = device.free_bytes(), gpu_step(artifact).kv.layers
     lacking = _lacking(artifact, free, 0, context, slots)
     program = AttentionProgram.of(artifact)
-    if not lacking or len(program.layers) < count or not program.file():
+    if not lacking or len(program.layers) < count or not program.code.file_here():
         return ()
     spare = min(SPARE_BYTES, free // 16)
     budget = free - scratch_bytes(gpu_step(artifact), artifact.manifest.vocab_size) - spare

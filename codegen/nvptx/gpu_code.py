@@ -13,8 +13,8 @@ from typing import Any
 
 from codegen.compile_worker import CODEGEN_VERSION
 from codegen.nvptx.compile import ARCHITECTURES, TRIPLE, compile_ptx_for, runs_on
-from codegen.nvptx.host.attention import LEVELS, attention_path
-from codegen.nvptx.host.experts import object_path
+from codegen.nvptx.host.attention import LEVELS
+from codegen.nvptx.host.objects import object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import LoweredGridStep
 from codegen.nvptx.lowering import HOPPER
@@ -78,8 +78,8 @@ class GpuCode:
         """Path in the artifact -> content."""
         made: dict[str, str | bytes] = {f"code/{name}.ptx": text for name, text in self.ptx.items()}
         made |= {f"code/{name}.cubin": data for name, data in self.cubins.items()}
-        made |= {object_path(level): data for level, data in self.host.items()}
-        return made | {attention_path(level): data for level, data in self.attention.items()}
+        made |= {object_path("experts", level): data for level, data in self.host.items()}
+        return made | {object_path("attention", level): data for level, data in self.attention.items()}
 
     def entries(self) -> dict[str, Any]:
         """What the manifest says of code, programs and cache."""

@@ -9,20 +9,16 @@ Refuses damaged manifests, layers without code and CPUs that no object is for, w
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from runtime import host
-from runtime.artifact import MANIFEST_NAME, Artifact
-from runtime.cuda.host_experts import HostProgram
-from runtime.cuda.program import GpuProgram, GpuStep
+from runtime.artifact import Artifact
+from runtime.cuda.host_code import HostObjects, HostTeam, host_part
+from runtime.cuda.program import GpuStep
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import KVInfo
 from runtime.manifest_fields import REBUILD_HINT, Fields
-from runtime.native import NativeCode
-from runtime.team import WorkerTeam
 
 _LARGEST = 1 << 24  # numbers of a row
 _NO_CODE = "keys and values of every layer on the GPU: allow more device memory, or a shorter context (--ctx)"
@@ -56,19 +52,13 @@ class AttentionProgram:
 
     layers: dict[int, AttentionLayer]
     cache: KVInfo | None
-    code: tuple[tuple[str, str, tuple[str, ...]], ...]
+    code: HostObjects
 
     @classmethod
     def of(cls, artifact: Artifact) -> AttentionProgram:
         """What an artifact has for the CPU beside a GPU; empty where it has nothing."""
-        gpu: Any = artifact.manifest.raw.get("gpu")
-        where = str(artifact.path / MANIFEST_NAME)
-        values = gpu.get("attention", {}) if isinstance(gpu, dict) else {}
-        if not isinstance(values, dict):
-            raise RuntimeDiagnostic("gpu.attention is no object", where=where, hint=REBUILD_HINT)
-        if not values or artifact.gpu is None:
-            return cls({}, None, ())
-        return _read(Fields(values, where, "gpu.attention"), artifact.gpu)
+        fields = host_part(artifact, "attention")
+        return cls({}, None, HostObjects()) if fields is None or artifact.gpu is None else _read(fields, artifact.gpu)
 
     def chosen(self, layers: Sequence[int], artifact: Artifact) -> dict[int, AttentionLayer]:
         """Those of some layers. Raises RuntimeDiagnostic for one that the CPU has no code for."""
@@ -79,10 +69,6 @@ class AttentionProgram:
                     expected=_NO_CODE, hint=REBUILD_HINT,
                 )  # fmt: skip
         return {layer: self.layers[layer] for layer in sorted(layers)}
-
-    def file(self) -> str:
-        """The object for this CPU; "" for none."""
-        return HostProgram({}, self.code).file_for(host.host_architecture(), host.host_features())
 
     def kv_info(self, layers: int) -> KVInfo:
         """The cache of so many layers."""
@@ -119,46 +105,28 @@ def _read(fields: Fields, step: GpuStep) -> AttentionProgram:
         one.integer("bytes_per_position", 1, _LARGEST), one.integer("block", 1, 64),
         one.integer("bytes_per_slot", 0, 1 << 30), one.integer("recent", 0, 1 << 20), one.integer("ring", 0, 1 << 20),
     )  # fmt: skip
-    code = []
-    for entry in fields.children("code", 64):
-        features = entry.values.get("features")
-        if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
-            entry.fail("features", "a list of names", features)
-        code.append((entry.text("file"), entry.text("triple"), tuple(str(name) for name in features or ())))
-    return AttentionProgram(layers, kv, tuple(code))
+    return AttentionProgram(layers, kv, HostObjects.read(fields))
 
 
 class AttentionCode:
     """Code of an artifact, with `threads` threads of its own."""
 
     def __init__(self, artifact: Artifact, file: str, functions: Sequence[str], threads: int) -> None:
-        self._where, self._closed = str(artifact.path / file), False
-        self._native = NativeCode(artifact.read_bytes(file), sorted(set(functions)), where=self._where)
-        try:
-            self._team = WorkerTeam(self._native, threads)
-        except BaseException:
-            self._native.close()
-            raise
-
-    @property
-    def threads(self) -> int:
-        return self._team.threads
+        self._team = HostTeam(artifact, file, functions, threads)
+        self.threads = self._team.threads
 
     def run(self, function: str, words: Sequence[int]) -> None:
         """One layer of a step; `words` are the function's arguments behind its team. Raises RuntimeDiagnostic where a
         thread did not come to a barrier in time."""
-        arguments = (ctypes.c_int64 * (2 + len(words)))(self._team.threads, self._team.address, *words)
-        if self._team.run(self._native.functions[function], ctypes.addressof(arguments)):
+        if not self._team.run(function, words):
             raise RuntimeDiagnostic(
-                "the CPU's threads did not finish attention in time", where=self._where,
+                "the CPU's threads did not finish attention in time", where=self._team.where,
                 hint="leave the CPU some cores, or allow more device memory, so that the KV cache lies on the GPU",
             )  # fmt: skip
 
     def close(self) -> None:
-        """Ends the threads. Code that a thread did not come back from stays."""
-        closed, self._closed = self._closed, True
-        if not closed and self._team.close():
-            self._native.close()
+        """Ends the threads."""
+        self._team.close()
 
 
 def open_attention(
@@ -166,7 +134,7 @@ def open_attention(
 ) -> AttentionCode:
     """The code for this CPU with `threads` threads (one for each core where nothing is said: whoever drives the GPU
     waits). Raises RuntimeDiagnostic where the artifact has none."""
-    file = program.file()
+    file = program.code.file_here()
     if not file:
         raise RuntimeDiagnostic(
             f"the artifact has no attention for this CPU ({host.host_architecture()})", where=str(artifact.path),
@@ -175,9 +143,3 @@ def open_attention(
     functions = [place.function for layer in chosen for place in layer.places.values()]
     count = host.available_cores().default_threads if threads is None else threads
     return AttentionCode(artifact, file, functions, count)
-
-
-def launches_of(program: GpuProgram, layer: AttentionLayer) -> range:
-    """The numbers of a layer's launches that the CPU does the work of."""
-    place = layer.places[program.name]
-    return range(place.first, place.last + 1)

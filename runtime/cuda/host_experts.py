@@ -12,15 +12,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from runtime import host
-from runtime.artifact import MANIFEST_NAME, Artifact
+from runtime.artifact import Artifact
+from runtime.cuda.host_code import HostObjects, HostTeam, host_part
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import PieceInfo
-from runtime.manifest_fields import REBUILD_HINT, Fields
-from runtime.native import NativeCode
-from runtime.team import WorkerTeam
+from runtime.manifest_fields import Fields
 
 JOB_WORDS = 10
 _LARGEST = 1 << 24  # columns
@@ -47,29 +46,16 @@ class HostLayer:
 
 @dataclass(frozen=True)
 class HostProgram:
-    """Layers by piece; object files with the triple and the features that each wants."""
+    """Layers by piece, and the objects that compute their experts."""
 
     layers: dict[int, HostLayer]
-    code: tuple[tuple[str, str, tuple[str, ...]], ...]
+    code: HostObjects
 
     @classmethod
     def of(cls, artifact: Artifact) -> HostProgram:
         """What an artifact has for the CPU beside a GPU; empty where it has nothing."""
-        gpu: Any = artifact.manifest.raw.get("gpu")
-        where = str(artifact.path / MANIFEST_NAME)
-        values = gpu.get("experts", {}) if isinstance(gpu, dict) else {}
-        if not isinstance(values, dict):
-            raise RuntimeDiagnostic("gpu.experts is no object", where=where, hint=REBUILD_HINT)
-        return _read(Fields(values, where, "gpu.experts"), artifact.manifest.weights.pieces) if values else cls({}, ())
-
-    def file_for(self, architecture: str, features: frozenset[str]) -> str:
-        """The object that asks most of what this CPU has; "" for none."""
-        fits = [
-            (len(wanted), name)
-            for name, triple, wanted in self.code
-            if host.normalized_architecture(triple) == architecture and features.issuperset(wanted)
-        ]
-        return max(fits)[1] if fits else ""
+        fields = host_part(artifact, "experts")
+        return _read(fields, artifact.manifest.weights.pieces) if fields is not None else cls({}, HostObjects())
 
 
 def _read(fields: Fields, pieces: Sequence[PieceInfo]) -> HostProgram:
@@ -90,13 +76,7 @@ def _read(fields: Fields, pieces: Sequence[PieceInfo]) -> HostProgram:
         layers[piece] = HostLayer(
             piece, entry.text("function"), columns, hidden, out, choices, (a, b, c, d), x_bytes, hidden_bytes, rounds
         )
-    code = []
-    for entry in fields.children("code", 64):
-        features = entry.values.get("features")
-        if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
-            entry.fail("features", "a list of names", features)
-        code.append((entry.text("file"), entry.text("triple"), tuple(str(name) for name in features or ())))
-    return HostProgram(layers, tuple(code))
+    return HostProgram(layers, HostObjects.read(fields))
 
 
 @dataclass(frozen=True)
@@ -132,15 +112,9 @@ class HostExperts:
     """Code of an artifact, with `threads` threads of its own."""
 
     def __init__(self, artifact: Artifact, program: HostProgram, file: str, threads: int) -> None:
-        self._layers, self._where, self.threads = program.layers, str(artifact.path / file), threads
-        self._closed = False
-        names = sorted({layer.function for layer in program.layers.values()})
-        self._native = NativeCode(artifact.read_bytes(file), names, where=self._where)
-        try:
-            self._team = WorkerTeam(self._native, threads)
-        except BaseException:
-            self._native.close()
-            raise
+        functions = [layer.function for layer in program.layers.values()]
+        self._layers, self._team = program.layers, HostTeam(artifact, file, functions, threads)
+        self.threads = self._team.threads
 
     def layer(self, piece: int) -> HostLayer | None:
         return self._layers.get(piece)
@@ -153,24 +127,21 @@ class HostExperts:
             words[number * JOB_WORDS : number * JOB_WORDS + 9] = [
                 *matrices, job.x, job.sources, job.hidden, job.y, job.rows,
             ]  # fmt: skip
-        arguments = (ctypes.c_int64 * 4)(self._team.threads, self._team.address, ctypes.addressof(words), len(jobs))
-        if self._team.run(self._native.functions[layer.function], ctypes.addressof(arguments)):
+        if not self._team.run(layer.function, (ctypes.addressof(words), len(jobs))):
             raise RuntimeDiagnostic(
-                "the CPU's threads did not finish some experts in time", where=self._where,
+                "the CPU's threads did not finish some experts in time", where=self._team.where,
                 hint="leave the CPU some cores, or have experts brought to the GPU (--missed-experts fetch)",
             )  # fmt: skip
 
     def close(self) -> None:
-        """Ends the threads. Code that a thread did not come back from stays."""
-        closed, self._closed = self._closed, True
-        if not closed and self._team.close():
-            self._native.close()
+        """Ends the threads."""
+        self._team.close()
 
 
 def host_code(artifact: Artifact) -> tuple[HostProgram, str]:
     """What an artifact has for CPUs, and the object for this one; "" for none."""
     program = HostProgram.of(artifact)
-    return program, program.file_for(host.host_architecture(), host.host_features()) if program.layers else ""
+    return program, program.code.file_here() if program.layers else ""
 
 
 def open_host(artifact: Artifact, threads: int | None = None) -> HostExperts | None:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import codegen.kernels.fused  # noqa: F401 - registers the emitters of CPUs
-from codegen.compile_worker import CompileRequest, compile_many
 from codegen.kernels.attention import emit_attention
 from codegen.kernels.call import EmitContext, KernelSpec
 from codegen.kernels.kv_layout import KVLayout
@@ -34,11 +33,10 @@ from codegen.kernels.micro import TileShape
 from codegen.kernels.rope import emit_rope_append
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.lowering import lower_kernel
-from codegen.llvm.team import team_text
 from codegen.nvptx.host.experts import LEVELS as PLAIN_LEVELS
+from codegen.nvptx.host.objects import compiled, entries, module_text
 from codegen.nvptx.launches import tensor_type
 from codegen.object_cache import ObjectCache
-from hw_targets import load
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
@@ -47,6 +45,7 @@ from ir.types import KVCacheType
 from passes.fuse.forms import AttentionForm, FormError, RopeAppendForm, describe
 
 QKV, COS, SIN, CACHE, POSITIONS, SLOTS, GAINS, QUERIES, OUT, TOKENS, CTX = 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13
+STEM = "attention"  # of the names of its objects
 LEVELS = (*PLAIN_LEVELS, "x86-64-v4-bf16")  # products of bf16 pairs and of bytes: 1.4 to 4 times as fast in prompts
 
 
@@ -85,31 +84,18 @@ class HostAttention:
                     names[spec.key] = f"stratum_{spec.stem}_{len(names)}"
                     bodies.append(lower_kernel(spec.build(names[spec.key]), instructions, declarations, "#0"))
             functions.append(_function_text(name, names[append.key], names[attend.key], gains))
-        ends = [f"attributes #0 = {{ {attributes} }}"]
-        return "\n".join([*sorted(declarations.values()), team_text(triple), *bodies, *functions, *ends]) + "\n"
+        return module_text(triple, declarations.values(), bodies, functions, attributes)
 
     def objects(self, cache: ObjectCache | None = None, levels: Sequence[str] = LEVELS) -> dict[str, bytes]:
         """Level -> object code."""
-        requests = []
-        for target in map(load, levels if self.functions else ()):
-            features = frozenset(target.llvm_features)
-            width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
-            named = f'"target-cpu"="{target.llvm_cpu}" "target-features"="{target.feature_string()}"'
-            text = self.text(target.llvm_triple, features, f"nounwind {width}{named}")
-            machine = (target.llvm_triple, target.llvm_cpu, target.feature_string())
-            requests.append(CompileRequest(text, *machine, 1, "attention"))
-        made = compile_many(requests, cache=cache) if requests else []
-        return dict(zip(levels, made, strict=False))
+        return compiled(STEM, self.text, levels, cache) if self.functions else {}
 
     def entry(self, levels: Sequence[str] = LEVELS) -> dict[str, Any]:
         """The manifest's `gpu.attention`, of an artifact with objects for `levels`."""
         assert self.kv is not None
-        kv, targets = self.kv, {level: load(level) for level in levels}
+        kv = self.kv
         return {
-            "code": [
-                {"file": attention_path(level), "triple": t.llvm_triple, "features": list(t.required_features())}
-                for level, t in targets.items()
-            ],
+            "code": entries(STEM, levels),
             "cache": {
                 "heads": kv.heads, "head_dim": kv.dim, "format": kv.format, "block": kv.block,
                 "bytes_per_position": kv.bytes_per_position, "bytes_per_slot": kv.bytes_per_slot,
@@ -127,11 +113,6 @@ class HostAttention:
                 for made in self.layers
             ],
         }  # fmt: skip
-
-
-def attention_path(level: str) -> str:
-    """Where an artifact has the object for an instruction set."""
-    return f"code/attention.{level}.o"
 
 
 def host_attention(

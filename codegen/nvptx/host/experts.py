@@ -24,20 +24,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codegen.compile_worker import CompileRequest, compile_many
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.lowering import lower_kernel
-from codegen.llvm.team import team_text
+from codegen.nvptx.host.objects import compiled, entries, module_text
 from codegen.nvptx.host.product import HostProduct, host_product
 from codegen.nvptx.kernels.moe_products import Experts
 from codegen.nvptx.launches import GridLaunch, WeightPart
 from codegen.object_cache import ObjectCache
 from codegen.programs import WeightsFile
-from hw_targets import load
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, I8, PlainFormat
 
+STEM = "experts"  # of the names of its objects
 LEVELS = ("x86-64-v3", "x86-64-v4", "aarch64")
 JOB_WORDS = 10
 _JOB_BYTES = 8 * JOB_WORDS
@@ -79,30 +78,16 @@ class HostStep:
         instructions = InstructionSet(features)
         bodies = [lower_kernel(kernel, instructions, declarations, "#0") for kernel in kernels]
         functions = [_function_text(name, products) for name, products in self.functions.items()]
-        ends = [f"attributes #0 = {{ {attributes} }}"]
-        return "\n".join([*sorted(declarations.values()), team_text(triple), *bodies, *functions, *ends]) + "\n"
+        return module_text(triple, declarations.values(), bodies, functions, attributes)
 
     def objects(self, cache: ObjectCache | None = None, levels: Sequence[str] = LEVELS) -> dict[str, bytes]:
         """Level -> object code."""
-        requests = []
-        for target in map(load, levels if self.functions else ()):
-            features = frozenset(target.llvm_features)
-            width = '"prefer-vector-width"="512" ' if "avx512f" in features else ""
-            named = f'"target-cpu"="{target.llvm_cpu}" "target-features"="{target.feature_string()}"'
-            text = self.text(target.llvm_triple, features, f"nounwind {width}{named}")
-            machine = (target.llvm_triple, target.llvm_cpu, target.feature_string())
-            requests.append(CompileRequest(text, *machine, 1, "experts"))
-        made = compile_many(requests, cache=cache) if requests else []
-        return dict(zip(levels, made, strict=False))
+        return compiled(STEM, self.text, levels, cache) if self.functions else {}
 
     def entry(self, levels: Sequence[str] = LEVELS) -> dict[str, Any]:
         """The manifest's `gpu.experts`, of an artifact with objects for `levels`."""
-        targets = {level: load(level) for level in levels}
         return {
-            "code": [
-                {"file": object_path(level), "triple": t.llvm_triple, "features": list(t.required_features())}
-                for level, t in targets.items()
-            ],
+            "code": entries(STEM, levels),
             "layers": [
                 {
                     "piece": layer.piece, "function": layer.function, "columns": layer.columns,
@@ -112,11 +97,6 @@ class HostStep:
                 for layer in self.layers
             ],
         }  # fmt: skip
-
-
-def object_path(level: str) -> str:
-    """Where an artifact has the object for an instruction set."""
-    return f"code/experts.{level}.o"
 
 
 def host_experts(launches: Sequence[GridLaunch], file: WeightsFile, name_of: Callable[[Value], str | None]) -> HostStep:

@@ -60,7 +60,7 @@ def test_what_is_in_it(built: tuple[Path, Path]) -> None:
     assert plain.gpu.kv.bytes_per_position == plain.manifest.kv.bytes_per_position
     attention = AttentionProgram.of(plain)
     assert sorted(attention.layers) == list(range(plain.gpu.kv.layers)) and attention.kv_info(1).format == "bf16"
-    assert plain.read_bytes(attention.code[0][0]).startswith(b"\x7fELF")
+    assert plain.read_bytes(attention.code.files[0][0]).startswith(b"\x7fELF")
 
 
 def test_a_plan_says_which_keys_and_values_lie_on_the_host(built: tuple[Path, Path]) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from codegen.nvptx.compile import compile_ptx
-from codegen.nvptx.host.attention import attention_path
-from codegen.nvptx.host.experts import object_path
+from codegen.nvptx.host.objects import object_path
 from codegen.nvptx.launches import GridOptions
 from codegen.nvptx.lower_to_grid import GridSpec, LoweredGridStep, lower_grid_step
 from codegen.nvptx.program_entry import gpu_entry, kv_entry, programs_entry
@@ -66,9 +65,9 @@ def write_lowered(
     names = [f".entry {k.name}(\n" for k in step.kernels]
     ptx = (code + "".join(name for name in names if name.strip() not in code)).encode()
     files = {"code/sm_90.ptx": ptx, "weights/weights.bin": weights}
-    files |= {object_path(level): made for level, made in step.host.objects(levels=levels).items()}
+    files |= {object_path("experts", level): made for level, made in step.host.objects(levels=levels).items()}
     kept = ObjectCache(Path(os.environ["STRATUM_CACHE"]) / "objects")
-    files |= {attention_path(level): made for level, made in step.attention.objects(kept, attention).items()}
+    files |= {object_path("attention", level): made for level, made in step.attention.objects(kept, attention).items()}
 
     def describe(manifest: dict) -> None:
         manifest["model"] |= {"vocab_size": VOCAB, "max_context": CONTEXT}

@@ -23,6 +23,7 @@ from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device
 from runtime.cuda.driver import DeviceFault, OutOfDeviceMemory
 from runtime.cuda.executor import scratch_bytes
+from runtime.cuda.host_code import HostObjects
 from runtime.cuda.host_experts import HostProgram, open_host
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.missed_experts import AUTO, CPU, FETCH, ExpertPrices, Missed, SpareLink, divide, read_order
@@ -306,10 +307,11 @@ def test_threads_of_the_cpu(artifact: Path) -> None:
 
 def test_the_code_of_this_cpu_is_found(artifact: Path) -> None:
     program = HostProgram.of(open_artifact(artifact))
-    assert program.file_for(host.host_architecture(), host.host_features()) == f"code/experts.{LEVEL}.o"
-    assert program.file_for(host.host_architecture(), frozenset()) == ""
-    assert program.file_for("riscv64", host.host_features()) == ""
-    both = replace(program, code=(*program.code, ("code/plain.o", program.code[0][1], ())))
+    assert program.code.file_for(host.host_architecture(), host.host_features()) == f"code/experts.{LEVEL}.o"
+    assert program.code.file_for(host.host_architecture(), frozenset()) == ""
+    assert program.code.file_for("riscv64", host.host_features()) == ""
+    files = program.code.files
+    both = HostObjects((*files, ("code/plain.o", files[0][1], ())))
     assert both.file_for(host.host_architecture(), frozenset()) == "code/plain.o"
 
 

@@ -35,7 +35,6 @@ from ir.diagnostics import DiagnosticError
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import CudaDevice, Device, open_device
 from runtime.cuda.driver import NoDevice, OutOfDeviceMemory
-from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_experts import ExpertCode, HostLayer, open_host
 from runtime.cuda.host_tier import READERS, REQUEST_BYTES
 from runtime.cuda.hybrid_plan import HbmPlan
@@ -43,6 +42,7 @@ from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.missed_experts import FETCH, MODES, Missed
 from runtime.cuda.session import CudaSession, gpu_step
+from runtime.cuda.step_memory import pinned_bytes
 from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.memory import PAGE_BYTES, Reservation

@@ -18,11 +18,11 @@ from passes.place.placement import layer_numbers
 from passes.place.solve import NoFit
 from runtime.artifact import Artifact
 from runtime.cuda.device import Device
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_attention import AttentionProgram
 from runtime.cuda.hybrid_weights import SPARE_BYTES, passing_plan
 from runtime.cuda.kv import capacity_of
 from runtime.cuda.session import gpu_step
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.errors import RuntimeDiagnostic
 from stratum.device_prices import Gpu, machine_like
 from stratum.plan_request import PlanRequest

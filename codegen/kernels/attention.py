@@ -17,7 +17,8 @@ from codegen.kernels.hadamard import rotate_stored
 from codegen.kernels.kv_layout import BLOCK, KVLayout
 from codegen.kernels.kv_products import LANES, MOST_SUMS, STEP, STEP_BLOCKS, BlockOf, Products, chunks, products
 from codegen.kernels.math import LOG2_E, exp2, exp2_short
-from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
+from codegen.tickets import Tickets
+from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F16, F32, I32, PlainFormat

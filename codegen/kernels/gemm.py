@@ -28,7 +28,8 @@ from codegen.kernels.math import clip, silu
 from codegen.kernels.micro import LANES
 from codegen.kernels.packed import Ahead
 from codegen.kernels.products import Product, product_of
-from codegen.tile_builder import Buffer, Expr, KernelBuilder, Tickets
+from codegen.tickets import Tickets
+from codegen.tile_builder import Buffer, Expr, KernelBuilder
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, PlainFormat

@@ -29,8 +29,6 @@ from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.kv import GpuKV
 from runtime.cuda.modules import Image
 from runtime.cuda.program import (
-    ALIGNMENT,
-    PIECE_WORDS,
     ArenaArgument,
     GpuLaunch,
     GpuProgram,
@@ -41,13 +39,11 @@ from runtime.cuda.program import (
     WeightArgument,
     prompt_pieces,
 )
+from runtime.cuda.step_memory import INPUTS, StepInputs, most_rows, scratch_bytes
 from runtime.cuda.weights import WeightStore
 
-MOST_LOGIT_BYTES = 64 << 20
-LEAST_ROWS = 64  # of logits at once, whatever a row takes
 KEPT_STEPS = 64  # prepared or captured, by their sizes
 _NONE = np.empty(0, np.int32)
-_ARRAYS = ("ids", "positions", "slots", "rows", "pieces")
 
 
 @dataclass(frozen=True)
@@ -71,49 +67,6 @@ class _Ready:
     arguments: Arguments
     launch: GpuLaunch
     number: int
-
-
-class _Inputs:
-    """The arrays of one program's steps, one behind the other: in pinned memory, and at a fixed place on the device."""
-
-    def __init__(self, host: int, device: int, max_tokens: int) -> None:
-        self.host, self.device = host, device
-        self.offsets: dict[str, int] = {}
-        self.counts = {name: max_tokens * (PIECE_WORDS if name == "pieces" else 1) for name in _ARRAYS}
-        end = 0
-        for name in _ARRAYS:
-            self.offsets[name] = end
-            end += -(-4 * self.counts[name] // 16) * 16
-        self.nbytes = end
-        whole = host_view(host, end).view(np.int32) if host else np.empty(0, np.int32)
-        self._views = {name: whole[at // 4 : at // 4 + self.counts[name]] for name, at in self.offsets.items()}
-
-    def write(self, name: str, values: np.ndarray) -> None:
-        """Into the pinned memory; no copy of it may be under way."""
-        self._views[name][: values.size] = values.reshape(-1)
-
-    @staticmethod
-    def bytes_for(max_tokens: int) -> int:
-        """Of one program, on the next multiple of `ALIGNMENT`."""
-        return -(-_Inputs(0, 0, max_tokens).nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def most_rows(step: GpuStep, vocab_size: int) -> int:
-    """Rows of logits that there is room for at once."""
-    return min(step.programs[-1].max_tokens, max(LEAST_ROWS, MOST_LOGIT_BYTES // (4 * vocab_size)))
-
-
-def scratch_bytes(step: GpuStep, vocab_size: int) -> int:
-    """What a step needs on the device beside weights and cache."""
-    inputs = sum(_Inputs.bytes_for(program.max_tokens) for program in step.programs)
-    return max(p.arena_bytes for p in step.programs) + inputs + 4 * vocab_size * most_rows(step, vocab_size)
-
-
-def pinned_bytes(step: GpuStep, vocab_size: int) -> int:
-    """What a step needs of pinned host memory: its inputs, and the logits that come back."""
-    return sum(_Inputs.bytes_for(program.max_tokens) for program in step.programs) + 4 * vocab_size * most_rows(
-        step, vocab_size
-    )
 
 
 def device_layers(step: GpuStep, host: HostKV | None) -> list[int]:
@@ -178,11 +131,11 @@ class Executor:
         return self._pinned[-1]
 
     def _place_inputs(self) -> None:
-        sizes = [_Inputs.bytes_for(program.max_tokens) for program in self.step.programs]
+        sizes = [StepInputs.bytes_for(program.max_tokens) for program in self.step.programs]
         device, host = self._allocate(sum(sizes), "inputs"), self._allocate_pinned(sum(sizes), "inputs")
-        self._inputs: dict[str, _Inputs] = {}
+        self._inputs: dict[str, StepInputs] = {}
         for program, nbytes in zip(self.step.programs, sizes, strict=True):
-            self._inputs[program.name] = _Inputs(host, device, program.max_tokens)
+            self._inputs[program.name] = StepInputs(host, device, program.max_tokens)
             host, device = host + nbytes, device + nbytes
 
     # -- one step
@@ -202,7 +155,7 @@ class Executor:
         pieces = _NONE
         if program.piece_tokens:
             pieces = prompt_pieces(positions, slots, program.piece_tokens)
-        for name, values in zip(_ARRAYS, (ids, positions, slots, rows, pieces), strict=True):
+        for name, values in zip(INPUTS, (ids, positions, slots, rows, pieces), strict=True):
             inputs.write(name, values)
         sizes = {
             "tokens": len(ids), "rows": len(rows), "ctx": self.kv.capacity, "slots": self._slots,

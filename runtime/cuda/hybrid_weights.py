@@ -21,7 +21,6 @@ from typing import Any
 from runtime.artifact import Artifact
 from runtime.cuda.dense_window import DenseWindow, StepCopies
 from runtime.cuda.device import Device
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_experts import ExpertCode
 from runtime.cuda.host_plan import HostPlan, plan_host
 from runtime.cuda.host_tier import HostTier
@@ -31,6 +30,7 @@ from runtime.cuda.hybrid_report import HybridReport
 from runtime.cuda.interrupts import uninterrupted
 from runtime.cuda.missed_experts import FETCHED, ExpertPrices, Missed
 from runtime.cuda.program import GpuLaunch, GpuStep, WeightArgument
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.weight_reader import Pread
 
 SPARE_BYTES = 256 << 20  # of the device's memory beside what is counted: modules, and the driver's own

@@ -23,7 +23,7 @@ import numpy as np
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device, open_device
 from runtime.cuda.driver import OutOfDeviceMemory
-from runtime.cuda.executor import Executor, pinned_bytes, scratch_bytes
+from runtime.cuda.executor import Executor
 from runtime.cuda.host_experts import host_code, open_host
 from runtime.cuda.host_kv import HostCacheTooSmall, HostKV, HostKvPlan, HostKvReport, plan_host_kv
 from runtime.cuda.host_plan import HostPlan
@@ -35,6 +35,7 @@ from runtime.cuda.measure import COPY_BYTES, copy_bandwidth
 from runtime.cuda.missed_experts import AUTO, FETCH, Missed, missed_of
 from runtime.cuda.profile import GpuProfile
 from runtime.cuda.program import GpuProgram, GpuStep, KVPlan
+from runtime.cuda.step_memory import pinned_bytes, scratch_bytes
 from runtime.cuda.weights import BUFFERS, CHUNK_BYTES, LoadProgress, ResidentWeights, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.manifest import Manifest

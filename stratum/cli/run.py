@@ -14,6 +14,7 @@ from ir.diagnostics import DiagnosticError
 from stratum.cli.bit_options import BitRequest, bit_options
 from stratum.cli.options import missed_experts_option, output_options
 from stratum.cli.run_options import Limits, directory_options, generation_options, memory_options
+from stratum.cli.run_report import kept, kv_kept, tell_prompt_cache, tell_stand_ins, tell_streaming
 from stratum.device_choice import DEVICES, choose_device
 
 if TYPE_CHECKING:
@@ -137,9 +138,9 @@ def run(
         if token_ids and not as_json:
             click.echo(f"prompt ids: {list(generation.prompt_ids)}\ntext ids: {generation.token_ids}", err=True)
         _tell_end(generation, reporter, quiet, as_json)
-        _tell_prompt_cache(generation, reporter, quiet, as_json)
-        _tell_streaming(loaded.session, reporter, quiet, as_json)
-        _tell_stand_ins(loaded, generation, reporter, quiet, as_json)
+        tell_prompt_cache(generation, reporter, quiet, as_json)
+        tell_streaming(loaded.session, reporter, quiet, as_json)
+        tell_stand_ins(loaded, generation, reporter, quiet, as_json)
         if recorder is not None and record_routing is not None:
             _write_routing(recorder, loaded.manifest, record_routing)
         if record is not None and profile:
@@ -217,8 +218,8 @@ def _tell_choices(reporter: Reporter, model: Model, sampling: SamplingParams, as
     click.echo(
         f"{manifest.model.get('name')}: {manifest.model.get('family')}, {parameters}; "
         f"{runs}\n"
-        f"memory: weights {format_bytes(memory.weights)} {_kept(session)}, "
-        f"KV cache up to {format_bytes(memory.kv_reserved)} {_kv_kept(session)}for "
+        f"memory: weights {format_bytes(memory.weights)} {kept(session)}, "
+        f"KV cache up to {format_bytes(memory.kv_reserved)} {kv_kept(session)}for "
         f"{session.max_context} positions, activations {format_bytes(memory.arena)}; {_sampling_text(sampling)}",
         err=True,
     )
@@ -233,100 +234,6 @@ def _tell_forecast(session: CudaSession) -> None:
     found = forecast_of(session)
     if found is not None:
         click.echo(found.line(), err=True)
-
-
-def _kept(session: AnySession) -> str:
-    """How the weights are held, in a few words."""
-    from stratum.progress import format_bytes
-
-    if session.streamer is None:
-        if not session.device_name:
-            return "mapped"
-        whole, there = session.manifest.weights.bytes, session.memory().weights
-        return "on the GPU" if there >= whole else f"on the GPU of {format_bytes(whole)}, which pass through"
-    plan, report = session.streamer.plan, session.streamer.report()
-    parts = [f"{format_bytes(report.resident_bytes)} of them stay"]
-    if plan.window_bytes:
-        parts.append(f"{format_bytes(plan.window_bytes)} for those that are streamed")
-    if plan.expert_bytes:
-        parts.append(f"{format_bytes(plan.expert_bytes)} for experts ({plan.policy})")
-    return f"under {format_bytes(plan.budget_bytes)}: {', '.join(parts)}"
-
-
-def _kv_kept(session: AnySession) -> str:
-    """What of the KV cache stays in memory, where that is not all."""
-    from stratum.progress import format_bytes
-
-    if session.kv_stream is None:
-        return ""
-    return f"({format_bytes(session.kv_stream.options.limit_bytes)} of it in memory) "
-
-
-def _tell_streaming(session: AnySession, reporter: Reporter, quiet: bool, as_json: bool) -> None:
-    """What was read, and what it cost."""
-    if link := getattr(session, "hybrid", None):
-        if as_json:
-            reporter.event("streaming", **vars(link), same_bits=link.same_bits)
-        elif not quiet:
-            click.echo(link.summary(), err=True)
-    if attended := getattr(session, "host_kv", None):
-        if as_json:
-            reporter.event("host_kv", **vars(attended), link_bytes=attended.link_bytes)
-        elif not quiet:
-            click.echo(attended.summary(), err=True)
-    if session.streamer is None:
-        return
-    from runtime.process_memory import peak_resident_bytes
-
-    report = session.streamer.report()
-    peak = peak_resident_bytes()
-    if as_json:
-        rates = {"gigabytes_per_s": report.gigabytes_per_s, "hit_rate": report.hit_rate, "peak_resident_bytes": peak}
-        reporter.event("streaming", **vars(report), **rates, full_model=report.full_model)
-    elif not quiet:
-        click.echo(f"{report}; at most {peak / (1 << 20):.0f} MiB in memory", err=True)
-    if session.kv_stream is not None:
-        kv = session.kv_stream.report()
-        if as_json:
-            reporter.event("kv_streaming", **vars(kv))
-        elif not quiet:
-            click.echo(str(kv), err=True)
-
-
-def _tell_stand_ins(model: Model, generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:
-    """How many experts were computed from copies, beside what a plan would have foretold."""
-    streamer = model.session.streamer
-    if streamer is None or not streamer.plan.stand_ins:
-        return
-    from stratum.stand_in_prediction import foretold
-
-    report, steps = streamer.report(), len(generation.token_ids) - 1
-    expected = foretold(model.manifest, streamer.plan, len(generation.prompt_ids), max(0, steps))
-    if expected is None:
-        return
-    if as_json:
-        reporter.event("stand_ins", foretold=vars(expected), lookups=report.expert_lookups, used=report.stand_ins)
-    elif not quiet:
-        share = 100 * report.stand_ins / max(1, report.expert_lookups)
-        click.echo(
-            f"stand-ins: {expected.stand_ins} of {expected.lookups} experts foretold "
-            f"({100 * expected.stand_ins / max(1, expected.lookups):.1f} %), "
-            f"{report.stand_ins} of {report.expert_lookups} measured ({share:.1f} %)",
-            err=True,
-        )
-
-
-def _tell_prompt_cache(generation: Generation, reporter: Reporter, quiet: bool, as_json: bool) -> None:
-    """What came from the file, and why it could not be written."""
-    cached = generation.cached
-    if cached is None or cached.reused is None:
-        return
-    if as_json:
-        reporter.event("prompt_cache", **vars(cached.reused))
-    elif not quiet:
-        click.echo(str(cached.reused), err=True)
-    if cached.fault is not None:
-        click.echo(f"warning: {cached.fault.message} ({cached.fault.where})", err=True)
 
 
 def _write_routing(recorder: RoutingRecorder, manifest: Manifest, path: Path) -> None:

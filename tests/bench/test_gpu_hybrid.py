@@ -14,12 +14,12 @@ from ir.diagnostics import DiagnosticError
 from passes.schedule.check_stream import check_stream
 from runtime.artifact import open_artifact
 from runtime.cuda.device import CudaDevice
-from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_experts import HostLayer
 from runtime.cuda.host_plan import STAGES, plan_host
 from runtime.cuda.hybrid_weights import plan_of
 from runtime.cuda.missed_experts import MODES, ExpertPrices
 from runtime.cuda.session import gpu_step
+from runtime.cuda.step_memory import pinned_bytes
 from stratum.compare_run import Compared
 from stratum.device_prediction import DeviceCase, decode_program, predict_device
 from tests.runtime.cuda.emulated_driver import EmulatedDriver

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from codegen.tile_builder import Expr, KernelBuilder, Tickets
+from codegen.tickets import Tickets
+from codegen.tile_builder import Expr, KernelBuilder
 from ir import verify
 from ir.formats import I32
 from ir.ops.builtin import FuncOp

@@ -10,10 +10,10 @@ import pytest
 
 from hw_targets import load
 from runtime.artifact import open_artifact
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_plan import plan_host
 from runtime.cuda.hybrid_weights import plan_of
 from runtime.cuda.session import CudaSession, gpu_step
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.errors import RuntimeDiagnostic
 from stratum.device_forecast import forecast, forecast_for, forecast_of, forecast_of_plan
 from stratum.device_prices import Gpu, machine_like

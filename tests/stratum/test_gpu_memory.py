@@ -10,8 +10,8 @@ import pytest
 
 import stratum
 from runtime.cuda import driver as cuda_driver
-from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.session import CudaSession
+from runtime.cuda.step_memory import pinned_bytes
 from stratum import process_account
 from stratum.cli import main
 from stratum.process_account import DoesNotFit

@@ -11,8 +11,8 @@ import pytest
 import stratum
 from runtime import host
 from runtime.cuda import driver as cuda_driver
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.session import CudaSession
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.errors import RuntimeDiagnostic
 from stratum import host_kv_choice, process_account
 from stratum.device_prices import Gpu

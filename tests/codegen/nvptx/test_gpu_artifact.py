@@ -18,8 +18,8 @@ from frontends.huggingface import import_model
 from ir.diagnostics import DiagnosticError
 from runtime import host
 from runtime.artifact import open_artifact
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_attention import AttentionProgram
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.errors import RuntimeDiagnostic
 from runtime.session import Session
 from stratum.checkpoint_report import artifact_text, describe_artifact

@@ -128,8 +128,8 @@ def test_a_step_that_wants_other_rows_is_captured_anew(toy: Path) -> None:
 
 
 def test_more_logits_than_there_is_room_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.cuda.executor.MOST_LOGIT_BYTES", 0)
-    monkeypatch.setattr("runtime.cuda.executor.LEAST_ROWS", 3)
+    monkeypatch.setattr("runtime.cuda.step_memory.MOST_LOGIT_BYTES", 0)
+    monkeypatch.setattr("runtime.cuda.step_memory.LEAST_ROWS", 3)
     ids = [int(i) for i in np.arange(30) * 7 % VOCAB]
     with open_toy(toy, emulated_driver()) as session:
         logits = session.step(ids, range(30), [0] * 30, range(29, -1, -1))

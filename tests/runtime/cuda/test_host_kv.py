@@ -21,10 +21,10 @@ from runtime import host
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device
 from runtime.cuda.driver import DeviceFault
-from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_kv import HostCacheTooSmall, HostKV, plan_host_kv
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.session import LEAST_CHUNK_BYTES, CudaSession, gpu_step
+from runtime.cuda.step_memory import pinned_bytes
 from runtime.cuda.weights import BUFFERS, WeightStore
 from runtime.errors import RuntimeDiagnostic
 from runtime.memory import PAGE_BYTES

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.cuda.driver import DeviceFault
-from runtime.cuda.executor import pinned_bytes
 from runtime.cuda.host_plan import LOAD_BYTES, STAGES, plan_host
 from runtime.cuda.hybrid_plan import plan_hbm
 from runtime.cuda.session import CudaSession
+from runtime.cuda.step_memory import pinned_bytes
 from runtime.errors import RuntimeDiagnostic
 from tests.runtime.cuda.emulated_driver import EmulatedDriver, Status
 from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, write_passing

@@ -22,12 +22,12 @@ from runtime import host
 from runtime.artifact import Artifact, open_artifact
 from runtime.cuda.device import Device
 from runtime.cuda.driver import DeviceFault, OutOfDeviceMemory
-from runtime.cuda.executor import scratch_bytes
 from runtime.cuda.host_code import HostObjects
 from runtime.cuda.host_experts import HostProgram, open_host
 from runtime.cuda.hybrid_weights import HybridWeights, plan_of
 from runtime.cuda.missed_experts import AUTO, CPU, FETCH, ExpertPrices, Missed, SpareLink, divide, read_order
 from runtime.cuda.session import CudaSession
+from runtime.cuda.step_memory import scratch_bytes
 from runtime.cuda.weights import WeightStore
 from runtime.errors import RuntimeDiagnostic
 from tests.runtime.cuda import test_lowered_models as models

@@ -7,8 +7,9 @@ Every row is a process of its own in a control group of its own (needs root). ll
 repack its weights, which would have to fit; it is measured at the system's read-ahead and, with `--device vda`, at
 128 KiB, which suits it best. A row ends after its tokens or after `--seconds`. What the disk gives by itself is taken
 before and after each of our rows, and what it gave meanwhile by the runtime: the time is foretold from the latter, and
-from peaks and memory bandwidth of just before and after the row. Without a limit the model is in memory already, and
-llama.cpp repacks as it likes. Forecasts are made at the end. The table takes about eleven minutes.
+from peaks and memory bandwidth of just before and after the row. Without a limit the model is in memory already,
+llama.cpp repacks as it likes, and both decode in turns. Forecasts are made at the end. The table takes about eleven
+minutes.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from bench.streaming.forecast import forecast
 from bench.streaming.memory_group import MemoryGroup
 from bench.streaming.report import Result, table
 from bench.streaming.rows import ROWS, Row, chosen
+from bench.streaming.turns import in_turns
 from hw_targets import load as load_target
 from hw_targets.calibrate import calibrate
 from hw_targets.host import usable_cores
 from ir.diagnostics import DiagnosticError
 
 BEST_READ_AHEAD_KIB = 128
-WARM = 64  # tokens after which a model is in memory, nearly every expert of it too
 
 
 def main() -> None:
@@ -72,9 +73,13 @@ def main() -> None:
     results: list[Result] = []
     for row in rows:
         artifact, gguf = files[row.name]
+        if not row.cap:
+            found = in_turns(row, _commands(row, artifact, gguf, options), options.tokens)
+            results += [_said(result) for result in found]
+            continue
         results.append(_ours(row, artifact, options))
         if gguf is not None:
-            for kib in (BEST_READ_AHEAD_KIB, None) if options.device and row.cap else (None,):
+            for kib in (BEST_READ_AHEAD_KIB, None) if options.device else (None,):
                 results.append(_llama(row, gguf, kib, options))
     if options.out is not None:  # what took minutes to measure is not lost to a forecast
         options.out.write_text(json.dumps([_plain(result) for result in results], indent=1))
@@ -103,12 +108,10 @@ def _files(row: Row, models: Models, peers: bool) -> tuple[Path, Path | None]:
 
 def _ours(row: Row, artifact: Path, options: argparse.Namespace) -> Result:
     weights = artifact / "weights" / "weights.bin"
-    words = [sys.executable, "-m", "bench.streaming.stratum_child", str(artifact), "--memory", str(row.cap)]
-    words += ["--context", str(_context(row, options.tokens))]
-    words += ["--expert-policy", options.expert_policy] if options.expert_policy else []
+    command = _commands(row, artifact, None, options)["stratum"]
     before, limits = disk_bytes_per_s(weights, scattered=row.scattered), _limits()
     try:
-        answer = measured("stratum", words, weights, row, options)
+        answer = measured("stratum", command, weights, row, options)
     except EngineError as fault:
         return _said(Result(row, "stratum", {}, fault=str(fault)))
     target = host_of(between(limits, _limits()), usable_cores())
@@ -121,16 +124,28 @@ def _limits() -> Moment:
 
 
 def _llama(row: Row, gguf: Path, kib: int | None, options: argparse.Namespace) -> Result:
-    name = f"llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}" if row.cap else "llama.cpp"
-    words = [str(options.peers), "-m", "bench.peers.llama_cpp_child", str(gguf)]
-    words += ["--context", str(_context(row, options.tokens)), *(["--mapped"] if row.cap else [])]
+    name = f"llama.cpp, read-ahead {'of the system' if kib is None else f'{kib} KiB'}"
+    command = [*_llama_command(row, gguf, options), "--mapped"]
     before = disk_bytes_per_s(gguf, scattered=row.scattered)
     try:
         with read_ahead(options.device or "", kib):
-            answer = measured(name, words, gguf, row, options)
+            answer = measured(name, command, gguf, row, options)
     except EngineError as fault:
         return _said(Result(row, name, {}, fault=str(fault)))
     return _said(Result(row, name, answer, (before, before)))
+
+
+def _commands(row: Row, artifact: Path, gguf: Path | None, options: argparse.Namespace) -> dict[str, list[str]]:
+    """What starts each engine of a row."""
+    ours = [sys.executable, "-m", "bench.streaming.stratum_child", str(artifact), "--memory", str(row.cap)]
+    ours += ["--context", str(_context(row, options.tokens))]
+    ours += ["--expert-policy", options.expert_policy] if options.expert_policy else []
+    return {"stratum": ours} | ({"llama.cpp": _llama_command(row, gguf, options)} if gguf is not None else {})
+
+
+def _llama_command(row: Row, gguf: Path, options: argparse.Namespace) -> list[str]:
+    words = [str(options.peers), "-m", "bench.peers.llama_cpp_child", str(gguf)]
+    return [*words, "--context", str(_context(row, options.tokens))]
 
 
 def measured(name: str, command: Sequence[str], file: Path, row: Row, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,8 +154,7 @@ def measured(name: str, command: Sequence[str], file: Path, row: Row, options: a
     if row.prompt:
         request |= {"do": "prefill", "tokens": row.prompt}
     else:
-        warm = 0 if row.cap else WARM
-        request |= {"do": "decode", "tokens": options.tokens, "depth": 0, "warm": warm, "seconds": options.seconds}
+        request |= {"do": "decode", "tokens": options.tokens, "depth": 0, "warm": 0, "seconds": options.seconds}
     forget(file)
     with MemoryGroup(row.cap) as group:
         engine = Engine(name, group.command(command))
@@ -167,7 +181,7 @@ def _asked(engine: Engine, request: dict[str, object], seconds: float) -> dict[s
 
 
 def _context(row: Row, tokens: int) -> int:
-    return max(128, row.prompt, tokens if row.cap else WARM + tokens)
+    return max(128, row.prompt, 2 * tokens)
 
 
 def _said(result: Result) -> Result:

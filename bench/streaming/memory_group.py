@@ -20,12 +20,13 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class MemoryGroup:
-    """A group of its own, removed at the end; `limit` in bytes (0: none). Raises OSError where no group can be made."""
+    """A group of its own, removed at the end; `limit` in bytes (0: none), `number` tells those of one process apart.
+    Raises OSError where no group can be made."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, number: int = 0) -> None:
         self.limit = limit
         self._second = (ROOT / "cgroup.controllers").is_file()
-        self.path = (ROOT if self._second else ROOT / "memory") / f"stratum-bench-{os.getpid()}"
+        self.path = (ROOT if self._second else ROOT / "memory") / f"stratum-bench-{os.getpid()}-{number}"
 
     def __enter__(self) -> Self:
         self.path.mkdir()

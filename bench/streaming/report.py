@@ -82,7 +82,7 @@ def _line(result: Result, best: float) -> str:
         f"{answer['hits']:.0f}",
         f"{read / 1e9:.2f}" if row.cap else "",
         f"{result.rate_meanwhile / 1e9:.2f}" if row.cap else "",
-        " / ".join(f"{d / 1e9:.2f}" for d in result.disk),
+        " / ".join(f"{d / 1e9:.2f}" for d in result.disk) if row.cap else "",
         share,
         *_foretold(result),
     ]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.prediction.machine import Moment
+from bench.streaming import turns
 from bench.streaming.disk import disk_bytes_per_s, forget, read_ahead, read_by
 from bench.streaming.forecast import Forecast, trace_of
 from bench.streaming.memory_group import MemoryGroup
@@ -95,3 +97,39 @@ def test_a_process_in_a_group(limit: int) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(20 << 20).encode()
     assert facts["peak"] <= (limit or 256 << 20) and facts["hits"] >= 0 and not path.exists()
+
+
+class _Steady:
+    """A machine that gives the same at all times."""
+
+    def __init__(self, threads: int) -> None:
+        self.asked = 0
+
+    def now(self) -> Moment:
+        self.asked += 1
+        return Moment(read=30e9, f32=100e9)
+
+    def __enter__(self) -> _Steady:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self.asked == 2 * turns.ROUNDS
+
+
+def test_without_a_limit_engines_take_turns_and_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers a turn more slowly than the one before; the first request is not a turn."""
+    child = (
+        "import sys; from bench.peers.child import serve; count = iter(range(99))\n"
+        "serve({'about': lambda r: {'bytes': 1}, 'decode': lambda r: {'seconds': float(sys.argv[1]) * next(count)}})"
+    )
+    monkeypatch.setattr(turns, "Machine", _Steady)
+    row = next(row for row in ROWS if not row.cap)
+    commands = {name: [sys.executable, "-c", child, factor] for name, factor in (("stratum", "1"), ("llama.cpp", "2"))}
+    try:
+        ours, peer = turns.in_turns(row, commands, tokens=10)
+    except OSError as fault:
+        pytest.skip(f"no group can be made here: {fault.strerror}")
+    assert ours.answer["turns"] == [float(n) for n in range(1, turns.ROUNDS + 1)]
+    assert (ours.rate, peer.rate) == (10 / 5.0, 10 / 10.0)
+    assert ours.target.startswith("host{dram.read=30.000GB/s") and not peer.target
+    assert "| 2.00x |" in table([replace(ours, forecast=Forecast(0.5)), peer])

@@ -84,7 +84,7 @@ from pathlib import Path
 import hw_targets
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import compile_step
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.object_cache import ObjectCache
 from frontends.huggingface import import_model
 from ir import print_module

@@ -21,7 +21,8 @@ from statistics import median
 import hw_targets
 from bench.gpu_rows import Row
 from codegen.artifact import ArtifactWriter, FileRecord
-from codegen.build import default_pipeline, model_facts
+from codegen.build import model_facts
+from codegen.build_pipeline import default_pipeline
 from codegen.nvptx.compile import TRIPLE
 from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures, grid_options
 from codegen.nvptx.lower_to_grid import lower_grid_step

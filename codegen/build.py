@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from codegen.artifact import ArtifactWriter
+from codegen.build_pipeline import BuildPipeline, build_pipeline
 from codegen.build_stages import BuildStages, Progress
 from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundle
 from codegen.compile_step import CodegenTarget, compile_lowered, lower_step
@@ -31,17 +32,12 @@ from codegen.weights import write_weights
 from frontends.huggingface import ImportedModel
 from hw_targets.target import Target as MachineTarget
 from ir import print_module
-from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import ModuleOp
-from ir.ops.quant import DequantizeOp
-from passes.pass_base import Pass, PassContext
+from passes.pass_base import PassContext
 from passes.pass_manager import PassManager, PipelineReport
-from passes.pipeline_text import parse_pipeline, print_pipeline
-from passes.pipelines import cpu_pipeline, gpu_pipeline
 from passes.quantize.quantize import QuantizePass
-from passes.quantize.recipe import is_path, load_recipe
 
-DTYPES = ("bf16", "f32")
+_WEIGHTS = "weights/weights.bin"
 
 
 class Target(CodegenTarget, Protocol):
@@ -65,26 +61,6 @@ class BuildResult:
     notes: tuple[str, ...]
 
 
-def default_pipeline(
-    target: CodegenTarget, dtype: str, recipe: Sequence[str] = (), stand_ins: Sequence[str] = ()
-) -> tuple[Pass, ...]:
-    """The passes for a target; `dtype` is bf16 or f32, the floats; `recipe` names what decides the other formats,
-    `stand_ins` what decides those of experts' copies.
-
-    Raises DiagnosticError for other dtypes.
-    """
-    if dtype not in DTYPES:
-        raise DiagnosticError(f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
-    if gpu_architectures(target):
-        return gpu_pipeline(dtype, recipe)
-    wide = "avx512f" in target.llvm_features
-    passes = cpu_pipeline(dtype, dtype, dtype, recipe=recipe, stand_ins=stand_ins)
-    if wide:
-        return passes
-    narrow = parse_pipeline("choose-layouts{bf16-rows=16 f32-rows=16 low-bit-rows=16 small-rows=16}")[0]
-    return tuple(narrow if p.name == "choose-layouts" else p for p in passes)
-
-
 @rare_collections()
 def build_artifact(
     imported: ImportedModel,
@@ -106,90 +82,104 @@ def build_artifact(
     unless another recipe or a pipeline is given. `stand_ins` names those of copies of the experts in fewer bits.
     """
     tell = BuildStages(progress)
-    module, architectures = imported.module, gpu_architectures(target)
-    parts = recipe_parts(recipe, pipeline, module)
-    copies = stand_in_parts(stand_ins, pipeline, imported)
-    if copies and architectures:
-        raise DiagnosticError(
-            "stand-ins are for runs on the CPU, under a budget", expected="a CPU target, or no stand-ins"
-        )
-    passes: Sequence[Pass] = parse_pipeline(pipeline) if pipeline else default_pipeline(target, dtype, parts, copies)
-    text = print_pipeline([_without_paths(p) for p in passes])
-    recipes = [load_recipe(p.recipe) for p in passes if isinstance(p, QuantizePass)]  # files may change
-    recipe_text = "\n".join(r.to_toml() for r in recipes)
-    copies_text = load_recipe(copies).to_toml() if copies else ""
-    key = bundle_key(print_module(module), text, target, [recipe_text, *filter(None, [copies_text])])
+    module = imported.module
+    chosen = build_pipeline(imported, target, dtype, pipeline, recipe, stand_ins)
+    key = bundle_key(print_module(module), chosen.text, target, chosen.recipe_files())
     tell("passes", 0.0)
     roles = {name: spec.role for name, spec in imported.weights.items()}
-    report = PassManager(passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
+    report = PassManager(chosen.passes, context=PassContext(options={"roles": roles}), dump_dir=dump_dir).run(module)
     tell("code", 0.0)
-    maker = (
-        _gpu_code(module, grid_options(target), architectures, cache)
-        if architectures
-        else _cpu_code(module, target, key, cache, dump_dir)
-    )
-    weights = maker.file
-    extra = [value for bundle in weights.bundles if bundle.stand_in for value in bundle.weights]
-    formats = format_uses([(name, value) for name, value in weights.roots if value not in extra])
+    architectures = gpu_architectures(target)
+    if architectures:
+        maker = _gpu_code(module, grid_options(target), architectures, cache)
+    else:
+        maker = _cpu_code(module, target, key, cache, dump_dir)
+    formats = _formats(maker.file)
     with (
         tell,
-        ArtifactWriter(out, expected_bytes=weights.nbytes) as writer,
+        ArtifactWriter(out, expected_bytes=maker.file.nbytes) as writer,
         ThreadPoolExecutor(1, "build-code") as pool,
     ):
         # LLVM runs in a process of its own: it works while the weights stream.
         pending = pool.submit(maker.make)
-        with writer.open("weights/weights.bin") as file:
-            write_weights(
-                weights.roots,
-                imported.checkpoint,
-                file,
-                bundles=weights.stacks,
-                progress=lambda done, all: tell("weights", done / max(1, all)),
-            )
-            file.write(maker.tables)
+        _stream_weights(writer, maker, imported, tell)
         tell("code", 0.0)  # what is left of it
         code = pending.result()
-        for name, content in code.files.items():
-            writer.add(name, content)
-        if dump_dir is not None:
-            for name in ("plan.ir", "tile.ir"):
-                (dump_dir / name).write_text(str(code.files[name]))
-        if recipe_text:
-            writer.add("recipe.toml", recipe_text)
-        if copies_text:
-            writer.add("stand_ins.toml", copies_text)
-        for name, path in sorted(imported.files.items()):
-            writer.copy(name, path)
-        record = writer.files["weights/weights.bin"]
-        cpu, features = (architectures[0], []) if architectures else (target.llvm_cpu, list(target.required_features()))
+        _add_files(writer, code, chosen, imported, dump_dir)
         writer.finish(
             {
                 "stratum_version": version,
                 "model": model_facts(imported),
                 "dtype": dtype,
-                "recipe": ",".join(r.name for r in recipes),
-                **({"stand_ins": load_recipe(copies).name} if copies else {}),
-                "target": {
-                    "name": target.name,
-                    "triple": GPU_TRIPLE if architectures else target.llvm_triple,
-                    "cpu": cpu,
-                    "features": features,
-                },
-                "pipeline": text,
+                **chosen.manifest_entries(),
+                "target": _target_entry(target),
+                "pipeline": chosen.text,
                 **code.entries,
-                "weights": {
-                    "file": "weights/weights.bin",
-                    "bytes": record.nbytes,
-                    "bits_per_weight": round(bits_per_weight(formats), 4),
-                    "formats": [asdict(use) for use in formats],
-                    "tensors": [t.manifest_entry() for t in weights.tensors],
-                    "pieces": [p.manifest_entry() for p in weights.pieces],
-                },
+                "weights": _weights_entry(maker.file, formats, writer.files[_WEIGHTS].nbytes),
             }
         )
-    return BuildResult(
-        Path(out), maker.was_cached, weights.nbytes, report, formats, (*unused_gpu(target), *_notes(report))
-    )
+    notes = (*unused_gpu(target), *_notes(report))
+    return BuildResult(Path(out), maker.was_cached, maker.file.nbytes, report, formats, notes)
+
+
+def _formats(weights: WeightsFile) -> tuple[FormatUse, ...]:
+    """What the model is stored in; copies of experts in fewer bits do not count."""
+    copies = [value for bundle in weights.bundles if bundle.stand_in for value in bundle.weights]
+    return format_uses([(name, value) for name, value in weights.roots if value not in copies])
+
+
+def _stream_weights(writer: ArtifactWriter, maker: _CodeMaker, imported: ImportedModel, tell: BuildStages) -> None:
+    with writer.open(_WEIGHTS) as file:
+        write_weights(
+            maker.file.roots,
+            imported.checkpoint,
+            file,
+            bundles=maker.file.stacks,
+            progress=lambda done, all: tell("weights", done / max(1, all)),
+        )
+        file.write(maker.tables)
+
+
+def _add_files(
+    writer: ArtifactWriter, code: _Code, chosen: BuildPipeline, imported: ImportedModel, dump_dir: Path | None
+) -> None:
+    """Everything but the weights and the manifest: IR texts, code, recipes, and the model's own files."""
+    for name, content in code.files.items():
+        writer.add(name, content)
+    if dump_dir is not None:
+        for name in ("plan.ir", "tile.ir"):
+            (dump_dir / name).write_text(str(code.files[name]))
+    if chosen.recipe_text:
+        writer.add("recipe.toml", chosen.recipe_text)
+    if chosen.stand_ins_text:
+        writer.add("stand_ins.toml", chosen.stand_ins_text)
+    for name, path in sorted(imported.files.items()):
+        writer.copy(name, path)
+
+
+def _target_entry(target: Target) -> dict[str, Any]:
+    """The manifest's `target`: what the code needs of a machine."""
+    architectures = gpu_architectures(target)
+    if architectures:
+        return {"name": target.name, "triple": GPU_TRIPLE, "cpu": architectures[0], "features": []}
+    return {
+        "name": target.name,
+        "triple": target.llvm_triple,
+        "cpu": target.llvm_cpu,
+        "features": list(target.required_features()),
+    }
+
+
+def _weights_entry(weights: WeightsFile, formats: Sequence[FormatUse], nbytes: int) -> dict[str, Any]:
+    """The manifest's `weights`: where each tensor lies in the file of `nbytes`, and in what it is stored."""
+    return {
+        "file": _WEIGHTS,
+        "bytes": nbytes,
+        "bits_per_weight": round(bits_per_weight(formats), 4),
+        "formats": [asdict(use) for use in formats],
+        "tensors": [tensor.manifest_entry() for tensor in weights.tensors],
+        "pieces": [piece.manifest_entry() for piece in weights.pieces],
+    }
 
 
 @dataclass(frozen=True)
@@ -245,50 +235,6 @@ def _gpu_code(
         return _Code({name: print_module(level) for name, level in levels.items()} | code.files(), code.entries())
 
     return _CodeMaker(lowered.file, make, tables=lowered.tables)
-
-
-def recipe_parts(recipe: str | None, pipeline: str | None, module: ModuleOp) -> tuple[str, ...]:
-    """What `--recipe` names, each part by itself; the default of a quantized checkpoint; () for builds of floats."""
-    if recipe is not None and pipeline is not None:
-        raise DiagnosticError(
-            "a recipe and a pipeline are given, and each decides the formats",
-            expected="one of them",
-            hint=f"the pipeline may name the recipe: quantize{{recipe={recipe}}}",
-        )
-    if recipe is None:
-        return ("as-stored",) if any(isinstance(op, DequantizeOp) for op in module.walk()) else ()
-    load_recipe(recipe)  # refuses what is no recipe before anything is done
-    return tuple(part.strip() for part in recipe.split(","))
-
-
-def stand_in_parts(stand_ins: str | None, pipeline: str | None, imported: ImportedModel) -> tuple[str, ...]:
-    """What `--stand-ins` names, each part by itself. Refuses models without experts, and pipelines of the caller."""
-    if stand_ins is None:
-        return ()
-    if pipeline is not None:
-        raise DiagnosticError(
-            "stand-ins and a pipeline are given, and each decides the passes",
-            expected="one of them",
-            hint=f"the pipeline may have them: add-stand-ins first, and quantize{{stand-ins={stand_ins}}}",
-        )
-    if imported.config.moe is None:
-        raise DiagnosticError(
-            "this model has no experts that others could stand in for", expected="a mixture of experts, or no stand-ins"
-        )
-    load_recipe(stand_ins)
-    return tuple(part.strip() for part in stand_ins.split(","))
-
-
-def _without_paths(made: Pass) -> Pass:
-    """The pass as the manifest names it: a recipe from a file by the artifact's own copy, so that equal recipes give
-    equal artifacts wherever they lay.
-    """
-    if isinstance(made, QuantizePass):
-        if any(is_path(part) for part in made.recipe):
-            made = replace(made, recipe=("recipe.toml",))
-        if any(is_path(part) for part in made.stand_ins):
-            made = replace(made, stand_ins=("stand_ins.toml",))
-    return made
 
 
 def unused_gpu(target: Target) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from passes.quantize.recipe import Recipe
 def weights_file_bytes(model: Path, recipe: Recipe, *, target: str = "host", dtype: str = "bf16") -> int:
     """Bytes of `weights/weights.bin` of a build of the Hugging Face directory `model` with `recipe`."""
     import hw_targets
-    from codegen.build import default_pipeline
+    from codegen.build_pipeline import default_pipeline
     from codegen.lower_to_plan import Lowering
     from frontends.huggingface import import_model
     from passes.pass_base import PassContext

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import CompiledStep, compile_step, lower_step
 from codegen.object_cache import ObjectCache
 from ir import interpret

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step, program_specs
 from codegen.lower_to_plan import Lowering
 from codegen.programs import WeightsFile

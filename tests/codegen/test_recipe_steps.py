@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import compile_step
 from codegen.object_cache import ObjectCache
 from ir import interpret

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hw_targets
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import CompiledStep, compile_step, program_specs
 from codegen.object_cache import ObjectCache
 from ir import interpret

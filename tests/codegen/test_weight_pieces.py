@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step
 from codegen.weights import PAGE_BYTES, load_stored, stored_pieces, write_weights
 from passes.pass_manager import PassManager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from codegen.build import default_pipeline
+from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step
 from ir import parse, verify
 from ir.formats import BF16

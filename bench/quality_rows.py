@@ -22,7 +22,7 @@ from bench.measure import ROOT, cli
 from frontends.huggingface import import_model
 from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize.recipe import Recipe, load_recipe
 from passes.quantize.rounding import quantize_rows
 

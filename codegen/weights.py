@@ -29,7 +29,7 @@ from codegen.strips import StripPacker, strip_count, strip_rows, unpack_strips
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PLAIN_FORMATS, FP8Format, NumberFormat, PlainFormat, ScaledFormat
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from ir.types import Layout, TensorType
 
 PAGE_BYTES = 4096

@@ -1,7 +1,7 @@
 """Reading the words of the text form: types, number formats, layouts and attribute values, out of syntax nodes.
 
-`TextReader` works on tokens; `parse_type`, `parse_format` and `parse_layout` read a string on its own. Everything read
-from `<...>` is frozen, so each distinct text is read once.
+`TextReader` works on tokens (`ir.parse_value` reads a string on its own). Everything read from `<...>` is frozen, so
+each distinct text is read once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, cast, get_type_hints
 
 from ir.attributes import ATTRIBUTES, Attribute, SymbolRef
-from ir.diagnostics import DiagnosticError
 from ir.formats import PLAIN_FORMATS, NumberFormat, PlainFormat, format_family, format_names, format_word
 from ir.spelling import did_you_mean
 from ir.syntax import ValueSyntax
@@ -330,31 +329,3 @@ def unquoted(token: Any, text: str) -> str:
         return json.loads(text, strict=False)
     except ValueError as error:
         raise _fault(token, 'expected the escapes of JSON in a string: \\n, \\", \\\\, \\u0041') from error
-
-
-def _read(text: str, kind: type, what: str) -> Any:
-    from ir.parser import shared_reader
-
-    try:
-        reader = shared_reader()
-        found = reader.type(text.strip()) if kind is Type else reader.bracketed_or_word(text.strip())
-    except TextFault as fault:
-        raise DiagnosticError(f"{fault.message} in {text.strip()!r}") from fault
-    if not isinstance(found, kind):
-        raise DiagnosticError(f"expected {what}, got {text.strip()!r}")
-    return found
-
-
-def parse_type(text: str) -> Type:
-    """The type that a string names. Raises DiagnosticError."""
-    return _read(text, Type, "a type")
-
-
-def parse_format(text: str) -> NumberFormat:
-    """The number format that a string names: `bf16`, `q4_sym<group=32, scale=f16>`. Raises DiagnosticError."""
-    return _read(text, NumberFormat, "a number format")
-
-
-def parse_layout(text: str) -> Layout:
-    """The layout that a string names: `strips<rows=64, pack=2>`. Raises DiagnosticError."""
-    return _read(text, Layout, "a layout")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         registered_passes,
     )
     from passes.pass_manager import PassError, PassManager, PassRecord, PipelineReport
-    from passes.pipeline_text import parse_pipeline, print_pass, print_pipeline
+    from passes.pipeline_text import parse_pipeline, print_pipeline
 
 __all__ = [
     "FunctionPass",
@@ -34,7 +34,6 @@ __all__ = [
     "Remark",
     "find_pass",
     "parse_pipeline",
-    "print_pass",
     "print_pipeline",
     "register_pass",
     "registered_passes",
@@ -42,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "pass_manager": ("PassError", "PassManager", "PassRecord", "PipelineReport"),
-    "pipeline_text": ("parse_pipeline", "print_pass", "print_pipeline"),
+    "pipeline_text": ("parse_pipeline", "print_pipeline"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

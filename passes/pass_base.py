@@ -28,6 +28,7 @@ from typing import Any, ClassVar, TypeVar
 from ir.core import Op
 from ir.diagnostics import DiagnosticError
 from ir.rewriter import PatternRewriter, Refusal
+from passes.option_text import print_options
 
 ENTRY_POINT_GROUP = "stratum.passes"
 A = TypeVar("A")
@@ -104,9 +105,8 @@ class Pass:
         self.run(module, ctx)
 
     def __str__(self) -> str:
-        from passes.pipeline_text import print_pass
-
-        return print_pass(self)
+        """As in pipeline text."""
+        return print_options(self.name, self)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ir.spelling import did_you_mean
 from passes.clone import clone
 from passes.dump import Dumper
 from passes.pass_base import Pass, PassContext, Remark
-from passes.pipeline_text import parse_pipeline, print_pass, print_pipeline
+from passes.pipeline_text import parse_pipeline, print_pipeline
 from passes.snapshot import snapshot
 
 
@@ -171,7 +171,7 @@ class PassManager:
             verified = time.perf_counter()
             dump = dumper.write(current.name, module) if dumper and changed else None
             refusals, remarks = self.context.take_notes()
-            text = print_pass(current)
+            text = str(current)
             seconds, verify_seconds = ended - started, verified - checked
             record = PassRecord(
                 current.name, text, seconds, verify_seconds, changed, len(after), refusals, remarks, dump
@@ -191,7 +191,7 @@ class PassManager:
             notes += list(error.diagnostics)
         else:
             shown = f"failed with {type(error).__name__}: {error}"
-        ran = ", ".join(print_pass(p) for p in self.passes[:index]) or "none"
+        ran = ", ".join(str(p) for p in self.passes[:index]) or "none"
         notes.append(Diagnostic("note", f"passes before it: {ran}"))
         path, told = self._write_reproducer(index, start)
         notes.append(Diagnostic("note", told))

@@ -23,11 +23,11 @@ from typing import Any, Literal
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.location import Location
 from ir.spelling import did_you_mean
+from passes.option_text import option_key
 from passes.pass_base import Pass, find_pass, load_failures, registered_passes
 
 _TOKEN = re.compile(r'\s*(?:(?P<punct>[{}=,])|"(?P<string>(?:[^"\\]|\\.)*)"|(?P<word>[^\s{}=,"]+)|(?P<bad>"))')
 _BLANKS = "blanks separate options, commas separate the values of one"
-_PLAIN_WORD = re.compile(r'[^\s{}=,"]+')
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,7 @@ def parse_pipeline(text: str, where: str = "pipeline") -> tuple[Pass, ...]:
 
 def print_pipeline(passes: Iterable[Pass]) -> str:
     """The text form; options at their defaults are left out."""
-    return ",".join(print_pass(p) for p in passes)
-
-
-def print_pass(p: Pass) -> str:
-    """`name{opt=value other=value}`."""
-    options = []
-    for field in dataclasses.fields(p):
-        value = getattr(p, field.name)
-        if value != _default(field):
-            options.append(f"{_key(field.name)}={_print_value(value)}")
-    return p.name + (f"{{{' '.join(options)}}}" if options else "")
+    return ",".join(map(str, passes))
 
 
 class _Reader:
@@ -139,7 +129,7 @@ class _Reader:
             raise self.error(token, f"the options of {cls.name!r} are not closed by '}}'")
         if token.kind != "word":
             raise self.error(token, f"expected an option of {cls.name!r}, got {token.text!r}", _BLANKS)
-        fields = {_key(f.name): f for f in dataclasses.fields(cls)}
+        fields = {option_key(f.name): f for f in dataclasses.fields(cls)}
         field = fields.get(token.text.replace("_", "-"))
         if field is None:
             has = "its options: " + ", ".join(fields) if fields else "it has no options"
@@ -215,24 +205,3 @@ def _describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if a is type(None) else _describe(a) for a in typing.get_args(hint))
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint, str(hint))
-
-
-def _print_value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(_print_value(v) for v in value) if value else "()"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "none"
-    text = str(value)
-    if isinstance(value, str) and (not _PLAIN_WORD.fullmatch(text) or text in ("none", "()")):
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return text
-
-
-def _key(field_name: str) -> str:
-    return field_name.replace("_", "-")
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

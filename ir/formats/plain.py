@@ -56,19 +56,19 @@ class PlainFormat(NumberFormat):
         """The values in this format: floats rounded to nearest, ties to even; integers must be representable."""
         from ir.formats.plain_arrays import pack
 
-        return pack(self, values)
+        return pack(self.name, values)
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """float32 (float64 for f64 and the wide integers, which float32 does not hold exactly)."""
         from ir.formats.plain_arrays import unpack
 
-        return unpack(self, packed)
+        return unpack(self.name, packed)
 
     def error_bound(self, values: np.ndarray) -> np.ndarray:
         """float64, like `values`: |x - unpack(pack(x))| is never larger. inf where x is out of range."""
         from ir.formats.plain_arrays import error_bound
 
-        return error_bound(self, values)
+        return error_bound(self.name, values)
 
 
 _FLOATS = ("f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2")

@@ -1,23 +1,19 @@
 """Arrays of plain formats: which numpy dtype an element is, rounding to it, reading it, and the error of doing so.
 
-    dtype_of("bf16"), pack(BF16, values), unpack(BF16, packed), error_bound(BF16, values)
+    dtype_of("bf16"), pack("bf16", values), unpack("bf16", packed), error_bound("bf16", values)
 
-`ir.formats.plain` describes the formats, and is all that sizes need; this is loaded by what touches values. Refuses
-integers that a format does not represent.
+Formats go by their names: `ir.formats.plain` describes them, which is all that sizes need, and loads this for what
+touches values. Refuses integers that a format does not represent.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from ir.diagnostics import DiagnosticError
-
-if TYPE_CHECKING:
-    from ir.formats.plain import PlainFormat
 
 _DTYPES = {
     name: np.dtype(kind)
@@ -52,31 +48,31 @@ def dtype_of(name: str) -> np.dtype:
     return _DTYPES[name]
 
 
-def pack(format: PlainFormat, values: np.ndarray) -> np.ndarray:
+def pack(name: str, values: np.ndarray) -> np.ndarray:
     """The values in the format: floats rounded to nearest, ties to even. Raises DiagnosticError for integers that it
     does not represent."""
-    dtype = _DTYPES[format.name]
+    dtype = _DTYPES[name]
     with np.errstate(over="ignore", invalid="ignore"):
         packed = values.astype(dtype)
-        if format.name == "f8e4m3":
+        if name == "f8e4m3":
             finite = np.clip(values.astype(np.float64), -448.0, 448.0)
             packed = np.where(np.isnan(values.astype(np.float64)), packed, finite.astype(dtype))
-    if not format.is_float and not np.array_equal(packed.astype(np.float64), values.astype(np.float64)):
-        raise DiagnosticError(f"cannot store the values in {format}", expected=f"numbers that {format} represents")
+    if name not in _FLOATS and not np.array_equal(packed.astype(np.float64), values.astype(np.float64)):
+        raise DiagnosticError(f"cannot store the values in {name}", expected=f"numbers that {name} represents")
     return packed
 
 
-def unpack(format: PlainFormat, packed: np.ndarray) -> np.ndarray:
+def unpack(name: str, packed: np.ndarray) -> np.ndarray:
     """float32 (float64 for f64 and the wide integers, which float32 does not hold exactly)."""
-    wide = format.name in ("f64", "i32", "i64")
+    wide = name in ("f64", "i32", "i64")
     return packed.astype(np.float64 if wide else np.float32)
 
 
-def error_bound(format: PlainFormat, values: np.ndarray) -> np.ndarray:
+def error_bound(name: str, values: np.ndarray) -> np.ndarray:
     """float64, like `values`: |x - unpack(pack(x))| is never larger. inf where x is out of range."""
     exact = np.abs(values.astype(np.float64))
-    if not format.is_float:
+    if name not in _FLOATS:
         return np.zeros_like(exact)
-    precision, smallest, largest = _FLOATS[format.name]
+    precision, smallest, largest = _FLOATS[name]
     # unpack gives float32 or wider, which is exact
     return np.where(exact > largest, np.inf, np.maximum(exact * precision, smallest / 2))

@@ -69,7 +69,7 @@ def format_family(name: str) -> FormatFamily | None:
 def read_format(text: str) -> NumberFormat | None:
     """The format of a text that is a word, or a name and fields that are words: `q4_sym<group=32, scale=f16>`.
 
-    None for every other text, and for fields that a family refuses: `ir.text_reader.parse_format` reads what formats
+    None for every other text, and for fields that a family refuses: `ir.parse_value.parse_format` reads what formats
     mean in general, with the grammar of the IR, and says what is wrong.
     """
     found = _WRITTEN.fullmatch(text.strip())

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, GroupedIntFormat, NumberFormat, PlainFormat
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize.bit_choice import BitChoice
 from passes.quantize.expert_ranges import ranges_of
 from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe

@@ -30,8 +30,8 @@ from ir.ops.norm import RmsNormOp
 from ir.ops.quant import DequantizeOp, QuantizeOp, RotateOp
 from ir.ops.quant_columns import ClearColumnsOp, OutlierColumnsOp, SelectColumnsOp
 from ir.ops.tensor import AddOp, CastOp, ConcatOp, EmbedOp, ReshapeOp, SliceOp
+from ir.parse_value import parse_format
 from ir.rewriter import PatternRewriter
-from ir.text_reader import parse_format
 from ir.types import KVCacheType
 from passes.analysis.constants import is_constant_expression
 from passes.analysis.exactness import is_exact

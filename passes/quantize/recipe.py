@@ -339,7 +339,7 @@ def _format(table: _Table, key: str) -> NumberFormat | str | None:
 
 def _parsed(text: str) -> NumberFormat:
     """What the text form of the IR calls so, or the fault in it. Loads the IR's grammar with all its types and ops."""
-    from ir.text_reader import parse_format
+    from ir.parse_value import parse_format
 
     return parse_format(text)
 

@@ -23,7 +23,7 @@ ANY_WIDTH = 1 << 16  # of heads, when a recipe is read without a model
 
 def cache_type(text: str, num_kv_heads: int, head_dim: int) -> KVCacheType:
     """The type of a KV cache kept as `[kv] format` says; blocks of a rotation are cut to what divides the heads."""
-    from ir.text_reader import parse_type
+    from ir.parse_value import parse_type
     from ir.types import KVCacheType
 
     found = parse_type(f"kv<{num_kv_heads} x {ANY_WIDTH} x {text}>")

@@ -25,7 +25,7 @@ from ir.ops.gemm import MatmulOp
 from ir.ops.moe import DispatchOp, GroupedGemmOp
 from ir.ops.norm import RmsNormOp
 from ir.ops.quant import QuantizeOp, RotateOp
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from ir.types import Layout, SymbolicDim, TensorType
 from passes.analysis.value_types import tensor_type
 from tests.codegen.harness import host_target

@@ -16,7 +16,7 @@ from frontends.shape_families import FAMILIES, shape_of
 from frontends.shape_library import load_shape, shape_names
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, GroupedIntFormat, NumberFormat
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from tests.frontends.model_files import FAMILIES as IMPORTED
 from tests.frontends.model_files import config_of, write_model
 

@@ -30,8 +30,8 @@ from ir.formats import (
 )
 from ir.formats.bit_packing import pack_codes, row_bytes, unpack_codes
 from ir.formats.scaled import round_up
+from ir.parse_value import parse_format
 from ir.sizes import num_bytes
-from ir.text_reader import parse_format
 from ir.types import TensorType
 
 WIDTHS = range(1, 9)

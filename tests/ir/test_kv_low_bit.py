@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ir.formats import BF16, F16, GroupedIntFormat
 from ir.kv_low_bit import SMALLEST_SCALE, LowBitKVState, pack_symmetric, pack_with_zero, rotate, unpack
-from ir.text_reader import parse_type
+from ir.parse_value import parse_type
 from ir.types import KVCacheType
 
 

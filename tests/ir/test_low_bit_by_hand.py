@@ -21,7 +21,7 @@ from ir.formats import (
     TableFormat,
     TernaryFormat,
 )
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -29,8 +29,8 @@ from ir.formats import (
     concatenate_packed,
     read_format,
 )
+from ir.parse_value import parse_format
 from ir.sizes import num_bytes
-from ir.text_reader import parse_format
 from ir.types import TensorType
 from tests.strategies.formats import arrays_for, low_bit_formats
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import ir
 from ir.diagnostics import DiagnosticError
 from ir.formats import F16, F32, GroupedIntFormat
+from ir.parse_value import parse_format, parse_layout, parse_type
 from ir.syntax_errors import EXAMPLES, describe_terminals
-from ir.text_reader import parse_format, parse_layout, parse_type
 from ir.types import INDEX, BufferType, Layout, ScalarType, TensorType
 
 

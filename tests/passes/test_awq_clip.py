@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import GroupedIntFormat, PackedArray
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize.calibrate.awq_clip import GroupGrams, divided, group_grams, round_clipped
 from passes.quantize.calibrate.executor import Product
 from passes.quantize.rounding import quantize_rows

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import GroupedIntFormat
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize.calibrate.gptq import Curvature, _second_order, gptq, gram, inverse_upper, weighted_error
 from passes.quantize.calibrate.gptq_kernels import choose_candidates, descend, round_columns
 from passes.quantize.rounding import quantize_rows

@@ -24,7 +24,7 @@ from ir.ops.moe import DispatchOp, GroupedGemmOp
 from ir.ops.quant import AssembleOp, DequantizeOp, RotateOp
 from ir.ops.quant_columns import ClearColumnsOp, OutlierColumnsOp
 from ir.ops.tensor import ConstantOp, MulOp, SiluOp
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from ir.types import SymbolicDim, TensorType
 from passes import PassContext, PassManager
 from passes.clone import clone

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize.recipe import Choice, Recipe, Rule, load_recipe, read_recipe, shipped_recipes
 from passes.quantize.recipe_formats import cache_type, is_int8
 

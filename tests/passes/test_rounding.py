@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ir.diagnostics import DiagnosticError
 from ir.formats import FP8Format
-from ir.text_reader import parse_format
+from ir.parse_value import parse_format
 from passes.quantize import jit, rounding
 from passes.quantize.rounding import quantize_rows
 

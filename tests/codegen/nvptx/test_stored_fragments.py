@@ -18,7 +18,7 @@ from ir.formats import BF16, F32, PlainFormat
 from ir.ops.quant import QuantizeOp
 from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
 from ir.ops.tensor_layout import LayoutOp
-from ir.text_reader import parse_format, parse_layout
+from ir.parse_value import parse_format, parse_layout
 from ir.types import Layout, TensorType
 
 FORMATS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,14 +67,10 @@ def bench(
     quiet: bool,
 ) -> None:
     """Measure prompt processing and token generation. Lists are given by commas: -p 128,512 -d 0,4096."""
-    from hw_targets.calibrate import Calibration
     from runtime.artifact import open_artifact
     from runtime.cuda.missed_experts import AUTO
-    from runtime.cuda.session import CudaSession
     from stratum import api, benchmark
     from stratum.cli.run import refuse_build_options
-    from stratum.gpu_session import open_on_gpu
-    from stratum.progress import make_reporter
 
     table = {"recipes": recipes, "text": text, "chunks": chunks, "as_json": as_json}
     if formats:
@@ -82,61 +79,78 @@ def bench(
                 "--formats goes with none of --recipe, --output, --jsonl, --no-calibration, --device"
             )
         bench_formats(
-            model, n_prompt=n_prompt, n_gen=n_gen, n_depth=n_depth, threads=threads, repetitions=repetitions,
-            dtype=dtype, target=target, quiet=quiet, **table,
-        )  # fmt: skip
+            model,
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+            n_depth=n_depth,
+            threads=threads,
+            repetitions=repetitions,
+            dtype=dtype,
+            target=target,
+            quiet=quiet,
+            **table,
+        )
         return
     refuse_without_formats(table)
     refuse_build_options(model, dtype=dtype, target=target, recipe=recipe)
-    limit = api.memory_bytes(device_memory, "--device-memory")
+    device_bytes = api.memory_bytes(device_memory, "--device-memory")
     check_missed_experts(missed_experts, device)
     choice = choose_device(
-        model, device, device_memory=limit, dtype=dtype or "bf16", recipe=recipe, target=target,
-        plan=limits.plan, kv_dir=limits.kv_dir, expert_policy=limits.expert_policy,
+        model,
+        device,
+        device_memory=device_bytes,
+        dtype=dtype or "bf16",
+        recipe=recipe,
+        target=target,
+        plan=limits.plan,
+        kv_dir=limits.kv_dir,
+        expert_policy=limits.expert_policy,
         no_mmap=None if limits.mmap else True,
-    )  # fmt: skip
-    on_gpu = choice.device == "cuda"
+    )
     if choice.why and not quiet:
         click.echo(f"device: {choice.device}, since {choice.why}", err=True)
-    with make_reporter(quiet=quiet) as reporter:
-        path = api.ensure_built(
-            model,
-            dtype=dtype or "bf16",
-            target=target or (choice.target if on_gpu else "host"),
-            recipe=recipe,
-            progress=reporter,
-            warn=lambda m: click.echo(m, err=True),
-        )
+    on_gpu = choice.device == "cuda"
+    path = _built(model, dtype, recipe, target or (choice.target if on_gpu else "host"), quiet)
     manifest = open_artifact(path).manifest
     tests = benchmark.plan_tests(n_prompt, n_gen, n_depth)
     if not tests:
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     context = benchmark.check_context(tests, manifest.max_context, str(path))
+    opener = _Opener(path, context, limits, on_gpu, device_bytes, missed_experts or AUTO)
     results: list[Result] = []
     calibrations: dict[int, Calibration | None] = {}
     for count in threads or (None,):
-        if on_gpu:
-            opened: Session | CudaSession = open_on_gpu(
-                path, memory=api.memory_bytes(limits.memory), device_memory=limit, max_context=context,
-                missed_experts=missed_experts or AUTO, threads=count,
-            )  # fmt: skip
-        else:
-            opened = _on_cpu(path, count, context, limits)
-        measured_gpu = None
-        with opened as session:
+        with opener.open(count) as session:
             measured = _measure(session, tests, repetitions, quiet)
-            if isinstance(session, CudaSession) and not no_calibration:
-                measured_gpu = Calibration(1, session.copy_bandwidth(), 0.0, cpu=session.device_name)
-        results += measured
+            calibration = _gpu_calibration(session) if on_gpu and not no_calibration else None
         used = measured[0].threads
-        calibrations[used] = measured_gpu if no_calibration or on_gpu else _calibration(used)
-        _emit_records(manifest, measured, calibrations[used], output, jsonl)
+        if not on_gpu and not no_calibration:
+            calibration = _cpu_calibration(used)
+        calibrations[used] = calibration
+        results += measured
+        _emit_records(manifest, measured, calibration, output, jsonl)
     if output == "md":
-        for count, calibration in calibrations.items():
-            rows = [r for r in results if r.threads == count]
+        for used, calibration in calibrations.items():
+            rows = [result for result in results if result.threads == used]
             click.echo(benchmark.markdown(manifest, rows, calibration))
             if calibration is not None:
                 click.echo("\n" + _limits_text(calibration))
+
+
+def _built(model: Path, dtype: str | None, recipe: str | None, target: str, quiet: bool) -> Path:
+    """The artifact of `model`: itself, or what the cache holds or now gets."""
+    from stratum import api
+    from stratum.progress import make_reporter
+
+    with make_reporter(quiet=quiet) as reporter:
+        return api.ensure_built(
+            model,
+            dtype=dtype or "bf16",
+            target=target,
+            recipe=recipe,
+            progress=reporter,
+            warn=lambda message: click.echo(message, err=True),
+        )
 
 
 def _limits_text(calibration: Calibration) -> str:
@@ -154,8 +168,38 @@ def _limits_text(calibration: Calibration) -> str:
     return text
 
 
-def _on_cpu(path: Path, count: int | None, context: int, limits: Limits) -> Session:
-    """A session of `count` threads, with what a budget or a plan leaves in memory."""
+@dataclass(frozen=True)
+class _Opener:
+    """Opens what is measured: the same artifact under the same limits, by number of threads."""
+
+    path: Path
+    context: int
+    limits: Limits
+    on_gpu: bool
+    device_bytes: int | None
+    missed_experts: str
+
+    def open(self, threads: int | None) -> Session | CudaSession:
+        if self.on_gpu:
+            return self._on_gpu(threads)
+        return open_on_cpu(self.path, threads, self.context, self.limits)
+
+    def _on_gpu(self, threads: int | None) -> CudaSession:
+        from stratum import api
+        from stratum.gpu_session import open_on_gpu
+
+        return open_on_gpu(
+            self.path,
+            memory=api.memory_bytes(self.limits.memory),
+            device_memory=self.device_bytes,
+            max_context=self.context,
+            missed_experts=self.missed_experts,
+            threads=threads,
+        )
+
+
+def open_on_cpu(path: Path, threads: int | None, context: int, limits: Limits) -> Session:
+    """A session with what a budget or a plan leaves in memory."""
     from runtime.kv_stream import KVStreamOptions
     from runtime.session import Session
     from stratum import api
@@ -170,7 +214,7 @@ def _on_cpu(path: Path, count: int | None, context: int, limits: Limits) -> Sess
     if plan is not None and plan.kv_bytes is not None:
         kv_stream = KVStreamOptions(plan.kv_bytes, str(limits.kv_dir) if limits.kv_dir is not None else None)
     stream = plan.stream if plan is not None else None
-    return Session(path, threads=count, max_context=context, stream=stream, kv_stream=kv_stream, mmap=limits.mmap)
+    return Session(path, threads=threads, max_context=context, stream=stream, kv_stream=kv_stream, mmap=limits.mmap)
 
 
 def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions: int, quiet: bool) -> list[Result]:
@@ -190,10 +234,19 @@ def _measure(session: Session | CudaSession, tests: list[BenchTest], repetitions
     return results
 
 
-def _calibration(threads: int) -> Calibration:
+def _cpu_calibration(threads: int) -> Calibration:
     from hw_targets.calibrate import calibrate
 
     return calibrate(threads)
+
+
+def _gpu_calibration(session: Session | CudaSession) -> Calibration:
+    """How fast the GPU copies within its memory; its other limits are not measured."""
+    from hw_targets.calibrate import Calibration
+    from runtime.cuda.session import CudaSession
+
+    assert isinstance(session, CudaSession)
+    return Calibration(1, session.copy_bandwidth(), 0.0, cpu=session.device_name)
 
 
 def _emit_records(

@@ -20,7 +20,7 @@ from runtime.generation import GenerationParams, generate
 from runtime.kv_spill import SpillOptions
 from runtime.kv_stream import KVStreamer, KVStreamOptions, going_layers
 from runtime.prompt_cache import CachedGeneration, PromptCache
-from stratum.cli.bench import _on_cpu as on_cpu
+from stratum.cli.bench import open_on_cpu
 from stratum.cli.run_options import Limits
 from stratum.memory_plan import DoesNotFit, plan_for, plan_memory
 from tests.runtime.conftest import KV_LAYERS
@@ -237,7 +237,9 @@ def test_a_context_that_does_not_fit_a_budget_is_planned_and_run(
         np.testing.assert_array_equal(session.step(*inputs), wanted)
         assert session.memory().kv_committed <= limit
         assert streamer(session).report().read_bytes > 0
-    with on_cpu(path, 1, context, Limits(str(budget), kv_dir=tmp_path)) as session:  # what `bench --memory` measures
+    with open_on_cpu(
+        path, 1, context, Limits(str(budget), kv_dir=tmp_path)
+    ) as session:  # what `bench --memory` measures
         np.testing.assert_array_equal(session.step(*inputs), wanted)
         assert streamer(session).options.directory == str(tmp_path) and streamer(session).report().read_bytes > 0
 

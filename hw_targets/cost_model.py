@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hw_targets.target import ComputeUnit, MemoryTier, Target
+from hw_targets.target import ComputeUnit, Link, MemoryTier, Target
 from ir.diagnostics import DiagnosticError
 
 # Instead of an element whose peak nobody stated, one that takes at least as long: its products are exact for the other.
@@ -130,8 +130,15 @@ def transfer_time(target: Target, source: str, goal: str, nbytes: float, block: 
         )
     rate = link.rate(goal)
     if not rate:
-        raise _unknown(target, f"the bandwidth of link {link.name}", f"{link.name}.bandwidth=25GB/s")
+        raise _unknown(target, *unstated_link(link))
     return f"{link.name} {source}->{goal}", nbytes / rate
+
+
+def unstated_link(link: Link) -> tuple[str, str]:
+    """(what is missing, an override that states it) of a link that has no rate."""
+    if link.bandwidth is not None and not link.pinned:
+        return f"what link {link.name} moves of memory that is not pinned", f"{link.name}.pageable=6GB/s"
+    return f"the bandwidth of link {link.name}", f"{link.name}.bandwidth=25GB/s"
 
 
 def dispatch_seconds(unit: ComputeUnit) -> float:

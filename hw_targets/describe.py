@@ -112,6 +112,10 @@ def _link(link: Link) -> str:
     parts.append("both ways at once" if link.duplex else "one way at a time")
     if link.efficiency is not None:
         parts.append(f"{link.efficiency:.0%} of it reached")
+    if link.pageable_bandwidth is not None:
+        parts.append(
+            f"{_rate(link.pageable_bandwidth)} of memory that is not pinned{'' if link.pinned else ', as here'}"
+        )
     if link.switch:
         parts.append(f"through {link.switch}")
     if link.latency_seconds is not None:

@@ -64,7 +64,8 @@ class Link:
 
     `bandwidth` is that from `from_tier` to `to_tier`, `back_bandwidth` that of the other way (None: the same).
     `duplex`: both ways at once, each at its full bandwidth; without it they share the time. `switch` names the switch
-    whose total the link shares with others. `pageable_bandwidth` is what copies get when the memory is not pinned.
+    whose total the link shares with others. `pageable_bandwidth` is what copies get when the memory is not pinned;
+    where `pinned` is false none of it is, and all copies get that.
     """
 
     name: str
@@ -78,12 +79,13 @@ class Link:
     switch: str = ""
     efficiency: float | None = None
     pageable_bandwidth: float | None = None
+    pinned: bool = True
     power_watts: float | None = None
     joules_per_byte: float | None = None
     count: int = 1
 
     def rate(self, to_tier: str = "", *, pinned: bool = True) -> float | None:
-        """Bytes/s of one copy towards `to_tier` (default: the link's own direction)."""
+        """Bytes/s of one copy towards `to_tier` (default: the link's own direction); None when it is not stated."""
         back = to_tier == self.from_tier and to_tier != self.to_tier
         if back and self.back_bandwidth is not None:
             nominal = self.back_bandwidth
@@ -92,6 +94,8 @@ class Link:
         if nominal is None:
             return None
         rate = nominal * (1.0 if self.efficiency is None else self.efficiency)
+        if not self.pinned:
+            return None if self.pageable_bandwidth is None else min(rate, self.pageable_bandwidth)
         return rate if pinned or self.pageable_bandwidth is None else min(rate, self.pageable_bandwidth)
 
 

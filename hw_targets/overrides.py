@@ -4,7 +4,7 @@ dram=8GiB                    capacity of the tier `dram`
 dram.read=40GB/s             any field of a tier, unit, link, switch, fabric or storage, as the file names them
 cpu.cores=4   cpu.peak.bf16=0.2TFLOP/s   gpu.efficiency=0.6 (all elements)   gpu.efficiency.f16=0.6   gpu.count=4
 nvme.read=3GB/s              scales all points of a drive, so that the fastest one is this
-pcie.duplex=no               nodes=4   power=1kW
+pcie.duplex=no               pcie.pinned=no (copies get `pageable`)   nodes=4   power=1kW
 features=+avx512bf16+gfni    adds features (with what they imply)
 without=avx512f+fma          removes features (with what implies them) and forbids them to LLVM
 cpu=znver4   triple=...      LLVM's names
@@ -54,6 +54,7 @@ _FIELDS: dict[str, dict[str, tuple[str, str]]] = {
         "back": ("back_bandwidth", "bandwidth"),
         "latency": ("latency_seconds", "time"),
         "duplex": ("duplex", "flag"),
+        "pinned": ("pinned", "flag"),
         "efficiency": ("efficiency", "share"),
         "pageable": ("pageable_bandwidth", "bandwidth"),
         "power": ("power_watts", "power"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hw_targets.cost_model import Price, Work, price
+from hw_targets.cost_model import Price, Work, price, unstated_link
 from hw_targets.fair_share import Resource
 from hw_targets.memory import Link, Storage
 from hw_targets.target import ComputeUnit, Target
@@ -160,7 +160,7 @@ class Demands:
             base_source, base_goal = stream.split_place(source)[0], stream.split_place(goal)[0]
             rate = link.rate(base_goal, pinned=bool(a["pinned"]))
             if not rate:
-                raise self._unstated(f"the bandwidth of link {name}", f"{name}.bandwidth=25GB/s")
+                raise self._unstated(*unstated_link(link))
             label = f"{name} {base_source}->{base_goal}"
             uses = (*self._link_uses(link, copy, base_source, base_goal, nbytes), *ends)
             tail = link.latency_seconds or 0.0
@@ -180,7 +180,7 @@ class Demands:
             base_source, base_goal = stream.split_place(source)[0], stream.split_place(goal)[0]
             rate = link.rate(base_goal)
             if not rate:
-                raise self._unstated(f"the bandwidth of link {name}", f"{name}.bandwidth=25GB/s")
+                raise self._unstated(*unstated_link(link))
             uses = (*self._link_uses(link, copy, base_source, base_goal, op.bytes), *ends)
             label = f"{name} {base_source}->{base_goal}"
             return Demand(label, 0.0, op.bytes / rate, link.latency_seconds or 0.0, float(max(op.bytes, 1)), uses)

@@ -10,7 +10,7 @@
     [[tier]]                   name, count, capacity, reserve, read, write, latency, page_fault, power, idle, energy,
                                read_by_threads = [{ threads, read }], source
     [[link]]                   name, from, to, count, bandwidth, back, latency, duplex, switch, efficiency, pageable,
-                               power, energy, source
+                               pinned, power, energy, source
     [[switch]]                 name, count, bandwidth, source
     [[fabric]]                 name, tier, scope (node | cluster), topology (switch | ring | mesh), bandwidth, latency,
                                efficiency, energy, source

@@ -160,6 +160,7 @@ class Reader:
             switch=t.switch,
             efficiency=self._optional_share(t.efficiency, f"{path}.efficiency"),
             pageable_bandwidth=self._optional(t.pageable, "bandwidth", f"{path}.pageable"),
+            pinned=t.pinned,
             power_watts=self._optional(t.power, "power", f"{path}.power"),
             joules_per_byte=self._optional(t.energy, "energy", f"{path}.energy"),
             count=self._count(t.count, f"{path}.count"),

@@ -83,6 +83,7 @@ class LinkTable(Table, frozen=True, rename={"from_tier": "from", "to_tier": "to"
     switch: str = ""
     efficiency: float | None = None
     pageable: Quantity | None = None
+    pinned: bool = True
     power: Quantity | None = None
     energy: Quantity | None = None
     source: Source = ""

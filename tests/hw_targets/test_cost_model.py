@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hw_targets
 from hw_targets.cost_model import Work, compute_rate, price, transfer_time
 from hw_targets.target import ComputeUnit, Link, MemoryTier, Storage, StoragePoint, Target
 from ir.diagnostics import DiagnosticError
@@ -84,3 +85,18 @@ def test_more_is_never_slower(flops: float, near: float, far: float, launches: i
         links=(dataclasses.replace(TARGET.links[0], bandwidth=25e9 * factor),),
     )
     assert price(work, GPU, fast).seconds <= cost.seconds
+
+
+def test_memory_that_is_not_pinned() -> None:
+    loose = dataclasses.replace(TARGET.links[0], pinned=False, pageable_bandwidth=10e9)
+    target = dataclasses.replace(TARGET, links=(loose,))
+    assert transfer_time(target, "dram", "hbm", 20e9) == ("pcie dram->hbm", 2.0)
+    assert transfer_time(target, "hbm", "dram", 20e9) == ("pcie hbm->dram", 2.0)
+    fast = dataclasses.replace(loose, pageable_bandwidth=90e9)  # never faster than the link
+    assert transfer_time(dataclasses.replace(TARGET, links=(fast,)), "dram", "hbm", 25e9)[1] == 1.0
+    unstated = dataclasses.replace(TARGET, links=(dataclasses.replace(loose, pageable_bandwidth=None),))
+    with pytest.raises(DiagnosticError, match="what link pcie moves of memory that is not pinned") as refused:
+        transfer_time(unstated, "dram", "hbm", 1.0)
+    assert "pcie.pageable=6GB/s" in str(refused.value)
+    described = hw_targets.load("a6000{pcie.pinned=no}")
+    assert transfer_time(described, "dram", "vram", 10e9)[1] == 1.0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from passes.quantize.bit_choice import BitChoice, BitProblem, choose
 from passes.quantize.bit_recipe import candidates_of, recipe_of
 from passes.quantize.bit_report import report_of
 from passes.quantize.expert_groups import by_expert
+from passes.quantize.expert_uses import uses_of_trace
 from passes.quantize.recipe import Recipe, load_recipe, read_recipe
 from passes.quantize.sensitivity import WholeModel, affordable_sequences, estimate, measure
 from passes.quantize.sensitivity_table import SensitivityTable
-from passes.quantize.weight_groups import WeightGroup, joined_products
+from passes.quantize.weight_groups import joined_products
 from stratum.calibration_tokens import tokens_of_model, tokens_of_text
 from stratum.model_cache import cache_entry
 from stratum.progress import Progress
@@ -172,7 +173,8 @@ def _solve(
         )
         whole = WholeModel(func, products, read, tokens[checks] if checks.any() else tokens, row_step=step)
     if budget.by_expert:
-        uses = _uses(budget.trace, groups) if budget.trace is not None else {}
+        experts = {g.layer: g.shape[0] for g in groups if len(g.shape) == 3 and g.layer is not None}
+        uses = uses_of_trace(read_trace(budget.trace), experts, budget.trace) if budget.trace is not None else {}
         groups, table = by_expert(groups, candidates, table, uses)
     problem = BitProblem.of(groups, candidates, table)
     number = 0
@@ -250,22 +252,6 @@ def _tokens(imported: ImportedModel, budget: BitBudget, table: Path | None, tell
     )
     _write(kept, made)
     return made
-
-
-def _uses(path: Path, groups: Sequence[WeightGroup]) -> dict[int, list[float]]:
-    """How often a routing trace picks each expert, by layer. Raises DiagnosticError for that of another model."""
-    trace = read_trace(path)
-    experts = {g.layer: g.shape[0] for g in groups if len(g.shape) == 3}
-    if {*experts} != {*trace.layers} or any(n != trace.expert_count for n in experts.values()):
-        raise DiagnosticError(
-            f"the routing trace is of {trace.expert_count} experts in layers {list(trace.layers)}",
-            where=str(path),
-            expected="a trace of this model: compile-model run --record-routing FILE",
-        )
-    counts = (
-        np.bincount(trace.experts[:, at].ravel(), minlength=trace.expert_count) for at in range(len(trace.layers))
-    )
-    return dict(zip(trace.layers, (found.astype(float).tolist() for found in counts), strict=True))
 
 
 def _begin_ids(directory: Path) -> tuple[int, ...]:

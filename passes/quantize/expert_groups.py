@@ -5,9 +5,8 @@
 
 Takes groups of whole stacks [E, n, k] and what their formats cost (`passes.quantize.sensitivity`, with the errors of
 single experts); gives a group [1, n, k] for each expert in the place of its stack. What the stack loses is divided
-among its experts by the squared error that each adds: that of one of its rows times how often the router picks it. How
-often is that of the calibration text, or of a routing trace where there is one (`uses`, by number of the layer). An
-expert that the text never met has the mean error of the others, and counts as picked once.
+among its experts by error and use (`passes.quantize.expert_uses`). How often each is picked is that of the calibration
+text, or of a routing trace where there is one (`uses`, by number of the layer).
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from passes.quantize.sensitivity_table import Candidate, Entry, SensitivityTable
+from passes.quantize.expert_uses import divided_losses
+from passes.quantize.sensitivity_table import Candidate, SensitivityTable
 from passes.quantize.weight_groups import WeightGroup, expert_name
 
 Uses = Mapping[int, Sequence[float]]  # by layer: how often each expert is picked, in any unit
@@ -35,7 +35,7 @@ def by_expert(
         parts = [_expert(group, expert) for expert in range(group.shape[0])]
         made += parts
         for entry in known:
-            losses = _divided(entry, uses.get(group.layer if group.layer is not None else -1))
+            losses = divided_losses(entry, uses.get(group.layer if group.layer is not None else -1))
             entries.add([replace(entry, group=p.name, loss=loss) for p, loss in zip(parts, losses, strict=True)])
     return made, entries
 
@@ -47,20 +47,3 @@ def _expert(stack: WeightGroup, expert: int) -> WeightGroup:
     return replace(
         stack, name=expert_name(stack.name, expert), tensors=own, shape=(1, *stack.shape[1:]), of=stack, expert=expert
     )
-
-
-def _divided(entry: Entry, uses: Sequence[float] | None) -> list[float]:
-    """What each expert of a stack loses; in all what the stack loses, where experts are met as they were measured."""
-    met = [r for r, u in zip(entry.experts, entry.uses, strict=True) if u]
-    mean = sum(met) / len(met) if met else 1.0
-    rows = [r if u else mean for r, u in zip(entry.experts, entry.uses, strict=True)]
-    measured = _shares(entry.uses)
-    wanted = _shares(uses) if uses is not None and len(uses) == len(rows) else measured
-    whole = sum(r * u for r, u in zip(rows, measured, strict=True))
-    return [entry.loss * r * u / whole if whole else 0.0 for r, u in zip(rows, wanted, strict=True)]
-
-
-def _shares(uses: Sequence[float]) -> list[float]:
-    """Shares of all picks, each expert picked once more than it was."""
-    whole = sum(uses) + len(uses)
-    return [(u + 1) / whole for u in uses]

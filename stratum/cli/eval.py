@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from runtime.manifest import Manifest
+    from runtime.stream_report import StreamReport
     from stratum.evaluation import Evaluation, Plan, Text
     from stratum.layer_errors import LayerError
     from stratum.model import Model
@@ -86,12 +88,9 @@ def evaluate(
 
     refuse_build_options(model, dtype=dtype, target=target, pipeline=pipeline, recipe=recipe)
     if plot is not None:
-        if reference is None:
-            raise click.UsageError("--plot draws the divergence from a reference: give --reference")
-        from stratum.quality_plot import check_plot
-
-        check_plot(plot)
+        _check_plot(plot, reference)
     words = evaluation.read_text(text)
+    build = {"dtype": dtype or "bf16", "pipeline": pipeline, "recipe": recipe}
     common = {
         "threads": threads,
         "max_context": ctx,
@@ -101,22 +100,13 @@ def evaluate(
     with make_reporter(quiet=quiet, as_json=as_json) as reporter:
         common["progress"] = reporter
         with (
-            api.load(
-                model,
-                dtype=dtype or "bf16",
-                pipeline=pipeline,
-                recipe=recipe,
-                memory=memory,
-                stand_ins=stand_ins,
-                **common,
-            ) as ours,
-            _Maybe(api.load(reference, dtype="f32", **common) if reference is not None else None) as theirs,
+            api.load(model, **build, memory=memory, stand_ins=stand_ins, **common) as ours,
+            api.load(reference, dtype="f32", **common) if reference is not None else nullcontext() as theirs,
         ):
             encoded = _encode(words, ours, theirs, text)
             most = min(m.session.max_context for m in (ours, theirs) if m is not None)
-            plan = evaluation.plan_windows(
-                len(encoded.ids), ctx or min(evaluation.DEFAULT_CONTEXT, most), stride=stride, limit=chunks
-            )
+            window = ctx or min(evaluation.DEFAULT_CONTEXT, most)
+            plan = evaluation.plan_windows(len(encoded.ids), window, stride=stride, limit=chunks)
             (result,) = evaluation.evaluate(
                 [evaluation.OneByOne(ours.session) if stand_ins else ours.session],
                 encoded,
@@ -126,17 +116,8 @@ def evaluate(
             )
             facts = _facts(ours, theirs, encoded, plan, result)
             if stand_ins and ours.session.streamer is not None:
-                report = ours.session.streamer.report()
-                facts["stand_ins"] = {
-                    "share": stand_ins,
-                    "used": report.stand_ins,
-                    "experts": report.expert_lookups,
-                    "full_model": report.full_model,
-                    "said": report.about_stand_ins(),
-                }
-        layers = _layers(
-            model, reference, encoded, layer_tokens, reporter, dtype=dtype or "bf16", pipeline=pipeline, recipe=recipe
-        )
+                facts["stand_ins"] = _stand_in_facts(stand_ins, ours.session.streamer.report())
+        layers = _layers(model, reference, encoded, layer_tokens, reporter, **build)
     if layers:
         facts["layers"] = [{"name": layer.name, "error": layer.error} for layer in layers]
     if plot is not None:
@@ -149,18 +130,23 @@ def evaluate(
         click.echo(_report(facts))
 
 
-class _Maybe:
-    """A `with` block around a model that may not be there."""
+def _check_plot(plot: Path, reference: Path | None) -> None:
+    """Refuses before anything is measured what could not be drawn after it."""
+    if reference is None:
+        raise click.UsageError("--plot draws the divergence from a reference: give --reference")
+    from stratum.quality_plot import check_plot
 
-    def __init__(self, model: Model | None) -> None:
-        self.model = model
+    check_plot(plot)
 
-    def __enter__(self) -> Model | None:
-        return self.model
 
-    def __exit__(self, *exception: object) -> None:
-        if self.model is not None:
-            self.model.close()
+def _stand_in_facts(share: float, report: StreamReport) -> dict[str, Any]:
+    return {
+        "share": share,
+        "used": report.stand_ins,
+        "experts": report.expert_lookups,
+        "full_model": report.full_model,
+        "said": report.about_stand_ins(),
+    }
 
 
 def _encode(words: str, ours: Model, theirs: Model | None, path: Path) -> Text:

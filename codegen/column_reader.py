@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from codegen.constant_expression import Box, ConstantReader, reads
 from ir.core import Op
 from ir.ops.quant_columns import largest_columns
-
-if TYPE_CHECKING:
-    from codegen.constant_reader import Box, ConstantReader
 
 _CHUNK = 1 << 21  # numbers read at a time
 _known: weakref.WeakKeyDictionary[Op, tuple[Any, np.ndarray]] = weakref.WeakKeyDictionary()
 
 
+@reads("quant.outlier_columns", arithmetic=True)
 def _outlier_columns(node: ConstantReader, box: Box) -> np.ndarray:
     source, columns = _known.get(node.op, (None, None))
     if columns is None or source is not node.source:
         columns = largest_columns(_squares(node.children[0]), node.op.attributes["count"])
         _known[node.op] = node.source, columns
-    return _as_asked(node, columns[slice(*box[0])])
+    return node.as_asked(columns[slice(*box[0])])
 
 
 def _squares(weight: ConstantReader) -> np.ndarray:
@@ -44,30 +43,18 @@ def _squares(weight: ConstantReader) -> np.ndarray:
     return squares
 
 
+@reads("quant.select_columns", arithmetic=True)
 def _select_columns(node: ConstantReader, box: Box) -> np.ndarray:
     x, columns = node.children
     chosen = columns.read((box[-1],))
-    return _as_asked(node, x.read((*box[:-1], (0, x.shape[-1])))[..., chosen])
+    return node.as_asked(x.read((*box[:-1], (0, x.shape[-1])))[..., chosen])
 
 
+@reads("quant.clear_columns", arithmetic=True)
 def _clear_columns(node: ConstantReader, box: Box) -> np.ndarray:
     x, columns = node.children
     first, last = box[-1]
     cleared = columns.read_all()
     part = x.read(box).copy()
     part[..., cleared[(cleared >= first) & (cleared < last)] - first] = 0
-    return _as_asked(node, part)
-
-
-def _as_asked(node: ConstantReader, part: np.ndarray) -> np.ndarray:
-    """In the dtype that the node's readers get."""
-    for dtype in node.casts:
-        part = part.astype(dtype)
-    return part
-
-
-COLUMN_READERS = {
-    "quant.outlier_columns": _outlier_columns,
-    "quant.select_columns": _select_columns,
-    "quant.clear_columns": _clear_columns,
-}
+    return node.as_asked(part)

@@ -7,13 +7,14 @@ once, all others a few rows at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from codegen.constant_reader import ConstantReader, TensorSource, fixed_shape
+from codegen.constant_expression import Box, ConstantReader, TensorSource, fixed_shape, reads
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PackedArray, PlainFormat, concatenate_packed
@@ -155,3 +156,17 @@ _READERS: dict[str, Callable[[PackedReader, tuple[int, ...], Rows], PackedArray 
     "tensor.concat": _concat,
     "tensor.slice": _slice,
 }
+
+
+@reads("quant.dequantize", arithmetic=True, low_bit=PackedReader)
+def _read_dequantize(node: ConstantReader, box: Box) -> np.ndarray:
+    """The matrices of a stack one by one."""
+    *outer, rows, columns = box
+    assert node.packed is not None
+    parts = []
+    for matrix in itertools.product(*(range(first, last) for first, last in outer)):
+        packed = node.packed.read_packed(matrix, rows)
+        parts.append(packed.format.unpack(packed).astype(node.stored_dtype))
+    whole = np.stack(parts) if outer else parts[0]
+    rows_asked = whole.reshape(*(b - a for a, b in box[:-1]), -1)
+    return node.as_asked(rows_asked[..., slice(*columns)])

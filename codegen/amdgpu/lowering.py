@@ -17,7 +17,8 @@ import numpy as np
 from codegen.amdgpu.fragments import Places, places_of_a, places_of_b, places_of_columns, places_of_rows, places_of_sums
 from codegen.llvm.lowering import LOWERINGS, llvm_type
 from codegen.nvptx.builder import WARP, GridKernel
-from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, lower_body, multiplies_fp8, shared_bytes
+from codegen.nvptx.lower_kernel import lower_body
+from codegen.nvptx.lowering import GRID_LOWERINGS, GridEmitter, multiplies_fp8, shared_bytes
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import BF16, I8
@@ -266,10 +267,6 @@ def _loaded(e: AmdEmitter, place: str, kind: str, align: int) -> str:
 
 def lower_amd_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
     """The text of one kernel and of its shared memory. Raises DiagnosticError for what these GPUs cannot do."""
-    import codegen.llvm.packed_lowerings
-    import codegen.llvm.tile_lowerings
-    import codegen.nvptx.grid_lowerings  # noqa: F401 - all register lowerings
-
     total, threads = shared_bytes(kernel), launch_threads(kernel)
     if total > MAX_SHARED_BYTES:
         message = f"@{kernel.name} wants {total} bytes of shared memory; a block of an AMD GPU has {MAX_SHARED_BYTES}"

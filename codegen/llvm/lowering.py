@@ -1,8 +1,7 @@
-"""Tile IR -> LLVM IR text: one small function per op, found by the op's class.
+"""Ops of tile IR as LLVM IR text: one small function per op, found by the op's class, and what those functions use.
 
-A kernel becomes `define internal void @name(ptr..., i64..., i64 %tid, i64 %threads, ptr %team)`. Values keep their
-shape: `index` is i64, `vector<16 x f32>` is <16 x float>, buffers are pointers. Constants are written in place.
-Which instruction an op is issued as depends on the target's features, see `codegen.llvm.instructions`.
+Values keep their shape: `index` is i64, `vector<16 x f32>` is <16 x float>, buffers are pointers. Constants are written
+in place. Which instruction an op is issued as depends on the target's features, see `codegen.llvm.instructions`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from codegen.llvm.instructions import InstructionSet
 from ir.core import Block, Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F32, NumberFormat, PlainFormat
-from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.tile_types import element_of
 from ir.types import BufferType, IndexType, ScalarType, Type, VectorType
 
@@ -165,23 +163,3 @@ def _type_of_argument(argument: str) -> str:
             if depth == 0:
                 return argument[: i + 1]
     return argument.split(" ", 1)[0]
-
-
-def lower_kernel(func: FuncOp, instructions: InstructionSet, declarations: dict[str, str], attributes: str) -> str:
-    """The text of one kernel. `attributes` is the attribute group reference, e.g. `#0`."""
-    import codegen.llvm.packed_lowerings
-    import codegen.llvm.tile_lowerings  # noqa: F401 - both register lowerings
-
-    emitter = FunctionEmitter(instructions, declarations)
-    block = func.region.block
-    parameters = []
-    for i, argument in enumerate(block.arguments):
-        emitter.names[argument] = f"%a{i}"
-        noalias = " noalias noundef" if isinstance(argument.type, BufferType) else ""
-        parameters.append(f"{llvm_type(argument.type)}{noalias} %a{i}")
-    parameters += ["i64 %tid", "i64 %threads", "ptr %team"]
-    end = emitter.block(block)
-    assert isinstance(end, ReturnOp)
-    emitter.emit("ret void")
-    body = "\n".join(emitter.lines)
-    return f"define internal void @{func.sym_name}({', '.join(parameters)}) {attributes} {{\nentry:\n{body}\n}}\n"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from codegen.llvm.instructions import InstructionSet
-from codegen.llvm.lowering import lower_kernel
+from codegen.llvm.lower_kernel import lower_kernel
 from codegen.llvm.team import team_text
 from codegen.programs import Program
 from ir.core import Op, Value

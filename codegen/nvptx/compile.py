@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from codegen.compile_worker import CompileRequest, compile_many
 from codegen.nvptx.builder import GridKernel
-from codegen.nvptx.lowering import HOPPER, for_hopper, lower_grid_kernel, multiplies_fp8
+from codegen.nvptx.lower_kernel import lower_grid_kernel
+from codegen.nvptx.lowering import HOPPER, for_hopper, multiplies_fp8
 from codegen.object_cache import ObjectCache
 from ir.diagnostics import DiagnosticError
 

@@ -1,7 +1,7 @@
-"""Tile IR with grid ops -> LLVM IR for PTX: arithmetic as for CPUs, memory and threads as GPUs have them.
+"""Ops of tile IR and grid ops as LLVM IR for PTX: functions found by an op's class, and what those functions use.
 
-A kernel becomes `define ptx_kernel void @name(ptr addrspace(1)..., i64...)`. Buffers are generic pointers inside; LLVM
-finds out which memory each points to. Buffers that are never written are loaded through the read-only cache.
+Arithmetic is as for CPUs, memory and threads as GPUs have them. Buffers are generic pointers; LLVM finds out which
+memory each points to.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 from codegen.llvm.instructions import InstructionSet
-from codegen.llvm.lowering import LOWERINGS, FunctionEmitter, llvm_type
+from codegen.llvm.lowering import LOWERINGS, FunctionEmitter
 from codegen.nvptx.builder import GridKernel
 from ir.core import Op, Value
 from ir.diagnostics import Diagnostic, DiagnosticError
 from ir.formats import F8E4M3
-from ir.ops import grid, tile_control, tile_memory
-from ir.ops.builtin import ReturnOp
-from ir.types import BufferType, VectorType
+from ir.ops import grid, tile_control
+from ir.types import VectorType
 
 STATIC_SHARED_BYTES = 48 << 10  # more than this is asked for at the launch
 MAX_SHARED_BYTES = 99 << 10  # of a block on sm_89, the least of the three (CUDA C Programming Guide, 16.2)
 HOPPER = "sm_90a"
 HOPPER_SHARED_BYTES = 227 << 10  # of a block on sm_90
-_TILE_BYTES = 1024  # what tiles of warpgroups lie on a multiple of
+TILE_BYTES = 1024  # what tiles of warpgroups lie on a multiple of
 _HOPPER_FILES = ("ir.ops.grid_bulk", "ir.ops.grid_warpgroup")
 
 GridLowering = Callable[["GridEmitter", Any], None]
@@ -81,7 +80,7 @@ def shared_places(kernel: GridKernel) -> dict[Value, int]:
     end = 0
     for op in kernel.func.walk():
         if isinstance(op, grid.SharedOp):
-            align = _TILE_BYTES if _aligned(op) >= _TILE_BYTES and for_hopper(kernel) else 16
+            align = TILE_BYTES if _aligned(op) >= TILE_BYTES and for_hopper(kernel) else 16
             end = -(-end // align) * align
             places[op.out] = end
             end += _aligned(op)
@@ -103,61 +102,3 @@ def dynamic_bytes(kernel: GridKernel) -> int:
     """Shared memory that the launch must ask for; 0 where the kernel brings its own."""
     total = shared_bytes(kernel)
     return total if total > STATIC_SHARED_BYTES else 0
-
-
-def written_buffers(kernel: GridKernel) -> set[Value]:
-    """The arguments that are stored to, also through offsets and views."""
-    found: set[Value] = set()
-    for op in kernel.func.walk():
-        if isinstance(op, tile_memory.StoreOp | tile_memory.StoreMaskedOp):
-            found.add(_root(op.buffer))
-    return found
-
-
-def _root(buffer: Value) -> Value:
-    op = buffer.defining_op()
-    while isinstance(op, tile_memory.OffsetOp | tile_memory.ViewOp):
-        buffer = op.buffer
-        op = buffer.defining_op()
-    return buffer
-
-
-def lower_body(kernel: GridKernel, emitter: GridEmitter, written: set[Value] | None = None) -> list[str]:
-    """Emits the ops of a kernel; gives its parameters. Buffers that are not `written` are said to be read only."""
-    block = kernel.func.region.block
-    parameters = []
-    for i, argument in enumerate(block.arguments):
-        if isinstance(argument.type, BufferType):
-            only_read = "" if written is None or argument in written else " readonly"
-            parameters.append(f"ptr addrspace(1) noalias noundef{only_read} align 16 %a{i}")
-            emitter.names[argument] = emitter.assign(f"addrspacecast ptr addrspace(1) %a{i} to ptr")
-        else:
-            parameters.append(f"{llvm_type(argument.type)} %a{i}")
-            emitter.names[argument] = f"%a{i}"
-    end = emitter.block(block)
-    assert isinstance(end, ReturnOp)
-    emitter.emit("ret void")
-    return parameters
-
-
-def lower_grid_kernel(kernel: GridKernel, declarations: dict[str, str]) -> str:
-    """The text of one kernel and of its shared memory. Raises DiagnosticError for what GPUs cannot do."""
-    import codegen.llvm.packed_lowerings
-    import codegen.llvm.tile_lowerings
-    import codegen.nvptx.grid_lowerings
-    import codegen.nvptx.hopper_lowerings  # noqa: F401 - all register lowerings
-
-    total, most = shared_bytes(kernel), HOPPER_SHARED_BYTES if for_hopper(kernel) else MAX_SHARED_BYTES
-    if total > most:
-        message = f"@{kernel.name} wants {total} bytes of shared memory; a block has {most}"
-        raise DiagnosticError(message, hint="take smaller tiles or fewer stages")
-    emitter = GridEmitter(kernel, declarations)
-    parameters = lower_body(kernel, emitter, written_buffers(kernel))
-    lines, align = [], _TILE_BYTES if for_hopper(kernel) else 16
-    if dynamic_bytes(kernel):
-        lines.append(f"{emitter.memory} = external addrspace(3) global [0 x i8], align {align}")
-    elif total:
-        lines.append(f"{emitter.memory} = internal addrspace(3) global [{total} x i8] undef, align {align}")
-    bounds = f'"nvvm.maxntid"="{kernel.threads}" "nvvm.minctasm"="{kernel.blocks_at_once}"'
-    lines += [f"define ptx_kernel void @{kernel.name}({', '.join(parameters)}) {bounds} {{", "entry:"]
-    return "\n".join([*lines, *emitter.lines, "}", ""])

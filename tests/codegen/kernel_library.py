@@ -14,7 +14,7 @@ import numpy as np
 
 from codegen.compile_worker import CompileRequest, compile_many
 from codegen.llvm.instructions import InstructionSet
-from codegen.llvm.lowering import lower_kernel
+from codegen.llvm.lower_kernel import lower_kernel
 from codegen.llvm.team import team_text
 from codegen.object_cache import ObjectCache
 from ir import verify

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from codegen.intrinsics import required_features
 from codegen.llvm.instructions import INSTRUCTIONS, Instruction, InstructionSet
-from codegen.llvm.lowering import LOWERINGS, lower_kernel, lowering
+from codegen.llvm.lower_kernel import lower_kernel
+from codegen.llvm.lowering import LOWERINGS, lowering
 from ir.builder import Builder
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, F64, I8, I32, I64, U8, PlainFormat

@@ -32,7 +32,7 @@ from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
 from codegen.kernels.rope import emit_rope_append
 from codegen.llvm.instructions import InstructionSet
-from codegen.llvm.lowering import lower_kernel
+from codegen.llvm.lower_kernel import lower_kernel
 from codegen.nvptx.host.experts import LEVELS as PLAIN_LEVELS
 from codegen.nvptx.host.objects import compiled, entries, module_text
 from codegen.nvptx.launches import tensor_type

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codegen.llvm.instructions import InstructionSet
-from codegen.llvm.lowering import lower_kernel
+from codegen.llvm.lower_kernel import lower_kernel
 from codegen.nvptx.host.objects import compiled, entries, module_text
 from codegen.nvptx.host.product import HostProduct, host_product
 from codegen.nvptx.kernels.moe_products import Experts

@@ -51,14 +51,24 @@ class LoadFault:
     why: RuntimeDiagnostic
 
 
+class _Load:
+    """What one `start` began. Its thread holds `busy`, and does nothing any more once it is `stopped`: an interrupt may
+    leave it to come later, or never."""
+
+    def __init__(self) -> None:
+        self.busy = threading.Lock()
+        self.stopped = False
+
+
 class RecordLoader:
     """Copies records into one slot at a time. `reservation` byte b is where byte b of the file is read to."""
 
     def __init__(self, kv: KVCache, reader: WeightReader, reservation: Reservation) -> None:
         self._kv, self._reader, self._memory = kv, reader, reservation
         self._thread: threading.Thread | None = None
+        self._load = _Load()
         self._fault: LoadFault | None = None
-        self._stopped = self._torn = False
+        self._torn = False
         self.seconds = 0.0  # reading, checking and copying, all loads together
 
     def start(self, slot: int, records: Sequence[StoredRecord]) -> None:
@@ -66,9 +76,9 @@ class RecordLoader:
         self.settle()
         unfinished = RuntimeDiagnostic("reading the stored KV cache was given up", where=self._reader.path)
         self._fault = LoadFault(records[0], unfinished) if records else None
-        self._stopped, self._torn = False, True
+        self._load, self._torn = _Load(), True
         self._thread = threading.Thread(
-            target=self._load, args=(slot, list(records)), name="stratum-kv-loader", daemon=True
+            target=self._run, args=(self._load, slot, list(records)), name="stratum-kv-loader", daemon=True
         )
         self._thread.start()
 
@@ -81,17 +91,21 @@ class RecordLoader:
 
     def settle(self) -> None:
         """Ends what an error or interrupt left going on."""
-        self._stopped = True
-        if self._thread is not None:
-            self._thread.join()
+        self._load.stopped = True
+        with self._load.busy:  # not by the thread, which cannot be joined where its start was interrupted
             self._thread = None
         if self._torn:
             self._reader.drain()
             self._memory.discard(0, self._memory.nbytes)
             self._torn = False
 
-    def _load(self, slot: int, records: list[StoredRecord]) -> None:
+    def _run(self, load: _Load, slot: int, records: list[StoredRecord]) -> None:
         """The thread."""
+        with load.busy:
+            if not load.stopped:
+                self._take_all(load, slot, records)
+
+    def _take_all(self, load: _Load, slot: int, records: list[StoredRecord]) -> None:
         started_s = time.perf_counter()
         jobs: list[ReadJob] = []
         for number, record in enumerate(records):
@@ -100,7 +114,7 @@ class RecordLoader:
                     ahead = records[len(jobs)]
                     jobs.append(self._reader.submit([(ahead.offset, ahead.nbytes)], "kv"))
                 jobs[number].wait()
-                if self._stopped:
+                if load.stopped:
                     return
                 self._take(slot, record)
             except RuntimeDiagnostic as why:

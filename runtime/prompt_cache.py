@@ -138,12 +138,13 @@ class PromptCache:
             str(self.path), descriptor, size, memory.view(),
             threads=2, preadv=self._preadv, what="the prompt cache", hint=_HINT,
         )  # fmt: skip
+        loader = RecordLoader(self.session.kv, reader, memory)
         try:
-            loader = RecordLoader(self.session.kv, reader, memory)
             computed, fault = self.session.bring_prefix(slot, ids, loader, records, split)
             return computed, fault, reader.counters.bytes
         finally:
             reader.close()
+            loader.settle()  # after an interrupt it may still copy
             memory.close()
 
     def save(self, slot: int, ids: Sequence[int]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,31 @@ def test_an_interrupt_while_writing_loses_nothing(artifact_path: Path) -> None:
             session.spill(0)
         assert not spill.is_away(0)
         session.spill(0)
+        extend(session, 0, text, 10)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_while_reading_begins_loses_nothing(
+    artifact_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """A thread whose start was interrupted is there, or never comes, and cannot be joined either way."""
+    begin = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if begun:
+            begin(thread)
+            thread._started.clear()  # type: ignore[attr-defined]  # as where it was interrupted
+        raise KeyboardInterrupt
+
+    session, _ = opened(artifact_path)
+    text = sequences(1)[0]
+    with session:
+        extend(session, 0, text, 100)
+        session.spill(0)
+        for _ in range(2):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(threading.Thread, "start", interrupted)
+                extend(session, 0, text, 10)
         extend(session, 0, text, 10)
 
 

@@ -21,7 +21,7 @@ from codegen.code_bundle import CodeBundle, bundle_key, load_bundle, store_bundl
 from codegen.compile_step import CodegenTarget, compile_lowered, lower_step
 from codegen.format_report import FormatUse, bits_per_weight, format_uses
 from codegen.garbage import rare_collections
-from codegen.lower_to_plan import Lowering
+from codegen.lowering import Lowering
 from codegen.nvptx.compile import TRIPLE as GPU_TRIPLE
 from codegen.nvptx.gpu_code import compile_gpu_step, gpu_architectures, grid_options
 from codegen.nvptx.launches import GridOptions

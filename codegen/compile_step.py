@@ -15,7 +15,8 @@ from codegen.kernels.kv_layout import KVLayout
 from codegen.kernels.micro import TileShape
 from codegen.llvm.instructions import InstructionSet
 from codegen.llvm.step import module_text
-from codegen.lower_to_plan import Lowering
+from codegen.lower_to_plan import lower_program
+from codegen.lowering import Lowering
 from codegen.object_cache import ObjectCache
 from codegen.programs import Program, ProgramSpec, WeightsFile
 from codegen.weights import StoredTensor
@@ -106,7 +107,7 @@ def lower_step(step: FuncOp, features: frozenset[str], *, programs: Sequence[Pro
     lowering = Lowering(step)
     file = lowering.weights_file()
     places = [(piece.kind, piece.offset, piece.nbytes) for piece in file.pieces]
-    lowered = tuple(lowering.program(spec, file) for spec in programs or program_specs(features))
+    lowered = tuple(lower_program(lowering, spec, file) for spec in programs or program_specs(features))
     for program in lowered:
         check_plan(program.func, program.arena_bytes).raise_if_errors()
         check_awaits(program.func, places).raise_if_errors()

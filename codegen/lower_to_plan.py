@@ -1,100 +1,32 @@
 """Graph level -> plan level and tile level: every op becomes a launch of a kernel, every value a buffer.
 
-`Lowering` turns one step function into programs (`decode`, `prefill`): the same graph with different row limits and
-kernel shapes. Weights are the roots of constant expressions. `codegen.program_builder` gives everything its place.
+    program = lower_program(Lowering(step), spec, file)        # `decode`, `prefill`: other row limits and kernel shapes
+
+`codegen.program_builder` gives everything its place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import codegen.kernels.fused
 import codegen.kernels.moe  # noqa: F401 - both register emitters
-from codegen.kernels.call import EMITTERS, KernelSpec, Temporary
-from codegen.kernels.kv_layout import MAX_STEP_TOKENS, KVLayout
+from codegen.kernels.call import EMITTERS, Temporary
+from codegen.kernels.kv_layout import MAX_STEP_TOKENS
+from codegen.lowering import Lowering
 from codegen.program_builder import Call, ProgramBuilder
 from codegen.programs import Program, ProgramSpec, WeightsFile
-from codegen.weight_pieces import ExpertBundle, expert_bundles, in_file_order, plan_pieces
-from codegen.weights import plan_weights
-from ir.core import Op, Value
+from ir.core import Op
 from ir.diagnostics import Diagnostic, DiagnosticError
-from ir.ops.builtin import FuncOp
-from ir.ops.kv_cache import KVStateOp
-from ir.ops.tile_control import TicketOp
 from ir.spelling import did_you_mean
-from ir.types import KVCacheType
-from passes.analysis.constants import is_constant_expression
 
 
-@dataclass
-class Lowering:
-    """Shared between the programs of one model: kernels by what they compute, weights in the order they are read."""
-
-    step: FuncOp
-    kernels: dict[Any, FuncOp] = field(default_factory=dict)
-    weights: dict[Value, str] = field(default_factory=dict)
-    layers: dict[str, int] = field(default_factory=dict)
-    names: dict[str, int] = field(default_factory=dict)
-    with_tickets: dict[str, None] = field(default_factory=dict)  # kernels that take tickets
-    kv: Any = None  # KVLayout, or what `kv_layout` of a subclass gives
-    bundles: tuple[ExpertBundle, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Finds weights and layers once, in the order of the step."""
-        for op in self.step.block.ops:
-            if isinstance(op, KVStateOp):
-                self.layers.setdefault(op.symbol.name, len(self.layers))
-                assert isinstance(op.cache.type, KVCacheType)
-                layout = self.kv_layout(op.cache.type, op)
-                if self.kv not in (None, layout):
-                    raise DiagnosticError.of(
-                        Diagnostic("error", "layers with different KV shapes are not supported", op.location)
-                    )
-                self.kv = layout
-            if op.results and is_constant_expression(op.results[0]):
-                continue
-            for value in op.operands:
-                if value not in self.weights and is_constant_expression(value):
-                    self.weights[value] = self._unique(_weight_name(value, op))
-        self.bundles = expert_bundles(self.step, self.weights)
-
-    def kv_layout(self, cache: KVCacheType, op: Op) -> Any:
-        """Where the keys and values of a layer lie."""
-        return KVLayout.of(cache)
-
-    def weights_file(self) -> WeightsFile:
-        """Plans the file. Raises DiagnosticError for weights that cannot be stored."""
-        roots = in_file_order([(name, value) for value, name in self.weights.items()], self.bundles)
-        tensors, nbytes = plan_weights(roots, [bundle.weights for bundle in self.bundles])
-        pieces, piece_of = plan_pieces(roots, tensors, self.bundles)
-        return WeightsFile(roots, self.bundles, tuple(tensors), nbytes, pieces, piece_of)
-
-    def _unique(self, name: str) -> str:
-        count = self.names[name] = self.names.get(name, 0) + 1
-        return name if count == 1 else f"{name}.{count}"
-
-    def kernel(self, spec: KernelSpec) -> FuncOp:
-        """The kernel of a spec, built when it is new."""
-        func = self.kernels.get(spec.key)
-        if func is None:
-            func = self.kernels[spec.key] = spec.build(self._unique(spec.stem))
-            if any(isinstance(op, TicketOp) for op in func.walk()):
-                self.with_tickets[func.sym_name] = None
-        return func
-
-    def program(self, spec: ProgramSpec, file: WeightsFile) -> Program:
-        """Lowers the step. `file` is what `weights_file` gave."""
-        ring = self.kv is not None and bool(self.kv.recent)
-        assert not ring or spec.max_tokens <= MAX_STEP_TOKENS, "the ring is too short"
-        strides = {value: bundle.stride for bundle in file.bundles for value in bundle.weights}
-        return _CpuProgram(self, replace(spec, context=replace(spec.context, strides=strides)), file).build()
-
-
-def _weight_name(value: Value, user: Op) -> str:
-    op = value.defining_op()
-    assert op is not None
-    return op.location.origin or user.location.origin or "weight"
+def lower_program(lowering: Lowering, spec: ProgramSpec, file: WeightsFile) -> Program:
+    """Lowers the step. `file` is what `lowering.weights_file` gave."""
+    ring = lowering.kv is not None and bool(lowering.kv.recent)
+    assert not ring or spec.max_tokens <= MAX_STEP_TOKENS, "the ring is too short"
+    strides = {value: bundle.stride for bundle in file.bundles for value in bundle.weights}
+    return _CpuProgram(lowering, replace(spec, context=replace(spec.context, strides=strides)), file).build()
 
 
 class _CpuProgram(ProgramBuilder):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from codegen.kernels.call import SizeArgument, Temporary
+from codegen.lowering import Lowering
 from codegen.pending import Pending
 from codegen.programs import Launch, Program, WeightsFile
 from codegen.router_places import (
@@ -38,9 +39,6 @@ from ir.sizes import num_bytes
 from ir.types import BufferType, KVCacheType, SymbolicDim, TensorType, Type
 from passes.analysis.constants import is_constant_expression
 from passes.schedule.arena import Lifetime, assign_arena
-
-if TYPE_CHECKING:
-    from codegen.lower_to_plan import Lowering
 
 _TICKETS = ("tickets", 0, 1)  # the team has one count of them: kernels that take some need a barrier between
 

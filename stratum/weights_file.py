@@ -17,7 +17,7 @@ def weights_file_bytes(model: Path, recipe: Recipe, *, target: str = "host", dty
     """Bytes of `weights/weights.bin` of a build of the Hugging Face directory `model` with `recipe`."""
     import hw_targets
     from codegen.build_pipeline import default_pipeline
-    from codegen.lower_to_plan import Lowering
+    from codegen.lowering import Lowering
     from frontends.huggingface import import_model
     from passes.pass_base import PassContext
     from passes.pass_manager import PassManager

@@ -18,7 +18,7 @@ import numpy as np
 
 import codegen.nvptx.emitters.fused  # noqa: F401 - all register emitters
 from codegen.kernels.kv_layout import MAX_STEP_TOKENS
-from codegen.lower_to_plan import Lowering
+from codegen.lowering import Lowering
 from codegen.nvptx.builder import GridKernel
 from codegen.nvptx.emitters.attention import PIECE_TOKENS
 from codegen.nvptx.emitters.rows import merged

@@ -8,7 +8,8 @@ import pytest
 
 from codegen.build_pipeline import default_pipeline
 from codegen.compile_step import LoweredStep, lower_step, program_specs
-from codegen.lower_to_plan import Lowering
+from codegen.lower_to_plan import lower_program
+from codegen.lowering import Lowering
 from codegen.programs import WeightsFile
 from ir.attributes import SymbolRef
 from ir.builder import Builder
@@ -110,7 +111,7 @@ def step(body: Sequence[object], result: Value | None = None) -> FuncOp:
 def refused(func: FuncOp) -> str:
     with pytest.raises(DiagnosticError) as caught:
         lowering = Lowering(func)
-        lowering.program(program_specs(frozenset())[0], WeightsFile.empty())
+        lower_program(lowering, program_specs(frozenset())[0], WeightsFile.empty())
     return str(caught.value)
 
 

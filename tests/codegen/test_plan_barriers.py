@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ir
 from codegen.compile_step import program_specs
-from codegen.lower_to_plan import Lowering
+from codegen.lower_to_plan import lower_program
+from codegen.lowering import Lowering
 from codegen.programs import Program, WeightsFile
 from ir.ops import plan
 from passes.schedule.check_plan import check_plan
@@ -30,7 +31,8 @@ func @step(%x: tensor<tokens x 64 x f32>, %y: tensor<tokens x 64 x f32>) -> tens
 
 
 def lowered(text: str) -> Program:
-    return Lowering(ir.parse(text).function("step")).program(program_specs(frozenset())[0], WeightsFile.empty())
+    lowering = Lowering(ir.parse(text).function("step"))
+    return lower_program(lowering, program_specs(frozenset())[0], WeightsFile.empty())
 
 
 def shape(program: Program) -> str:

@@ -180,7 +180,8 @@ class Storage:
 
     def _rate(self, block: int | None, depth: int | None, access: str, name: str) -> float | None:
         """Interpolates in the logarithms of block and depth; outside of the points the nearest holds, but blocks
-        smaller than the smallest take as long as that one."""
+        smaller than the smallest take as long as that one. Where a depth has no blocks as small as this one, more
+        requests at once are as fast as fewer are with such blocks, at least."""
         points = [p for p in self.points if getattr(p, name) is not None]
         fitting = [p for p in points if "any" in (access, p.access) or p.access == access] or points
         if not fitting:
@@ -191,7 +192,12 @@ class Storage:
         for p in fitting:
             curves.setdefault(p.queue_depth, []).append((math.log2(p.block_bytes), getattr(p, name)))
         wanted = None if block is None else math.log2(max(1, block))
-        at_depth = [(math.log2(d), _along(sorted(curve), wanted)) for d, curve in sorted(curves.items())]
+        at_depth: list[tuple[float, float]] = []
+        for d, curve in sorted(curves.items()):
+            rate = _along(sorted(curve), wanted)
+            if wanted is not None and wanted < min(curve)[0]:
+                rate = max([rate, *(fewer for _, fewer in at_depth)])
+            at_depth.append((math.log2(d), rate))
         return _along(at_depth, None if depth is None else math.log2(max(1, depth)), proportional=False)
 
 

@@ -277,6 +277,14 @@ def test_rates_between_the_points_of_a_drive():
     assert drive.read_rate(64 << 10, 1, "random") == pytest.approx(1e7 + 0.5 * (1e9 - 1e7))
 
 
+def test_more_requests_at_once_are_no_slower_where_only_fewer_were_measured_with_small_blocks():
+    points = ((128 << 10, 8, 1.8e9), (4 << 20, 8, 2.4e9), (4 << 20, 32, 2.2e9))
+    drive = Storage("d", points=tuple(StoragePoint(block, depth, rate) for block, depth, rate in points))
+    assert drive.read_rate(1 << 20, 32) == pytest.approx(drive.read_rate(1 << 20, 8)) == pytest.approx(2.16e9)
+    assert drive.read_rate(128 << 10, 64) == pytest.approx(1.8e9) and drive.read_rate(4 << 20, 32) == 2.2e9
+    assert drive.read_rate(64 << 10, 32) == pytest.approx(0.9e9)  # smaller than any: as long as the smallest
+
+
 rates = st.floats(1e6, 1e11)
 
 

@@ -27,7 +27,9 @@ from runtime.cuda.program import GpuStep
 from runtime.cuda.program_reader import read_step
 from runtime.errors import RuntimeDiagnostic
 from runtime.loaded_weights import LoadedWeights
-from runtime.manifest import MAX_MANIFEST_BYTES, REBUILD_HINT, FileInfo, Manifest, TargetInfo, parse_manifest
+from runtime.manifest import FileInfo, Manifest, TargetInfo
+from runtime.manifest_fields import REBUILD_HINT
+from runtime.manifest_reader import MAX_MANIFEST_BYTES, parse_manifest
 from runtime.memory import FileMapping
 from runtime.weight_reader import Pread
 

@@ -75,7 +75,7 @@ def describe_artifact(path: Path, *, verify: bool = False) -> dict[str, Any]:
     """
     from runtime.artifact import MANIFEST_NAME, open_artifact
     from runtime.errors import RuntimeDiagnostic
-    from runtime.manifest import parse_manifest
+    from runtime.manifest_reader import parse_manifest
 
     fault = ""
     try:

@@ -17,7 +17,7 @@ import pytest
 from codegen import artifact, file_system
 from codegen.artifact import ArtifactWriter, manifest_digest, remove_stale
 from ir.diagnostics import DiagnosticError
-from runtime.manifest import manifest_digest as manifest_digest_of_loader
+from runtime.manifest_reader import manifest_digest as manifest_digest_of_loader
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = {"stratum_version": "0.1.0", "model": {"name": "tiny"}, "weights": {"bytes": 3}}

@@ -19,7 +19,7 @@ import numpy as np
 
 from codegen.llvm import team
 from runtime import host
-from runtime.manifest import manifest_digest
+from runtime.manifest_reader import manifest_digest
 
 VOCAB = 50
 LAYERS = 2

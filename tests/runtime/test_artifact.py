@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from runtime import RuntimeDiagnostic, Session, host, is_artifact, open_artifact
 from runtime import artifact as artifact_module
-from runtime.manifest import MAX_MANIFEST_BYTES, TargetInfo, manifest_digest, parse_manifest
+from runtime.manifest import TargetInfo
+from runtime.manifest_reader import MAX_MANIFEST_BYTES, manifest_digest, parse_manifest
 from tests.runtime.fake_artifact import default_files, default_manifest, fake_object, write_artifact
 
 FILES = sorted(default_files())

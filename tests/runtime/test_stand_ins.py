@@ -15,7 +15,7 @@ import stratum
 from hw_targets.expert_cache import StandIns, replay
 from runtime import Session, open_artifact
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import manifest_digest, parse_manifest
+from runtime.manifest_reader import manifest_digest, parse_manifest
 from runtime.stand_ins import in_program, largest_shares, stand_in, stand_in_pieces
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
 from stratum.routing_recorder import RoutingRecorder

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from runtime import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
-from runtime.manifest import manifest_digest, parse_manifest
+from runtime.manifest_reader import manifest_digest, parse_manifest
 from runtime.stream_plan import StreamPlan, least_expert_bytes
 from tests.runtime.streamed_models import FAMILIES, assert_same, batches, least_plan, logits, opened
 from tests.stratum.tiny_model import QWEN3_MOE

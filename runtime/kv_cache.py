@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import REBUILD_HINT, KVInfo
+from runtime.manifest import KVInfo
+from runtime.manifest_fields import REBUILD_HINT
 from runtime.memory import PAGE_BYTES, Reservation
 
 CONTEXT_MULTIPLE = 64

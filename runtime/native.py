@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime import host
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import REBUILD_HINT
+from runtime.manifest_fields import REBUILD_HINT
 
 _TEAM_SYMBOLS = ("stratum_run", "stratum_worker", "stratum_shutdown")
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine, System V ABI

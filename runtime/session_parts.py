@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import REBUILD_HINT, KVInfo, Manifest
+from runtime.manifest import KVInfo, Manifest
+from runtime.manifest_fields import REBUILD_HINT
 from runtime.native import NativeCode
 from runtime.step_inputs import StepInputs
 from runtime.team import WorkerTeam

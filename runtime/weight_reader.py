@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
-from runtime.manifest import REBUILD_HINT
+from runtime.manifest_fields import REBUILD_HINT
 
 PAGE_BYTES = 4096
 TRIES = 4

@@ -16,11 +16,12 @@ from pathlib import Path
 import hw_targets
 from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
+from hw_targets.cost_model import tier_rate
 from hw_targets.target import Target
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
 from passes.place.milp import MANY_NODES, solve_counts
-from passes.place.outcome import Outcome, evaluate
+from passes.place.outcome import Outcome, PhaseOutcome, evaluate
 from passes.place.parallel import together
 from passes.place.pins import parse_pin
 from passes.place.problem import Problem, Session
@@ -28,12 +29,12 @@ from passes.place.solve import choices_of
 
 
 def ideal(target: Target) -> Target:
-    """The target at its stated peaks: no efficiency, no dispatch."""
+    """The target at its stated peaks: no efficiency, no dispatch, all memory pinned."""
     units = tuple(
         dataclasses.replace(u, efficiency=(), bandwidth_efficiency=None, launch_seconds=None, barrier_seconds=None)
         for u in target.units
     )
-    links = tuple(dataclasses.replace(x, efficiency=None) for x in target.links)
+    links = tuple(dataclasses.replace(x, efficiency=None, pinned=True) for x in target.links)
     return dataclasses.replace(target, units=units, links=links)
 
 
@@ -42,11 +43,32 @@ RESIDENT = ("weights=resident", "weights=gpu", "kv=gpu")
 
 
 @dataclass(frozen=True)
+class System:
+    """What a system does that a plan of ours does not.
+
+    `in_turn`: copies over a link are waited for, as is all that units do; only a drive is read ahead. `expand` bytes
+    are moved to make a float of each low-bit weight before its product, and with `expand_cache` of each element of a
+    low-bit cache, at `expand_share` of the memory's rate (0: what the target says that kernels reach). `pass_ms` is
+    what each pass of a prompt costs beside its products.
+    """
+
+    in_turn: bool = False
+    expand: float = 0.0
+    expand_share: float = 0.0
+    expand_cache: bool = False
+    pass_ms: float = 0.0
+
+
+NOTHING = System()
+
+
+@dataclass(frozen=True)
 class Case:
     """A model on a target with some places given (`pins`; the solver chooses the rest) and a session.
 
     `prompts` of the `batch` pass at once, in chunks of `chunk` tokens each (0: whole). `tensor` GPUs work together.
     `top_k` experts of a token where that is not the model's own number. `model` is a built-in name or one of `models/`.
+    `gpu_batches`: parts of the batch for each of which a `system` that expands weights does so anew.
     """
 
     model: str
@@ -63,6 +85,8 @@ class Case:
     micro_batches: int = 1
     context: int = 0
     top_k: int = 0
+    gpu_batches: int = 1
+    system: System = NOTHING
 
     def outcome(self, *, peak: bool = False) -> Outcome:
         """Both phases; at the stated peaks with nothing lost when `peak`."""
@@ -82,11 +106,24 @@ class Case:
             )
             decode, prefill = telling
             problem = dataclasses.replace(problem, together_decode=decode, together_prefill=prefill)
-        return dataclasses.replace(problem, pins=tuple(parse_pin(p, shape, machine) for p in self.pins))
+        problem = dataclasses.replace(problem, pins=tuple(parse_pin(p, shape, machine) for p in self.pins))
+        return problem if peak or self.system == NOTHING else _with_system(problem, self)
+
+    def seconds(self, phase: PhaseOutcome, *, peak: bool) -> float:
+        """Of a phase, as the system goes through it."""
+        if peak or not self.system.in_turn:
+            return phase.seconds
+        drives = {f"{store.name} read" for store in hw_targets.load(self.target).storage}
+        busy = dict(phase.busy)
+        return max(sum(s for name, s in busy.items() if name not in drives), *(busy.get(d, 0.0) for d in drives))
 
     def step(self, *, peak: bool = False) -> float:
         """Seconds of a decode step of all sequences."""
-        return self.outcome(peak=peak).decode.seconds
+        return self.seconds(self.outcome(peak=peak).decode, peak=peak)
+
+    def prompt_seconds(self, *, peak: bool = False) -> float:
+        """Seconds of the prompts that pass at once."""
+        return self.seconds(self.outcome(peak=peak).prefill, peak=peak)
 
     def decode(self, *, peak: bool = False) -> float:
         """Tokens a second while decoding."""
@@ -94,17 +131,42 @@ class Case:
 
     def first_token(self, *, peak: bool = False) -> float:
         """Milliseconds of the prompt."""
-        return 1e3 * self.outcome(peak=peak).prefill.seconds
+        return 1e3 * self.prompt_seconds(peak=peak)
 
     def prefill(self, *, peak: bool = False) -> float:
         """Tokens of prompts a second."""
-        return self.prompt * self.prompts / self.outcome(peak=peak).prefill.seconds
+        return self.prompt * self.prompts / self.prompt_seconds(peak=peak)
 
     def generation(self, *, peak: bool = False) -> float:
         """Tokens made a second, the time of the prompts included, by each of the GPUs that work together."""
-        found = self.outcome(peak=peak)
-        seconds = self.batch / self.prompts * found.prefill.seconds + self.generate * found.decode.seconds
+        seconds = self.batch / self.prompts * self.prompt_seconds(peak=peak) + self.generate * self.step(peak=peak)
         return self.batch * self.generate / seconds / self.tensor
+
+
+def _with_system(problem: Problem, case: Case) -> Problem:
+    """The problem with what the system does besides, on the path of both phases."""
+    weights, cache = _expanding(problem, case.system)
+    each = weights * case.gpu_batches
+    prompts = each * case.prompts / case.batch + case.system.pass_ms / 1e3 * problem.session.passes
+    return dataclasses.replace(
+        problem,
+        together_decode=(*problem.together_decode, ("expanding", each + cache)),
+        together_prefill=(*problem.together_prefill, ("expanding", prompts)),
+    )
+
+
+def _expanding(problem: Problem, system: System) -> tuple[float, float]:
+    """Seconds for making floats of all low-bit weights once, and of the cache that a decode step reads."""
+    target, session = problem.machine.target, problem.session
+    unit = problem.machine.unit("gpu") if system.expand else problem.machine.units[0]
+    tier = target.tier(unit.tier)
+    assert tier is not None and tier.read_bandwidth is not None
+    rate = tier.read_bandwidth * system.expand_share if system.expand_share else tier_rate(target, tier.name, unit)
+    low = [p for p in problem.parts() if p.weights and p.weight_bytes < 2 * p.weights]
+    weights = sum(p.weights * p.count for p in low)
+    packed = system.expand_cache and bool(problem.formats.recipe.kv)
+    cache = session.batch * session.decode_context * problem.shape.kv_elements_per_token() if packed else 0
+    return system.expand * weights / rate, system.expand * cache / rate
 
 
 @lru_cache(maxsize=32)

@@ -11,7 +11,8 @@
 - `order`: ours are in the order of the published ones; figures within `tie` of each other may stand either way;
 - `estimate`: shares that depend on routing which nobody published, from our models of routing, within `SHARE` points.
 
-A point that does not hold says in `why` what is known about it.
+A point that does not hold says in `why` what is known about it. One from which a constant of ours was taken says in
+`sets` which: it is near by construction and counts as no forecast.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Point:
     rate: bool = False
     planned: Figures | None = None
     why: str = ""
+    sets: str = ""
 
     @property
     def source(self) -> str:

@@ -31,3 +31,10 @@ class Planned:
     chunks: tuple[tuple[int, float, float], ...] = ()
     # Seconds of a step and of a prompt that gains are counted from: those of the plan that is best in closed form.
     gains_from: tuple[float, float] | None = None
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """The first token and a further one, as simulated where they were."""
+        plan = self.placement
+        first, step = plan.simulated_prefill, plan.simulated_step
+        return plan.prefill.seconds if first is None else first, plan.decode.seconds if step is None else step

@@ -26,7 +26,8 @@ from passes.place.formats import Formats, formats_of
 from passes.place.machine import machine_of
 from passes.place.parallel import device_unit, search
 from passes.place.placement import Placement
-from passes.place.problem import Problem, Session
+from passes.place.problem import Problem, Session, Slo
+from passes.place.solve import too_slow
 from runtime.artifact_path import is_artifact
 from stratum.plan_request import PlanRequest, parse_slo, read_placement, session_of
 from stratum.planned import Planned
@@ -52,6 +53,8 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         formats = formats_of(asked, request.dtype)
     target = _measured(request.target, tell)
     given = read_placement(request.plan) if request.plan is not None else None
+    if given is not None:
+        _of_the_file(request, given)
     if built is not None:
         built = built.within(request, target, given)
         if built.budget is not None and request.context is None:
@@ -69,12 +72,17 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         if given is None or given.degrees.devices > 1:
             fixed = given.degrees if given is not None else None
             any_batch = request.batch == 0
-            for uniform in [formats] if menu is None else menu.uniform(shape):
-                found = search(shape, target, uniform, session, slo, fixed=fixed, any_batch=any_batch)
-                if found is not None and (spread is None or found.better(spread, any_batch)):
-                    spread, formats = found, uniform
+            every = [formats] if menu is None else menu.uniform(shape)
+            for bounds in dict.fromkeys((slo, Slo())):
+                for uniform in every if spread is None else ():
+                    found = search(shape, target, uniform, session, bounds, fixed=fixed, any_batch=any_batch)
+                    if found is not None and (spread is None or found.better(spread, any_batch)):
+                        spread, formats = found, uniform
     unit = device_unit(target)
     if spread is not None and unit is not None:
+        reached = spread.prefill.seconds, spread.decode.seconds
+        if not slo.kept(*reached):
+            raise too_slow(shape.name, target.name, reached, "in closed form", given is not None)
         machine = machine_of(target)
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
@@ -88,7 +96,32 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
             "stand-ins are used by a built model of which not all is in memory", where="--stand-ins",
             expected="an artifact made with 'build --stand-ins', and --memory",
         )  # fmt: skip
-    return planned if here is None else here.as_run(planned, request.stand_ins)
+    planned = planned if here is None else here.as_run(planned, request.stand_ins)
+    if not slo.kept(*planned.seconds):
+        free = dataclasses.replace(request, slo=None, what_if=False)
+        reached = planned.seconds if given is not None else make_plan(free).seconds
+        raise too_slow(shape.name, target.name, reached, "as simulated", given is not None)
+    return planned
+
+
+def _of_the_file(request: PlanRequest, given: Placement) -> None:
+    """Refuses options that say otherwise than the plan that is given."""
+    session = given.session
+    asked = (
+        ("--ctx", request.context, session.context),
+        ("--batch", "auto" if request.batch == 0 else request.batch if request.batch != 1 else None, session.batch),
+        ("--prompt-tokens", request.prompt, session.prompt),
+        ("--recipe", request.recipe, given.recipe),
+        ("--pin", " ".join(request.pins) or None, None),
+        ("--formats", ",".join(request.formats) or None, None),
+    )
+    for option, value, there in asked:
+        if value is not None and value != there:
+            kept = f"says {there}" if there is not None else "has decided that"
+            raise DiagnosticError(
+                f"{option} {value}: the plan {kept}", where=str(request.plan),
+                expected=f"the plan without {option}, or a plan that is edited",
+            )  # fmt: skip
 
 
 def _menu(request: PlanRequest, shape: ModelShape, formats: Formats, given: Placement | None) -> Menu | None:

@@ -186,7 +186,7 @@ def _advised(fault: NoFit, request: PlanRequest, target: Target) -> NoFit:
             notes.append(f"with --memory {enough_bytes(least[-1][1])} it fits")
         else:
             least.append((tier, nbytes))
-            notes.append(f"with {enough_bytes(nbytes)} of {tier} it fits")
+            notes.append(fault.enough((tier, nbytes)))
     if not target.storage:
         notes.append(f"weights could be read from a drive: {MEASURE_DRIVE}")
     return NoFit(

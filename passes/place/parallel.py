@@ -74,9 +74,7 @@ def search(
     """The best way, or None when none fits. `fixed` leaves one way; `any_batch` chooses the sequences at once too."""
     best: Spread | None = None
     for spread in spreads(shape, target, formats, session, fixed=fixed, any_batch=any_batch):
-        late = slo.tpot is not None and spread.decode.seconds > slo.tpot
-        late = late or (slo.ttft is not None and spread.prefill.seconds > slo.ttft)
-        if late or spread.total > spread.room:
+        if spread.total > spread.room or not slo.kept(spread.prefill.seconds, spread.decode.seconds):
             continue
         if best is None or spread.better(best, any_batch):
             best = spread

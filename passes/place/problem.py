@@ -86,6 +86,10 @@ class Slo:
     ttft: float | None = None
     tpot: float | None = None
 
+    def kept(self, ttft: float, tpot: float) -> bool:
+        """Whether a first token after `ttft` seconds and `tpot` for each further one are within the bounds."""
+        return (self.ttft is None or ttft <= self.ttft) and (self.tpot is None or tpot <= self.tpot)
+
 
 @dataclass(frozen=True)
 class Problem:

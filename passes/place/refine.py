@@ -22,7 +22,7 @@ from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import to_placement
 from passes.place.milp import FEW_NODES
 from passes.place.outcome import evaluate, objective
-from passes.place.problem import Pin, Problem, Slo
+from passes.place.problem import Pin, Problem
 from passes.place.solve import Solution, choices_of, solve
 from passes.place.tidy import experts_whole
 
@@ -41,25 +41,37 @@ class Refined:
     step_seconds: float | None
     prompt: PromptTime | None = None
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """A prompt and a step, as simulated where that was possible."""
+        outcome = self.solution.outcome
+        prompt = self.prompt.seconds if self.prompt is not None else outcome.prefill.seconds
+        return prompt, self.step_seconds if self.step_seconds is not None else outcome.decode.seconds
+
+    @property
+    def in_time(self) -> bool:
+        """Whether both keep the bounds that were asked for."""
+        return self.solution.problem.slo.kept(*self.seconds)
+
 
 def refine(solution: Solution) -> Refined:
     """The fastest of the candidates; the given solution where none can be simulated."""
     best: Refined | None = None
-    lowest = 0.0
+    lowest, slo = 0.0, solution.problem.slo
     for candidate in _candidates(solution):
         outcome = candidate.outcome
         bound = objective(candidate.problem, outcome.decode.seconds, outcome.prefill.seconds)
         if best is not None and bound >= lowest:
             continue  # what is simulated is never below the closed form
         seconds = simulated(candidate)
-        if seconds is None or _late(candidate, seconds, solution.problem.slo):
+        if seconds is None or not slo.kept(0.0, seconds):
             continue
         least = objective(candidate.problem, seconds, outcome.prefill.seconds)
         if best is not None and least >= lowest:
             continue
         prompt = simulated_prompt(candidate)
         length = prompt.seconds if prompt is not None else outcome.prefill.seconds
-        if solution.problem.slo.ttft is not None and length > solution.problem.slo.ttft:
+        if not slo.kept(length, seconds):
             continue
         value = objective(candidate.problem, seconds, length)
         if best is None or value < lowest * (1 - 1e-6):
@@ -70,22 +82,25 @@ def refine(solution: Solution) -> Refined:
 
 
 def most_tokens(solutions: Sequence[Solution]) -> tuple[Solution, Refined]:
-    """Of plans for several batches, most tokens a second first, the one that makes most of them as simulated.
+    """Of plans for several batches, most tokens a second first, the one that makes most of them as simulated, among
+    those that keep the bounds of time; the first where none does.
 
     Bounds say which are worth simulating: those that promise more than the best reached, three of them at most.
     """
+    found: list[tuple[Solution, Refined]] = []
     best: tuple[Solution, Refined] | None = None
     most = 0.0
-    for solution in solutions[:_BATCHES]:
+    for solution in solutions:
+        if sum(refined.in_time for _, refined in found) == _BATCHES:
+            break
         if best is not None and solution.placement.tokens_per_second <= most:
             break
         refined = refine(solution)
-        seconds = refined.step_seconds or refined.solution.outcome.decode.seconds
-        tokens = refined.solution.problem.session.batch / seconds
-        if best is None or tokens > most:
-            best, most = (solution, refined), tokens
-    assert best is not None
-    return best
+        found.append((solution, refined))
+        tokens = refined.solution.problem.session.batch / refined.seconds[1]
+        if refined.in_time and tokens > most:
+            best, most = found[-1], tokens
+    return best or found[0]
 
 
 def simulated(solution: Solution) -> float | None:
@@ -114,10 +129,6 @@ def simulated_prompt(solution: Solution) -> PromptTime | None:
         return None
     least = solution.outcome.prefill
     return found if found.seconds >= least.seconds else PromptTime(least.seconds, least.bound)
-
-
-def _late(candidate: Solution, seconds: float, slo: Slo) -> bool:
-    return slo.tpot is not None and seconds > slo.tpot
 
 
 def _candidates(solution: Solution) -> Iterator[Solution]:

@@ -6,7 +6,7 @@
 What is enumerated (few values each): the chunk of a prompt and the number of micro-batches. All else is the program of
 `passes.place.milp`; the greedy choice is taken where that should be better, so that no plan is worse than the baseline.
 A pin that leaves nothing, or that alone keeps everything from fitting, is named. `NoFit` says the least memory that
-would do, and the largest context and batch that fit the memory there is.
+would do, of a drive as well, and the largest context and batch that fit the memory there is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
 from passes.place.greedy import greedy
 from passes.place.kv_division import is_near
-from passes.place.machine import UNLIMITED
+from passes.place.machine import UNLIMITED, Machine
 from passes.place.milp import FEW_NODES, MANY_NODES, Found, solve_counts
 from passes.place.option import RESIDENT, Option
 from passes.place.options import options_of
@@ -60,12 +60,11 @@ class NoFit(DiagnosticError):
         batch: int | None = None,
         pins: tuple[str, ...] = (),
         notes: tuple[str, ...] | None = None,
+        machine: Machine | None = None,
     ) -> None:
-        self.least, self.context, self.batch, self.pins = least, context, batch, pins
+        self.least, self.context, self.batch, self.pins, self.machine = least, context, batch, pins, machine
         super().__init__(message)
-        if notes is None:
-            notes = tuple(f"with {enough_bytes(n)} of {tier} it fits" for tier, n in least)
-        said = list(notes)
+        said = list(notes if notes is not None else map(self.enough, least))
         if context is not None:
             said.append(f"the largest context that fits is {context}")
         if batch is not None:
@@ -73,6 +72,14 @@ class NoFit(DiagnosticError):
         if pins:
             said.append(f"without --pin {' '.join(pins)} it fits")
         self.diagnostics = (Diagnostic("error", message, notes=tuple(Diagnostic("note", text) for text in said)),)
+
+    def enough(self, least: tuple[str, int]) -> str:
+        """What so many bytes of a tier or drive would do, and whether the machine has them."""
+        name, nbytes = least
+        has = _stated_bytes(self.machine, name) if self.machine is not None else None
+        if has is None or self.machine is None or nbytes <= has:
+            return f"with {enough_bytes(nbytes)} of {name} it fits"
+        return f"with {enough_bytes(nbytes)} of {name} it would fit; {self.machine.target.name} has {format_bytes(has)}"
 
 
 def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:
@@ -222,9 +229,7 @@ def _baseline(problem: Problem, options: list[list[Option]]) -> tuple[Choice, Ou
 
 
 def _in_time(problem: Problem, outcome: Outcome) -> bool:
-    slo = problem.slo
-    early = slo.ttft is None or outcome.prefill.seconds <= slo.ttft
-    return early and (slo.tpot is None or outcome.decode.seconds <= slo.tpot)
+    return problem.slo.kept(outcome.prefill.seconds, outcome.decode.seconds)
 
 
 # -- when nothing fits -------------------------------------------------------------------------------------------------
@@ -268,27 +273,49 @@ def _no_fit(problem: Problem) -> NoFit:
     relaxed = dataclasses.replace(problem, slo=Slo())
     if problem.slo != Slo() and feasible(relaxed):
         reached = _solve_one(relaxed)
-        best = "" if reached is None else (
-            f"; the fastest plan has a first token after {reached.outcome.prefill.seconds:.3g} s"
-            f" and {reached.outcome.decode.seconds:.3g} s for each further one"
+        return too_slow(
+            name, problem.machine.target.name,
+            None if reached is None else (reached.outcome.prefill.seconds, reached.outcome.decode.seconds),
+            "in closed form",
         )  # fmt: skip
-        return NoFit(f"no plan of {name} is as fast as asked for on {problem.machine.target.name}{best}")
     if problem.pins and feasible(dataclasses.replace(relaxed, pins=())):
         return NoFit(
             f"{name} fits {problem.machine.target.name}, but not with what is pinned",
             pins=tuple(_culprits(relaxed)),
         )
     least = []
-    for tier in problem.machine.tiers:
-        needed = least_budget(relaxed, tier)
-        if needed is not None and needed > problem.machine.room_of(tier):
-            least.append((tier, needed))
+    for home, room in problem.machine.room:
+        needed = least_budget(relaxed, home) if room < UNLIMITED else None
+        if needed is not None and needed > room:
+            least.append((home, needed))
     return NoFit(
         f"{name} does not fit {problem.machine.target.name}: {_rooms(problem)}",
         least=tuple(least),
         context=largest(relaxed, "context", problem.session.context - 1),
         batch=largest(relaxed, "batch", problem.session.batch - 1) if problem.session.batch > 1 else None,
+        machine=problem.machine,
     )
+
+
+def too_slow(
+    name: str, target: str, reached: tuple[float, float] | None, how: str, given: bool = False
+) -> NoFit:  # fmt: skip
+    """No plan keeps the bounds of time, or not the one that is `given`. `reached`: the first token and each further one
+    of the shortest session, `how` that was found."""
+    which = f"{'this' if given else 'no'} plan of {name}"
+    said = f"{which} is {'not ' if given else ''}as fast as asked for on {target}"
+    if reached is not None:
+        said += (
+            f"; {'it' if given else 'the one with the shortest session'} has a first token after {reached[0]:.3g} s"
+            f" and {reached[1]:.3g} s for each further one ({how})"
+        )
+    return NoFit(said)
+
+
+def _stated_bytes(machine: Machine, name: str) -> int | None:
+    """What the machine itself lets plans have of a tier or drive, whatever the budget; None where that is not known."""
+    tier, store = machine.target.tier(name), machine.target.store(name)
+    return tier.usable_bytes if tier is not None else store.capacity_bytes if store is not None else None
 
 
 def _culprits(problem: Problem) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from frontends.shape_library import load_shape
 from passes.place.placement import SCHEMA, Placement
+from passes.place.solve import NoFit
 from passes.quantize.recipe import load_recipe
 from stratum.cli import main
 from stratum.plan_report import plan_text, seconds_text, shortened
@@ -101,8 +103,46 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
     assert run(capsys, *fits, "--prompt-tokens", "8", "--quick")[0] == 0
     code, _, err = run(capsys, *short, "--pin", "weights=dram", "--ctx", "1024", "--memory", "3GiB", "--disk", "1TB")
     assert code == 3 and "without --pin 'weights=dram' it fits" in err
+
+
+def test_the_least_of_a_drive_and_what_the_machine_has_are_named() -> None:
+    small = (("vram", "8GiB"), ("memory", "16GiB"), ("disk", "10GiB"))
+    asked = PlanRequest("Llama-3.1-70B", "rtx-4090", context=2, budgets=small, what_if=False, simulate=False)
+    with pytest.raises(NoFit) as refused:
+        make_plan(asked)
+    least, said = dict(refused.value.least), str(refused.value)
+    assert set(least) == {"vram", "dram", "nvme"}
+    assert "of vram it would fit; rtx-4090 has 21.4 GiB" in said and "of nvme it fits" in said
+    for share, fits in ((1.0, True), (0.99, False)):
+        asked = dataclasses.replace(asked, budgets=(*small[:2], ("disk", str(int(least["nvme"] * share)))))
+        if fits:
+            assert make_plan(asked).placement.tiers
+        else:
+            with pytest.raises(NoFit):
+                make_plan(asked)
+
+
+def test_bounds_of_time_are_kept_as_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    olmoe = [*OLMOE[:3], "--recipe", "w4a8-g32", "--memory", "2GiB", "--quick"]
+    assert run(capsys, *olmoe, "-o", str(plan))[0] == 0
+    made = Placement.from_json(plan.read_text())
+    assert made.simulated_step is not None and made.simulated_step > 1.02 * made.decode.seconds
+    between = (made.simulated_step + made.decode.seconds) / 2  # what the closed form alone would promise
+    code, text, err = run(capsys, *olmoe, "--slo", f"tpot={between:.6f}s", "--json")
+    assert code == 3 and "(as simulated)" in json.loads(text)["error"] and err == ""
+    code, text, _ = run(capsys, *olmoe, "--slo", f"tpot={made.simulated_step * 1.01:.6f}s", "--json")
+    kept = Placement.from_json(text)
+    assert code == 0 and kept.simulated_step is not None and kept.simulated_step <= made.simulated_step * 1.01
+    given = [*OLMOE[:3], "--memory", "2GiB", "--plan", str(plan)]
+    assert "this plan of" in run(capsys, *given, "--slo", f"tpot={between:.6f}s")[2]
     code, _, err = run(capsys, "Llama-3.1-8B", "--target", "ddr5-laptop", "--slo", "tpot=1ms")
     assert code == 3 and "as fast as asked for" in err
+    code, _, err = run(capsys, "Llama-3.1-8B", "--target", "8xh100", "--slo", "tpot=1us")
+    assert code == 3 and "(in closed form)" in err
+    for option, value in (("--ctx", "64"), ("--batch", "7"), ("--recipe", "w3"), ("--pin", "kv=dram")):
+        code, _, err = run(capsys, *given, option, value)
+        assert code == 2 and f"{option} {value}: the plan" in err, err
 
 
 @pytest.mark.parametrize(

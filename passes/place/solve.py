@@ -105,7 +105,7 @@ def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:
 def replay(problem: Problem, placement: Placement) -> Solution:
     """The same for a plan that is given: its promises computed anew. Raises NoFit where it holds too much."""
     session = dataclasses.replace(problem.session, **dataclasses.asdict(placement.session))
-    problem = dataclasses.replace(problem, session=session, pins=())  # what is pinned stands in the plan
+    problem = able(dataclasses.replace(problem, session=session, pins=()))  # what is pinned stands in the plan
     choice = from_placement(problem, placement)
     outcome = evaluate(problem, choice)
     for tier in outcome.tiers:
@@ -158,7 +158,18 @@ def _with(problem: Problem, **changes: int) -> Problem:
     return dataclasses.replace(problem, session=dataclasses.replace(problem.session, **changes))
 
 
+def able(problem: Problem) -> Problem:
+    """Without units whose memory has no room for activations: they compute nothing, and it may hold what else there
+    is."""
+    machine, work = problem.machine, problem.workspace_bytes()
+    units = tuple(unit for unit in machine.units if machine.room_of(unit.tier) >= work)
+    if not units or len(units) == len(machine.units):
+        return problem
+    return dataclasses.replace(problem, machine=dataclasses.replace(machine, units=units))
+
+
 def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
+    problem = able(problem)
     options = choices_of(problem)
     found = _best_counts(problem, options, nodes)
     base = _baseline(problem, options)
@@ -237,14 +248,14 @@ def _in_time(problem: Problem, outcome: Outcome) -> bool:
 
 def feasible(problem: Problem) -> bool:
     """Whether any choice fits, with the smallest chunk."""
-    smallest = _with(problem, chunk=min(problem.session.chunk, _CHUNKS[-1]))
+    smallest = able(_with(problem, chunk=min(problem.session.chunk, _CHUNKS[-1])))
     return solve_counts(smallest, choices_of(smallest), best=False) is not None
 
 
 def least_budget(problem: Problem, tier: str) -> int | None:
     """Fewest bytes of a tier with which a plan fits; None when no amount of it helps."""
     smallest = _with(problem, chunk=min(problem.session.chunk, _CHUNKS[-1]))
-    smallest = dataclasses.replace(smallest, machine=smallest.machine.with_room(tier, UNLIMITED), slo=Slo())
+    smallest = able(dataclasses.replace(smallest, machine=smallest.machine.with_room(tier, UNLIMITED), slo=Slo()))
     found = solve_counts(smallest, choices_of(smallest), least_bytes=tier)
     return None if found is None else next(t.total for t in tier_use(smallest, found.choice) if t.name == tier)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from frontends.model_shape import ModelShape
 from frontends.shape_library import load_shape
+from hw_targets import load
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.formats import formats_of, next_down
@@ -151,6 +152,15 @@ def _tiers(machine: Target, name: str, **factors: float) -> Target:
         return dataclasses.replace(tier, **values)
 
     return dataclasses.replace(machine, tiers=tuple(change(t) if t.name == name else t for t in machine.tiers))  # type: ignore[misc]
+
+
+def test_a_unit_without_room_for_activations_computes_nothing() -> None:
+    found = solve(problem(dense(4), target(vram=4096)))
+    assert {g.unit for g in found.placement.groups} == {"cores"} and found.outcome.tier("vram").total == 0
+    assert found.outcome.objective == pytest.approx(solve(problem(dense(4), target(gpu=False))).outcome.objective)
+    assert replay(found.problem, found.placement).outcome == found.outcome
+    bounded = problem(load_shape("TinyLlama-1.1B-Chat-v1.0"), load("pim-gpt"), "w8a8")  # 128 kB beside its adders
+    assert {g.tier for g in solve(bounded).placement.groups} == {"gddr6"}
 
 
 def test_what_fits_stays_where_it_is_fastest() -> None:

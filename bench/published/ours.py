@@ -48,14 +48,16 @@ class System:
 
     `in_turn`: copies over a link are waited for, as is all that units do; only a drive is read ahead. `expand` bytes
     are moved to make a float of each low-bit weight before its product, and with `expand_cache` of each element of a
-    low-bit cache, at `expand_share` of the memory's rate (0: what the target says that kernels reach). `pass_ms` is
-    what each pass of a prompt costs beside its products.
+    low-bit cache, at `expand_share` of the memory's rate (0: what the target says that kernels reach). Attention of
+    the GPU reads a cache at `attend_share` of that rate (0: the same). `pass_ms` is what each pass of a prompt costs
+    beside its products.
     """
 
     in_turn: bool = False
     expand: float = 0.0
     expand_share: float = 0.0
     expand_cache: bool = False
+    attend_share: float = 0.0
     pass_ms: float = 0.0
 
 
@@ -145,28 +147,41 @@ class Case:
 
 def _with_system(problem: Problem, case: Case) -> Problem:
     """The problem with what the system does besides, on the path of both phases."""
-    weights, cache = _expanding(problem, case.system)
-    each = weights * case.gpu_batches
-    prompts = each * case.prompts / case.batch + case.system.pass_ms / 1e3 * problem.session.passes
+    system, session = case.system, problem.session
+    weights = system.expand * _low_bit_weights(problem) / _gpu_rate(problem, system.expand_share) * case.gpu_batches
+    step = [("expanding", weights)]
+    packed, floats = _cache_bytes(problem)
+    if system.expand_cache and packed < floats:
+        step.append(("expanding", system.expand * floats / 2 / _gpu_rate(problem, system.expand_share)))
+    if system.attend_share and "kv=cores" not in case.pins:
+        read = floats if system.expand_cache else packed
+        slowly = read / _gpu_rate(problem, system.attend_share) - packed / _gpu_rate(problem, 0.0)
+        step.append(("attention", max(0.0, slowly)))
+    prompts = weights * case.prompts / case.batch + system.pass_ms / 1e3 * session.passes
     return dataclasses.replace(
         problem,
-        together_decode=(*problem.together_decode, ("expanding", each + cache)),
+        together_decode=(*problem.together_decode, *step),
         together_prefill=(*problem.together_prefill, ("expanding", prompts)),
     )
 
 
-def _expanding(problem: Problem, system: System) -> tuple[float, float]:
-    """Seconds for making floats of all low-bit weights once, and of the cache that a decode step reads."""
-    target, session = problem.machine.target, problem.session
-    unit = problem.machine.unit("gpu") if system.expand else problem.machine.units[0]
-    tier = target.tier(unit.tier)
-    assert tier is not None and tier.read_bandwidth is not None
-    rate = tier.read_bandwidth * system.expand_share if system.expand_share else tier_rate(target, tier.name, unit)
-    low = [p for p in problem.parts() if p.weights and p.weight_bytes < 2 * p.weights]
-    weights = sum(p.weights * p.count for p in low)
-    packed = system.expand_cache and bool(problem.formats.recipe.kv)
-    cache = session.batch * session.decode_context * problem.shape.kv_elements_per_token() if packed else 0
-    return system.expand * weights / rate, system.expand * cache / rate
+def _low_bit_weights(problem: Problem) -> int:
+    """How many weights are stored in less than 16 bits."""
+    return sum(p.weights * p.count for p in problem.parts() if p.weights and p.weight_bytes < 2 * p.weights)
+
+
+def _cache_bytes(problem: Problem) -> tuple[float, float]:
+    """Of the cache that a decode step reads: as it is stored, and as 16-bit floats."""
+    tokens = problem.session.batch * problem.session.decode_context
+    stored = sum(problem.formats.kv_bytes(layer) for layer in problem.shape.layers)
+    return float(tokens * stored), 2.0 * tokens * problem.shape.kv_elements_per_token()
+
+
+def _gpu_rate(problem: Problem, share: float) -> float:
+    """Bytes a second of the GPU's memory: a share of what is stated, or what kernels of ours are planned to reach."""
+    unit = problem.machine.unit("gpu")
+    planned = tier_rate(problem.machine.target, unit.tier, unit)
+    return planned / (unit.bandwidth_efficiency or 1.0) * share if share else planned
 
 
 @lru_cache(maxsize=32)

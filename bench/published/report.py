@@ -20,8 +20,8 @@ _HEAD = """\
 Written by `python -m bench.published` from `bench/published`; a test keeps it up to date. `bench/published/points.csv`
 has figures that others published, with where they stand; the ids are its rows. All that is computed here goes through
 the project's own parts: `hw_targets.cost_model`, the closed form of `passes.place` on a described target with the
-places of the published setting pinned, the replay of routing traces. No constant is fitted to a
-row that counts as one that agrees: those that stand in the table *set* theirs, the others are cited.
+places of the published setting pinned, the replay of routing traces. Constants are cited; a row from which one was
+taken *sets* it, and does not count as one that agrees.
 
 - **exact**: to every digit published. Other systems' own cost models count their bytes and FLOP by their rules; what
   these last is priced by ours.
@@ -36,7 +36,8 @@ row that counts as one that agrees: those that stand in the table *set* theirs, 
 - **order**: our figures are in the published order. Those of KTransformers that lie within 8 % of each other, which is
   what equal placements differ by there, may stand either way.
 - **shape**: series that are straight, saturate or hardly change, where ours must too.
-- **estimate**: hit rates whose routing is not published, from our models of routing, within five points.
+- **estimate**: hit rates whose routing is not published, from our models of routing, within five points; of several
+  figures of one recording the first sets its exponent.
 
 What stands beside a *no* is what we take for the likeliest reason; nobody measured it.
 """

@@ -68,7 +68,7 @@ def test_shape(shape: shapes.Shape) -> None:
 def test_most_agree_where_nothing_was_set() -> None:
     """How many there were when this was written: fewer means that something was lost."""
     forecasts = [p for p in _by_kind("roofline") if not p.sets]
-    assert sum(map(agrees, forecasts)) >= 49 and len(forecasts) == 70
+    assert sum(map(agrees, forecasts)) >= 55 and len(forecasts) == 68
     assert sum(row.agrees() for row in stated.rows()) >= 14
     assert sum(map(agrees, _by_kind("order"))) >= len(_by_kind("order")) - 1
 

@@ -49,7 +49,8 @@ def _table() -> dict[str, Any]:
 
 def target(name: str) -> str:
     """A target of the table by its name, or a target itself."""
-    return _table()["targets"].get(name, name)
+    found = _table()["targets"].get(name, name)
+    return found if isinstance(found, str) else found["is"]
 
 
 def pins(name: str) -> tuple[str, ...]:
@@ -57,9 +58,10 @@ def pins(name: str) -> tuple[str, ...]:
     return tuple(_table()["pins"][name])
 
 
-def systems() -> dict[str, str]:
-    """Every system with the source of what it does."""
-    return {name: " ".join(fields["source"].split()) for name, fields in _table()["systems"].items()}
+def sources() -> list[str]:
+    """What systems do besides and how their machines differ, with where it stands."""
+    found = [*_table()["systems"].values(), *(t for t in _table()["targets"].values() if isinstance(t, dict))]
+    return [" ".join(fields["source"].split()) for fields in found if "source" in fields]
 
 
 def orders() -> dict[str, tuple[str, ...]]:

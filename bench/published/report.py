@@ -7,7 +7,7 @@ from functools import lru_cache
 from statistics import median
 
 from bench.published import estimates, exact, orders, rooflines, shapes, stated
-from bench.published.cases import systems
+from bench.published.cases import sources
 from bench.published.points import KINDS, Point, error, figures, holds, share_reached, table
 from bench.published.unknown import REASONS, reasons
 
@@ -57,7 +57,12 @@ def page() -> str:
     for kind in KINDS:
         lines += ["", f"## {_TITLES[kind]}", "", *_table(kind)]
         if kind == "roofline":
-            lines += ["", "What systems do besides:", "", *(f"- {source}." for source in systems().values())]
+            lines += [
+                "",
+                "What systems do besides, and their machines:",
+                "",
+                *(f"- {said}." for said in map(_sentence, sources())),
+            ]
             lines += ["", "## Stated efficiencies", "", *_stated()]
         if kind == "order":
             lines += ["", "## Shapes", "", *_shapes()]
@@ -140,6 +145,10 @@ def _stated() -> Iterator[str]:
             f"{share:.3g}",
         ]
         yield f"| {' | '.join([*cells, verdict])} |"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _span(ends: tuple[float, float], digits: int) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 import time
 from collections import deque
@@ -118,9 +119,10 @@ class WeightReader:
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
         self._prepare, self._on_done = prepare, on_done
         self._requests: deque[tuple[int, int, int, ReadJob]] = deque()  # offset, bytes, place, job
-        # Callers take the lock itself: an interrupt inside of a condition's own methods could leave it locked.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        # One item a request wakes a thread. Not a condition: an interrupt of the caller inside of its methods leaves it
+        # locked, or counting a thread as waiting that is not, and then nobody comes for a request.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._in_flight, self._busy_since = 0, 0.0
         self._closed = False
         self._threads = [
@@ -151,12 +153,16 @@ class WeightReader:
         with self._lock:
             if self._closed:
                 raise RuntimeDiagnostic(f"the file of {self._what} is closed", where=self.path)
+            self._wake(len(parts))  # first: a thread that finds nothing is harmless, a request without a thread is not
             if urgent:
                 self._requests.extendleft((*part, job) for part in reversed(parts))
             else:
                 self._requests.extend((*part, job) for part in parts)
-            self._changed.notify(len(parts))
         return job
+
+    def _wake(self, count: int) -> None:
+        for _ in range(count):
+            self._wakes.put(None)
 
     def drain(self) -> None:
         """Returns when nothing is waiting or in flight any more."""
@@ -164,7 +170,7 @@ class WeightReader:
             for at, size, _, job in self._requests:
                 job.finish_one(RuntimeDiagnostic(f"the read of {size} bytes at {at} was given up"), 0.0)
             self._requests.clear()
-        while self._in_flight:  # not by the condition: an interrupt inside of its methods could spoil it
+        while self._in_flight:
             time.sleep(0.001)
 
     def close(self) -> None:
@@ -175,7 +181,7 @@ class WeightReader:
             for *_, job in self._requests:
                 job.finish_one(closed, time.perf_counter())
             self._requests.clear()
-            self._changed.notify_all()
+            self._wake(len(self._threads))
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -186,11 +192,12 @@ class WeightReader:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._requests and not self._closed:
-                    self._changed.wait()
-                if not self._requests:
+            self._wakes.get()
+            with self._lock:
+                if self._closed:
                     return
+                if not self._requests:
+                    continue
                 at, size, place, job = self._requests.popleft()
                 started_s = time.perf_counter()
                 if self._in_flight == 0:
@@ -206,7 +213,7 @@ class WeightReader:
                     fault = error
                 except Exception as error:  # noqa: BLE001 - a thread that died would leave its waiter for ever
                     fault = RuntimeDiagnostic(f"reading {self._what} failed: {error}", where=self.path)
-            with self._changed:
+            with self._lock:
                 self._in_flight -= 1
                 now_s = time.perf_counter()
                 self.counters.busy_s += now_s - self._busy_since

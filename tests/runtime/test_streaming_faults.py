@@ -8,17 +8,32 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from runtime import weight_reader
 from runtime.errors import RuntimeDiagnostic
+from runtime.memory import PAGE_BYTES
+from runtime.weight_reader import WeightReader
+from tests.runtime.interrupts import interrupted
 from tests.runtime.streamed_models import FAMILIES, assert_same, batches, least_plan, logits, opened
 
 pytestmark = pytest.mark.slow
+
+
+def patience(seconds: float) -> Callable[[], None]:
+    """Raises when it is called so late: what waits for ever must fail."""
+    end_s = time.monotonic() + seconds
+
+    def look() -> None:
+        assert time.monotonic() < end_s, "nobody came"
+
+    return look
 
 
 class Disk:
@@ -158,6 +173,41 @@ def test_an_interrupt_while_waiting(streamed: dict[str, Path], expected: dict, n
         at = -1
         assert interrupted
         assert_same(logits(session, steps[1:]), expected[name, 3][1:])
+
+
+def test_an_interrupt_at_any_moment_of_a_submission(tmp_path: Path) -> None:
+    """Nobody waits for a read that no thread comes for, nor for a lock that nobody gives back."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8 * PAGE_BYTES))
+    memory = np.zeros(8 * PAGE_BYTES, np.uint8)
+    reader = WeightReader(str(file), os.open(file, os.O_RDONLY), memory.nbytes, memory, request_bytes=PAGE_BYTES)
+    ranges = [(0, 3 * PAGE_BYTES), (4 * PAGE_BYTES, PAGE_BYTES)]
+    try:
+        for urgent in (False, True):
+            at = 1
+            while interrupted(at, lambda urgent=urgent: reader.submit(ranges, "some", urgent=urgent)):
+                reader.drain()
+                for _ in range(4):
+                    time.sleep(0.001)  # until its threads sleep, mostly
+                    reader.submit([(0, PAGE_BYTES)], "more").wait(meanwhile=patience(120))
+                at += 1
+            assert at > 20
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe"])
+def test_an_interrupt_at_any_moment_of_a_step(streamed: dict[str, Path], expected: dict, name: str) -> None:
+    """In the books of what is in memory, too."""
+    steps = batches(3)
+    moments = iter(range(5, 1 << 20, 157))
+    with opened(streamed[name], least_plan(streamed[name], guesses=2)) as session:
+        for step, wanted in zip(steps, expected[name, 3], strict=True):
+            hits = 0
+            while interrupted(next(moments) % 1201, lambda step=step: session.step(*step)) and hits < 4:
+                hits += 1
+            assert hits
+            np.testing.assert_array_equal(session.step(*step), wanted)
 
 
 def test_a_disk_slower_than_planned_is_told_of_once(streamed: dict[str, Path], expected: dict) -> None:

@@ -61,7 +61,7 @@ def page() -> str:
                 "",
                 "What systems do besides, and their machines:",
                 "",
-                *(f"- {said}." for said in map(_sentence, sources())),
+                *(f"- {said}." for said in sources()),
             ]
             lines += ["", "## Stated efficiencies", "", *_stated()]
         if kind == "order":
@@ -145,10 +145,6 @@ def _stated() -> Iterator[str]:
             f"{share:.3g}",
         ]
         yield f"| {' | '.join([*cells, verdict])} |"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _span(ends: tuple[float, float], digits: int) -> str:

@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # code, and so does the next run: it is kept by the source file's date.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "test-numba"))
 
-# The tests make many modules of ops, which the collector would visit all the time (see codegen/garbage.py).
-gc.set_threshold(100_000, 20, 20)
+# The tests make many modules of ops, which the collector would visit all the time (see codegen/garbage.py): it looks
+# when the tests of a file are done.
+gc.disable()
 
 # A suite started in the background of a shell is told to ignore Ctrl-C, and so would the children it interrupts.
 if threading.current_thread() is threading.main_thread():
@@ -71,6 +72,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _REFERENCE in item.path.parents:
             item.add_marker(pytest.mark.reference)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: the collector need not look at them after each file."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a file computed once for all of its tests (`functools.cache`) goes when they are done, with all garbage."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear") and value.__module__ == request.module.__name__:
+            value.cache_clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,6 +91,5 @@ def _entry(fields: dict[str, Any]) -> Entry:
     system = (
         NOTHING if name is None else System(**{k: v for k, v in _table()["systems"][name].items() if k != "source"})
     )
-    return Entry(
-        fields["id"], Case(**case, system=system), fields["measured"], fields.get("why", ""), fields.get("sets", "")
-    )
+    why = _table()["reasons"][fields["why"]] if "why" in fields else ""
+    return Entry(fields["id"], Case(**case, system=system), fields["measured"], why, fields.get("sets", ""))

@@ -79,19 +79,21 @@ class KVCache:
             spans.append((first, max(first, (start + positions * self._position_bytes) // PAGE_BYTES * PAGE_BYTES)))
         return spans
 
-    @property
-    def tail_bytes(self) -> int:
-        """Of a head, at most: from its last full page to the end of its last 64 positions, in pages."""
-        return (-(-CONTEXT_MULTIPLE * self._position_bytes // PAGE_BYTES) + 1) * PAGE_BYTES
-
     def layer_bytes(self, positions: int) -> int:
         """Of so many positions in one layer, the ring not counted."""
         return positions * self.bytes_per_position // max(1, self.layers)
 
+    @property
+    def group_bytes(self) -> int:
+        """Of 64 positions in one layer."""
+        return self.layer_bytes(CONTEXT_MULTIPLE)
+
     def hot_bytes(self, positions: int) -> int:
-        """What a sequence of so many positions always has in memory: pages at both ends of every head, and the ring."""
+        """What a sequence of so many positions always has in memory, beside its whole groups of 64: the positions after
+        them, the ring, and pages that are there for a part: at the ends of both, and where what is there begins."""
         heads = self.layers * self._shape[2]
-        return heads * (self.tail_bytes + 2 * PAGE_BYTES) + self.ring_bytes(max(0, positions - 1))
+        tail = -(-CONTEXT_MULTIPLE * self._position_bytes // PAGE_BYTES) * PAGE_BYTES
+        return heads * (tail + 4 * PAGE_BYTES) + self.ring_bytes(max(0, positions - 1))
 
     def blocks(self, slot: int, first: int, last: int) -> np.ndarray:
         """The bytes of positions first..last of a slot, whole groups of 64: a view u8 [layers, heads, bytes]."""

@@ -1,14 +1,15 @@
-"""One sequence, or a few, whose KV cache is larger than the memory it may use: layers come and go between launches.
+"""One sequence, or a few, whose KV cache is larger than the memory it may use: parts of layers come and go.
 
 Takes the cache, the bytes that it may take and a folder. Behind the cache lies a file of its size without a name, byte
 b of the one at byte b of the other (`runtime.kv_file`): address space is the table, and kernels do not know. A program
-says which layer's keys and values it touches next (`plan.await_kv`). While everything fits nothing happens. Then some
-layers stay and the others, spread evenly between them, are read before their wait and given back behind it, the next
-one ahead of its own. What a step appended to a layer is written before the layer goes.
+says which layer's keys and values it touches next (`plan.await_kv`). While everything fits nothing happens. Then the
+newest positions of every layer stay, as many as there is room for beside one whole layer, and the older ones are read
+before the layer's wait and given back behind it (`runtime.kv_books` decides). What leaves memory for the first time, or
+changed, is written before.
 
-Only whole pages of positions that are full go: the newest 64 or more of every head and the ring of a low-bit cache
+Only whole pages of groups of 64 positions go: what is newer than the last full group and the ring of a low-bit cache
 stay. Used by one thread at a time, the one that keeps the books of weights. What an interrupt left half done is thrown
-away and read again; a layer is given up only when the file has all of it.
+away and read again; positions are given up only when the file has all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.errors import RuntimeDiagnostic
+from runtime.kv_books import GROUP, KVBooks
 from runtime.kv_cache import KVCache
 from runtime.kv_file import BackingFile, Pwrite, default_directory
 from runtime.manifest import ProgramInfo
+from runtime.memory import PAGE_BYTES
 from runtime.weight_reader import Pread, ReadJob
 
-GROUP = 64  # positions that are written once at least: whole blocks and groups of keys that share scales
-LAYERS_AT_ONCE = 2  # of those that go: the one in use, and the next
+THREADS = 4  # that read: parts of heads are short requests, and a drive wants several at once
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class KVStreamOptions:
 
 @dataclass(frozen=True)
 class KVStreamReport:
-    """Counts since the session was opened. `calls` are those in which layers went, `layers` the most that did."""
+    """Counts since the session was opened. `calls` are those in which something went, `layers` the most of which
+    something did, `share` the largest part of the cache that did."""
 
     limit_bytes: int
     calls: int
     layers: int
+    share: float
     read_bytes: int
     written_bytes: int
     stall_s: float
@@ -58,19 +62,11 @@ class KVStreamReport:
         if not self.calls:
             return "the KV cache was in memory all the time"
         return (
-            f"KV cache: {self.layers} layers on disk, {self.read_bytes / self.calls / 1e6:.1f} MB read a step "
+            f"KV cache: at most {100 * self.share:.0f} % on disk, of {self.layers} layers, "
+            f"{self.read_bytes / self.calls / 1e6:.1f} MB read a step "
             f"({self.read_bytes / 1e6:.1f} MB in {self.calls} steps, {self.written_bytes / 1e6:.1f} MB written), "
             f"waited {self.stall_s:.2f} s"
         )
-
-
-def going_layers(layers: int, fit: int) -> tuple[list[int], int]:
-    """(those that go, ascending; how many of them may be in memory at once), where `fit` of all layers fit."""
-    if fit >= layers:
-        return [], LAYERS_AT_ONCE
-    at_once = min(fit, LAYERS_AT_ONCE)
-    order = sorted(range(layers), key=_reversed_bits)
-    return sorted(order[: layers - fit + at_once]), at_once
 
 
 class KVStreamer:
@@ -82,20 +78,17 @@ class KVStreamer:
         self._stalls: list[tuple[str, float, float]] = []
         self._file = BackingFile(
             options.directory or default_directory(), kv.reservation, preadv=options.preadv, pwritev=options.pwritev,
-            on_done=self._finished,
+            threads=THREADS, on_done=self._finished,
         )  # fmt: skip
-        shape = (kv.layers, kv.num_slots)
-        self._on_file = np.zeros(shape, np.int64)  # positions, by layer and slot, that the file has
-        self._clean = np.zeros(shape, np.int64)  # of those, what memory has not changed since
-        self._there = np.ones(shape, np.bool_)  # in memory
-        self._jobs: dict[tuple[int, int], ReadJob] = {}
-        self._ends: dict[int, int] = {}  # of the call: positions of its slots after it
-        self._going: list[int] = []  # layers that do not stay
-        self._current = -1
+        self._books = KVBooks(kv.layers, kv.num_slots)
+        self._jobs: dict[
+            tuple[int, int], list[tuple[int, ReadJob]]
+        ] = {}  # by layer and slot: first group, newest first
+        self._reach = np.zeros(kv.num_slots, np.int64)  # positions that may ever have been written since it was empty
+        self._slots: list[int] = []  # of the call
         self._torn = False
         self._calls = self._most = 0
-        self._stall_s = 0.0
-        self._at_once = LAYERS_AT_ONCE
+        self._share = self._stall_s = 0.0
 
     # -- one native call
 
@@ -113,67 +106,85 @@ class KVStreamer:
                 self._filled[slot] = 0
                 self.forget(slot)
                 self._kv.release(slot)
-            self._ends, self._current = ends, -1
-            self._choose()
-            for slot, position in starts.items():  # only now: what went just before is on file as it was
-                np.minimum(self._clean[:, slot], position // GROUP * GROUP, out=self._clean[:, slot])
+            self._trim()
+            self._slots = list(ends)
+            self._choose(starts, ends, len(positions))
+            for slot, end in ends.items():
+                self._reach[slot] = max(int(self._reach[slot]), end)
 
-    def _choose(self) -> None:
-        """Which layers go in this call."""
+    def _choose(self, starts: dict[int, int], ends: dict[int, int], tokens: int) -> None:
+        """What goes in this call."""
         kv, limit = self._kv, self.options.limit_bytes
         lengths = {slot: int(n) for slot, n in enumerate(self._filled) if n}
-        lengths |= {slot: max(end, lengths.get(slot, 0)) for slot, end in self._ends.items()}
+        before = {slot: lengths.get(slot, 0) // GROUP for slot in ends}
+        lengths |= {slot: max(end, lengths.get(slot, 0)) for slot, end in ends.items()}
         hot = sum(kv.hot_bytes(n) for n in lengths.values())
-        whole = {slot: kv.layer_bytes(n) for slot, n in lengths.items()}
-        left = limit - hot
-        idle = [slot for slot in lengths if slot not in self._ends]
-        if sum(whole.values()) * kv.layers > left:
-            for slot in idle:  # not needed now: all of it goes
+        room = kv.layers if not kv.group_bytes else max(0, limit - hot) // kv.group_bytes
+        groups = {slot: n // GROUP for slot, n in lengths.items()}
+        after = {slot: groups.pop(slot) for slot in ends}
+        if kv.layers * (sum(after.values()) + sum(groups.values())) > room:
+            for slot, n in groups.items():  # not needed now: all of it goes
                 for layer in range(kv.layers):
-                    self._give_up(layer, slot, int(self._filled[slot]))
+                    self._give_up(layer, slot, n)
         else:
-            left -= sum(whole[slot] for slot in idle) * kv.layers
-        layer_bytes = sum(whole[slot] for slot in self._ends)
-        fit = kv.layers if not layer_bytes else left // layer_bytes
-        if fit < min(1, kv.layers):
+            room -= kv.layers * sum(groups.values())
+        whole = sum(after.values())
+        if kv.layers and (limit < hot or room < whole):
             raise RuntimeDiagnostic(
-                f"one layer of the KV cache takes {layer_bytes} bytes, and what always stays {hot}",
+                f"one layer of the KV cache takes {whole * kv.group_bytes} bytes, and what always stays {hot}",
                 expected=f"at most {limit} bytes in all, the limit of this session",
                 hint="a smaller context, fewer sequences in a step, or more memory",
             )
-        self._going, self._at_once = going_layers(kv.layers, fit)
-        if not self._going:
-            return
-        self._calls += 1
-        self._most = max(self._most, len(self._going))
-        for layer in reversed(self._going):
-            if self._held() <= self._at_once:
-                break
-            for slot in self._ends:
-                self._give_up(layer, slot, int(self._filled[slot]))
+        first = {slot: position // GROUP for slot, position in starts.items()}
+        self._books.begin(before, first, after, room, tokens)
+        going = self._books.division.going
+        if any(going):
+            self._calls += 1
+            self._most = max(self._most, sum(n > 0 for n in going))
+            self._share = max(self._share, sum(going) / (kv.layers * whole))
+
+    def _trim(self) -> None:
+        """Gives back what lies behind the end of sequences that went back."""
+        kv = self._kv
+        for slot in np.flatnonzero(self._reach > self._filled).tolist():
+            end = -(-int(self._filled[slot]) // GROUP) * GROUP
+            reach = min(kv.capacity, -(-int(self._reach[slot]) // GROUP) * GROUP + GROUP)
+            for layer in range(kv.layers):
+                spans = kv.full_pages(layer, slot, end), kv.full_pages(layer, slot, reach)
+                for (_, kept), (_, last) in zip(*spans, strict=True):
+                    if last > kept + PAGE_BYTES:  # a page may hold the end of what stays
+                        kv.reservation.discard(kept + PAGE_BYTES, last - kept - PAGE_BYTES)
+            gone = int(self._books.gone[:, slot].max(initial=0)) * GROUP  # comes back once more
+            self._reach[slot] = max(int(self._filled[slot]), gone)
 
     def wanted(self, program: ProgramInfo) -> np.ndarray:
         """u8, one for each wait of the program: 1 where something is to be done."""
-        if self._going:
+        if any(self._books.division.going):
             return np.ones(len(program.kv_awaits), np.uint8)
-        slots = list(self._ends)
-        return np.array([not self._there[layer, slots].all() for layer in program.kv_awaits], np.uint8)
+        return np.array([not self._books.is_there(layer) for layer in program.kv_awaits], np.uint8)
 
     def wait_for(self, layer: int) -> None:
         """Returns when the layer is in memory. Raises RuntimeDiagnostic."""
         with self._keeping():
-            self._pass(layer)
-            self._submit(layer)
-            self._ahead(layer)
+            for goal in self._books.passes(layer):
+                self._give_up(*goal)
+            for goal in self._books.makes_room(layer):
+                self._give_up(*goal)
+            for slot in self._slots:
+                if any(job.fault is not None for _, job in self._jobs.get((layer, slot), ())):
+                    self._drop(layer, slot)
+            self._read(layer)
         started_s = time.perf_counter()
-        waits = any((layer, slot) in self._jobs for slot in self._ends)
+        waits = any((layer, slot) in self._jobs for slot in self._slots)
         try:
-            for slot in self._ends:
-                job = self._jobs.get((layer, slot))
-                if job is not None:
+            for slot in self._slots:
+                jobs = self._jobs.get((layer, slot), [])
+                while jobs:
+                    first, job = jobs[0]
                     job.wait()
-                    self._there[layer, slot] = True
-                    del self._jobs[layer, slot]
+                    self._books.came(layer, slot, first)
+                    del jobs[0]
+                self._jobs.pop((layer, slot), None)
         finally:
             ended_s = time.perf_counter()
             self._stall_s += ended_s - started_s
@@ -181,76 +192,59 @@ class KVStreamer:
                 self._stalls.append((f"kv of layer {layer}", started_s, ended_s))
 
     def end(self) -> None:
-        """The call is over: the last layer goes, and the first of the next call are read."""
-        if self._torn or not self._ends:
+        """The call is over: what goes of the last layer does, and the first of the next call are read."""
+        if self._torn or not self._slots:
             return
         with self._keeping():
-            last = self._current
-            self._pass(-1)
-            if last >= 0:
-                self._ahead(last)
-            self._ends = {}
-
-    def _pass(self, layer: int) -> None:
-        """The layer before is done with."""
-        before, self._current = self._current, layer
-        if before in self._going and before != layer:
-            for slot, end in self._ends.items():
-                self._give_up(before, slot, end)
+            served = self._books.current >= 0
+            for goal in self._books.passes(-1):
+                self._give_up(*goal)
+            if served:
+                self._read(-1)
+            self._slots = []
 
     # -- reading
 
-    def _submit(self, layer: int) -> None:
-        for slot in self._ends:
-            job = self._jobs.get((layer, slot))
-            if self._there[layer, slot] or (job is not None and job.fault is None):
-                continue
-            spans = self._kv.full_pages(layer, slot, int(self._on_file[layer, slot]))
-            ranges = [(first, end - first) for first, end in spans if end > first]
-            self._jobs[layer, slot] = self._file.reader.submit(ranges, f"kv of layer {layer}")
+    def _read(self, layer: int) -> None:
+        """Begins to read what the books say now that the program is at `layer`."""
+        for number, slot, first, end in self._books.reads(layer):
+            pages = zip(self._pages(number, slot, first), self._pages(number, slot, end), strict=True)
+            ranges = [(start, stop - start) for (_, start), (_, stop) in pages if stop > start]
+            job = self._file.reader.submit(ranges, f"kv of layer {number}")
+            self._jobs.setdefault((number, slot), []).append((first, job))
 
-    def _ahead(self, layer: int) -> None:
-        """The next layers that go, as many as may be there at once."""
-        later = [n for n in self._going if n > layer] + [n for n in self._going if n <= layer]
-        for following in later:
-            if self._held() >= self._at_once:
-                return
-            if following != layer or self._current != layer:
-                self._submit(following)
+    def _pages(self, layer: int, slot: int, groups: int) -> list[tuple[int, int]]:
+        """By head, the whole pages of the first groups."""
+        return self._kv.full_pages(layer, slot, groups * GROUP)
 
-    def _held(self) -> int:
-        """Layers of those that go that are in memory or on their way."""
-        slots = list(self._ends)
-        return sum(
-            bool(self._there[layer, slots].any()) or any((layer, slot) in self._jobs for slot in slots)
-            for layer in self._going
-        )
+    def _discard(self, layer: int, slot: int, first: int, end: int) -> None:
+        """Gives the memory of groups first..end back."""
+        for (_, start), (_, stop) in zip(self._pages(layer, slot, first), self._pages(layer, slot, end), strict=True):
+            if stop > start:
+                self._kv.reservation.discard(start, stop - start)
+
+    def _drop(self, layer: int, slot: int) -> None:
+        """Throws away what is on its way."""
+        for _, job in self._jobs.pop((layer, slot), ()):
+            _settled(job)
+        asked, gone = (int(array[layer, slot]) for array in (self._books.asked, self._books.gone))
+        self._books.dropped(layer, slot)
+        self._discard(layer, slot, asked, gone)
 
     # -- writing
 
-    def _give_up(self, layer: int, slot: int, positions: int) -> None:
-        """Writes what the file does not have of the first `positions`, and gives the memory back."""
-        job = self._jobs.pop((layer, slot), None)
-        if job is not None:
-            _settled(job)
-        pages, memory = self._kv.full_pages, self._kv.reservation
-        had = pages(layer, slot, int(self._on_file[layer, slot]))
-        if not self._there[layer, slot]:
-            for first, end in had if job is not None else []:
-                memory.discard(first, end - first)
+    def _give_up(self, layer: int, slot: int, groups: int) -> None:
+        """Writes what the file does not have of the first `groups`, and gives the memory back."""
+        self._drop(layer, slot)
+        had = int(self._books.gone[layer, slot])
+        if groups <= had:
             return
-        full = positions // GROUP * GROUP
-        now = pages(layer, slot, full)
-        for (_, end), (_, clean) in zip(now, pages(layer, slot, int(self._clean[layer, slot])), strict=True):
-            if end > clean:
-                self._file.write(clean, end - clean)
-        self._on_file[layer, slot] = self._clean[layer, slot] = full
-        self._there[layer, slot] = False
-        for (first, end), (_, old_end) in zip(now, had, strict=True):
-            memory.discard(first, end - first)
-            beyond = end + self._kv.tail_bytes  # of a sequence that went back
-            if old_end > beyond:
-                memory.discard(beyond, old_end - beyond)
+        first, end = self._books.unwritten(layer, slot, groups)
+        for (_, start), (_, stop) in zip(self._pages(layer, slot, first), self._pages(layer, slot, end), strict=True):
+            if stop > start:
+                self._file.write(start, stop - start)
+        self._books.went(layer, slot, groups)
+        self._discard(layer, slot, had, groups)
 
     # -- books
 
@@ -258,15 +252,17 @@ class KVStreamer:
         """The slot's sequence is over."""
         for layer, other in list(self._jobs):
             if other == slot:
-                _settled(self._jobs.pop((layer, other)))
-        self._on_file[:, slot] = self._clean[:, slot] = 0
-        self._there[:, slot] = True
+                self._drop(layer, other)
+        self._books.forget(slot)
+        self._reach[slot] = 0
 
     def _settle(self) -> None:
         """Throws away what an interrupt left half done: reads begin anew."""
         self._file.reader.drain()
-        for layer, slot in list(self._jobs):
-            del self._jobs[layer, slot]
+        self._jobs.clear()
+        for layer, slot in np.argwhere(self._books.gone > 0).tolist():
+            self._books.dropped(layer, slot)
+            self._discard(layer, slot, 0, int(self._books.gone[layer, slot]))
         self._torn = False
 
     @contextmanager
@@ -295,7 +291,13 @@ class KVStreamer:
 
     def is_whole(self, slot: int) -> bool:
         """Whether all layers of the sequence are in memory."""
-        return bool(self._there[:, slot].all()) and not any(other == slot for _, other in self._jobs)
+        return not self._books.gone[:, slot].any()
+
+    def settle_reads(self) -> None:
+        """Waits for what is being read ahead, so that a report counts all of it."""
+        for jobs in list(self._jobs.values()):
+            for _, job in list(jobs):
+                _settled(job)
 
     def report(self) -> KVStreamReport:
         """What has happened so far."""
@@ -304,6 +306,7 @@ class KVStreamer:
             self.options.limit_bytes,
             self._calls,
             self._most,
+            self._share,
             reads.bytes,
             self._file.bytes_written,
             self._stall_s,
@@ -331,8 +334,3 @@ def _settled(job: ReadJob) -> None:
         job.wait()
     except RuntimeDiagnostic:
         pass  # its memory is given back now
-
-
-def _reversed_bits(number: int) -> int:
-    """An order in which any first few of 0, 1, 2, ... lie evenly among all."""
-    return int(f"{number:016b}"[::-1], 2)

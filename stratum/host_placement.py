@@ -5,10 +5,10 @@
 The solved problem of `passes.place` for one unit, one memory and one drive, where it is exact piece by piece and at
 once (`passes.place.piece_choice`): dense weights stay before experts, experts before the table of embeddings. What is
 no weight comes off first (`stratum.process_account`): the interpreter and its libraries, activations, the KV cache for
-the context asked for. A cache that does not fit lies on the drive in part: it gets what two of its layers take, weights
-are placed in what is left, and whole layers of the cache stay in what those leave; a weight that stays saves a read in
-every step, a layer of the cache only as long as the text is. Predictions are left out: `stratum.planning` computes
-them.
+the context asked for. A cache that does not fit lies on the drive in part: it gets what one of its layers takes and a
+part of the next, weights are placed in what is left, and the newest positions of every layer stay in what those leave;
+a weight that stays saves a read in every step, a position of the cache only when the text is as long. Predictions are
+left out: `stratum.planning` computes them.
 
 Raises DoesNotFit with the least budget, and the context that would fit where a smaller one would do.
 """
@@ -34,7 +34,7 @@ from passes.place.placement import (
     span,
 )
 from runtime.eviction import DEFAULT_POLICY
-from runtime.kv_stream import LAYERS_AT_ONCE, going_layers
+from runtime.kv_books import GROUP
 from runtime.manifest import Manifest, PieceInfo
 from runtime.stream_plan import least_expert_bytes, live_bytes
 from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
@@ -51,12 +51,12 @@ PROMPT, GENERATE = 512, 128  # of the session that a plan foretells, where nothi
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays: dense pieces and tables by number, bytes of experts, layers of the KV cache; with calls of at most
-    `tokens` tokens."""
+    """What stays: dense pieces and tables by number, bytes of experts, of every layer of the KV cache all but the
+    oldest `kv_old` groups of 64 positions; with calls of at most `tokens` tokens."""
 
     resident: tuple[int, ...]
     expert_bytes: int
-    kv_layers: int
+    kv_old: int
     tokens: int
     gap: float = 0.0
 
@@ -87,13 +87,14 @@ def place_on_host(
 
     `batch`: sequences whose KV cache has room; `context`: positions of each, by default what takes an eighth of the
     budget. `policy` of the cache of experts: one of `runtime.eviction.POLICIES`, by default what no routing makes
-    useless. Of a `context` that was asked for, layers of the cache may lie on the drive (`kv_on_disk`).
+    useless. Of a `context` that was asked for, a part of the cache may lie on the drive (`kv_on_disk`).
     """
     account = ProcessAccount(manifest, budget, baseline, batch)
     positions = context if context is not None else default_context(account)
-    kept = keep(manifest, budget, baseline, positions, batch, kv_on_disk=kv_on_disk and context is not None)
+    on_disk = kv_on_disk and context is not None
+    kept = keep(manifest, budget, baseline, positions, batch, kv_on_disk=on_disk)
     if kept is None:
-        raise _too_small(account, positions, where)
+        raise _too_small(account, positions, where, kv_on_disk=on_disk)
     prompt = max(1, min(PROMPT, positions // 2)) if prompt is None else prompt
     generate = max(1, min(GENERATE if generate is None else generate, positions - prompt))
     session = SessionPlan(positions, batch, prompt, generate, kept.tokens, 1, DEPTH)
@@ -106,7 +107,7 @@ def place_on_host(
         session=session,
         degrees=Degrees(),
         groups=groups,
-        kv=_kv(manifest, kept, account.kv_bytes(positions), drive),
+        kv=_kv(manifest, kept, positions, account.kv_bytes(positions), drive),
         decode=PhasePlan(0.0, "", ()),
         prefill=PhasePlan(0.0, "", ()),
         tiers=(TierPlan(MEMORY, room_of(budget)),),
@@ -120,37 +121,40 @@ def keep(
 ) -> Kept | None:
     """What stays, with the longest calls that fit; None where nothing does."""
     account = ProcessAccount(manifest, budget, baseline, batch)
-    found = _longest(account, context, manifest.kv.layers)
+    found = _longest(account, context, 0)
     if found is not None or not kv_on_disk or context > manifest.max_context or not waits_for_kv(manifest):
         return found
-    on_disk = KVOnDisk(manifest, budget, baseline, batch)
-    for at_once in range(LAYERS_AT_ONCE, 0, -1):
-        on_disk.kv_limit = kv_limit(manifest, context, batch, 0, at_once)
-        found = _longest(on_disk, context, 0)
+    on_disk, layers, whole = KVOnDisk(manifest, budget, baseline, batch), manifest.kv.layers, context // GROUP
+    for ahead in (True, False):
+        on_disk.kv_limit = kv_limit(manifest, context, batch, [whole] * layers, ahead=ahead)
+        found = _longest(on_disk, context, whole)
         if found is not None:
             break
     if found is None:
         return None
-    for layers in range(1, manifest.kv.layers - LAYERS_AT_ONCE + 1):  # more of it, without a weight less
-        on_disk.kv_limit = kv_limit(manifest, context, batch, layers)
-        more = _fitting(on_disk, context, found.tokens, layers)
-        if more is None or (more.resident, more.expert_bytes) != (found.resident, found.expert_bytes):
-            break
-        found = more
+    least, most = 0, whole  # groups that go: more of the cache stays, without a weight less
+    while most - least > 1:
+        middle = (least + most) // 2
+        on_disk.kv_limit = kv_limit(manifest, context, batch, [middle] * layers)
+        more = _fitting(on_disk, context, found.tokens, middle)
+        if more is not None and (more.resident, more.expert_bytes) == (found.resident, found.expert_bytes):
+            found, most = more, middle
+        else:
+            least = middle
     return found
 
 
-def _longest(account: ProcessAccount, context: int, kv_layers: int) -> Kept | None:
+def _longest(account: ProcessAccount, context: int, kv_old: int) -> Kept | None:
     tokens = max(program.max_tokens for program in account.manifest.programs)
     while tokens >= 1:
-        found = _fitting(account, context, tokens, kv_layers)
+        found = _fitting(account, context, tokens, kv_old)
         if found is not None:
             return found
         tokens //= 2
     return None
 
 
-def _fitting(account: ProcessAccount, context: int, tokens: int, kv_layers: int) -> Kept | None:
+def _fitting(account: ProcessAccount, context: int, tokens: int, kv_old: int) -> Kept | None:
     """What stays with calls of so many tokens, or None where it does not fit."""
     manifest = account.manifest
     pieces, rows = manifest.weights.pieces, account.rows_bytes(tokens)
@@ -164,14 +168,14 @@ def _fitting(account: ProcessAccount, context: int, tokens: int, kv_layers: int)
     if found is None:
         return None
     if found.window:
-        return Kept(found.kept, least, kv_layers, tokens, found.gap)
+        return Kept(found.kept, least, kv_old, tokens, found.gap)
     left = room - sum(dense.values())
     experts = min(left, account.expert_bytes)
     tables = sum(account.sizes[n] for n in account.tables)
     resident = found.kept
     if tables and tables <= left - experts + rows:
         resident = tuple(sorted((*resident, *account.tables)))
-    return Kept(resident, experts, kv_layers, tokens)
+    return Kept(resident, experts, kv_old, tokens)
 
 
 def default_context(account: ProcessAccount) -> int:
@@ -183,7 +187,7 @@ def default_context(account: ProcessAccount) -> int:
 
 
 def _all_fits(account: ProcessAccount, context: int) -> bool:
-    return _fitting(account, context, 1, account.manifest.kv.layers) is not None
+    return _fitting(account, context, 1, 0) is not None
 
 
 def _largest_context(account: ProcessAccount, below: int) -> int:
@@ -195,11 +199,12 @@ def _largest_context(account: ProcessAccount, below: int) -> int:
     return less * CONTEXT_STEP
 
 
-def _too_small(account: ProcessAccount, context: int, where: str) -> DoesNotFit:
+def _too_small(account: ProcessAccount, context: int, where: str, *, kv_on_disk: bool) -> DoesNotFit:
     """Why nothing fits: the least budget that does, and the largest context that does in this one."""
+    manifest, baseline, slots = account.manifest, account.baseline, account.num_slots
 
     def fits(budget: int) -> bool:
-        return _all_fits(ProcessAccount(account.manifest, budget, account.baseline, account.num_slots), context)
+        return keep(manifest, budget, baseline, context, slots, kv_on_disk=kv_on_disk) is not None
 
     low, high = account.budget, account.budget + 1
     while not fits(high):
@@ -305,18 +310,19 @@ def _cache(manifest: Manifest, slots: dict[int, int], policy: str) -> ExpertCach
     return ExpertCache(MEMORY, sum(slots.values()), nbytes, "global", policy, 0.0, "")
 
 
-def _kv(manifest: Manifest, kept: Kept, nbytes: int, drive: str) -> tuple[PlacedKV, ...]:
-    layers = manifest.kv.layers
+def _kv(manifest: Manifest, kept: Kept, context: int, nbytes: int, drive: str) -> tuple[PlacedKV, ...]:
+    layers, whole = manifest.kv.layers, context // GROUP
     if not layers:
         return ()
-    going: list[int] = []
-    if kept.kv_layers < layers:
-        going, _ = going_layers(layers, kept.kv_layers + LAYERS_AT_ONCE)
-    there = [layer for layer in range(layers) if layer not in going]
-    return tuple(
-        PlacedKV(span(tuple(numbers)), tier, UNIT, manifest.kv.format, nbytes * len(numbers) // layers)
-        for numbers, tier in ((there, MEMORY), (going, drive))
-        if numbers
+    old = kept.kv_old * GROUP
+    every = span(tuple(range(layers)))
+    if kept.kv_old in (0, whole):
+        tier = MEMORY if not kept.kv_old else drive
+        return (PlacedKV(every, tier, UNIT, manifest.kv.format, nbytes),)
+    there = nbytes * (context - old) // context
+    return (
+        PlacedKV(every, MEMORY, UNIT, manifest.kv.format, there, context - old),
+        PlacedKV(every, drive, UNIT, manifest.kv.format, nbytes - there, old),
     )
 
 

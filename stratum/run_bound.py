@@ -11,6 +11,7 @@ rows, experts and layers of the KV cache that the runtime reads, piece by piece,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 from passes.place.outcome import Choice, Outcome, PhaseOutcome, evaluate, objective
@@ -19,7 +20,7 @@ from passes.place.routing_model import distinct_experts
 from runtime.manifest import Manifest, PieceInfo, ProgramInfo
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
-from stratum.kv_prediction import KVCall, kv_calls
+from stratum.kv_prediction import KVSizes, kv_calls, kv_sizes
 from stratum.run_prediction import PAGE_BYTES, problem_for, rows_rate
 
 
@@ -75,7 +76,8 @@ def drive_seconds(
     calls = 1 if decode else session.passes
     rows = float(session.batch) if decode else session.prompt / session.passes
     rate = store.read_rate() or math.inf
-    kv = _kv_seconds(kv_calls(problem, manifest, kv_bytes, decode=decode), rate, store.write_rate() or rate)
+    sizes = kv_sizes(problem, manifest, kv_bytes)
+    kv = _kv_seconds(problem, sizes, rate, store.write_rate() or rate, decode=decode) if sizes is not None else 0.0
     if stream is None:
         return kv
     rate = store.read_rate(stream.request_bytes) or math.inf
@@ -113,9 +115,10 @@ def _expert_bytes(manifest: Manifest, stream: StreamPlan, rows: float, hit: floa
     return found + max(0, every - stream.expert_bytes)
 
 
-def _kv_seconds(calls: tuple[KVCall, ...], rate: float, write_rate: float) -> float:
-    """Every layer that goes is read in every call, and what was appended to it written; of the last one only later."""
-    return sum(
-        len(call.going) * call.read_bytes / rate + max(0, len(call.going) - 1) * call.written_bytes / write_rate
-        for call in calls
-    )
+def _kv_seconds(problem: Problem, sizes: KVSizes, rate: float, write_rate: float, *, decode: bool) -> float:
+    """Every call reads what the one before left on the drive, and writes what comes to that."""
+    gone = [sizes.gone_bytes(call) for call in kv_calls(problem, decode=decode)]
+    if decode:  # one of many
+        return gone[0] / rate
+    written = sum(max(0, later - sooner) for sooner, later in itertools.pairwise((0, *gone)))
+    return sum(gone[:-1]) / rate + written / write_rate

@@ -32,7 +32,7 @@ from runtime.manifest import Manifest, ProgramInfo
 from runtime.stream_books import missing_in
 from runtime.stream_plan import StreamPlan
 from runtime.weight_streamer import ALL_EXPERTS_USED
-from stratum.kv_prediction import KVCall, KVQueue, kv_calls
+from stratum.kv_prediction import KVQueue, kv_calls, kv_sizes
 from stratum.stand_in_prediction import StandInUse
 from stratum.stream_placement import parts_of_pieces
 
@@ -190,9 +190,10 @@ class _Player:
         self.disk = _Disk(rate, window)
         self.guessed = 0.0, 0.0  # wanted bytes read for the next layer on a guess, and when they are there
         self.place = 0.0  # of the stream of dense pieces: where the program is
-        self.kv_calls = kv_calls(self.problem, self.manifest, self.kv_bytes, decode=self.decode)
+        sizes = kv_sizes(self.problem, self.manifest, self.kv_bytes)
+        self.kv_queue = KVQueue(sizes, self._fetch_kv, self._write_kv) if sizes is not None else None
+        self.kv_calls = kv_calls(self.problem, decode=self.decode)
         self.kv_read = 0.0
-        self.kv_queue = KVQueue(self._fetch_kv)
         self.stages = self._stages()
 
     def times(self) -> PhaseTimes:
@@ -212,19 +213,21 @@ class _Player:
     def _play(self, calls: int) -> None:
         for call in range(calls):
             self._rows()
-            if not self.decode and call == 0:  # a prompt begins anew
-                self.kv_queue.there.clear()
+            if self.kv_queue is not None:
+                self.kv_queue.begin(self.kv_calls[call])
             for stage in self.stages:
                 if stage.group == "head" and call < calls - 1:
                     continue
-                if stage.kv >= 0 and self.kv_calls:
-                    self._wait_for_kv(self.kv_calls[call], stage.kv)
+                if stage.kv >= 0 and self.kv_queue is not None:
+                    self._until(self.kv_queue.wait(stage.kv))
                 if stage.wait >= 0 and self.stream is not None:
                     self._wait(stage.wait)
                 self.now += stage.seconds
                 self.parts[stage.group] = self.parts.get(stage.group, 0.0) + stage.seconds
             self.disk.run_ahead(self.now)
             self.disk.done_with = self.place
+            if self.kv_queue is not None:
+                self.kv_queue.end()
 
     # -- keys and values
 
@@ -232,14 +235,11 @@ class _Player:
         self.kv_read += nbytes
         return self.disk.fetch(nbytes, self.now)
 
-    def _wait_for_kv(self, call: KVCall, layer: int) -> None:
-        """Waits for the layer; what the call appended to the one before is written first, by the thread that waits."""
-        before = self.kv_queue.current
-        if before != layer and before in call.going and call.written_bytes and self.store is not None:
-            rate = self.store.write_rate() or self.disk.rate
-            self._until(self.disk.fetch(call.written_bytes, self.now, rate))
-            self.disk.bytes -= call.written_bytes  # no read
-        self._until(self.kv_queue.wait(call, layer))
+    def _write_kv(self, nbytes: float) -> None:
+        """By the thread that waits."""
+        assert self.store is not None
+        self._until(self.disk.fetch(nbytes, self.now, self.store.write_rate() or self.disk.rate))
+        self.disk.bytes -= nbytes  # no read
 
     def _until(self, then: float) -> None:
         self.waited += max(0.0, then - self.now)

@@ -7,8 +7,8 @@ A piece of the weights file belongs to the part of the plan that most of its byt
 names it, where one does: `resident` parts stay, `streamed` ones are read at each use with as many pieces ahead as the
 plan has buffers (`depth`). The slots of `cached` experts are one cache over all layers, or with the scope "layer" equal
 shares; with the scope "global" resident experts are slots, too. The table of embeddings stays where the plan keeps it
-in memory, else its rows are read. Of keys and values as many layers stay as the plan has in memory; which, the runtime
-chooses, so that the others lie evenly between.
+in memory, else its rows are read. Of keys and values as many positions stay as the plan has in memory, over all layers;
+which, the runtime chooses (`runtime.kv_books`).
 
 Takes plans for this machine: one computing unit, everything at home in its memory or on a drive. Refuses, naming the
 part, what the runtime does not do (parts on other units, split experts, micro-batches), plans of other models and
@@ -25,9 +25,10 @@ from ir.diagnostics import DiagnosticError
 from passes.place.piece_choice import AHEAD_BYTES
 from passes.place.placement import Placed, Placement, layer_numbers
 from runtime.eviction import DEFAULT_POLICY, POLICIES
+from runtime.kv_books import GROUP
 from runtime.manifest import Manifest, PieceInfo
 from runtime.stream_plan import StreamPlan, least_expert_bytes, live_bytes
-from stratum.kv_plan import KVOnDisk, kv_limit, waits_for_kv
+from stratum.kv_plan import KVOnDisk, kv_block_bytes, kv_limit, waits_for_kv
 from stratum.plan_request import read_placement
 from stratum.process_account import DoesNotFit, ProcessAccount, baseline_bytes, mib
 from stratum.process_room import budget_of_room
@@ -123,11 +124,11 @@ def stream_of_placement(
             f"the plan has a context of {context}", where=where, expected=f"1 to {manifest.max_context}, the model's"
         )
     account = ProcessAccount(manifest, budget, baseline, slots)
-    whole_kv, away = account.kv_bytes(context), kv_away(manifest, placement, where)
-    on_disk = KVOnDisk(manifest, budget, baseline, slots) if away else None
+    old = kv_old(manifest, placement, where)
+    on_disk = KVOnDisk(manifest, budget, baseline, slots) if any(old) else None
     if on_disk is not None:
         account = on_disk
-        on_disk.kv_limit = kv_limit(manifest, context, slots, manifest.kv.layers - away)
+        on_disk.kv_limit = kv_limit(manifest, context, slots, old)
     live = max(live_bytes(manifest, program, kept) for program in manifest.programs)
     sizes = [piece.bytes for n, piece in enumerate(manifest.weights.pieces) if piece.kind == "dense" and n not in kept]
     wanted = min(max(live + AHEAD_BYTES, max(sizes, default=0) * max(1, placement.session.depth)), sum(sizes))
@@ -138,10 +139,10 @@ def stream_of_placement(
         rows = 0 if all(n in kept for n in account.tables) else account.rows_bytes(tokens)
         return budget - account.other_bytes(context, tokens) - rows - held - stays.expert_bytes
 
+    if on_disk is not None and left_by(1) < live:
+        on_disk.kv_limit = kv_limit(manifest, context, slots, old, ahead=False)
     while left_by(tokens) < live and tokens > 1:
         tokens //= 2
-    if left_by(tokens) < live and on_disk is not None and away == manifest.kv.layers:
-        on_disk.kv_limit = kv_limit(manifest, context, slots, 0, at_once=1)
     left = left_by(tokens)
     if left < live:
         parts = {"the process": account.fixed, "KV cache": account.kv_bytes(context), "resident weights": held,
@@ -153,8 +154,8 @@ def stream_of_placement(
             hint=", ".join(f"{mib(nbytes)} are {name}" for name, nbytes in parts.items() if nbytes),
         )
     window = min(left, wanted)
-    if on_disk is not None:  # a part of a layer more is a layer more until the context is full
-        on_disk.kv_limit = max(on_disk.kv_limit, min(whole_kv, on_disk.kv_limit + left - window))
+    if on_disk is not None:  # less than a block of every layer, which the plan does not count
+        on_disk.kv_limit += min(left - window, kv_block_bytes(manifest, slots) - 1)
     experts = stays.expert_bytes
     if (
         experts < account.expert_bytes and stays.scope == "global"
@@ -171,16 +172,28 @@ def stream_of_placement(
     return MemoryPlan(plan, context, on_disk.kv_limit if on_disk is not None else None, placement)
 
 
-def kv_away(manifest: Manifest, placement: Placement, where: str) -> int:
-    """Layers whose keys and values lie on a drive by the plan. DiagnosticError where they cannot."""
+def kv_old(manifest: Manifest, placement: Placement, where: str) -> list[int]:
+    """By layer, the groups of 64 positions, the oldest, whose keys and values lie on a drive by the plan.
+
+    Of a divided layer as many positions stay as the plan says, also where its context is another. DiagnosticError where
+    none can be elsewhere.
+    """
     there = [entry for entry in placement.kv if entry.tier != MEMORY]
     if there and not waits_for_kv(manifest):
         raise DiagnosticError(
             f"the plan keeps kv {there[0].layers} on {there[0].tier}", where=where, expected=f"kv in {MEMORY}",
             hint="the programs of this artifact do not wait for their cache: build it again",
         )  # fmt: skip
-    layers = {layer for entry in there for layer in layer_numbers(entry.layers)}
-    return min(len(layers), manifest.kv.layers)
+    whole, old = placement.session.context // GROUP, [0] * manifest.kv.layers
+    for entry in there:
+        for layer in layer_numbers(entry.layers):
+            if layer < len(old):
+                old[layer] = min(whole, -(-entry.positions // GROUP)) if entry.positions else whole
+    for entry in placement.kv:
+        for layer in layer_numbers(entry.layers) if entry.tier == MEMORY and entry.positions else ():
+            if layer < len(old) and old[layer]:
+                old[layer] = max(0, whole - entry.positions // GROUP)
+    return old
 
 
 def check_placement(manifest: Manifest, placement: Placement, where: str) -> None:

@@ -48,8 +48,8 @@ from runtime.errors import RuntimeDiagnostic
 from runtime.memory import PAGE_BYTES, Reservation
 from runtime.weight_reader import WeightReader
 from stratum.compare_run import Compared
-from stratum.device_plan import DECIDE_S
-from stratum.device_prediction import DeviceCase, DevicePrediction, predict_device
+from stratum.device_case import DECIDE_S, DeviceCase
+from stratum.device_prediction import DevicePrediction, predict_device
 from stratum.device_prices import Gpu, machine_like
 from stratum.plan_report import seconds_text
 

@@ -108,7 +108,7 @@ def _typed(raw: dict[str, Any], top: Fields) -> Manifest:
             recent=kv.integer("recent", 0, 1 << 30, 0),
             ring=kv.integer("ring", 0, 1 << 30, 0),
         ),
-        weights=_weights(top.child("weights")),
+        weights=read_weights(top.child("weights")),
         files=_files(top.child("files")),
         raw=raw,
         experts_per_token=model.integer("experts_per_token", 0, 1 << 16, 0),
@@ -143,7 +143,8 @@ def _programs(fields: Fields) -> tuple[ProgramInfo, ...]:
     return tuple(sorted(programs, key=lambda p: (p.max_tokens, p.name)))
 
 
-def _weights(fields: Fields) -> WeightsInfo:
+def read_weights(fields: Fields) -> WeightsInfo:
+    """The entry `weights`: tensors and pieces inside of the file."""
     total = fields.integer("bytes", 0, 1 << 50)
     tensors = []
     for tensor in fields.children("tensors", 1 << 24):

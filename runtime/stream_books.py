@@ -7,7 +7,6 @@ that must end before it may go on. It submits those and others ahead of them, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from runtime.errors import RuntimeDiagnostic
 from runtime.expert_cache import Entry, ExpertCache
@@ -15,21 +14,26 @@ from runtime.memory import Reservation
 from runtime.page_pool import PagePool
 from runtime.piece_info import PAGE_BYTES, PieceInfo
 from runtime.stand_ins import stand_in
+from runtime.streamed_pieces import StreamedPieces
 from runtime.weight_reader import ReadJob, WeightReader
-
-if TYPE_CHECKING:
-    from runtime.weight_streamer import WeightStreamer
 
 
 class StreamBooks:
     """What is in memory, and what is on its way. Used by one thread at a time."""
 
-    def __init__(self, owner: WeightStreamer, reader: WeightReader, memory: Reservation, pool: PagePool) -> None:
+    def __init__(
+        self,
+        streamed: StreamedPieces,
+        cache: ExpertCache | None,
+        reader: WeightReader,
+        memory: Reservation,
+        pool: PagePool,
+    ) -> None:
         self._reader, self._memory, self._pool = reader, memory, pool
-        self._pieces, self._plan, self.cache = owner.pieces, owner.plan, owner.cache
-        self._resident = owner.resident
-        self._expert_pieces, self._stand_in_pieces = owner.expert_pieces, owner.stand_in_pieces
-        self._order = [n for n, p in enumerate(self._pieces) if p.kind == "dense" and n not in owner.resident]
+        self._pieces, self._plan, self.cache = streamed.pieces, streamed.plan, cache
+        self._resident = streamed.resident
+        self._expert_pieces, self._stand_in_pieces = streamed.experts, streamed.stand_ins
+        self._order = [n for n, p in enumerate(self._pieces) if p.kind == "dense" and n not in self._resident]
         self._cursor = 0  # in `_order`: what is read next
         self._begun = 0  # bytes of it that are read, or on their way
         self._request_bytes = max(PAGE_BYTES, self._plan.request_bytes // PAGE_BYTES * PAGE_BYTES)
@@ -39,7 +43,7 @@ class StreamBooks:
         self._live: dict[int, None] = {}  # waited for in this call, not done with
         self._experts: dict[Entry, ReadJob] = {}
         self.most_guesses = self._plan.guesses
-        self._tables = [p for n, p in enumerate(self._pieces) if p.kind == "rows" and n not in owner.resident]
+        self._tables = [p for n, p in enumerate(self._pieces) if p.kind == "rows" and n not in self._resident]
         self._pages: dict[int, ReadJob] = {}  # first byte of a page of a table
 
     # -- dense pieces

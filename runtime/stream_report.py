@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from runtime.weight_reader import WeightReader
-    from runtime.weight_streamer import WeightStreamer
 
 
 @dataclass(frozen=True)
@@ -37,30 +32,6 @@ class StreamReport:
     stand_in_share: float = 0.0
     stand_ins: int = 0
     stand_in_hits: int = 0
-
-    @classmethod
-    def of(cls, streamer: WeightStreamer, reader: WeightReader) -> StreamReport:
-        """The state of a streamer."""
-        plan, reads, cache = streamer.plan, reader.counters, streamer.cache
-        return cls(
-            plan.budget_bytes,
-            sum(streamer.pieces[n].bytes for n in streamer.resident),
-            plan.window_bytes,
-            plan.expert_bytes,
-            plan.other_bytes,
-            reads.bytes,
-            reads.busy_s,
-            streamer.stall_s,
-            reads.retries,
-            cache.counters.lookups if cache else 0,
-            cache.counters.hits if cache else 0,
-            reader.direct,
-            streamer.guess.counters.read if streamer.guess else 0,
-            streamer.guess.counters.right if streamer.guess else 0,
-            plan.stand_ins,
-            cache.counters.stand_ins if cache else 0,
-            cache.counters.stand_in_hits if cache else 0,
-        )
 
     @property
     def gigabytes_per_s(self) -> float:

@@ -23,16 +23,17 @@ from contextlib import contextmanager
 from runtime.artifact import Artifact
 from runtime.await_info import AwaitInfo
 from runtime.disk_watch import DiskWatch
-from runtime.expert_cache import ExpertCache
-from runtime.expert_guess import ExpertGuess
+from runtime.expert_cache import CacheCounters, ExpertCache
+from runtime.expert_guess import ExpertGuess, GuessCounters
 from runtime.manifest import ProgramInfo
 from runtime.memory import Reservation
 from runtime.page_pool import PagePool
 from runtime.piece_info import PAGE_BYTES
-from runtime.stand_ins import choice_weights, in_program, largest_shares, stand_in_pieces
+from runtime.stand_ins import choice_weights, in_program, largest_shares
 from runtime.stream_books import StreamBooks
 from runtime.stream_plan import StreamPlan
 from runtime.stream_report import StreamReport
+from runtime.streamed_pieces import StreamedPieces
 from runtime.weight_reader import Pread, ReadJob, WeightReader
 
 ALL_EXPERTS_USED = 3  # choices an expert from which on a step is taken to use all experts of a layer
@@ -45,11 +46,9 @@ class WeightStreamer:
         manifest = artifact.manifest
         plan.check(manifest)
         self.plan, self.manifest = plan, manifest
-        self.pieces = manifest.weights.pieces
-        self.resident = frozenset(plan.resident)
-        self.expert_pieces = [n for n, piece in enumerate(self.pieces) if piece.kind == "experts"]
-        copies = stand_in_pieces(manifest) if plan.stand_ins else {}
-        self.stand_in_pieces = [copies[n] for n in self.expert_pieces] if copies else []  # of experts' copies
+        streamed = StreamedPieces.of(manifest, plan)
+        self.pieces, self.resident = streamed.pieces, streamed.resident
+        self.expert_pieces, self.stand_in_pieces = streamed.experts, streamed.stand_ins
         self._layer_of = {piece: layer for layer, piece in enumerate(self.expert_pieces)}
         self.cache = self._new_cache() if self.expert_pieces else None
         self._done = {program.name: self._done_before(program) for program in manifest.programs}
@@ -83,7 +82,7 @@ class WeightStreamer:
             self.guess = guess if guess.possible else None
         self.tell: Callable[[str], None] = _warn  # of a disk that is slower than planned
         self._watch = DiskWatch(plan.disk_bytes_per_s)
-        self._books = StreamBooks(self, self._reader, self._memory, self._pool)
+        self._books = StreamBooks(streamed, self.cache, self._reader, self._memory, self._pool)
 
     @property
     def address(self) -> int:
@@ -205,7 +204,28 @@ class WeightStreamer:
 
     def report(self) -> StreamReport:
         """What has happened so far."""
-        return StreamReport.of(self, self._reader)
+        plan, reads = self.plan, self._reader.counters
+        cached = self.cache.counters if self.cache else CacheCounters()
+        guessed = self.guess.counters if self.guess else GuessCounters()
+        return StreamReport(
+            budget_bytes=plan.budget_bytes,
+            resident_bytes=sum(self.pieces[n].bytes for n in self.resident),
+            window_bytes=plan.window_bytes,
+            expert_bytes=plan.expert_bytes,
+            other_bytes=plan.other_bytes,
+            read_bytes=reads.bytes,
+            disk_s=reads.busy_s,
+            stall_s=self.stall_s,
+            retries=reads.retries,
+            expert_lookups=cached.lookups,
+            expert_hits=cached.hits,
+            direct=self._reader.direct,
+            guesses_read=guessed.read,
+            guesses_right=guessed.right,
+            stand_in_share=plan.stand_ins,
+            stand_ins=cached.stand_ins,
+            stand_in_hits=cached.stand_in_hits,
+        )
 
     def record(self, on: bool) -> tuple[list[tuple[str, float, float, int]], list[tuple[str, float, float]]]:
         """Begins or ends to note each read and wait; at the end gives them, as `Profile` keeps them."""

@@ -240,7 +240,7 @@ def _tokens(imported: ImportedModel, budget: BitBudget, table: Path | None, tell
             found = np.zeros(0)
         if found.dtype == np.int32 and found.shape == (SEQUENCES, length) and found.min() >= 0 and found.max() < vocab:
             return found
-    from stratum.api import ensure_built
+    from stratum.building import ensure_built
 
     begin = next(iter(_begin_ids(imported.directory)), None)
     made = tokens_of_model(

@@ -2,7 +2,7 @@
 
     artifact = built_apart("model", {"dtype": "bf16", ...}, progress, warn)
 
-The child (`python -m stratum.build_apart`) does what `stratum.api.ensure_built` does and tells the parent JSON lines.
+The child (`python -m stratum.build_apart`) does what `stratum.building.ensure_built` does, and tells JSON lines.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def child_environment(root: Path) -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """The child: path, options as JSON."""
     from runtime.errors import RuntimeDiagnostic
-    from stratum.api import ensure_built
+    from stratum.building import ensure_built
 
     def tell(*message: object) -> None:
         print(json.dumps(message), flush=True)

@@ -1,6 +1,6 @@
 """Experts in a streaming plan of a GPU that has no room for all of them: what passes between it, the CPU and the drive.
 
-    experts = ExpertWriter(writer, cached)        # of a `stratum.device_plan.DeviceWriter`
+    experts = ExpertWriter(case, writer, drive, cached)
     experts.bring(piece)                          # behind a router; `results_of(piece)` behind the layer's products
 
 As `runtime.cuda.hybrid_experts` does it: the host is told of the tiles (and has the rows of tokens, where it computes),
@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hw_targets.cost_model import Work, tier_rate
 from hw_targets.expert_outcomes import LATE
 from ir.core import Value
 from passes.schedule.stream_problem import Piece
+from passes.schedule.stream_writer import StreamWriter
 from runtime.cuda.host_experts import HostLayer
 from runtime.cuda.host_tier import READERS, REQUEST_BYTES
-
-if TYPE_CHECKING:
-    from stratum.device_plan import DeviceWriter
+from stratum.device_case import TICK_S, DeviceCase
 
 TILE_BYTES = 16
-TICK_S = 1e-6  # of a core: what the host's time is written in
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ def most_missing(needed: float, slots: int) -> int:
 
 
 class ExpertWriter:
-    """`cached`: pieces that pinned memory has no room for."""
+    """`cached`: pieces that pinned memory has no room for; `drive`: where they come from."""
 
-    def __init__(self, plan: DeviceWriter, cached: frozenset[int]) -> None:
-        self.plan, self.case, self.writer, self.cached = plan, plan.case, plan.writer, cached
+    def __init__(self, case: DeviceCase, writer: StreamWriter, drive: str, cached: frozenset[int]) -> None:
+        self.case, self.writer, self.drive, self.cached = case, writer, drive, cached
         self.gpu, self.cpu = self.case.gpu, self.case.cpu
         self.messages = 0
         self.pieces: list[int] = []  # that were asked for, in order
@@ -97,7 +94,7 @@ class ExpertWriter:
             for computed in (False, True) if self.case.computes(piece) is not None else (False,):
                 what = "read_and_computed" if computed else "read"
                 slot = writer.slot(self.cpu.name, self.cpu.tier, unit, f"piece.{piece}.{what}")
-                name, drive = f"piece.{piece}.{what}.{rank}", self.plan.store
+                name, drive = f"piece.{piece}.{what}.{rank}", self.drive
                 source = Piece(name, unit, drive, drive, "experts", REQUEST_BYTES, READERS)
                 read = writer.fetch(self.cpu.name, source, slot, _cache(piece, what), rank)
                 found.append((slot, read, rank, computed))
@@ -108,14 +105,14 @@ class ExpertWriter:
         writer, gpu, coming = self.writer, self.gpu, []
         for rank in range(most, 0, -1):
             slot = writer.slot(gpu.name, gpu.tier, unit, f"piece.{piece}.missing")
-            source = Piece(f"piece.{piece}.{rank}", unit, self.cpu.tier, self.plan.link, "experts")
+            source = Piece(f"piece.{piece}.{rank}", unit, self.cpu.tier, self.case.link, "experts")
             coming.append((slot, writer.fetch(gpu.name, source, slot, _cache(piece, "brought"), rank)))
         for stage, read, rank, computed in reads:
             if computed:
                 continue
             writer.wait(gpu.name, read)
             slot = writer.slot(gpu.name, gpu.tier, unit, f"piece.{piece}.missing")
-            source = Piece(f"piece.{piece}.read.{rank}", unit, self.plan.store, self.plan.link, "experts")
+            source = Piece(f"piece.{piece}.read.{rank}", unit, self.drive, self.case.link, "experts")
             token = writer.fetch(gpu.name, source, slot, _cache(piece, "read"), rank, stage)
             coming.append((slot, token))
         writer.wait(gpu.name, *(token for _, token in coming))
@@ -123,7 +120,7 @@ class ExpertWriter:
         if self.case.computes(piece) is not None:
             for rank in range(1, most + 1):
                 slot = writer.slot(gpu.name, gpu.tier, unit, f"piece.{piece}.later")
-                source = Piece(f"piece.{piece}.{rank}", unit, self.cpu.tier, self.plan.link, "experts")
+                source = Piece(f"piece.{piece}.{rank}", unit, self.cpu.tier, self.case.link, "experts")
                 token = writer.fetch(gpu.name, source, slot, _cache(piece, "later"), rank)
                 self.coming.setdefault(piece, []).append((slot, token))
         return [token for _, token in coming]
@@ -155,7 +152,7 @@ class ExpertWriter:
         nbytes = 4 * case.tokens * layer.choices * layer.out
         writer.wait(self.gpu.name, *self.computing.pop(piece))
         slot = writer.slot(self.gpu.name, self.gpu.tier, nbytes, "rows")
-        source = Piece(f"piece.{piece}.rows", nbytes, self.cpu.tier, self.plan.link)
+        source = Piece(f"piece.{piece}.rows", nbytes, self.cpu.tier, self.case.link)
         writer.wait(self.gpu.name, writer.fetch(self.gpu.name, source, slot, _cache(piece, "rows"), 1))
         writer.evict(self.gpu.name, slot)
 
@@ -172,7 +169,7 @@ class ExpertWriter:
 
     def _message(self, source: str, goal: str, from_tier: str, to_tier: str, nbytes: int) -> None:
         """A small one that the other side waits for."""
-        writer, tag, link = self.writer, f"tiles.{self.messages}", self.plan.link
+        writer, tag, link = self.writer, f"tiles.{self.messages}", self.case.link
         self.messages += 1
         away, back = writer.slot(source, from_tier, nbytes, "tiles"), writer.slot(goal, to_tier, nbytes, "tiles")
         writer.compute(source, "tiles", Work(), [], [away])

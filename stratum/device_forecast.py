@@ -26,7 +26,8 @@ from runtime.cuda.hybrid_plan import HbmPlan
 from runtime.cuda.hybrid_weights import passing_plan
 from runtime.cuda.kv import capacity_of
 from runtime.cuda.missed_experts import AUTO
-from stratum.device_prediction import DeviceCase, DevicePrediction, predict_device
+from stratum.device_case import DeviceCase
+from stratum.device_prediction import DevicePrediction, predict_device
 from stratum.device_prices import Gpu, machine_like
 from stratum.plan_report import seconds_text
 from stratum.progress import format_bytes

@@ -17,8 +17,9 @@ import numpy as np
 from hw_targets.expert_outcomes import from_hit_rates, simulate_steps
 from hw_targets.simulator import Simulator
 from runtime.cuda.missed_experts import CPU, SpareLink, divide
+from stratum.device_case import DeviceCase
 from stratum.device_experts import Counts
-from stratum.device_plan import DeviceCase, DeviceWriter, decode_program
+from stratum.device_plan import DeviceWriter, decode_program
 
 __all__ = ["DeviceCase", "DevicePrediction", "decode_program", "predict_device"]
 

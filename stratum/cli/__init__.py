@@ -9,7 +9,6 @@ import sys
 
 import click
 
-from stratum import __version__
 from stratum.cli.batch import batch
 from stratum.cli.bench import bench
 from stratum.cli.build import build
@@ -23,6 +22,7 @@ from stratum.cli.recipes import recipes
 from stratum.cli.routing import routing
 from stratum.cli.run import run
 from stratum.cli.targets import targets
+from stratum.version import __version__
 
 EPILOG = (
     "Exit codes: 0 done, 2 a fault that you can mend (one diagnostic on stderr), 3 nothing fits, 70 a bug of ours "

@@ -21,7 +21,9 @@ from runtime.cuda.missed_experts import MODES, ExpertPrices
 from runtime.cuda.session import gpu_step
 from runtime.cuda.step_memory import pinned_bytes
 from stratum.compare_run import Compared
-from stratum.device_prediction import DeviceCase, decode_program, predict_device
+from stratum.device_case import DeviceCase
+from stratum.device_plan import decode_program
+from stratum.device_prediction import predict_device
 from tests.runtime.cuda.emulated_driver import EmulatedDriver
 from tests.runtime.cuda.passing_model import CHOSEN, EXPERTS, PAGE, RUNNER, UNIT, PythonExperts, write_passing
 from tests.runtime.cuda.toy_model import open_checked

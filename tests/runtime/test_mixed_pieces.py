@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
 from runtime.expert_cache import ExpertCache
-from runtime.manifest import _weights
 from runtime.manifest_fields import Fields
+from runtime.manifest_reader import read_weights
 from runtime.piece_info import PAGE_BYTES, PieceInfo
 from runtime.stream_books import missing_in
 
@@ -74,7 +74,7 @@ def test_classes_that_are_not_the_piece_are_refused(change: dict, message: str) 
     classes = [{"unit": 4096, "experts": [0, 2]}, {"unit": 8192, "experts": [1]}]
     good = {"kind": "experts", "offset": 0, "bytes": 16384, "unit": 8192, "origin": "e", "classes": classes}
     fields = Fields({"file": "w", "bytes": 16384, "tensors": [], "pieces": [good]}, "a")
-    assert _weights(fields).pieces[0].sizes == (4096, 8192, 4096)
+    assert read_weights(fields).pieces[0].sizes == (4096, 8192, 4096)
     fields.values["pieces"] = [good | change]
     with pytest.raises(RuntimeDiagnostic, match=message):
-        _weights(fields)
+        read_weights(fields)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import stratum
+import stratum.building
 from hw_targets import calibrate
 from hw_targets.calibrate import Calibration
 from ir.diagnostics import DiagnosticError
@@ -127,7 +128,7 @@ def test_nothing_is_built_for_a_gpu_that_is_not_there(
     checkpoint: Path, gpu: Callable[..., EmulatedDriver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu(devices=0)
-    monkeypatch.setattr(stratum.api, "build", None)
+    monkeypatch.setattr(stratum.building, "build", None)
     with pytest.raises(NoDevice, match="finds no GPU"):
         stratum.load(checkpoint, device="cuda")
 

@@ -12,7 +12,7 @@ import pytest
 import stratum
 from ir.diagnostics import DiagnosticError
 from runtime.errors import RuntimeDiagnostic
-from stratum import api, model_cache
+from stratum import api, building, model_cache
 from stratum.checkpoint_report import artifact_text, describe_artifact
 from stratum.cli import main
 from stratum.progress import format_bytes
@@ -106,7 +106,7 @@ def test_second_load_takes_the_cache(llama_directory: Path, tmp_path: Path, monk
         out.mkdir(parents=True)
         (out / "manifest.json").write_text("{}")
 
-    monkeypatch.setattr(api, "build", build)
+    monkeypatch.setattr(building, "build", build)
     first = api.ensure_built(llama_directory)
     assert first.is_relative_to(tmp_path / "cache") and "tiny-llama" in first.name
     assert api.ensure_built(llama_directory) == first and len(builds) == 1

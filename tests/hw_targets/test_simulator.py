@@ -208,6 +208,11 @@ def test_dispatch_and_page_faults_and_pageable_memory() -> None:
     pageable = machine(links=(Link("pcie", "dram", "hbm", 10.0, pageable_bandwidth=5.0),))
     body = "segment a 30\nslot x 30\nget t a x pcie pinned=false\nwait t\nfree x"
     assert simulate(plan(body), pageable).seconds == pytest.approx(6.0)
+    never = machine(links=(Link("pcie", "dram", "hbm", 10.0, pageable_bandwidth=5.0, pinned=False),))
+    assert simulate(plan(body.replace(" pinned=false", "")), never).seconds == pytest.approx(6.0)
+    unstated = machine(links=(Link("pcie", "dram", "hbm", 10.0, pinned=False),))
+    with pytest.raises(DiagnosticError, match="what link pcie moves of memory that is not pinned"):
+        simulate(plan(body), unstated)
 
 
 def test_only_missing_experts_are_fetched() -> None:

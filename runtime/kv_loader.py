@@ -19,7 +19,7 @@ from runtime.kv_cache import CONTEXT_MULTIPLE, KVCache
 from runtime.kv_chunks import BLOCKS, RING, RecordName, read_record, record_bytes, record_fault
 from runtime.load_or_compute import StoredChunk
 from runtime.memory import Reservation
-from runtime.weight_reader import ReadJob, WeightReader
+from runtime.weight_reader import ReadJob, WeightReader, start_thread
 
 READS_AHEAD = 3  # records in memory at a time
 
@@ -80,7 +80,7 @@ class RecordLoader:
         self._thread = threading.Thread(
             target=self._run, args=(self._load, slot, list(records)), name="stratum-kv-loader", daemon=True
         )
-        self._thread.start()
+        start_thread(self._thread)
 
     def finish(self) -> LoadFault | None:
         """Waits for the end; None when all is there."""

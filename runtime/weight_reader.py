@@ -125,11 +125,17 @@ class WeightReader:
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._in_flight, self._busy_since = 0, 0.0
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"stratum-reader-{n}", daemon=True) for n in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                thread = threading.Thread(target=self._work, name=f"stratum-reader-{number}", daemon=True)
+                self._threads.append(thread)
+                start_thread(thread)
+        except BaseException:  # an interrupt, too: those that began end
+            self._closed = True
+            self._wake(threads)
+            os.close(self._descriptor)
+            raise
 
     def submit(
         self,
@@ -273,6 +279,17 @@ class WeightReader:
             where=self.path,
             hint="check the disk (dmesg), or use another one",
         )
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Raises RuntimeDiagnostic where the system has no room for it."""
+    try:
+        thread.start()
+    except RuntimeError as fault:
+        raise RuntimeDiagnostic(
+            f"no thread that reads could begin: {fault}",
+            hint="raise the limit of threads (ulimit -u, or pids.max of the container)",
+        ) from None
 
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)

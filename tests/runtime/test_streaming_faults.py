@@ -196,6 +196,28 @@ def test_an_interrupt_at_any_moment_of_a_submission(tmp_path: Path) -> None:
         reader.close()
 
 
+def test_what_cannot_begin_leaves_nothing(streamed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for a second thread, and an interrupt where it begins."""
+    begin, begun = threading.Thread.start, list[threading.Thread]()
+    faults: dict[type[BaseException], str] = {RuntimeError: "no thread that reads could begin", KeyboardInterrupt: "begin"}
+    before = set(os.listdir("/proc/self/fd"))
+    for fault, message in faults.items():
+
+        def start(thread: threading.Thread, fault: type[BaseException] = fault) -> None:
+            if thread.name == "stratum-reader-1":
+                raise fault("cannot begin")
+            begun.append(thread)
+            begin(thread)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises((RuntimeDiagnostic, KeyboardInterrupt), match=message):
+                opened(streamed["llama"], least_plan(streamed["llama"]))
+    for thread in begun:
+        thread.join()
+    assert len(begun) == 2 and set(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe"])
 def test_an_interrupt_at_any_moment_of_a_step(streamed: dict[str, Path], expected: dict, name: str) -> None:
     """In the books of what is in memory, too."""

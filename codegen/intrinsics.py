@@ -156,12 +156,15 @@ class FunctionText:
 
 def functions(ir_text: str) -> Iterator[FunctionText]:
     """Every function defined in `ir_text`, in order."""
+    line, counted = 1, 0
     for match in _DEFINE.finditer(ir_text):
+        line += ir_text.count("\n", counted, match.start())
+        counted = match.start()
         header_end = ir_text.find("\n", match.start())
         end = ir_text.find("\n}", match.start())
         header = ir_text[match.start() : header_end if header_end >= 0 else len(ir_text)]
         body = ir_text[match.start() : end if end >= 0 else len(ir_text)]
-        yield FunctionText(match[1].strip('"'), header, body, ir_text.count("\n", 0, match.start()) + 1)
+        yield FunctionText(match[1].strip('"'), header, body, line)
 
 
 def required_features(intrinsic: str, triple: str = "") -> tuple[str, ...] | None:

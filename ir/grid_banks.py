@@ -16,10 +16,13 @@ def extra_passes(start: np.ndarray, width: int, who: np.ndarray) -> int:
     """Passes beyond one for each group, when threads `who` touch `width` bytes from `start` on."""
     members = WARP if width <= WORD else max(1, BANKS * WORD // width)
     words = start[:, None] // WORD + np.arange(max(1, width // WORD))
-    groups = np.broadcast_to((who // members)[:, None], words.shape)
-    pairs = np.unique(np.stack([groups.reshape(-1), words.reshape(-1)]), axis=1)
-    _, compact = np.unique(pairs[0], return_inverse=True)
-    if not len(compact):
+    if not words.size:
         return 0
-    counts = np.bincount(compact * BANKS + pairs[1] % BANKS, minlength=(int(compact.max()) + 1) * BANKS)
+    group = (who // members)[:, None]
+    # One number for each word that a group touches; a word that several threads touch comes once.
+    first, span = int(words.min()), int(words.max()) - int(words.min()) + 1
+    touched = np.unique(group * span + (words - first))
+    _, compact = np.unique(touched // span, return_inverse=True)
+    banks = (touched % span + first) % BANKS
+    counts = np.bincount(compact * BANKS + banks, minlength=(int(compact.max()) + 1) * BANKS)
     return int((counts.reshape(-1, BANKS).max(axis=1) - 1).sum())

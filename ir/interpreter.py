@@ -102,7 +102,11 @@ class Environment:
             read = [values[v] for v in op._operands]
             if _meaning_of(type(op)).ends:
                 return read
-            values.update(zip(op.results, self.run_op(op, read), strict=True))
+            made, results = self.run_op(op, read), op.results
+            if len(results) == len(made) == 1:  # as nearly all have
+                values[results[0]] = made[0]
+            else:
+                values.update(zip(results, made, strict=True))
         return []
 
     def run_region(self, region: Region, args: Sequence[Any]) -> tuple[Any, ...]:

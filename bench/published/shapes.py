@@ -12,7 +12,7 @@ from statistics import linear_regression
 from bench.published.cases import entries
 from bench.published.orders import milliseconds_with_layers
 from bench.published.points import published
-from bench.published.rooflines import tokens_by_cores
+from bench.published.rooflines import product_seconds, tokens_by_cores
 from passes.place.expert_options import option_with
 
 Figures = tuple[float, ...]
@@ -60,6 +60,16 @@ def _rise(*series: Figures) -> bool:
 
 def _fall(*series: Figures) -> bool:
     return all(all(a > b for a, b in pairwise(s)) for s in series)
+
+
+def _near(theirs: Figures, ours: Figures) -> bool:
+    return all(abs(b / a - 1.0) <= 0.25 for a, b in zip(theirs, ours, strict=True))
+
+
+def _products() -> Figures:
+    """Microseconds of rows x 4096 x 12288 on a V100."""
+    name = "v100-dgx2{gpu.peak.f16=112TFLOP/s}"
+    return tuple(1e6 * product_seconds(name, 2**n, 4096, 12288, peak=False) for n in range(5, 13))
 
 
 def _chunks() -> Figures:
@@ -143,8 +153,17 @@ def shapes() -> tuple[Shape, ...]:
             "x",
             (24.98 / published("P255")[0],),
             lambda: (_experts_of_imp()[1] / _experts_of_imp()[2],),
-            lambda theirs, ours: abs(ours[0] / theirs[0] - 1.0) <= 0.25,
+            _near,
             "kekzl/imp PR #1365",
             "ours counts bytes; there the host waits for the router of each layer, hit or miss",
+        ),
+        Shape(
+            "V100-PCIE-16GB, f16: products of 32, 64, ... 4096 rows with 4096 x 12288",
+            "each within 25 %",
+            "us",
+            (148, 151, 239, 369, 643, 1334, 2357, 4917),
+            _products,
+            _near,
+            "microsoft/apex_plus:profile/comp/V100-PCIE-16GB/gemm_0.csv",
         ),
     )

@@ -109,6 +109,10 @@ class ExpertCache:
         """Bytes of all resident entries, pinned ones included."""
         return sum(partition.used for partition in self._partitions)
 
+    def pinned_bytes(self, but: Container[int] = ()) -> int:
+        """Bytes of the pinned entries, but for those of some layers."""
+        return sum(self._size(entry) for entry in self._pinned if entry[0] not in but)
+
     @property
     def capacity_bytes(self) -> int:
         return sum(partition.capacity for partition in self._partitions)

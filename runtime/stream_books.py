@@ -106,6 +106,10 @@ class StreamBooks:
 
     # -- experts
 
+    def pinned(self) -> list[ReadJob]:
+        """Reads the experts that never leave."""
+        return [self._submit(layer, expert, urgent=False) for layer, expert in self._plan.pinned]
+
     def experts(
         self, layer: int, ids: Sequence[int], done: Sequence[int], weights: Sequence[float] | None = None
     ) -> list[ReadJob]:
@@ -132,6 +136,7 @@ class StreamBooks:
         before = self._pieces[self._expert_pieces[layer - 1]]
         capacity = self.cache.capacity_bytes // (len(self._expert_pieces) if self._plan.scope == "layer" else 1)
         room = capacity - (before.bytes if self._plan.scope == "global" else 0)
+        room -= self.cache.pinned_bytes(but=(layer - 1, layer))
         missing = missing_in(info, layer, self.cache, room)
         self._give_up(self.cache.admit(layer, missing))
         for expert in missing:

@@ -32,8 +32,10 @@ class StreamPlan:
     at most `short_tokens` tokens leaves `short_bytes` of the activations unused: experts take them. `stand_ins`:
     missing experts of less than this share of their tokens' routing weight are computed from copies in fewer bits
     (`runtime.stand_ins`); 0 for none, and then tokens are those of the full model. `kv_bytes` are kept for the KV
-    cache of the whole context: experts have what sequences do not take of them yet. `budget_bytes` and
-    `other_bytes` (interpreter, activations, KV cache: what is no weight) are for reports.
+    cache of the whole context: experts have what sequences do not take of them yet. `pinned` are experts that are read
+    first and never leave, as (number of the layer among those with experts, expert); they count against
+    `expert_bytes`, which must leave one token's experts beside them. `budget_bytes` and `other_bytes` (interpreter,
+    activations, KV cache: what is no weight) are for reports.
     """
 
     budget_bytes: int
@@ -53,6 +55,7 @@ class StreamPlan:
     short_bytes: int = 0
     stand_ins: float = 0.0
     kv_bytes: int = 0
+    pinned: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> str:
         """Stable text."""
@@ -73,6 +76,8 @@ class StreamPlan:
             what = f"the unknown field {unknown[0]!r}" if unknown else "no 'budget_bytes' or 'resident'"
             raise RuntimeDiagnostic(f"the stream plan has {what}", expected=", ".join(sorted(known)))
         raw["resident"] = tuple(raw["resident"])
+        if isinstance(pinned := raw.get("pinned", []), list):
+            raw["pinned"] = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in pinned)
         plan = cls(**raw)
         for field in fields(cls):
             plan._check_field(field.name)
@@ -88,6 +93,13 @@ class StreamPlan:
         if name == "stand_ins":
             if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise RuntimeDiagnostic(f"'stand_ins' of the stream plan is {value!r}", expected="a share, 0 to 1")
+            return
+        if name == "pinned":
+            if not (isinstance(value, tuple) and all(_is_entry(entry) for entry in value)):
+                raise RuntimeDiagnostic(
+                    "'pinned' of the stream plan is no list of experts",
+                    expected="[[layer, expert], ...] in numbers from 0",
+                )
             return
         numbers = value if name == "resident" else (value,)
         least = 1 if name in ("step_tokens", "threads", "request_bytes") else 0
@@ -117,14 +129,33 @@ class StreamPlan:
                     f"the stream plan has a window of {self.window_bytes} bytes for dense weights",
                     expected=f"at least {needed}, what '{program.name}' uses at once",
                 )
-        needed = least_expert_bytes(manifest)
+        self._check_pinned(manifest)
+        needed = least_expert_bytes(manifest) + self.pinned_bytes(manifest)
         if self.scope == "layer":
             needed *= sum(piece.kind == "experts" for piece in pieces)
         if self.expert_bytes < needed:
+            beside = ", beside those that are pinned" if self.pinned else ""
             raise RuntimeDiagnostic(
                 f"the stream plan has {self.expert_bytes} bytes for experts",
-                expected=f"at least {needed}, the experts of one token",
+                expected=f"at least {needed}, the experts of one token{beside}",
             )
+
+    def _check_pinned(self, manifest: Manifest) -> None:
+        layers = [piece.count for piece in manifest.weights.pieces if piece.kind == "experts"]
+        if self.pinned and self.scope != "global":
+            raise RuntimeDiagnostic("the stream plan pins experts beside shares of layers", expected="scope: global")
+        if len(set(self.pinned)) != len(self.pinned) or any(
+            layer >= len(layers) or expert >= layers[layer] for layer, expert in self.pinned
+        ):
+            counts = f"{len(layers)} layers with experts, {max(layers, default=0)} each at most"
+            raise RuntimeDiagnostic(
+                "the stream plan pins experts that do not exist, or one twice", expected=f"experts of {counts}"
+            )
+
+    def pinned_bytes(self, manifest: Manifest) -> int:
+        """What the pinned experts take."""
+        layers = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
+        return sum(layers[layer].place(expert)[1] for layer, expert in self.pinned)
 
     def expert_bytes_in(self, tokens: int, kv_bytes: int | None = None) -> int:
         """What experts have in steps of so many tokens, while the KV cache takes `kv_bytes` (None: all of it)."""
@@ -135,11 +166,16 @@ class StreamPlan:
         """Tokens of one native call: no more than whose experts are sure to fit."""
         tokens = self.step_tokens
         layers = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
-        share = self.expert_bytes // (len(layers) if self.scope == "layer" and layers else 1)
+        free = self.expert_bytes - self.pinned_bytes(manifest)
+        share = free // (len(layers) if self.scope == "layer" and layers else 1)
         for piece in layers:
             if share < piece.bytes:
                 tokens = min(tokens, share // piece.unit // max(1, manifest.experts_per_token))
         return max(1, tokens)
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and 0 <= n < _LARGEST for n in value)
 
 
 def live_bytes(manifest: Manifest, program: ProgramInfo, resident: frozenset[int]) -> int:

@@ -93,6 +93,10 @@ class WeightStreamer:
         """Reads what stays; returns when it is there."""
         pieces = [self.pieces[n] for n in sorted(self.resident)]
         self._reader.submit([(piece.offset, piece.bytes) for piece in pieces], "resident").wait()
+        with self._keeping():
+            pinned = self._books.pinned()
+        for job in pinned:
+            job.wait()
 
     def wanted(self, program: ProgramInfo) -> bytes:
         """One byte for each wait of the program: 1 where something may have to be read."""
@@ -253,8 +257,9 @@ class WeightStreamer:
         units = [self.pieces[n].sizes for n in self.expert_pieces]
         copies = [self.pieces[n].unit for n in self.stand_in_pieces]
         return ExpertCache(
-            units, self.plan.expert_bytes, policy=self.plan.policy, scope=self.plan.scope, stand_in_bytes=copies
-        )
+            units, self.plan.expert_bytes, policy=self.plan.policy, scope=self.plan.scope, stand_in_bytes=copies,
+            pinned=self.plan.pinned,
+        )  # fmt: skip
 
     def _wait(self, jobs: list[ReadJob], label: str) -> None:
         if not jobs:

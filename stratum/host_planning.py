@@ -105,8 +105,9 @@ def hits_of(cache: ExpertCache | None, stream: StreamPlan | None, trace: Routing
         return 1.0
     if trace is not None:
         found = replay_trace(
-            trace, stream.expert_bytes_in(1, stream.kv_bytes // 2), policy=stream.policy, scope=stream.scope
-        )
+            trace, stream.expert_bytes_in(1, stream.kv_bytes // 2), policy=stream.policy, scope=stream.scope,
+            pinned=stream.pinned,
+        )  # fmt: skip
         return found.decode_hit_rate
     return cache.hit_rate if cache is not None else 1.0
 

@@ -185,8 +185,9 @@ class _Player:
             units = [self.pieces[n].sizes for n in self.experts]
             if units:
                 self.cache = ExpertCache(
-                    units, self.stream.expert_bytes, policy=self.stream.policy, scope=self.stream.scope
-                )
+                    units, self.stream.expert_bytes, policy=self.stream.policy, scope=self.stream.scope,
+                    pinned=self.stream.pinned,
+                )  # fmt: skip
         self.disk = _Disk(rate, window)
         self.guessed = 0.0, 0.0  # wanted bytes read for the next layer on a guess, and when they are there
         self.place = 0.0  # of the stream of dense pieces: where the program is

@@ -58,6 +58,7 @@ class Stays:
     expert_bytes: int
     scope: str
     policy: str
+    pinned: tuple[tuple[int, int], ...] = ()
 
 
 def budget_of(placement: Placement) -> int:
@@ -166,7 +167,7 @@ def stream_of_placement(
         budget, stays.resident, window, experts, account.rows_bytes(tokens), stays.scope, stays.policy,
         step_tokens=tokens, other_bytes=account.other_bytes(context, tokens),
         guesses=account.guesses(experts), short_tokens=short_tokens, short_bytes=short_bytes,
-        kv_bytes=account.lent_kv_bytes(context) if experts < account.expert_bytes else 0,
+        kv_bytes=account.lent_kv_bytes(context) if experts < account.expert_bytes else 0, pinned=stays.pinned,
     )  # fmt: skip
     plan.check(manifest)
     return MemoryPlan(plan, context, on_disk.kv_limit if on_disk is not None else None, placement)
@@ -270,7 +271,7 @@ def stays_of(manifest: Manifest, placement: Placement, where: str = "plan") -> S
             f"the plan has {expert_bytes} bytes for {_named(cached[0][0])}", where=where,
             expected=f"at least {least}: slots for the experts of one token",
         )  # fmt: skip
-    return Stays(tuple(resident), expert_bytes, scope, policy)
+    return Stays(tuple(resident), expert_bytes, scope, policy, cache.pinned if cache is not None else ())
 
 
 def slots_of(entry: Placed, count: int) -> int:

@@ -83,7 +83,8 @@ class Degrees:
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """Experts kept in slots of a faster tier. `hit_rate` is expected, `belady` the best any policy can do."""
+    """Experts kept in slots of a faster tier. `hit_rate` is expected, `belady` the best any policy can do. `pinned`:
+    experts that never leave, as (number of the layer among those with experts, expert)."""
 
     tier: str
     slots: int
@@ -93,6 +94,7 @@ class ExpertCache:
     hit_rate: float
     source: str
     belady: float | None = None
+    pinned: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

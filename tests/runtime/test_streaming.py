@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,20 @@ from runtime import open_artifact
 from runtime.errors import RuntimeDiagnostic
 from runtime.eviction import POLICIES
 from runtime.manifest_reader import manifest_digest, parse_manifest
+from runtime.piece_info import PieceInfo
 from runtime.stream_plan import StreamPlan, least_expert_bytes
 from tests.runtime.streamed_models import FAMILIES, assert_same, batches, least_plan, logits, opened
 from tests.stratum.tiny_model import QWEN3_MOE
 
 pytestmark = pytest.mark.slow
+
+
+def pinned_experts(data: st.DataObject, pieces: Sequence[PieceInfo]) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Some experts of a model, maybe none, and their bytes."""
+    layers = [piece for piece in pieces if piece.kind == "experts"]
+    entries = [(layer, expert) for layer, piece in enumerate(layers) for expert in range(piece.count)]
+    chosen = data.draw(st.lists(st.sampled_from(entries), unique=True)) if entries else []
+    return tuple(chosen), sum(layers[layer].place(expert)[1] for layer, expert in chosen)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -33,12 +43,14 @@ def test_the_same_bits_under_every_plan(
     scope = data.draw(st.sampled_from(("global", "layer")))
     least = least_plan(path, resident=tuple(data.draw(st.lists(st.sampled_from(others), unique=True))), scope=scope)
     total = sum(piece.bytes for piece in pieces)
+    pinned, pinned_bytes = pinned_experts(data, pieces) if scope == "global" else ((), 0)
     plan = least_plan(
         path,
         resident=least.resident,
         scope=scope,
         window_bytes=least.window_bytes + data.draw(st.integers(0, total)),
-        expert_bytes=least.expert_bytes + data.draw(st.integers(0, total)),
+        expert_bytes=least.expert_bytes + pinned_bytes + data.draw(st.integers(0, total)),
+        pinned=pinned,
         rows_bytes=data.draw(st.sampled_from((4096, 1 << 20))),
         policy=data.draw(st.sampled_from(POLICIES)),
         step_tokens=data.draw(st.sampled_from((1, 7, 512))),
@@ -72,6 +84,21 @@ def test_a_plan_with_all_in_memory_reads_once(streamed: dict[str, Path], name: s
         logits(session, batches(0))
         since = session.streamer.report().since(before)
         assert since.read_bytes == 0 and since.hit_rate in (0.0, 1.0)
+
+
+def test_pinned_experts_are_read_first_and_stay(streamed: dict[str, Path], expected: dict) -> None:
+    """The cache has room for one token's experts beside them, so that every other one comes and goes."""
+    path = streamed["qwen3_moe"]
+    layers = [piece for piece in open_artifact(path).manifest.weights.pieces if piece.kind == "experts"]
+    pinned = tuple((1, expert) for expert in range(layers[1].count))
+    least = least_plan(path)
+    with opened(path, least_plan(path, expert_bytes=least.expert_bytes + layers[1].bytes, pinned=pinned)) as session:
+        assert session.streamer is not None and session.streamer.cache is not None
+        assert session.streamer.report().read_bytes >= layers[1].bytes
+        assert_same(logits(session, batches(0)), expected["qwen3_moe", 0])
+        counters = session.streamer.cache.counters
+        assert counters.layer_hits[1] == counters.layer_lookups[1] > 0
+        assert counters.layer_hits[0] < counters.layer_lookups[0]
 
 
 def test_guesses_are_read_before_their_layer_and_change_nothing(streamed: dict[str, Path], expected: dict) -> None:
@@ -142,6 +169,8 @@ def plans(streamed: dict[str, Path]) -> Iterator[StreamPlan]:
 
 def test_plans_are_json(plans: StreamPlan) -> None:
     assert StreamPlan.from_json(plans.to_json()) == plans
+    pinning = replace(plans, pinned=((0, 1), (1, 3)))
+    assert StreamPlan.from_json(pinning.to_json()) == pinning
 
 
 @pytest.mark.parametrize(
@@ -155,6 +184,9 @@ def test_plans_are_json(plans: StreamPlan) -> None:
         ('{"schema": "stratum.stream/1", "budget_bytes": -1, "resident": []}', "'budget_bytes'"),
         ('{"schema": "stratum.stream/1", "budget_bytes": 1, "resident": [], "threads": 65}', "'threads'"),
         ('{"schema": "stratum.stream/1", "budget_bytes": 1, "resident": [], "policy": "fifo"}', "'policy'"),
+        ('{"schema": "stratum.stream/1", "budget_bytes": 1, "resident": [], "pinned": [3]}', "'pinned'"),
+        ('{"schema": "stratum.stream/1", "budget_bytes": 1, "resident": [], "pinned": [[0, -1]]}', "'pinned'"),
+        ('{"schema": "stratum.stream/1", "budget_bytes": 1, "resident": [], "pinned": "all"}', "'pinned'"),
     ],
 )
 def test_other_texts_are_refused(text: str, message: str) -> None:
@@ -169,6 +201,10 @@ def test_other_texts_are_refused(text: str, message: str) -> None:
         ({"expert_bytes": 4096}, "4096 bytes for experts"),
         ({"resident": (99,)}, "resident pieces that do not exist"),
         ({"resident": (2,)}, "which holds experts"),
+        ({"pinned": ((0, 99),)}, "pins experts that do not exist"),
+        ({"pinned": ((0, 1), (0, 1))}, "or one twice"),
+        ({"pinned": ((0, 1),)}, "beside those that are pinned"),
+        ({"pinned": ((0, 1),), "scope": "layer"}, "beside shares of layers"),
     ],
 )
 def test_plans_that_cannot_run_are_refused(streamed: dict[str, Path], changes: dict[str, object], message: str) -> None:

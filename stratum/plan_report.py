@@ -20,7 +20,7 @@ def plan_text(planned: Planned) -> str:
     """The report of a plan."""
     plan = planned.placement
     lines = [*_head(planned), *_quality(plan), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
-    lines += [*_chunks(planned), *_threshold(plan)]
+    lines += [*_schedule(plan), *_chunks(planned), *_threshold(plan)]
     if plan.expert_cache is not None:
         lines += ["", *_cache(planned)]
     lines += _stand_ins(plan)
@@ -38,6 +38,25 @@ def _chunks(planned: Planned) -> list[str]:
         f"{chunk}: {seconds_text(prompt)}, {seconds_text(step)} a step" for chunk, prompt, step in planned.chunks
     )
     return [f"prompts pass in chunks of {planned.placement.session.chunk} tokens (simulated with {tried})"]
+
+
+def _schedule(plan: Placement) -> list[str]:
+    """How far ahead weights are streamed and how many micro-batches share a piece, and what else was simulated."""
+    if not plan.schedules:
+        return []
+    session = plan.session
+    turns = f", each for {session.micro_batches} micro-batches in turn" if session.micro_batches > 1 else ""
+    many = len({tried.micro_batches for tried in plan.schedules}) > 1
+    others = []
+    for tried in plan.schedules:
+        what = f"{tried.depth} x {tried.micro_batches}" if many else f"{tried.depth}"
+        prompt = f"{seconds_text(tried.prompt_seconds)}, " if tried.prompt_seconds is not None else ""
+        others.append(f"{what}: {prompt}{seconds_text(tried.step_seconds)} a step")
+    kinds = " pieces x micro-batches" if many else ""
+    simulated = f" (simulated with{kinds} {', '.join(others)})" if len(others) > 1 else ""
+    return [
+        f"streams keep {session.depth} pieces in memory, {session.depth - 1} of them on their way{turns}{simulated}"
+    ]
 
 
 def _threshold(plan: Placement) -> list[str]:

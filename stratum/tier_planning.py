@@ -26,11 +26,12 @@ from passes.place.machine import machine_of, main_tier
 from passes.place.outcome import evaluate
 from passes.place.parallel import together
 from passes.place.pins import MEASURE_DRIVE, parse_pin
-from passes.place.placement import Placement
+from passes.place.placement import Placement, TriedSchedule
 from passes.place.prefill_mode import prefill_mode
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import most_tokens, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
+from passes.place.schedule_choice import best_schedule
 from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
 from runtime.eviction import DEFAULT_POLICY
@@ -121,6 +122,7 @@ def plan_tiers(
             solutions = [solve(dataclasses.replace(problem, pins=pins[:-1]))]
         solution = solutions[0]
     tried: tuple[tuple[int, float, float], ...] = ()
+    schedules: tuple[TriedSchedule, ...] = ()
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:
         pass  # played as the runtime does, see `BuiltModel.as_run`
@@ -129,9 +131,11 @@ def plan_tiers(
     elif request.simulate:
         bound, refined = most_tokens(solutions)
         chunks = best_chunk(refined.solution, refined.prompt, refined.step_seconds)
-        solution, step, prompt, tried = chunks.solution, chunks.step_seconds, chunks.prompt, chunks.tried
+        schedule = best_schedule(chunks.solution, chunks.prompt, chunks.step_seconds)
+        solution, step, prompt, tried = schedule.solution, schedule.step_seconds, schedule.prompt, chunks.tried
+        schedules = schedule.tried
     placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
-    placement = dataclasses.replace(placement, simulated_step=step)
+    placement = dataclasses.replace(placement, simulated_step=step, schedules=schedules)
     if request.simulate and placement.prefill_threshold is not None:
         mode = prefill_mode(solution.problem, solution.choice)
         placement = dataclasses.replace(

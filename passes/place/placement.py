@@ -172,6 +172,17 @@ class StandInPlan:
 
 
 @dataclass(frozen=True)
+class TriedSchedule:
+    """A schedule that was simulated for a plan: seconds of a step, and of a prompt (None: the step was too long
+    already)."""
+
+    depth: int
+    micro_batches: int
+    step_seconds: float
+    prompt_seconds: float | None
+
+
+@dataclass(frozen=True)
 class Placement:
     """A whole plan."""
 
@@ -197,6 +208,7 @@ class Placement:
     quality: QualityPlan | None = None
     prefill_threshold_bound: int | None = None  # in closed form; `prefill_threshold` is simulated where it can be
     stand_ins: StandInPlan | None = None
+    schedules: tuple[TriedSchedule, ...] = ()  # that were simulated, of which the session has the fastest
     schema: str = SCHEMA
 
     @property
@@ -262,6 +274,7 @@ _PARTS: dict[str, type] = {
     "expert_cache": ExpertCache,
     "quality": QualityPlan,
     "stand_ins": StandInPlan,
+    "schedules": TriedSchedule,
 }
 
 

@@ -1,0 +1,138 @@
+"""How far ahead weights are streamed and how many micro-batches take turns: what the simulator finds fastest.
+
+    chosen = best_schedule(solution, prompt, step)      # ScheduleChoice(solution, prompt, step, tried)
+
+Depth d keeps d pieces of every stream in memory, one in use and d - 1 on their way. A piece is brought once for all
+micro-batches of a step, which take their turns with it before it goes (FlexGen's block schedule, arXiv:2303.06865), so
+that m micro-batches bring weights no more often than one, read them from memory m times, and let units that share a
+layer work at the same time. Both are tried with the placement as it is: depth 2 and one micro-batch, then one step of
+their ladders up or down, as long as the session gets shorter. Where there is no room for the next larger depth, weights
+that are streamed make some: the placement is solved anew (without caches of experts, whose plans take long to solve).
+What has no room, what the closed form already says is no faster, and what breaks a bound of time, is not taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ir.diagnostics import DiagnosticError
+from passes.place.build_plan import from_placement, to_placement
+from passes.place.milp import FEW_NODES
+from passes.place.option import CACHED, STREAMED
+from passes.place.outcome import evaluate, objective
+from passes.place.placement import TriedSchedule
+from passes.place.problem import Session
+from passes.place.refine import simulated, simulated_prompt
+from passes.place.solve import Solution, solve
+
+if TYPE_CHECKING:
+    from passes.schedule.placed_plan import PromptTime
+
+DEPTHS = (1, 2, 3, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+_LESS = 1 - 1e-4  # of the session: what counts as faster
+
+
+@dataclass(frozen=True)
+class ScheduleChoice:
+    """The plan with the best schedule, its prompt and decode step as simulated, and all that was simulated for it, the
+    one that it began with first; nothing where there is nothing to choose."""
+
+    solution: Solution
+    prompt: PromptTime | None
+    step_seconds: float | None
+    tried: tuple[TriedSchedule, ...] = ()
+
+
+def best_schedule(solution: Solution, prompt: PromptTime | None, step_seconds: float | None) -> ScheduleChoice:
+    """The plan itself, or the same placement with another depth or number of micro-batches. `prompt` and
+    `step_seconds` are its own, as simulated; None where that cannot be done, and then it stays as it is."""
+    best = ScheduleChoice(solution, prompt, step_seconds)
+    if prompt is None or step_seconds is None or not _streams(solution):
+        return best
+    first = solution.problem.session
+    tried = [TriedSchedule(first.depth, first.micro_batches, step_seconds, prompt.seconds)]
+    seen = {(first.depth, first.micro_batches)}
+    lowest = objective(solution.problem, step_seconds, prompt.seconds)
+    waiting = deque((solution, session) for session in _plain(solution))
+    waiting.extend((solution, session) for session in _beside(solution))
+    while waiting:
+        like, session = waiting.popleft()
+        if (session.depth, session.micro_batches) in seen:
+            continue
+        seen.add((session.depth, session.micro_batches))
+        found = _simulated(_with(like, session), lowest)
+        if found is None:
+            continue
+        tried += found.tried
+        if found.prompt is None or found.step_seconds is None:
+            continue
+        value = objective(found.solution.problem, found.step_seconds, found.prompt.seconds)
+        if value < lowest * _LESS:
+            best, lowest = found, value
+            plain = [(like, session) for like, session in waiting if like is solution and session in _plain(solution)]
+            waiting = deque((*plain, *((best.solution, session) for session in _beside(best.solution))))
+    return dataclasses.replace(best, tried=tuple(tried))
+
+
+def _streams(solution: Solution) -> bool:
+    """Whether anything passes through buffers in either phase."""
+    return any(option.buffer for option, count in solution.choice if count)
+
+
+def _plain(solution: Solution) -> list[Session]:
+    """Depth 2, one micro-batch, and both."""
+    session = solution.problem.session
+    two, one = dataclasses.replace(session, depth=2), dataclasses.replace(session, micro_batches=1)
+    return [dataclasses.replace(one, depth=2), one, two]
+
+
+def _beside(solution: Solution) -> list[Session]:
+    """The next ones on both ladders. Programs of this machine take no turns."""
+    session = solution.problem.session
+    found = [dataclasses.replace(session, depth=depth) for depth in _next(DEPTHS, session.depth)]
+    if solution.problem.machine.target.name != "host":
+        turns = [n for n in _next(MICRO_BATCHES, session.micro_batches) if n <= session.batch]
+        found += [dataclasses.replace(session, micro_batches=n) for n in turns]
+    return found
+
+
+def _next(ladder: tuple[int, ...], value: int) -> list[int]:
+    """The next larger and the next smaller one."""
+    return [*[n for n in ladder if n > value][:1], *[n for n in ladder if n < value][-1:]]
+
+
+def _with(solution: Solution, session: Session) -> Solution | None:
+    """The same placement in another session, or with a larger depth one that has room for it; None where none has."""
+    problem = dataclasses.replace(solution.problem, session=session)
+    deeper = session.depth > solution.problem.session.depth
+    modes = {option.mode for option, count in solution.choice if count}
+    try:  # what is pinned stands in the plan
+        choice = from_placement(dataclasses.replace(problem, pins=()), solution.placement)
+        outcome = evaluate(problem, choice)
+        if not outcome.fits:
+            anew = solve(problem, FEW_NODES) if deeper and STREAMED in modes and CACHED not in modes else None
+            return anew if anew is not None and anew.problem.session == session else None
+    except DiagnosticError:
+        return None
+    made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
+    return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)
+
+
+def _simulated(found: Solution | None, lowest: float) -> ScheduleChoice | None:
+    """What a plan takes; None where it cannot be simulated, or cannot be shorter than `lowest`."""
+    if found is None or found.outcome.objective >= lowest * _LESS:
+        return None
+    problem, session = found.problem, found.problem.session
+    step = simulated(found)
+    if step is None:
+        return None
+    late = objective(problem, step, found.outcome.prefill.seconds) >= lowest * _LESS
+    prompt = None if late else simulated_prompt(found)
+    if prompt is not None and not problem.slo.kept(prompt.seconds, step):
+        return None
+    tried = TriedSchedule(session.depth, session.micro_batches, step, None if prompt is None else prompt.seconds)
+    return ScheduleChoice(found, prompt, step, (tried,))

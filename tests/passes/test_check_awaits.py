@@ -64,21 +64,36 @@ def changed(op: Op, **attributes: object) -> dict[str, object]:
 
 
 def test_a_piece_done_too_early() -> None:
-    """Named as done at the wait before its last reader."""
+    """The wait that names it as done, moved before its last reader."""
+    func = lowered("experts").programs[0].func
+    moved = 0
+    for op in waits(func):
+        for piece in op.attributes["done"]:
+            ops = list(func.block.ops)
+            readers = [o for o in ops if isinstance(o, plan.LaunchOp) and _reads(o, piece)]
+            index = ops.index(op)
+            func.block._remove(op)
+            func.block._insert(ops.index(readers[-1]), op)
+            assert any(f"without a wait for piece {piece}" in message for message in faults("experts", func))
+            func.block._remove(op)
+            func.block._insert(index, op)
+            moved += 1
+    assert moved > 1 and faults("experts", func) == []
+
+
+def test_a_byte_of_another_piece_counts() -> None:
+    """Of the weight that ends last, and of the one that begins first."""
     func = lowered("dense").programs[0].func
-    for op, following in zip(list(waits(func)), list(waits(func))[1:], strict=False):
-        ops = func.block.ops
-        readers = [i for i, o in enumerate(ops) if isinstance(o, plan.LaunchOp) and _reads(o, op.attributes["piece"])]
-        if not readers or readers[-1] < ops.index(following):
-            continue
-        old = changed(following, done=(op.attributes["piece"],))
-        assert any("without a wait" in message for message in faults("dense", func))
-        changed(following, **old)
-    assert faults("dense", func) == []
+    weights = [op for op in func.block.ops if isinstance(op, plan.WeightOp)]
+    known = places("dense")
+    first, end = min(w.offset for w in weights if w.offset), max(w.offset + w.bytes for w in weights)
+    for piece, counts in ((("dense", end - 1, 1), True), (("dense", end, 1), False), (("dense", first, 1), True)):
+        missing = [d.message for d in check_awaits(func, [*known, piece]).diagnostics]
+        assert any(f"without a wait for piece {len(known)}" in message for message in missing) == counts
 
 
 def _reads(launch: plan.LaunchOp, piece: int) -> bool:
-    _, first, size = places("dense")[piece]
+    _, first, size = places("experts")[piece]
     found = [v.defining_op() for v in launch.arguments]
     return any(isinstance(op, plan.WeightOp) and first <= op.offset < first + size for op in found)
 

@@ -260,3 +260,77 @@ def test_what_two_units_reserve_of_one_tier_adds_up() -> None:
     (message,) = [d.message for d in check_stream(realise(steps), capacities={"dram": 100})]
     assert message == "dram needs 110 bytes (0 at home, 60 reserved by cpu, 50 reserved by gpu) and has 100"
     assert not list(check_stream(realise(steps), capacities={"dram": 110}))
+
+
+def test_what_lies_at_home_takes_room_beside_what_is_reserved() -> None:
+    steps = [Step("segment", "w", (), {"symbol": SymbolRef("w"), "tier": "dram", "bytes": 70}),
+             Step("slot", "a", (), {"unit": "cpu", "tier": "dram", "bytes": 60}),
+             Step("evict", "", ("a",), {"unit": "cpu"})]  # fmt: skip
+    (message,) = [d.message for d in check_stream(realise(steps), capacities={"dram": 129})]
+    assert message == "dram needs 130 bytes (70 at home, 60 reserved by cpu) and has 129"
+    assert not list(check_stream(realise(steps), capacities={"dram": 130}))
+
+
+SHARED = """
+  %s = plan.slot {unit = "cpu", tier = "dram", bytes = 64} : () -> slot
+  %c = plan.compute %s {unit = "cpu", kernel = @route, writes = [0]} : (slot) -> token
+  plan.wait %c {unit = "gpu[0]"} : (token) -> ()
+  plan.wait %c {unit = "gpu[1]"} : (token) -> ()
+  %d = plan.compute %s {unit = "gpu[0]", kernel = @experts} : (slot) -> token
+  %e = plan.compute %s {unit = "gpu[1]", kernel = @experts} : (slot) -> token
+"""
+
+
+@pytest.mark.parametrize("end", ['plan.evict %s {unit = "cpu"} : (slot) -> ()',
+                                 '%f = plan.compute %s {unit = "cpu", kernel = @k, writes = [0]} : (slot) -> token\n'
+                                 'plan.evict %s {unit = "cpu"} : (slot) -> ()'])  # fmt: skip
+def test_every_reader_is_waited_for(end: str) -> None:
+    waits = {name: f'plan.wait %{name} {{unit = "cpu"}} : (token) -> ()\n' for name in "de"}
+    assert check(SHARED + waits["d"] + waits["e"] + end) == []
+    for name in "de":
+        assert any("before 'plan.compute' that" in message for message in check(SHARED + waits[name] + end))
+
+
+def test_who_reserved_a_slot_evicts_it() -> None:
+    """Another unit that knows all of its uses to be over may not either: it does not count what is free."""
+    waits = "".join(f'plan.wait %{name} {{unit = "gpu[0]"}} : (token) -> ()\n' for name in "cde")
+    found = check(SHARED + waits + 'plan.evict %s {unit = "gpu[0]"} : (slot) -> ()')
+    assert found == ["'plan.evict' by gpu[0] of slot %s of dram, which cpu reserved"]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_may_not_take_place_fills_nothing(cache: bool) -> None:
+    maybe = ', cache = "experts", rank = 1' if cache else ""
+    body = f"""
+      %s = plan.slot {{unit = "cpu", tier = "dram", bytes = 64}} : () -> slot
+      %c = plan.compute %s {{unit = "cpu", kernel = @k, writes = [0]{maybe}}} : (slot) -> token
+      %d = plan.compute %s {{unit = "cpu", kernel = @k}} : (slot) -> token
+      plan.evict %s {{unit = "cpu"}} : (slot) -> ()
+    """
+    assert check(body) == (["'plan.compute' reads a slot that nothing was put into (slot %s of dram)"] if cache else [])
+
+
+def test_a_message_tells_what_its_sender_knows() -> None:
+    """What the sender computed before it is over for who has received it, and nothing that it did later."""
+    body = """
+      %s = plan.slot {unit = "gpu[0]", tier = "dram", bytes = 8} : () -> slot
+      %a = plan.slot {unit = "gpu[0]", tier = "hbm[0]", bytes = 8} : () -> slot
+      %x = plan.compute %a {unit = "gpu[0]", kernel = @k, writes = [0]} : (slot) -> token
+      EARLY
+      %m = plan.send %a {unit = "gpu[0]", to = "gpu[1]", over = "nvlink", bytes = 8, tag = "m"} : (slot) -> token
+      LATE
+      %b = plan.slot {unit = "gpu[1]", tier = "hbm[1]", bytes = 8} : () -> slot
+      %r = plan.recv %b {unit = "gpu[1]", source = "gpu[0]", over = "nvlink", bytes = 8, tag = "m"} : (slot) -> token
+      plan.wait %m {unit = "gpu[0]"} : (token) -> ()
+      plan.wait %r {unit = "gpu[1]"} : (token) -> ()
+      %z = plan.compute %s {unit = "gpu[1]", kernel = @k} : (slot) -> token
+      plan.wait %z {unit = "gpu[0]"} : (token) -> ()
+      plan.evict %s {unit = "gpu[0]"} : (slot) -> ()
+      plan.evict %a {unit = "gpu[0]"} : (slot) -> ()
+      plan.evict %b {unit = "gpu[1]"} : (slot) -> ()
+    """
+    fills = '%y = plan.compute %s {unit = "gpu[0]", kernel = @k, writes = [0]} : (slot) -> token'
+    assert check(body.replace("EARLY", fills).replace("LATE", "")) == []
+    assert check(body.replace("LATE", fills).replace("EARLY", "")) == [
+        "'plan.compute' reads slot %s of dram before 'plan.compute' that fills it is known to be over"
+    ]

@@ -67,15 +67,42 @@ def test_family_example() -> None:
     assert "model.layers.0.self_attn.q_proj.bias" in names and "model.layers.0.self_attn.o_proj.bias" not in names
 
 
+def links(page: Path) -> list[tuple[str, str]]:
+    """(file, heading) of every link of a page that does not leave the repository; either may be empty."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", _prose(page))
+    return [(file, heading) for file, _, heading in (t.partition("#") for t in targets) if "://" not in file]
+
+
+def headings(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    titles = re.findall(r"^#+ +(.*?) *$", _prose(page), re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    broken = [
-        target
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-        if "://" not in target and not (page.parent / target).exists()
-    ]
+    broken = []
+    for file, heading in links(page):
+        target = page.parent / file if file else page
+        if not target.exists() or (heading and heading not in headings(target)):
+            broken.append(f"{file}#{heading}" if heading else file)
     assert not broken
+
+
+def test_every_page_is_reached_from_the_first() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached:
+            reached.add(page)
+            targets = [(page.parent / file).resolve() for file, _ in links(page) if file.endswith(".md")]
+            waiting += [target for target in targets if target.exists()]
+    assert set(PAGES) == reached & set(PAGES)
 
 
 def test_op_pages_are_up_to_date() -> None:

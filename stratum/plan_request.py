@@ -17,7 +17,7 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.machine import main_tier
 from passes.place.pins import MEASURE_DRIVE
-from passes.place.placement import Placement
+from passes.place.placement import MAX_BYTES, Placement
 from passes.place.problem import Session, Slo
 from stratum.process_room import room_of
 
@@ -79,7 +79,8 @@ def session_of(request: PlanRequest, shape: ModelShape) -> Session:
 def read_placement(path: Path) -> Placement:
     """The plan of a file. DiagnosticError for what cannot be read or is none."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as fault:
         raise DiagnosticError(f"the plan cannot be read: {fault.strerror}", where=str(path)) from None
     return Placement.from_json(data, str(path))

@@ -23,6 +23,7 @@ from passes.place.build_plan import spread_placement
 from passes.place.format_loss import ESTIMATED, MeasuredLosses
 from passes.place.format_menu import Menu, menu_of
 from passes.place.formats import Formats, formats_of
+from passes.place.given_plan import check_given
 from passes.place.machine import machine_of
 from passes.place.parallel import device_unit, search
 from passes.place.placement import Placement
@@ -54,7 +55,9 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     target = _measured(request.target, tell)
     given = read_placement(request.plan) if request.plan is not None else None
     if given is not None:
+        _same_model(given, shape, request)
         _of_the_file(request, given)
+        check_given(given, shape, target, str(request.plan))
     if built is not None:
         built = built.within(request, target, given)
         if built.budget is not None and request.context is None:
@@ -62,7 +65,6 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
             request = dataclasses.replace(request, context=min(context, shape.max_context))
     session = session_of(request, shape)
     if given is not None:
-        _same_model(given, shape, request)
         formats = formats if built is not None else formats_of(given.recipe, given.dtype)
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)

@@ -11,6 +11,7 @@ there is always something to compute while the next one arrives.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from hw_targets.target import Target
@@ -288,7 +289,7 @@ def spread_placement(
     tiers = (TierPlan(tier, spread.room, **dict(spread.holds)),)
     plan = SessionPlan(
         session.context, spread.batch, session.prompt, session.generate, session.chunk,
-        spread.degrees.pipeline, session.depth,
+        min(spread.degrees.pipeline, math.ceil(spread.batch / spread.degrees.data)), session.depth,
     )  # fmt: skip
     return Placement(
         model=problem.shape.name, target=target.name, recipe=problem.formats.name, dtype=problem.formats.float_format,

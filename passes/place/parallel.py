@@ -4,7 +4,9 @@
 
 Each way is priced in closed form with everything in the devices' own memory: products cut `tensor` ways (two
 all-reduces a layer), layers in `pipeline` stages (as many micro-batches as stages), sequences in `data` copies, experts
-whole on `expert` devices (all-to-all there and back) or cut like products. The vocabulary is cut like products.
+whole on `expert` devices (all-to-all there and back; each so many devices have all of them) or cut like products. The
+vocabulary (embeddings and head) is whole on each device, cut like products, or over the stages as well. Ways that need
+a connection between nodes which the target does not state are left out.
 """
 
 from __future__ import annotations
@@ -96,9 +98,17 @@ def spreads(
         return
     one = _one_device(target)
     parts = parts_of(shape, formats)
-    for degrees in [fixed] if fixed else list(_degrees(shape, unit.count * target.nodes, unit.count)):
+    for degrees in [fixed] if fixed else degrees_of(shape, target):
         for batch in _batches(session.batch, degrees.data, any_batch):
-            yield _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch).spread()
+            found = _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch).spread()
+            if found is not None:
+                yield found
+
+
+def degrees_of(shape: ModelShape, target: Target) -> list[Degrees]:
+    """Every way to use all devices of a target; none where it has no several."""
+    unit = device_unit(target)
+    return [] if unit is None else list(_degrees(shape, unit.count * target.nodes, unit.count))
 
 
 def _degrees(shape: ModelShape, devices: int, per_node: int) -> Iterator[Degrees]:
@@ -109,9 +119,16 @@ def _degrees(shape: ModelShape, devices: int, per_node: int) -> Iterator[Degrees
             if pipeline > len(shape.layers):
                 continue
             data = devices // tensor // pipeline
-            for expert in dict.fromkeys((1, tensor * data)) if shape.moe_layers else (1,):
-                if all(x.mlp.experts % expert == 0 for x, _ in shape.kinds() if x.mlp.is_moe):
-                    yield Degrees(tensor, pipeline, expert, data, tensor)
+            for expert in _expert_degrees(shape, tensor, data):
+                for vocabulary in dict.fromkeys((tensor, 1, tensor * pipeline)):
+                    yield Degrees(tensor, pipeline, expert, data, vocabulary)
+
+
+def _expert_degrees(shape: ModelShape, tensor: int, data: int) -> list[int]:
+    """1: cut like products; else whole experts on so many devices, those of some copies."""
+    several = [tensor * copies for copies in _divisors(data) if tensor * copies > 1] if shape.moe_layers else []
+    moe = [x.mlp.experts for x, _ in shape.kinds() if x.mlp.is_moe]
+    return [1, *(degree for degree in several if all(experts % degree == 0 for experts in moe))]
 
 
 def _divisors(n: int) -> list[int]:
@@ -150,8 +167,10 @@ class _Pricing:
         self.per_node = unit.count
         self.busy: dict[str, float] = {}
         self.times = 1
+        self.stated = True  # whether all connections that are needed are
 
-    def spread(self) -> Spread:
+    def spread(self) -> Spread | None:
+        """This way, or None where nodes would have to talk and the target does not say how."""
         d, session = self.degrees, self.session
         rows = math.ceil(self.batch / d.data)
         turn = max(1, math.ceil(rows / d.pipeline))
@@ -161,6 +180,8 @@ class _Pricing:
         rounds = math.ceil(self.batch / d.data)
         overlap = min(d.pipeline, rounds)
         value = rounds / session.prompts * prefill.seconds / overlap + session.generate * decode.seconds
+        if not self.stated:
+            return None
         tier = self.one.tier(self.unit.tier)
         room = (tier.usable_bytes if tier else None) or 0
         return Spread(d, self.batch, tuple(self._holds(rows, turn).items()), room, decode, prefill, value)
@@ -169,10 +190,11 @@ class _Pricing:
         """Bytes of the fullest device: a stage with the embeddings or the head."""
         d = self.degrees
         weights = kv = 0
+        outer: list[int] = []
         for part in self.parts:
             ways = d.expert if part.experts and d.expert > 1 else d.tensor
             if part.layer is None:
-                weights += math.ceil(part.nbytes / d.tensor)
+                outer.append(math.ceil(part.nbytes / d.vocabulary))
                 continue
             layers = math.ceil(part.count / d.pipeline)
             weights += math.ceil(part.nbytes / ways) * layers
@@ -180,6 +202,8 @@ class _Pricing:
                 split = 1 if part.layer.attention.kind == "mla" else min(d.tensor, part.layer.attention.kv_heads)
                 held = rows * part.layer.kv_tokens(self.session.context) * part.kv_bytes_per_token
                 kv += math.ceil(held / split) * layers
+        apart = d.pipeline > 1 and d.vocabulary <= d.tensor  # embeddings in the first stage, the head in the last
+        weights += max(outer) if apart else sum(outer)
         tokens = max(turn, min(self.session.chunk, self.session.prompt) * self.session.prompts)
         widest = max(
             2 * x.mlp.intermediate + 2 * x.mlp.top_k * x.mlp.expert_intermediate for x, _ in self.shape.kinds()
@@ -197,12 +221,14 @@ class _Pricing:
         for part in self.parts:
             last = part.group == "head" and not decode  # of a prompt only the last token needs logits
             self.times = 1 if last else part.count * passes
-            ways = d.tensor
+            ways = d.tensor if part.layer is not None else d.vocabulary
             nbytes = float(part.nbytes)
             tokens = 1.0 if last else float(rows)
+            if part.group == "embedding":
+                nbytes *= min(1.0, tokens / self.shape.vocab)  # rows are looked up
             if part.experts:
                 if d.expert > 1:
-                    ways, tokens = d.expert, float(rows * d.data)
+                    ways, tokens = d.expert, rows * d.expert / d.tensor
                 each = min(distinct_experts(part.experts, part.top_k, tokens), part.top_k * tokens)
                 nbytes = each * part.expert_bytes
                 if d.expert > 1:  # whole experts: where any is asked for, the busiest device reads at least one
@@ -218,7 +244,8 @@ class _Pricing:
                 seconds += self._attend(part, rows, decode)
                 self.times = part.count * passes
             if part.group in ("attention", "head", "mlp") or (part.experts and d.expert == 1):
-                seconds += self._all_reduce(1 if last else rows)
+                joined = d.vocabulary if part.group == "head" else d.tensor
+                seconds += self._all_reduce(1 if last else rows, joined)
         stages = (d.pipeline - 1) * passes
         hop = rows * self.shape.hidden * 2
         self.times = stages
@@ -257,8 +284,7 @@ class _Pricing:
             self.busy[resource] = self.busy.get(resource, 0.0) + seconds
         return seconds
 
-    def _all_reduce(self, rows: int) -> float:
-        ways = self.degrees.tensor
+    def _all_reduce(self, rows: int, ways: int) -> float:
         if ways == 1:
             return 0.0
         return self._count("all-reduce", all_reduce_seconds(self._fabric(ways), ways, rows * self.shape.hidden * 2))
@@ -269,7 +295,7 @@ class _Pricing:
         if ways <= 1:
             return 0.0
         each = rows / self.degrees.tensor * part.top_k * self.shape.hidden * 2 * (ways - 1) / ways
-        return self._count("all-to-all", 2 * self._send(each, ways * self.degrees.tensor))
+        return self._count("all-to-all", 2 * self._send(each, ways))
 
     def _send(self, nbytes: float, span: int) -> float:
         fabric = self._fabric(span)
@@ -277,7 +303,11 @@ class _Pricing:
         return latency + nbytes / rate
 
     def _fabric(self, span: int) -> Fabric | None:
-        return fabric_of(self.target, self.unit, "node" if span <= self.per_node else "cluster")
+        if span <= self.per_node:
+            return fabric_of(self.target, self.unit)
+        if self.target.fabric(self.unit.tier, "cluster") is None:
+            self.stated = False
+        return fabric_of(self.target, self.unit, "cluster")
 
 
 def fabric_of(target: Target, unit: ComputeUnit, scope: str = "node") -> Fabric | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,6 +20,8 @@ from ir.diagnostics import DiagnosticError
 SCHEMA = "stratum.plan/1"
 MAX_BYTES = 16 << 20
 Mode = Literal["resident", "streamed", "cached", "split"]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Placed:
     unit: str
     format: str
     nbytes: int
-    slots: int = 0
+    slots: Amount = 0
     rest_unit: str = ""
     prefill_unit: str = ""
     recipe: str = ""
@@ -62,7 +64,7 @@ class PlacedKV:
     unit: str
     format: str
     nbytes: int
-    positions: int = 0
+    positions: Amount = 0
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ class Degrees:
     """How the work is spread: a layer's products over `tensor` units, layers over `pipeline` stages, experts over
     `expert` units (1: cut like products), sequences over `data` copies, the vocabulary over `vocabulary` units."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    data: int = 1
-    vocabulary: int = 1
+    tensor: Count = 1
+    pipeline: Count = 1
+    expert: Count = 1
+    data: Count = 1
+    vocabulary: Count = 1
 
     @property
     def devices(self) -> int:
@@ -101,13 +103,13 @@ class ExpertCache:
 class SessionPlan:
     """What the plan is made for."""
 
-    context: int
-    batch: int
-    prompt: int
-    generate: int
-    chunk: int
-    micro_batches: int
-    depth: int
+    context: Count
+    batch: Count
+    prompt: Count
+    generate: Count
+    chunk: Count
+    micro_batches: Count
+    depth: Count
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
+from passes.place.given_plan import restated
 from passes.place.greedy import greedy
 from passes.place.kv_division import is_near
 from passes.place.machine import UNLIMITED, Machine
@@ -114,9 +115,10 @@ def replay(problem: Problem, placement: Placement) -> Solution:
                 f"the plan needs {format_bytes(tier.total)} of {tier.name}, there are {format_bytes(tier.room)}",
                 least=((tier.name, tier.total),),
             )
+    groups, kv = restated(problem, placement)
     made = dataclasses.replace(
-        to_placement(problem, choice, outcome), groups=placement.groups, kv=placement.kv, degrees=placement.degrees,
-        quality=quality_plan(problem, placement.groups),
+        to_placement(problem, choice, outcome), groups=groups, kv=kv, degrees=placement.degrees,
+        quality=quality_plan(problem, groups),
     )  # fmt: skip
     return Solution(problem, choice, outcome, made, 0.0, None)
 

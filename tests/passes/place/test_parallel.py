@@ -59,6 +59,29 @@ def test_degrees_shorten_or_widen() -> None:
     assert search(sparse(4), machine, formats_of(""), USE) is not None
 
 
+def test_vocabulary_and_experts_are_cut_apart_from_products() -> None:
+    shape, machine = load_shape("Qwen3-235B-A22B"), hw_targets.load("64xh100")
+    use = dataclasses.replace(USE, batch=1, context=4096, prompt=512, chunk=512)
+    found = search(shape, machine, formats_of("fp8"), use)
+    ways = {w.degrees: w for w in spreads(shape, machine, formats_of("fp8"), use)}
+    assert (
+        found is not None and found.degrees.expert == 8 < found.degrees.devices
+    )  # within a node, not over all of them
+    apart = dataclasses.replace(found.degrees, expert=64)
+    assert ways[apart].total < found.total and ways[apart].prefill.seconds > found.prefill.seconds
+    staged = next(d for d in ways if d.pipeline == 4 and d.tensor == 8 and d.vocabulary == 32)
+    for fewer in (8, 1):  # cut over the stages as well less of it lies on each device
+        assert ways[staged].total < ways[dataclasses.replace(staged, vocabulary=fewer)].total
+
+
+def test_nodes_that_cannot_talk_have_copies() -> None:
+    one = hw_targets.load("h100-sxm{nodes=4}")
+    ways = [w.degrees for w in spreads(dense(8), one, formats_of(""), USE)]
+    assert {d.data for d in ways} == {4}
+    joined = dataclasses.replace(one, fabrics=(Fabric("net", "hbm", "cluster", bandwidth=5e10, latency_seconds=5e-6),))
+    assert {d.tensor for d in (w.degrees for w in spreads(dense(8), joined, formats_of(""), USE))} >= {1, 2}
+
+
 def test_copies_that_share_a_layer_talk() -> None:
     shape = dense(8)
     assert together(shape, target(), 4) == ()

@@ -58,7 +58,7 @@ class Session(SessionBase):
 
     Without `mmap` the weights are copied into memory of huge pages: slower to open, faster where the page cache is in
     small pieces. With `stream` they are not mapped but read, as the plan says; `preadv` reads them. With `kv_spill`
-    sequences that a step does not use may lie on disk; with `kv_stream`, which excludes that, layers of the cache.
+    sequences that a step does not use may lie on disk; with `kv_stream`, which excludes that, a part of the cache.
     `routing` is told which experts every token chose.
 
     Raises RuntimeDiagnostic for whatever is wrong with the artifact, the machine or the sizes asked for.
@@ -229,14 +229,14 @@ class Session(SessionBase):
 
     def _in_parts(self, why: str, what: str) -> RuntimeDiagnostic:
         return RuntimeDiagnostic(
-            f"the KV cache of this session comes and goes by layers, and {why}: no prompt is {what}",
+            f"the KV cache of this session comes and goes in parts, and {why}: no prompt is {what}",
             where=self._where,
             hint="a shorter prompt, more memory, or no prompt cache",
         )
 
     @property
     def whole_positions(self) -> int:
-        """Of the only sequence, positions that lie in memory together: all, but where layers come and go."""
+        """Of the only sequence, positions that lie in memory together: all, but where parts of layers come and go."""
         return self.max_context if self.kv_stream is None else self.kv_stream.whole_positions(0)
 
     @property

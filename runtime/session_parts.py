@@ -124,7 +124,7 @@ def check_ring(kv: KVInfo, inputs: StepInputs, newest: np.ndarray, where: str) -
 
 
 def check_kv_waits(manifest: Manifest, where: str, *, spills: bool) -> None:
-    """Raises RuntimeDiagnostic where the cache cannot come and go by layers."""
+    """Raises RuntimeDiagnostic where parts of the cache cannot come and go."""
     layers = set(range(manifest.kv.layers))
     if spills:
         raise RuntimeDiagnostic(

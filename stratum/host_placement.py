@@ -213,8 +213,12 @@ def _too_small(account: ProcessAccount, context: int, where: str, *, kv_on_disk:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     minimum, less = -(-high // (1 << 20)) * (1 << 20), _largest_context(account, context)
+    kept = ""
+    if kv_on_disk and context <= manifest.max_context and waits_for_kv(manifest):
+        least = kv_limit(manifest, context, slots, [context // GROUP] * manifest.kv.layers, ahead=False)
+        kept = f", of which {mib(least)} must be there" if least < account.kv_bytes(context) else ""
     parts = [
-        f"{mib(account.baseline + SLACK_BYTES)} are the process itself, {mib(account.kv_bytes(context))} the KV cache"
+        f"{mib(baseline + SLACK_BYTES)} are the process itself, {mib(account.kv_bytes(context))} the KV cache{kept}"
     ]
     if less:
         parts.append(f"a context of {less} would fit: --context {less}")

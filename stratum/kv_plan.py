@@ -24,12 +24,12 @@ class KVOnDisk(ProcessAccount):
         return self.kv_limit
 
     def lent_kv_bytes(self, context: int) -> int:
-        """None: layers come and go in all of it."""
+        """None: parts of layers come and go in all of it."""
         return 0
 
 
 def waits_for_kv(manifest: Manifest) -> bool:
-    """Whether every program waits for its cache, so that layers of it may come and go."""
+    """Whether every program waits for its cache, so that parts of its layers may come and go."""
     waits = all(len(set(program.kv_awaits)) == manifest.kv.layers for program in manifest.programs)
     return waits and manifest.kv.layers > 0
 

@@ -259,10 +259,12 @@ def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...
 def _divided(
     problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...], found: list[Option]
 ) -> Option | None:
-    """The way with a divided cache; None where the newest positions do not lie where attention is computed."""
+    """The way with a divided cache; None where the newest positions do not lie where attention is computed. Of a layer
+    with a window, whose older positions nothing reads, the two places may have the whole context."""
     assert part.layer is not None
-    whole, said = part.layer.kv_tokens(problem.session.context), {place[:2]: place[2] for place in kv}
-    if len(kv) != 2 or len(said) != 2 or sum(said.values()) != whole or min(said.values()) <= 0:
+    context = problem.session.context
+    whole, said = part.layer.kv_tokens(context), {place[:2]: place[2] for place in kv}
+    if len(kv) != 2 or len(said) != 2 or sum(said.values()) not in (whole, context) or min(said.values()) <= 0:
         raise DiagnosticError(
             f"the plan divides the cache of layers {entry.layers}: {' and '.join(str(p) for _, _, p in kv)} positions",
             expected=f"two places with {whole} positions together, what the context of the plan takes",
@@ -271,7 +273,8 @@ def _divided(
     away = next((o for o in found if o is not near), None)
     if near is None or away is None or away.kv_home == near.kv_home:
         return None
-    return divided(problem, near, away, said[away.kv_home, away.kv_unit])
+    old = whole - said[near.kv_home, near.kv_unit]
+    return divided(problem, near, away, old) if old > 0 else near
 
 
 def spread_placement(

@@ -74,7 +74,7 @@ def batch(
     if kv_memory is not None and kv_spill is None:
         raise click.UsageError("--kv-memory is for --kv-spill DIR, where the rest goes")
     if limits.kv_dir is not None and kv_spill is not None:
-        raise click.UsageError("--kv-spill moves whole conversations, --kv-dir layers of the cache: give one of them")
+        raise click.UsageError("--kv-spill moves whole conversations, --kv-dir parts of layers: give one of them")
     lines = list(read_lines(_read(prompts)))
     if not lines:
         raise DiagnosticError("no prompts", where=str(prompts), expected='lines such as {"prompt": "Once upon a time"}')

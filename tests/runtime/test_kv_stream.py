@@ -24,6 +24,7 @@ from stratum.cli.bench import open_on_cpu
 from stratum.cli.run_options import Limits
 from stratum.memory_plan import DoesNotFit, plan_for, plan_memory
 from tests.runtime.conftest import KV_LAYERS
+from tests.runtime.interrupts import interrupted
 from tests.runtime.test_kv_spill import IllDisk
 from tests.stratum.tiny_model import VOCAB
 
@@ -152,6 +153,20 @@ def test_a_step_that_failed_can_be_tried_again(artifact: Path, expected: list[np
                 got = session.step(*step)
             np.testing.assert_array_equal(got, logits)
     assert failed >= 1
+
+
+def test_an_interrupt_at_any_moment_loses_nothing(artifact: Path, expected: list[np.ndarray]) -> None:
+    """Ctrl-C anywhere in the runtime's code: the step is made again, right and within the limit."""
+    moments = np.random.default_rng(0).integers(1, 3000, len(LONG))
+    with opened(artifact) as plain:
+        limit = room(plain, 2, *LONGEST)
+    with opened(artifact, limit) as session:
+        count = 0
+        for step, moment, logits in zip(steps(0, LONG), moments.tolist(), expected, strict=True):
+            count += interrupted(moment, lambda step=step: session.step(*step))
+            np.testing.assert_array_equal(session.step(*step), logits)
+            assert session.memory().kv_committed <= limit
+        assert count > 3
 
 
 def test_what_does_not_fit_or_go_together_is_refused(artifact: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import signal
@@ -175,12 +176,64 @@ def test_an_interrupt_while_waiting(streamed: dict[str, Path], expected: dict, n
         assert_same(logits(session, steps[1:]), expected[name, 3][1:])
 
 
+def opened_reader(folder: Path, pages: int, preadv: Callable[..., int] = os.preadv, threads: int = 1) -> WeightReader:
+    """Of a file of pages, each full of its number."""
+    file = folder / "file"
+    file.write_bytes(b"".join(bytes([number]) * PAGE_BYTES for number in range(pages)))
+    memory = np.frombuffer(mmap.mmap(-1, pages * PAGE_BYTES), np.uint8)  # on a page
+    descriptor = os.open(file, os.O_RDONLY)
+    return WeightReader(
+        str(file), descriptor, memory.nbytes, memory, threads=threads, request_bytes=PAGE_BYTES, preadv=preadv
+    )
+
+
+def test_urgent_reads_go_before_what_waits(tmp_path: Path) -> None:
+    """In the order in which they were asked for."""
+    order: list[int] = []
+    begun, free = threading.Event(), threading.Event()
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        order.append(offset // PAGE_BYTES)
+        begun.set()
+        free.wait()
+        return os.preadv(descriptor, buffers, offset)
+
+    reader = opened_reader(tmp_path, 8, preadv)
+    try:
+        jobs = [reader.submit([(0, 3 * PAGE_BYTES)], "later")]
+        begun.wait()
+        jobs += [
+            reader.submit([(at * PAGE_BYTES, 2 * PAGE_BYTES)], "now", urgent=urgent)
+            for at, urgent in ((3, False), (5, True))
+        ]
+        free.set()
+        for job in jobs:
+            job.wait(meanwhile=patience(120))
+    finally:
+        free.set()
+        reader.close()
+    assert list(dict.fromkeys(order)) == [0, 5, 6, 1, 2, 3, 4]  # once more where direct reads are refused
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_read_through_the_page_cache_does_not_stay_there(tmp_path: Path, direct: bool) -> None:
+    """It would count against the budget a second time."""
+    dropped: list[tuple[int, int]] = []
+    disk = Disk(lambda n: errno.EINVAL if n == 0 and not direct else None, once=True)
+    with patch("os.posix_fadvise", lambda descriptor, offset, nbytes, advice: dropped.append((offset, nbytes))):
+        reader = opened_reader(tmp_path, 4, disk)
+        try:
+            reader.submit([(0, 4 * PAGE_BYTES)], "some").wait(meanwhile=patience(120))
+            buffered = not reader.direct
+        finally:
+            reader.close()
+    assert dropped == ([(at * PAGE_BYTES, PAGE_BYTES) for at in range(4)] if buffered else [])
+    assert buffered or direct
+
+
 def test_an_interrupt_at_any_moment_of_a_submission(tmp_path: Path) -> None:
     """Nobody waits for a read that no thread comes for, nor for a lock that nobody gives back."""
-    file = tmp_path / "file"
-    file.write_bytes(bytes(8 * PAGE_BYTES))
-    memory = np.zeros(8 * PAGE_BYTES, np.uint8)
-    reader = WeightReader(str(file), os.open(file, os.O_RDONLY), memory.nbytes, memory, request_bytes=PAGE_BYTES)
+    reader = opened_reader(tmp_path, 8, threads=3)
     ranges = [(0, 3 * PAGE_BYTES), (4 * PAGE_BYTES, PAGE_BYTES)]
     try:
         for urgent in (False, True):
@@ -199,7 +252,10 @@ def test_an_interrupt_at_any_moment_of_a_submission(tmp_path: Path) -> None:
 def test_what_cannot_begin_leaves_nothing(streamed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No room for a second thread, and an interrupt where it begins."""
     begin, begun = threading.Thread.start, list[threading.Thread]()
-    faults: dict[type[BaseException], str] = {RuntimeError: "no thread that reads could begin", KeyboardInterrupt: "begin"}
+    faults: dict[type[BaseException], str] = {
+        RuntimeError: "no thread that reads could begin",
+        KeyboardInterrupt: "begin",
+    }
     before = set(os.listdir("/proc/self/fd"))
     for fault, message in faults.items():
 

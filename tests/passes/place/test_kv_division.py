@@ -117,6 +117,20 @@ def test_what_is_old_is_read_only_by_longer_texts() -> None:
     assert times[256] == times[768] == 0.0 < times[1500]
 
 
+def test_a_window_may_be_divided_as_its_whole_context() -> None:
+    """A runtime keeps all positions of layers with a window: of those a step reads, what the newest part does not have
+    is elsewhere."""
+    base = problem(target(gpu=False), 3, "kv=ssd:0.5")
+    shape = dense(3, model_type="mistral", sliding_window=512)
+    base = dataclasses.replace(base, shape=shape, pins=())
+    kv = {tier: PlacedKV("0-2", tier, "cores", "bf16", 0, 0) for tier in ("dram", "ssd")}
+    plan = solve(base).placement
+    for near, old in ((128, 384), (448, 64), (1024, 0)):
+        parts = [dataclasses.replace(kv[tier], positions=n) for tier, n in (("dram", near), ("ssd", 2048 - near))]
+        found = replay(base, dataclasses.replace(plan, kv=tuple(parts)))
+        assert {option.kv_old for option, _ in found.choice if option.kv_home} == {old}
+
+
 def test_bad_divisions_are_named() -> None:
     base = problem(target(gpu=False), 3, "kv=ssd:0.5")
     for pin, words in (("experts=dram:0.5", "only keys and values"), ("kv=dram:1.5", "no share"),

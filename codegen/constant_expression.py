@@ -16,7 +16,7 @@ import numpy as np
 from ir.core import Op, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import PackedArray, PlainFormat
-from ir.ops.tensor import ConstantStackOp
+from ir.ops.tensor_constant import ConstantStackOp
 from ir.types import TensorType
 
 Box = tuple[tuple[int, int], ...]

@@ -19,7 +19,7 @@ import codegen.packed_reader  # noqa: F401 - both register their ops
 from codegen.constant_expression import Box, ConstantReader, TensorSource, fixed_shape, reads
 from ir.diagnostics import DiagnosticError
 from ir.ops.quant import RotateOp
-from ir.ops.tensor import ConstantStackOp
+from ir.ops.tensor_constant import ConstantStackOp
 
 __all__ = ["Box", "ConstantReader", "TensorSource", "fixed_shape"]
 

@@ -29,7 +29,8 @@ from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.quant import AssembleOp, DequantizeOp
 from ir.ops.quant_columns import SelectColumnsOp
-from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
+from ir.ops.tensor import CastOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.types import SymbolicDim, TensorType
 
 TOKENS, ROWS = SymbolicDim("tokens"), SymbolicDim("rows")

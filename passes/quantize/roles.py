@@ -18,7 +18,7 @@ from ir.ops.builtin import ReturnOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVAppendOp
 from ir.ops.moe import GroupedGemmOp
-from ir.ops.tensor import ConstantStackOp
+from ir.ops.tensor_constant import ConstantStackOp
 from ir.traits import Elementwise, has_trait
 from passes.analysis.constants import constant_leaves
 from passes.quantize.set_precision import feeds_router

@@ -21,7 +21,8 @@ from typing import Any
 from ir.core import Op, Value
 from ir.ops.moe import CombineOp, DispatchOp, GroupedGemmOp, JoinRowsOp
 from ir.ops.quant import AssembleOp, DequantizeOp
-from ir.ops.tensor import CastOp, ConcatOp, ConstantStackOp, SliceOp
+from ir.ops.tensor import CastOp, ConcatOp, SliceOp
+from ir.ops.tensor_constant import ConstantStackOp
 from ir.rewriter import PatternRewriter
 from passes.analysis.constants import is_constant_expression
 from passes.analysis.value_types import tensor_type

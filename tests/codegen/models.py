@@ -19,6 +19,7 @@ from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVAppendOp, KVStateOp
 from ir.ops.norm import RmsNormOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.types import KVCacheType, SymbolicDim, TensorType
 
 TOKENS, ROWS = SymbolicDim("tokens"), SymbolicDim("rows")
@@ -82,7 +83,7 @@ class _StepBuilder:
         values = self.random.standard_normal(shape)
         values = values * (scale or shape[-1] ** -0.5) if len(shape) > 1 else 1 + 0.1 * values
         self.weights[name] = values.astype(element.dtype)
-        made = self.b(tensor.ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, element)], origin=name))
+        made = self.b(ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, element)], origin=name))
         return made if element == F32 else self.b(tensor.CastOp(made, to=F32))
 
     def experts(self, name: str, *shape: int) -> Value:
@@ -91,7 +92,7 @@ class _StepBuilder:
             values = self.random.standard_normal(shape) * shape[-1] ** -0.5
             self.weights[name.replace("*", str(e))] = values.astype(element.dtype)
         stacked = TensorType((count, *shape), element)
-        made = self.b(tensor.ConstantStackOp(symbol=SymbolRef(name), count=count, result_types=[stacked], origin=name))
+        made = self.b(ConstantStackOp(symbol=SymbolRef(name), count=count, result_types=[stacked], origin=name))
         return made if element == F32 else self.b(tensor.CastOp(made, to=F32))
 
     def project(self, x: Value, name: str, n: int, k: int) -> Value:

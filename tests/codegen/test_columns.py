@@ -15,7 +15,8 @@ from ir.builder import Builder
 from ir.core import Block
 from ir.formats import BF16, F32, I32, PlainFormat
 from ir.ops.quant_columns import ClearColumnsOp, OutlierColumnsOp, SelectColumnsOp
-from ir.ops.tensor import CastOp, ConstantOp
+from ir.ops.tensor import CastOp
+from ir.ops.tensor_constant import ConstantOp
 from ir.types import SymbolicDim, TensorType
 from tests.codegen.harness import host_target
 from tests.codegen.kernel_library import NativeKernels, native_kernels

@@ -20,6 +20,7 @@ from ir.ops import plan, tensor
 from ir.ops.attention import ScoresOp
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.kv_cache import KVStateOp
+from ir.ops.tensor_constant import ConstantOp
 from ir.types import KVCacheType, SymbolicDim, TensorType
 from passes.pass_manager import PassManager
 from tests.codegen.harness import host_target
@@ -118,7 +119,7 @@ def refused(func: FuncOp) -> str:
 def test_an_op_without_a_kernel() -> None:
     def scores(func: FuncOp) -> object:
         cache = KVStateOp(symbol=SymbolRef("layers.0"), result_types=[KVCacheType(1, 16, F32)])
-        table = tensor.ConstantOp(symbol=SymbolRef("t"), result_types=[TensorType((8, 16), F32)])
+        table = ConstantOp(symbol=SymbolRef("t"), result_types=[TensorType((8, 16), F32)])
         builder = Builder.at_end(func.block)
         embedded = builder(tensor.EmbedOp(func.arguments[0], builder(table)))
         q = builder(tensor.ReshapeOp(embedded, shape=(TOKENS, 1, 16)))

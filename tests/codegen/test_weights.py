@@ -16,7 +16,8 @@ from ir.attributes import SymbolRef
 from ir.core import Block, Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F16, F32, PlainFormat
-from ir.ops.tensor import AddOp, CastOp, ConcatOp, ConstantOp, ConstantStackOp, ReshapeOp, SliceOp
+from ir.ops.tensor import AddOp, CastOp, ConcatOp, ReshapeOp, SliceOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.ops.tensor_layout import LayoutOp
 from ir.types import Layout, SymbolicDim, TensorType
 from tests.codegen.models import WholeTensors

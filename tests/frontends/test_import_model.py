@@ -20,7 +20,8 @@ from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.interpreter import zero_states
 from ir.ops.attention import ScoresOp
-from ir.ops.tensor import CastOp, ClipOp, ConstantOp, ConstantStackOp
+from ir.ops.tensor import CastOp, ClipOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from tests.frontends.model_files import FAMILIES, config_of, random_tensors, safetensors_bytes, write_model
 from tests.goldens import GOLDEN_CASES, GOLDENS, Golden
 

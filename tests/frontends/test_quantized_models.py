@@ -18,7 +18,7 @@ from ir.interpreter import zero_states
 from ir.ops.gemm import MatmulOp
 from ir.ops.quant import AssembleOp
 from ir.ops.quant_columns import SelectColumnsOp
-from ir.ops.tensor import ConstantOp
+from ir.ops.tensor_constant import ConstantOp
 from tests.frontends import quantized_files as files
 from tests.frontends.model_files import config_of, write_model
 from tests.frontends.test_quantized_weights import AWQ, FP8, GPTQ, NAME, open_layer

@@ -14,7 +14,8 @@ from ir.builder import Builder
 from ir.core import Block, Region
 from ir.formats import BF16, F32, GroupedIntFormat
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
-from ir.ops.tensor import AddOp, ClipOp, ConstantOp, SiluOp
+from ir.ops.tensor import AddOp, ClipOp, SiluOp
+from ir.ops.tensor_constant import ConstantOp
 from ir.printer import print_attribute
 from ir.types import INDEX, Layout, SymbolicDim, TensorType
 

@@ -22,18 +22,8 @@ from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVAppendOp, KVStateOp
 from ir.ops.moe import CombineOp, DispatchOp, GroupedGemmOp, RouteOp
 from ir.ops.norm import RmsNormOp
-from ir.ops.tensor import (
-    AddOp,
-    CastOp,
-    ClipOp,
-    ConstantOp,
-    ConstantStackOp,
-    EmbedOp,
-    GatherRowsOp,
-    MulOp,
-    ReshapeOp,
-    SiluOp,
-)
+from ir.ops.tensor import AddOp, CastOp, ClipOp, EmbedOp, GatherRowsOp, MulOp, ReshapeOp, SiluOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.types import KVCacheType, SymbolicDim, TensorType
 
 TOKENS, ROWS = SymbolicDim("tokens"), SymbolicDim("rows")

@@ -20,7 +20,8 @@ from ir.builder import Builder
 from ir.core import Op
 from ir.formats import BF16, F16, F32
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
-from ir.ops.tensor import CastOp, ConcatOp, ConstantOp, ReshapeOp, SliceOp
+from ir.ops.tensor import CastOp, ConcatOp, ReshapeOp, SliceOp
+from ir.ops.tensor_constant import ConstantOp
 from ir.types import KVCacheType, TensorType
 from passes import Pass, PassManager, print_pipeline
 from passes.clone import clone

@@ -23,7 +23,8 @@ from ir.ops.gemm import MatmulOp
 from ir.ops.moe import DispatchOp, GroupedGemmOp
 from ir.ops.quant import AssembleOp, DequantizeOp, RotateOp
 from ir.ops.quant_columns import ClearColumnsOp, OutlierColumnsOp
-from ir.ops.tensor import ConstantOp, MulOp, SiluOp
+from ir.ops.tensor import MulOp, SiluOp
+from ir.ops.tensor_constant import ConstantOp
 from ir.parse_value import parse_format
 from ir.types import SymbolicDim, TensorType
 from passes import PassContext, PassManager

@@ -16,7 +16,8 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import F32
 from ir.ops.builtin import FuncOp, ModuleOp, ReturnOp
 from ir.ops.moe import CombineOp, DispatchOp, GroupedGemmOp, RouteOp
-from ir.ops.tensor import ConstantOp, ConstantStackOp, MulOp, SiluOp, SliceOp
+from ir.ops.tensor import MulOp, SiluOp, SliceOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.types import SymbolicDim, TensorType
 from passes.clone import clone
 from passes.pass_base import PassContext

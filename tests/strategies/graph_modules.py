@@ -22,6 +22,7 @@ from ir.ops.fused import FusedOp, YieldOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.kv_cache import KVAppendOp, KVStateOp
 from ir.ops.norm import RmsNormOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.types import KVCacheType, SymbolicDim, TensorType
 from tests.strategies.batches import Batch, batches
 from tests.strategies.generated import GeneratedModule
@@ -78,7 +79,7 @@ class _Graph:
         self, name: str, shape: tuple[int, ...], element: PlainFormat, scale: float, offset: float = 0
     ) -> Value:
         self.weights[name] = (self.rng.standard_normal(shape) * scale + offset).astype(element.dtype)
-        return self.b(tensor.ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, element)]), "w")
+        return self.b(ConstantOp(symbol=SymbolRef(name), result_types=[TensorType(shape, element)]), "w")
 
     def weight(self, n: int, k: int) -> Value:
         """A matrix [n, k], in f32 or another element, sometimes cast, sometimes one that was used before."""
@@ -268,7 +269,7 @@ class _Graph:
         for i in range(experts):
             data = self.rng.standard_normal((n, k)) * k**-0.5
             self.weights[name.replace("*", str(i))] = data.astype(element.dtype)
-        made = self.b(tensor.ConstantStackOp(symbol=SymbolRef(name), count=experts, result_types=[type]), "w")
+        made = self.b(ConstantStackOp(symbol=SymbolRef(name), count=experts, result_types=[type]), "w")
         return made if element == F32 else self.b(tensor.CastOp(made, to=F32), "w")
 
     def fused(self) -> None:

@@ -25,7 +25,8 @@ from ir.ops.attention import CombineOp
 from ir.ops.builtin import FuncOp
 from ir.ops.kv_cache import KVAppendOp
 from ir.ops.norm import RmsNormOp
-from ir.ops.tensor import AddOp, ConstantOp, MulOp, ReshapeOp, SiluOp
+from ir.ops.tensor import AddOp, MulOp, ReshapeOp, SiluOp
+from ir.ops.tensor_constant import ConstantOp
 from passes.analysis.constants import constant_leaves, is_constant_expression
 from passes.quantize.calibrate.executor import LayerwiseForward, Product, is_streamed, weight_names
 from passes.quantize.rounding import quantize_rows

@@ -22,7 +22,8 @@ from ir.ops.attention import CombineOp, ScoresOp, SoftmaxOp
 from ir.ops.builtin import FuncOp, ReturnOp
 from ir.ops.gemm import MatmulOp
 from ir.ops.moe import GroupedGemmOp
-from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
+from ir.ops.tensor import CastOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.traits import Terminator, has_trait
 from passes.analysis.constants import constant_leaves
 from passes.quantize.forward import Forward, ProductOp

@@ -16,7 +16,8 @@ from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.formats import BF16, F32, PlainFormat
 from ir.ops.quant import QuantizeOp
-from ir.ops.tensor import CastOp, ConstantOp, ConstantStackOp
+from ir.ops.tensor import CastOp
+from ir.ops.tensor_constant import ConstantOp, ConstantStackOp
 from ir.ops.tensor_layout import LayoutOp
 from ir.parse_value import parse_format, parse_layout
 from ir.types import Layout, TensorType

@@ -18,18 +18,8 @@ from ir.interpreter import Environment
 from ir.ops.einsum import ContractOp, parse_spec
 from ir.ops.gemm import MatmulOp
 from ir.ops.norm import RmsNormOp
-from ir.ops.tensor import (
-    AddOp,
-    CastOp,
-    ConcatOp,
-    ConstantStackOp,
-    EmbedOp,
-    GatherRowsOp,
-    MulOp,
-    SiluOp,
-    SliceOp,
-    SwigluOp,
-)
+from ir.ops.tensor import AddOp, CastOp, ConcatOp, EmbedOp, GatherRowsOp, MulOp, SiluOp, SliceOp, SwigluOp
+from ir.ops.tensor_constant import ConstantStackOp
 from ir.types import SymbolicDim
 from tests.samples.base import ints, normal, t
 

@@ -127,7 +127,9 @@ class BuiltModel:
         seconds: dict[str, Any] = {
             "decode": phase_plan(bound.decode),
             "prefill": phase_plan(bound.prefill),
-            "joules_per_token": joules(problem.machine.target, bound.decode, placement.session.batch),
+            "joules_per_token": joules(
+                planned.solution.problem, planned.solution.choice, bound.decode, times.decode.seconds
+            ),
             "simulated_step": times.decode.seconds,
             "simulated_prefill": times.prefill.seconds,
             "simulated_prefill_bound": times.prefill.bound,

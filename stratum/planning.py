@@ -87,7 +87,7 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
             raise too_slow(shape.name, target.name, reached, "in closed form", given is not None)
         machine = machine_of(target)
         problem = Problem(shape, machine, formats, session)
-        placement = spread_placement(problem, spread, target, unit.name, unit.tier, machine)
+        placement = spread_placement(problem, spread, target, unit.name, unit.tier)
         return Planned(shape, target, placement, warnings=shape.warnings)
     from stratum.tier_planning import plan_tiers
 

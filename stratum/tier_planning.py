@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from frontends.model_shape import ModelShape
 from hw_targets.quantities import enough_bytes
 from hw_targets.target import Target
-from passes.place.build_plan import from_placement
+from passes.place.build_plan import from_placement, joules
 from passes.place.cache_choice import TraceRates, check_trace, judge, session_trace
 from passes.place.chunk_choice import best_chunk
 from passes.place.format_menu import Menu
@@ -136,6 +136,9 @@ def plan_tiers(
         schedules = schedule.tried
     placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
     placement = dataclasses.replace(placement, simulated_step=step, schedules=schedules)
+    if step is not None:
+        used = joules(solution.problem, solution.choice, solution.outcome.decode, step)
+        placement = dataclasses.replace(placement, joules_per_token=used)
     if request.simulate and placement.prefill_threshold is not None:
         mode = prefill_mode(solution.problem, solution.choice)
         placement = dataclasses.replace(

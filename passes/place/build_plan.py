@@ -14,12 +14,13 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+from hw_targets.energy import energy
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.kv_division import divided, is_near, kv_parts
-from passes.place.machine import Machine
+from passes.place.machine import machine_of
 from passes.place.option import CACHED, RESIDENT, SPLIT, THERE, Option, blended
 from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, PhaseOutcome, by_part
@@ -67,7 +68,7 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         tiers=tuple(TierPlan(t.name, t.room, **dict(t.used)) for t in outcome.tiers),
         expert_cache=expert_cache_of(choice),
         prefill_threshold=prefill_threshold(problem, choice),
-        joules_per_token=joules(problem.machine.target, outcome.decode, problem.session.batch),
+        joules_per_token=joules(problem, choice, outcome.decode),
         quality=quality_plan(problem, groups),
     )
 
@@ -277,9 +278,7 @@ def _divided(
     return divided(problem, near, away, old) if old > 0 else near
 
 
-def spread_placement(
-    problem: Problem, spread: Spread, target: Target, unit_name: str, tier: str, machine: Machine
-) -> Placement:
+def spread_placement(problem: Problem, spread: Spread, target: Target, unit_name: str, tier: str) -> Placement:
     """The plan of devices that keep everything in their own memory; bytes of the groups are of all devices together."""
     groups, kv = [], []
     session = problem.session
@@ -298,7 +297,7 @@ def spread_placement(
         model=problem.shape.name, target=target.name, recipe=problem.formats.name, dtype=problem.formats.float_format,
         session=plan, degrees=spread.degrees, groups=tuple(groups), kv=tuple(kv), decode=phase_plan(spread.decode),
         prefill=phase_plan(spread.prefill), tiers=tiers,
-        joules_per_token=joules(machine.target, spread.decode, spread.batch, spread.degrees.devices),
+        joules_per_token=_joules_of_devices(target, unit_name, spread),
     )  # fmt: skip
 
 
@@ -313,11 +312,26 @@ def phase_plan(phase: PhaseOutcome) -> PhasePlan:
     return PhasePlan(phase.seconds, phase.bound, tuple(Resource(name, s) for name, s in phase.busy))
 
 
-def joules(target: Target, decode: PhaseOutcome, batch: int, devices: int = 1) -> float | None:
-    """Energy of a token: units at work for the length of a step, or the whole machine where only that is stated."""
-    watts = [u.power_watts for u in target.units if u.power_watts is not None]
-    total = target.power_watts if target.power_watts is not None else sum(watts) * devices if watts else None
-    return None if total is None else total * decode.seconds / batch
+def joules(problem: Problem, choice: Choice, decode: PhaseOutcome, seconds: float | None = None) -> float | None:
+    """Energy of a token where the target states power; `seconds`: of a step, where not those of the closed form."""
+    taking_part = {
+        unit
+        for option, count in choice
+        if count and option.part.group != "embedding"
+        for unit in (option.unit, option.kv_unit, option.old_unit, option.helper)
+    }
+    node = dataclasses.replace(problem.machine.target, nodes=1)  # plans of tiers are of one node
+    step = decode.seconds if seconds is None else seconds
+    found = energy(node, step, dict(decode.busy), taking_part)
+    return None if found is None else found / problem.session.batch
+
+
+def _joules_of_devices(target: Target, unit: str, spread: Spread) -> float | None:
+    """Energy of a token where all devices of all nodes work."""
+    one = machine_of(target, tensor=1).target
+    found = energy(one, spread.decode.seconds, dict(spread.decode.busy), [unit])
+    devices = 1 if target.power_watts is not None else spread.degrees.devices
+    return None if found is None else found * devices / spread.batch
 
 
 def _mode(option: Option) -> Mode:

@@ -72,6 +72,7 @@ class BackingFile:
                 on_done=on_done,
                 what=_WHAT,
                 hint="something else cut the file short",
+                changes=True,
             )
         except BaseException:
             os.close(self._descriptor)

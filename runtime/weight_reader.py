@@ -92,7 +92,8 @@ class WeightReader:
     `memory` is the reservation's bytes, or those of any memory where `submit` says the places. `preadv` may be replaced
     (tests plant faults there). `direct` is False where reads are buffered. `prepare` is called with (offset, bytes) of
     each request before it is read, by the thread that reads: it finds pages for it. `what` the file holds and `hint`,
-    what to do when it is cut short, go to diagnostics.
+    what to do when it is cut short, go to diagnostics. `changes`: somebody writes to it meanwhile; otherwise a file
+    that is written to ends its reads, for what was read before belongs to other bytes.
     """
 
     def __init__(
@@ -109,12 +110,14 @@ class WeightReader:
         on_done: Callable[[ReadJob], None] | None = None,
         what: str = "the weights",
         hint: str = REBUILD_HINT,
+        changes: bool = False,
     ) -> None:
         self.path, self.nbytes = path, nbytes
         self._what, self._hint = what, hint
         self.preadv = preadv
         self.counters = ReadCounters()
         self._descriptor, self.direct = _direct(descriptor)
+        self._written_ns = None if changes else os.fstat(descriptor).st_mtime_ns
         self._memory: memoryview = memory.data
         self._request_bytes = max(PAGE_BYTES, request_bytes // PAGE_BYTES * PAGE_BYTES)
         self._prepare, self._on_done = prepare, on_done
@@ -249,12 +252,7 @@ class WeightReader:
                 time.sleep(_PAUSES_S[tries - 1])
                 continue
             if got <= 0:
-                raise RuntimeDiagnostic(
-                    f"{self._what} end at byte {at} instead of {self.nbytes}",
-                    where=self.path,
-                    expected="the file as it was when it was opened",
-                    hint=self._hint,
-                )
+                raise self._cut(at)
             if not self.direct:
                 os.posix_fadvise(self._descriptor, at, got, os.POSIX_FADV_DONTNEED)
             at += got
@@ -264,6 +262,25 @@ class WeightReader:
                 at -= at % PAGE_BYTES if self.direct else 0
                 if got < PAGE_BYTES and self.direct:
                     self._read_buffered()
+        found = os.fstat(self._descriptor)
+        if self._written_ns not in (None, found.st_mtime_ns):
+            raise self._cut(found.st_size) if found.st_size < self.nbytes else self._changed()
+
+    def _cut(self, size: int) -> RuntimeDiagnostic:
+        return RuntimeDiagnostic(
+            f"{self._what} end at byte {size} instead of {self.nbytes}",
+            where=self.path,
+            expected="the file as it was when it was opened",
+            hint=self._hint,
+        )
+
+    def _changed(self) -> RuntimeDiagnostic:
+        return RuntimeDiagnostic(
+            f"the file of {self._what} was written to while it was read",
+            where=self.path,
+            expected="the file as it was when it was opened",
+            hint="begin again, and write files that are in use under another name first",
+        )
 
     def _read_buffered(self) -> None:
         """From here on through the page cache."""

@@ -149,6 +149,25 @@ def test_a_file_cut_while_it_is_read(streamed: dict[str, Path], tmp_path: Path) 
                 session.step([1], [at], [0], [0])
 
 
+def test_a_file_that_is_written_to_while_it_is_read(streamed: dict[str, Path], tmp_path: Path) -> None:
+    """Its tokens would be those of no model."""
+    path = tmp_path / "other.stratum"
+    shutil.copytree(streamed["llama"], path)
+    file = path / "weights" / "weights.bin"
+    with opened(path, least_plan(path)) as session:
+        session.step([1], [0], [0], [0])
+        with file.open("r+b") as handle:
+            handle.seek(file.stat().st_size // 2)
+            handle.write(bytes(100))
+        os.utime(file, ns=(0, 0))  # clocks of file systems are coarse
+        for _ in range(2):
+            with pytest.raises(RuntimeDiagnostic, match="was written to while it was read") as caught:
+                session.step([1], [1], [0], [0])
+            assert "weights.bin" in caught.value.where
+    with opened(path, least_plan(path)) as session:
+        session.step([1], [0], [0], [0])
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_an_interrupt_while_waiting(streamed: dict[str, Path], expected: dict, name: str) -> None:
     """Ctrl-C in the middle of a step, at every read of it: the step ends, the next one is right."""

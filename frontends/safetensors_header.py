@@ -31,12 +31,15 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 # Bits of one element. All that the format names are known, so that every file can be checked; reading is another
 # matter, see `frontends.checkpoint`.
-DTYPE_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
-    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
+_NAMES_BY_BITS = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    6: "F6_E2M3 F6_E3M2",
+    4: "F4",
+}
+DTYPE_BITS = {name: bits for bits, names in _NAMES_BY_BITS.items() for name in names.split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,8 @@ def _header_text(path: Path, size: int) -> tuple[str, int]:
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:
                 expected = f"at most {size - 8}, what is left of the {size} bytes of the file"
-                raise _fault(path, f"the header claims {length} bytes at byte 0 (the file is cut short, or no"
-                             " safetensors file)", expected)  # fmt: skip
+                claim = f"the header claims {length} bytes at byte 0"
+                raise _fault(path, f"{claim} (the file is cut short, or no safetensors file)", expected)
             if length > MAX_HEADER_BYTES:
                 raise _fault(path, f"the header claims {length} bytes at byte 0", f"at most {MAX_HEADER_BYTES}")
             data = file.read(length)
@@ -193,20 +196,21 @@ def _check_coverage(path: Path, ordered: list[TensorInfo], data_start: int, size
     reached = data_start
     before = "the header"
     for tensor in ordered:
+        here = f"tensor {tensor.name!r} at byte {tensor.offset}"
         if tensor.offset < reached:
-            raise _fault(path, f"tensor {tensor.name!r} at byte {tensor.offset} overlaps {before}, which ends at byte"
-                         f" {reached}", "tensors that share no byte")  # fmt: skip
+            message = f"{here} overlaps {before}, which ends at byte {reached}"
+            raise _fault(path, message, "tensors that share no byte")
         if tensor.offset > reached:
-            raise _fault(path, f"{tensor.offset - reached} bytes between {before} and tensor {tensor.name!r} at byte"
-                         f" {tensor.offset} belong to nothing", "data without gaps")  # fmt: skip
+            message = f"{tensor.offset - reached} bytes between {before} and {here} belong to nothing"
+            raise _fault(path, message, "data without gaps")
         reached = tensor.offset + tensor.nbytes
         before = f"tensor {tensor.name!r}"
         if reached > size:
-            raise _fault(path, f"{before} needs bytes {tensor.offset} to {reached}, but the file ends at byte {size}",
-                         "the whole file; this one may be a download that was interrupted")  # fmt: skip
+            message = f"{before} needs bytes {tensor.offset} to {reached}, but the file ends at byte {size}"
+            raise _fault(path, message, "the whole file; this one may be a download that was interrupted")
     if reached < size:
-        raise _fault(path, f"{size - reached} bytes after {before}, from byte {reached}, belong to nothing",
-                     "data that ends with the last tensor")  # fmt: skip
+        message = f"{size - reached} bytes after {before}, from byte {reached}, belong to nothing"
+        raise _fault(path, message, "data that ends with the last tensor")
 
 
 def _fault(path: Path, message: str, expected: str = "") -> DiagnosticError:

@@ -74,23 +74,47 @@ def load(
     from stratum.model import Model
 
     check_missed_experts(missed_experts, device)
-    choice = device if isinstance(device, DeviceChoice) else choose_device(
-        Path(path), device, device_memory=memory_bytes(device_memory, "--device-memory"), dtype=dtype, recipe=recipe,
-        target=target, plan=plan, kv_dir=kv_dir, record_routing=routing,
-        no_mmap=None if mmap else True,
-    )  # fmt: skip
-    on_gpu = choice.device == "cuda"
-    options: dict[str, Any] = {
-        "target": target or (choice.target if on_gpu else "host"),
+    device_bytes = memory_bytes(device_memory, "--device-memory")
+    if isinstance(device, DeviceChoice):
+        choice = device
+    else:
+        choice = choose_device(
+            Path(path),
+            device,
+            device_memory=device_bytes,
+            dtype=dtype,
+            recipe=recipe,
+            target=target,
+            plan=plan,
+            kv_dir=kv_dir,
+            record_routing=routing,
+            no_mmap=None if mmap else True,
+        )
+    options: dict[str, Any] = {  # of a build
+        "target": target or (choice.target if choice.device == "cuda" else "host"),
         "dtype": dtype,
         "pipeline": pipeline,
         "recipe": recipe,
+        "progress": progress,
+        "warn": warn,
     }
-    options |= {"progress": progress, "warn": warn}
-    opened: dict[str, Any] = {"threads": threads, "max_context": max_context, "verify": verify, "routing": routing}
-    opened |= {"memory": memory_bytes(memory), "expert_policy": expert_policy, "plan": plan, "kv_dir": kv_dir}
-    opened |= {"device": choice, "device_memory": memory_bytes(device_memory, "--device-memory"), "progress": progress}
-    opened |= {"stand_ins": stand_ins, "missed_experts": missed_experts, "slots": slots, "mmap": mmap}
+    opened: dict[str, Any] = {  # of the model that is opened
+        "threads": threads,
+        "max_context": max_context,
+        "verify": verify,
+        "routing": routing,
+        "memory": memory_bytes(memory),
+        "expert_policy": expert_policy,
+        "plan": plan,
+        "kv_dir": kv_dir,
+        "device": choice,
+        "device_memory": device_bytes,
+        "progress": progress,
+        "stand_ins": stand_ins,
+        "missed_experts": missed_experts,
+        "slots": slots,
+        "mmap": mmap,
+    }
     if plan is not None and not is_artifact(path):
         from stratum.stream_placement import read_placement
 

@@ -181,6 +181,7 @@ def _integers(rows: Rows, name: str, high: int, where: str, first_line: int) -> 
 def _assemble(
     rows: Rows, model: dict[str, str], sizes: dict[int, tuple[int, int]], where: str, first_line: int
 ) -> RoutingTrace:
+    """The rows as arrays [token, layer, slot]; tokens by pass, turn and position."""
     expert_count, top_k = int(model["n_expert"]), int(model["n_expert_used"])
     turn = _integers(rows, "turn", 1 << 40, where, first_line)
     phase = _integers(rows, "phase", 1, where, first_line)
@@ -189,17 +190,9 @@ def _assemble(
     slot = _integers(rows, "slot", top_k - 1, where, first_line)
     expert = _integers(rows, "expert", expert_count - 1, where, first_line)
     layers = np.unique(layer)
-    for number in layers.tolist():
-        if sizes.get(number, (0, 0))[0] <= 0:
-            # Without a size a cache would seem to hold the layer's experts for nothing.
-            raise DiagnosticError(
-                f"layer {number} has routed experts, but no size",
-                where=where,
-                expected=f"a line '# layer={number} expert_bytes=<bytes> dense_bytes=<bytes>'",
-            )
+    _check_sizes(layers, sizes, where)
     if "batch" in rows:
-        batch = _integers(rows, "batch", 1 << 40, where, first_line)
-        passes = batch
+        passes = _integers(rows, "batch", 1 << 40, where, first_line)
     else:  # a turn's prompt is one batch, each of its decoded tokens is one
         number = np.where(phase == 0, 0, position + 1)
         passes = np.unique(np.stack([turn, number], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
@@ -212,13 +205,11 @@ def _assemble(
             expected=f"{top_k} lines for each token and layer",
         )
     cell = (token.reshape(-1) * len(layers) + np.searchsorted(layers, layer)) * top_k + slot
-    order = np.argsort(cell, kind="stable")
-    twice = np.flatnonzero(cell[order][1:] == cell[order][:-1])
-    if len(twice):
-        index = int(order[int(twice[0]) + 1])
+    again = _given_twice(cell)
+    if again is not None:
         raise DiagnosticError(
-            f"slot {slot[index]} of layer {layer[index]} at step {position[index]} is given twice",
-            where=f"{where}:{first_line + index}",
+            f"slot {slot[again]} of layer {layer[again]} at step {position[again]} is given twice",
+            where=f"{where}:{first_line + again}",
         )
     experts = np.full(cells, NO_EXPERT, np.int32)
     weights = np.full(cells, np.nan, np.float32)
@@ -240,6 +231,24 @@ def _assemble(
         batch=tokens[:, 0],
         decode=tokens[:, 3] == 1,
     )
+
+
+def _check_sizes(layers: npt.NDArray[np.int64], sizes: dict[int, tuple[int, int]], where: str) -> None:
+    """Without a size a cache would seem to hold a layer's experts for nothing."""
+    for number in layers.tolist():
+        if sizes.get(number, (0, 0))[0] <= 0:
+            raise DiagnosticError(
+                f"layer {number} has routed experts, but no size",
+                where=where,
+                expected=f"a line '# layer={number} expert_bytes=<bytes> dense_bytes=<bytes>'",
+            )
+
+
+def _given_twice(cell: npt.NDArray[np.int64]) -> int | None:
+    """The row of the lowest cell that a row before it has filled."""
+    order = np.argsort(cell, kind="stable")
+    twice = np.flatnonzero(cell[order][1:] == cell[order][:-1])
+    return int(order[int(twice[0]) + 1]) if len(twice) else None
 
 
 def write_trace(trace: RoutingTrace, path: str | Path) -> None:

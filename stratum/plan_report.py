@@ -271,9 +271,7 @@ def _cache(planned: Planned) -> list[str]:
     ]
     if judged is not None:
         rates = ", ".join(f"{policy} {rate:.1%}" for policy, rate in judged.rates)
-        lines.append(
-            f"  replayed with the fewest slots a layer: {rates}; no policy can pass {judged.belady:.1%} (Belady)"
-        )
+        lines.append(f"  replayed in these slots: {rates}; no policy can pass {judged.belady:.1%} (Belady)")
     return lines
 
 

@@ -26,7 +26,7 @@ from passes.place.machine import machine_of, main_tier
 from passes.place.outcome import evaluate
 from passes.place.parallel import together
 from passes.place.pins import MEASURE_DRIVE, parse_pin
-from passes.place.placement import Placement, TriedSchedule
+from passes.place.placement import Placement, TriedSchedule, layer_numbers
 from passes.place.prefill_mode import prefill_mode
 from passes.place.problem import Problem, Session, Slo
 from passes.place.refine import most_tokens, simulated, simulated_prompt
@@ -150,7 +150,10 @@ def plan_tiers(
     cached = [g for g in placement.groups if g.mode == "cached"]
     if placement.expert_cache is not None and cached:
         scope = "global" if here else "layer"
-        slots = max(1, min(g.slots for g in cached))
+        slots: dict[int, int] = {}
+        for group in cached:
+            at = max(1, group.slots)
+            slots[at] = slots.get(at, 0) + (len(layer_numbers(group.layers)) or 1)
         if trace is None:
             layer = next(x for x in shape.layers if x.mlp.is_moe)
             drawn = session_trace(layer.mlp.experts, layer.mlp.top_k)
@@ -158,12 +161,15 @@ def plan_tiers(
         else:
             cliffs = judge(trace, slots, str(request.trace), scope)
         warnings += cliffs.warnings
-        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here else cliffs.policy
+        rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here and trace is None else cliffs.policy
         if given is not None and given.expert_cache is not None:
             scope, policy = given.expert_cache.scope, given.expert_cache.policy
+        if trace is not None:  # of the policy that is chosen, in the slots that the plan has
+            rate = dict(cliffs.rates).get(policy, rate)
         cache = dataclasses.replace(
-            placement.expert_cache, scope=scope, policy=policy, belady=max(rate, cliffs.belady), source=cliffs.source
-        )
+            placement.expert_cache, scope=scope, policy=policy, hit_rate=rate, belady=max(rate, cliffs.belady),
+            source=cliffs.source,
+        )  # fmt: skip
         placement = dataclasses.replace(placement, expert_cache=cache)
     if any(entry.positions for entry in placement.kv):
         placement = dataclasses.replace(placement, decode_at_context=_at_context(solution))

@@ -1,7 +1,7 @@
 """Expert caches by replay: hit rates from a trace, the policy that does best on it, and the bound that none can pass.
 
     rates = TraceRates(trace)                    # a `HitRate` for `Problem.cached`
-    judged = judge(trace, slots, source="...")   # policies compared, Belady's bound, warnings at cliffs
+    judged = judge(trace, {60: 44, 36: 4}, source="...")   # policies compared, Belady's bound, warnings at cliffs
 
 Without a trace, `session_trace` draws one of a single conversation (Zipf 1.4), so that plans of any model have a bound.
 Refuses a trace of another model: other experts, or more of them for a token.
@@ -9,6 +9,7 @@ Refuses a trace of another model: other experts, or more of them for a token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from frontends.model_shape import ModelShape
@@ -68,16 +69,27 @@ def session_trace(experts: int, top_k: int) -> RoutingTrace:
     return synthetic_trace(SESSION, experts=experts, top_k=top_k, layers=_LAYERS, tokens=SESSION_TOKENS)
 
 
-def judge(trace: RoutingTrace, slots: int, source: str, scope: str = "layer") -> Judged:
-    """What every on-line policy reaches with `slots` a layer, and the best that hindsight would."""
-    of_all = slots * trace.layer_count
-    rates = {p: replay(trace, slots=of_all, policy=p, scope=scope).decode_hit_rate for p in ON_LINE}
+def judge(trace: RoutingTrace, layers: Mapping[int, int], source: str, scope: str = "layer") -> Judged:
+    """What every on-line policy reaches, and the best that hindsight would. `layers`: by the slots of a layer how many
+    layers have so many; one cache for all of them (`global`) has their sum."""
+    count = sum(layers.values())
+    if scope == "global":
+        layers = {max(1, sum(slots * n for slots, n in layers.items()) // count): count}
+
+    def rate(policy: str) -> float:
+        hits = 0.0
+        for slots, n in layers.items():
+            found = replay(trace, slots=slots * trace.layer_count, policy=policy, scope=scope)
+            hits += n * found.decode_hit_rate
+        return hits / count
+
+    rates = {policy: rate(policy) for policy in ON_LINE}
     order = tuple(sorted(rates.items(), key=lambda item: (-round(item[1], 4), item[0] != "lru", item[0])))
-    belady = replay(trace, slots=of_all, policy="belady", scope=scope).decode_hit_rate
+    belady, fewest = rate("belady"), min(layers)
     warnings = []
-    if slots < trace.top_k:
+    if fewest < trace.top_k:
         warnings.append(
-            f"{slots} slots a layer hold less than the {trace.top_k} experts of one token: the latest ones (lru)"
+            f"{fewest} slots a layer hold less than the {trace.top_k} experts of one token: the latest ones (lru)"
             " would hardly ever be found again"
         )
     return Judged(order[0][0], order, belady, source, tuple(warnings))

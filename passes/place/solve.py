@@ -162,9 +162,12 @@ def _with(problem: Problem, **changes: int) -> Problem:
 
 def able(problem: Problem) -> Problem:
     """Without units whose memory has no room for activations: they compute nothing, and it may hold what else there
-    is."""
+    is. Units that a pin asks for, or the memory of, stay: then nothing fits."""
     machine, work = problem.machine, problem.workspace_bytes()
-    units = tuple(unit for unit in machine.units if machine.room_of(unit.tier) >= work)
+    pinned = {pin.where for pin in problem.pins}
+    units = tuple(
+        unit for unit in machine.units if machine.room_of(unit.tier) >= work or pinned & {unit.name, unit.tier}
+    )
     if not units or len(units) == len(machine.units):
         return problem
     return dataclasses.replace(problem, machine=dataclasses.replace(machine, units=units))

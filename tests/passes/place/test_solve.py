@@ -159,6 +159,8 @@ def test_a_unit_without_room_for_activations_computes_nothing() -> None:
     assert {g.unit for g in found.placement.groups} == {"cores"} and found.outcome.tier("vram").total == 0
     assert found.outcome.objective == pytest.approx(solve(problem(dense(4), target(gpu=False))).outcome.objective)
     assert replay(found.problem, found.placement).outcome == found.outcome
+    with pytest.raises(NoFit, match="not with what is pinned"):
+        solve(pinned(problem(dense(4), target(vram=4096)), "mlp=gpu"))
     bounded = problem(load_shape("TinyLlama-1.1B-Chat-v1.0"), load("pim-gpt"), "w8a8")  # 128 kB beside its adders
     assert {g.tier for g in solve(bounded).placement.groups} == {"gddr6"}
 

@@ -82,7 +82,7 @@ def judged(
     outcome = _bound(problem, choice, manifest, made, trace)
     placement = dataclasses.replace(
         to_placement(problem, choice, outcome), groups=given.groups, kv=given.kv, degrees=given.degrees, gap=given.gap,
-        quality=quality_plan(problem, given.groups),
+        quality=quality_plan(problem, given.groups, given.expert_formats),
     )  # fmt: skip
     if placement.expert_cache is not None and given.expert_cache is not None:
         kept = {"slots": given.expert_cache.slots, "nbytes": given.expert_cache.nbytes}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from passes.place.outcome import CATEGORIES
 from passes.place.placement import PhasePlan, Placed, PlacedKV, Placement, layer_numbers, span
+from passes.quantize.expert_ranges import read_ranges
 from stratum.planned import Planned
 from stratum.progress import format_bytes, format_count
 
@@ -118,8 +119,30 @@ def _quality(plan: Placement) -> list[str]:
     return [
         f"formats chosen among {names}: loss {found.loss:.4g} ({found.source}; {found.formats[0] or plan.dtype} "
         f"throughout {found.asked:.4g}), {found.bits:.3g} bits a weight of products"
-        + (f"; {' and '.join(bound)}" if bound else "")
+        + (f"; {' and '.join(bound)}" if bound else ""),
+        *_expert_formats(plan),
     ]
+
+
+def _expert_formats(plan: Placement) -> list[str]:
+    """How many experts of how many layers differ from the others of their layer."""
+    layers: dict[str, list[int]] = {}
+    for entry in plan.expert_formats:
+        counts = layers.setdefault(entry.recipe or plan.dtype, [])
+        count = sum(last - first + 1 for first, last in read_ranges(entry.experts) or ())
+        counts += [count] * len(layer_numbers(entry.layers))
+    return [
+        f"experts by how often they are picked ({plan.quality.uses}): {_between(counts)} of a layer in {recipe}, "
+        f"in {_counted(len(counts), 'layer')}"
+        for recipe, counts in layers.items()
+        if plan.quality is not None
+    ]
+
+
+def _between(counts: Sequence[int]) -> str:
+    """`4 to 32`, or `8` where all are alike."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _phases(plan: Placement) -> list[str]:

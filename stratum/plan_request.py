@@ -45,6 +45,7 @@ class PlanRequest:
     sensitivity: Path | None = None
     what_if: bool = True
     simulate: bool = True
+    by_expert: bool = False  # whether the experts of a layer may have several of `formats`
     stand_ins: float | None = None  # of a built model with copies: experts of less of a token's weight
 
 

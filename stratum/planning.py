@@ -30,6 +30,7 @@ from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.solve import too_slow
 from runtime.artifact_path import is_artifact
+from stratum.plan_experts import check_experts, expert_uses
 from stratum.plan_request import PlanRequest, parse_slo, read_placement, session_of
 from stratum.planned import Planned
 
@@ -68,6 +69,7 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         formats = formats if built is not None else formats_of(given.recipe, given.dtype)
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)
+    check_experts(request, shape, target, formats, given)
     menu = _menu(request, shape, formats, given)
     spread = None
     if device_unit(target) is not None and not (request.pins or request.budgets):
@@ -132,16 +134,22 @@ def _menu(request: PlanRequest, shape: ModelShape, formats: Formats, given: Plac
     if given is not None:
         if given.quality is None:
             return None
-        return menu_of(given.quality.formats[1:], formats, shape, losses).unbounded()
+        uses, source = expert_uses(request, shape, losses) if given.quality.uses else ({}, "")
+        names = given.quality.formats[1:]
+        return menu_of(names, formats, shape, losses, uses=uses, uses_source=source).unbounded()
     if not request.formats:
-        if request.max_loss is not None or request.bits_per_weight is not None or request.sensitivity is not None:
+        bounds = (request.max_loss, request.bits_per_weight, request.sensitivity)
+        if request.by_expert or any(bound is not None for bound in bounds):
+            what = "experts of several formats" if request.by_expert else "a bound of quality"
             raise DiagnosticError(
-                "a bound of quality without formats to choose among", expected="--formats w4a8-g32,w3,w8a8 as well"
+                f"{what} without formats to choose among", expected="--formats w4a8-g32,w3,w8a8 as well"
             )
         return None
+    uses, source = expert_uses(request, shape, losses) if request.by_expert else ({}, "")
     return menu_of(
-        request.formats, formats, shape, losses, most_loss=request.max_loss, least_bits=request.bits_per_weight
-    )
+        request.formats, formats, shape, losses, most_loss=request.max_loss, least_bits=request.bits_per_weight,
+        uses=uses, uses_source=source,
+    )  # fmt: skip
 
 
 def _measured(name: str, tell: Callable[[str], None] | None) -> Target:

@@ -35,6 +35,7 @@ from passes.place.schedule_choice import best_schedule
 from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import Gain, gains
 from runtime.eviction import DEFAULT_POLICY
+from stratum.plan_experts import nothing_said
 from stratum.plan_request import PlanRequest, budgets_of
 from stratum.planned import Planned
 from stratum.process_room import budget_of_room, room_of
@@ -89,7 +90,8 @@ def plan_tiers(
         given = built.placement_for(session, target)
     here = target.name == "host"
     names = menu.names if menu is not None else ()
-    pins = tuple(parse_pin(p, shape, machine, names) for p in request.pins)
+    apart = menu is not None and bool(menu.uses)
+    pins = tuple(parse_pin(p, shape, machine, names, by_expert=apart) for p in request.pins)
     if here and not any(pin.group == "kv" for pin in pins):
         pins = (*pins, parse_pin(f"kv={main_tier(target)}", shape, machine))
     problem = Problem(
@@ -103,7 +105,7 @@ def plan_tiers(
 
         trace = check_trace(read_trace(request.trace), shape)
         rates = TraceRates(trace, DEFAULT_POLICY, "global") if here else TraceRates(trace)
-        problem = dataclasses.replace(problem, cached=rates)
+        problem = dataclasses.replace(problem, cached=rates, missing=rates.by_rank)
     elif here:  # of the policy of `run`
         problem = dataclasses.replace(problem, cached=fading_hit_rate)
     made = built.executed(given) if built is not None and given is not None else None
@@ -134,7 +136,7 @@ def plan_tiers(
         schedule = best_schedule(chunks.solution, chunks.prompt, chunks.step_seconds)
         solution, step, prompt, tried = schedule.solution, schedule.step_seconds, schedule.prompt, chunks.tried
         schedules = schedule.tried
-    placement, cliffs, warnings = solution.placement, None, list(shape.warnings)
+    placement, cliffs, warnings = solution.placement, None, [*shape.warnings, *nothing_said(request, menu, given)]
     placement = dataclasses.replace(placement, simulated_step=step, schedules=schedules)
     if step is not None:
         used = joules(solution.problem, solution.choice, solution.outcome.decode, step)

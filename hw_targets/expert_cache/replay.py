@@ -40,7 +40,8 @@ class ReplayResult:
     pinned experts included; above `capacity_bytes` only when batches were larger than their budget by themselves.
     `misses`: experts that were missing, [passes counted, layers], as a simulation of the passes needs them;
     `stand_in_misses` those that were read as stand-ins, which are not among `misses`. `stand_ins`: lookups that a
-    stand-in answered, there or read.
+    stand-in answered, there or read. `expert_misses`: how often each expert was missing while decoding, [layers,
+    experts].
     """
 
     policy: str
@@ -59,6 +60,7 @@ class ReplayResult:
     layer_hits: tuple[int, ...]
     misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
     stand_in_misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
+    expert_misses: npt.NDArray[np.int32] = field(compare=False, repr=False)
     stand_ins: int = 0
 
     @property
@@ -112,6 +114,7 @@ def replay(
     steps = trace.requests[-1].step + 1 if trace.requests else 0
     misses = np.zeros((max(0, steps - first_step), trace.layer_count), np.int32)
     low_misses, replaced = np.zeros_like(misses), 0
+    expert_misses = np.zeros((trace.layer_count, trace.expert_count), np.int32)
     largest = _largest_shares(trace) if stand_ins is not None else {}
     for number, batch in enumerate(trace.requests):
         layer = batch.layer
@@ -144,6 +147,7 @@ def replay(
             decode_lookups += lookups
             decode_hits += lookups - missing
             decode_read += nbytes
+            expert_misses[layer, [key - layer * trace.expert_count for key in found if key >= 0]] += 1
     return ReplayResult(
         policy=policy,
         scope=scope,
@@ -161,6 +165,7 @@ def replay(
         layer_hits=tuple(layer_hits),
         misses=misses,
         stand_in_misses=low_misses,
+        expert_misses=expert_misses,
         stand_ins=replaced,
     )
 

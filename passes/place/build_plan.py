@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from hw_targets.energy import energy
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+from passes.place.expert_entries import expert_entries, said_of, stored_as
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.kv_division import divided, is_near, kv_parts
@@ -32,6 +33,7 @@ from passes.place.placement import (
     Mode,
     PhasePlan,
     Placed,
+    PlacedExperts,
     PlacedKV,
     Placement,
     QualityPlan,
@@ -46,7 +48,7 @@ from passes.place.problem import Problem, Session
 
 def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees: Degrees | None = None) -> Placement:
     """The plan of a choice."""
-    groups = groups_of(problem, choice)
+    groups, experts = groups_of(problem, choice), experts_of(problem, choice)
     kv: list[PlacedKV] = []
     for found in by_part(choice).values():
         for option, layers in numbered(problem, found):
@@ -69,7 +71,8 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         expert_cache=expert_cache_of(choice),
         prefill_threshold=prefill_threshold(problem, choice),
         joules_per_token=joules(problem, choice, outcome.decode),
-        quality=quality_plan(problem, groups),
+        quality=quality_plan(problem, groups, experts),
+        expert_formats=experts,
     )
 
 
@@ -90,22 +93,31 @@ def groups_of(problem: Problem, choice: Choice) -> tuple[Placed, ...]:
     return tuple(groups)
 
 
-def quality_plan(problem: Problem, groups: tuple[Placed, ...]) -> QualityPlan | None:
+def experts_of(problem: Problem, choice: Choice) -> tuple[PlacedExperts, ...]:
+    """The formats of single experts of a choice."""
+    stored = [way for found in by_part(choice).values() for way in numbered(problem, found)]
+    return expert_entries([(option.part, layers) for option, layers in stored])
+
+
+def quality_plan(
+    problem: Problem, groups: tuple[Placed, ...], experts: tuple[PlacedExperts, ...] = ()
+) -> QualityPlan | None:
     """What the formats of a plan lose, and what bounds that; None where nothing was chosen."""
     menu = problem.menu
     if menu is None:
         return None
-    taken = []
+    taken, said = [], said_of(problem, experts)
     for ways in problem.variants():
         for entry in groups:
             layers = tuple(i for i in layer_numbers(entry.layers) if i in ways[0].layers)
             if entry.group == ways[0].group and (layers or not ways[0].layers):
-                taken.append((_stored_as(ways, entry), layers))
+                taken += stored_as(problem, ways, entry, layers, said)
     found = quality_of(taken)
     asked = uniform_quality(menu, problem.shape, menu.names[0])
     return QualityPlan(
-        menu.names, found.loss, found.bits, asked.loss, menu.losses.source, menu.most_loss, menu.least_bits
-    )
+        menu.names, found.loss, found.bits, asked.loss, menu.losses.source, menu.most_loss, menu.least_bits,
+        menu.uses_source,
+    )  # fmt: skip
 
 
 def numbered(problem: Problem, found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:
@@ -163,6 +175,7 @@ def _even(counts: list[int]) -> Iterable[int]:
 def from_placement(problem: Problem, placement: Placement) -> Choice:
     """The choice that the entries of a plan describe; DiagnosticError for what this machine or model cannot do."""
     found: list[tuple[Option, int]] = []
+    said = said_of(problem, placement.expert_formats)
     places: dict[int, tuple[PlacedKV, ...]] = {}
     for entry in placement.kv:
         for layer in layer_numbers(entry.layers):
@@ -177,10 +190,14 @@ def from_placement(problem: Problem, placement: Placement) -> Choice:
                 alike = tuple(id(entry) for entry, _ in named[layer])
                 runs.setdefault((alike, kv), []).append(layer)
         for (_, kv), layers in runs.items():
-            options = [
-                (_option(problem, _stored_as(ways, entry), entry, kv), share) for entry, share in named[layers[0]]
-            ]
-            found.append((options[0][0] if len(options) == 1 else blended(options), len(layers)))
+            numbers = layers if part.layers else []
+            entries = [(stored_as(problem, ways, e, numbers, said), e, share) for e, share in named[layers[0]]]
+            if len(entries) > 1:
+                options = [(_option(problem, stored[0][0], entry, kv), share) for stored, entry, share in entries]
+                found.append((blended(options), len(layers)))
+            else:
+                stored, entry, _ = entries[0]
+                found += [(_option(problem, way, entry, kv), len(mine) or 1) for way, mine in stored]
         missing = tuple(layer for layer in (*part.layers,) or (-1,) if layer not in named)
         if missing and (part.nbytes or part.group != "embedding"):
             raise DiagnosticError(f"the plan says nothing of {part.group} {span(missing)}".replace(" -1", ""))
@@ -206,20 +223,6 @@ def _entries(placement: Placement, part: Part) -> dict[int, list[tuple[Placed, f
         if left > 0 or not found[layer]:
             found[layer].append((entry, left))
     return {layer: mine for layer, mine in found.items() if mine}
-
-
-def _stored_as(ways: tuple[Part, ...], entry: Placed) -> Part:
-    """The way to store a part that an entry names; the first where it names none."""
-    if not entry.recipe:
-        return ways[0]
-    for part in ways:
-        if entry.recipe in part.recipes:
-            return part
-    raise DiagnosticError(
-        f"the plan stores {entry.group} {entry.layers} as {entry.recipe!r}".replace("  ", " "),
-        expected=" or ".join(repr(name) for part in ways for name in part.recipes) or "no recipe: the plan lists none",
-        hint="`quality.formats` of the plan lists what may be chosen",
-    )
 
 
 _KVPlace = tuple[str, str, int]  # tier, unit, positions (0: all)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from frontends.model_shape import ModelShape
-from hw_targets.expert_cache import ON_LINE, replay
+from hw_targets.expert_cache import ON_LINE, ReplayResult, replay
 from hw_targets.routing.trace import RoutingTrace
 from ir.diagnostics import DiagnosticError
 from passes.place.routing_model import SESSION_TOKENS
@@ -37,15 +37,25 @@ class TraceRates:
 
     def __init__(self, trace: RoutingTrace, policy: str = "lru", scope: str = "layer") -> None:
         self.trace, self.policy, self.scope = trace, policy, scope
-        self._found: dict[int, float] = {}
+        self._found: dict[int, ReplayResult] = {}
+        self._by_rank: dict[tuple[tuple[int, ...], tuple[tuple[int, ...], ...], int], tuple[float, ...]] = {}
 
     def __call__(self, experts: int, top_k: int, slots: int, batch: int) -> float:
-        if slots >= experts:
-            return 1.0
+        return 1.0 if slots >= experts else self._replayed(slots).decode_hit_rate
+
+    def by_rank(self, layers: tuple[int, ...], orders: tuple[tuple[int, ...], ...], slots: int) -> tuple[float, ...]:
+        """Misses of decode steps by rank: `orders` has the experts of each of the layers by rank."""
+        key = layers, orders, slots
+        if key not in self._by_rank:
+            misses = self._replayed(slots).expert_misses
+            rows = [(misses[self.trace.layers.index(n)], order) for n, order in zip(layers, orders, strict=True)]
+            self._by_rank[key] = tuple(float(sum(row[order[r]] for row, order in rows)) for r in range(len(orders[0])))
+        return self._by_rank[key]
+
+    def _replayed(self, slots: int) -> ReplayResult:
         if slots not in self._found:
             of_all = slots * self.trace.layer_count
-            found = replay(self.trace, slots=of_all, policy=self.policy, scope=self.scope)
-            self._found[slots] = found.decode_hit_rate
+            self._found[slots] = replay(self.trace, slots=of_all, policy=self.policy, scope=self.scope)
         return self._found[slots]
 
 

@@ -44,19 +44,24 @@ def expert_ways(problem: Problem, part: Part) -> Iterator[Option]:
     """All options of this file, with several numbers of slots."""
     machine, session = problem.machine, problem.session
     grid = slot_grid(part.experts, part.top_k)
-    for unit in machine.units:
+    for unit in kernels_for(part, machine.units):
         for home in (*machine.tiers, *machine.stores):
             if home == unit.tier or machine.way(home, unit.tier) is None:
                 continue
             for slots in grid:
                 yield _cached(problem, part, unit, home, slots)
-            for helper in machine.units_of(home):
+            for helper in machine.units_of(home) if part.mix is None else ():
                 for slots in grid if _helps(problem, unit, helper) else ():
                     yield _hybrid(problem, part, unit, helper, slots, SOONER)
                     yield _hybrid(problem, part, unit, helper, slots, THERE)
                 for slots in grid:
                     if slots * part.expert_bytes <= machine.room_of(unit.tier) and session.batch < 64:
                         yield _split(problem, part, unit, helper, slots)
+
+
+def kernels_for(part: Part, units: Sequence[ComputeUnit]) -> list[ComputeUnit]:
+    """The units that a part can be built for: experts of several formats in a layer have kernels for CPUs only."""
+    return [unit for unit in units if part.mix is None or unit.kind == "cpu"]
 
 
 def slot_grid(experts: int, top_k: int) -> tuple[int, ...]:
@@ -85,6 +90,8 @@ def option_with(
     if home not in dict(problem.machine.room) or problem.machine.way(home, units[unit].tier) is None:
         return None
     helpers = problem.machine.units_of(home)
+    if part.mix is not None and (helper or mode == SPLIT or not kernels_for(part, [units[unit]])):
+        return None
     if mode == CACHED and helper:
         found = next((h for h in helpers if h.name == helper and _helps(problem, units[unit], h)), None)
         return None if found is None else _hybrid(problem, part, units[unit], found, slots, missed or SOONER)
@@ -98,11 +105,11 @@ def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: i
     session = problem.session
     option = Option(part, unit.name, home, CACHED, slots=slots, prefill_unit=unit.name)
     keep_weights(option, unit, part.nbytes, problem)
-    option.holds = (*option.holds, (unit.tier, "cache", slots * part.expert_bytes))
+    option.holds = (*option.holds, (unit.tier, "cache", part.slot_bytes(slots)))
     option.hit = problem.cached(part.experts, part.top_k, slots, session.batch)
     needed = min(distinct_experts(part.experts, part.top_k, session.batch), part.top_k * session.batch)
-    missed = needed * (1.0 - option.hit) * part.expert_bytes
-    compute_part(problem, option.decode, unit, part, needed * part.expert_bytes, session.batch, 1)
+    missed = needed * (1.0 - option.hit) * problem.missed_bytes(part, slots, option.hit)
+    compute_part(problem, option.decode, unit, part, needed * part.asked_bytes(session.batch), session.batch, 1)
     moves = PhaseCost()
     move_part(problem, moves, home, unit.tier, missed, part)
     slowest = max(moves.streams, key=lambda name: moves.streams[name], default="")
@@ -112,8 +119,8 @@ def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: i
     option.decode.wait(unit.name, slowest, waiting)
     rows = session.prompt_rows / session.passes
     touched = min(distinct_experts(part.experts, part.top_k, rows), part.top_k * rows)
-    compute_part(problem, option.prefill, unit, part, touched * part.expert_bytes, rows, session.passes)
-    lacking = touched * max(0.0, 1.0 - slots / part.experts) * part.expert_bytes
+    compute_part(problem, option.prefill, unit, part, touched * part.asked_bytes(rows), rows, session.passes)
+    lacking = touched * max(0.0, 1.0 - slots / part.experts) * part.rest_bytes(slots)
     move_part(problem, option.prefill, home, unit.tier, lacking * session.passes, part)
     return option
 

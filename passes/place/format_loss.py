@@ -1,12 +1,15 @@
 """What a model loses when a part of a layer is stored in a format: measured, or estimated from bits.
 
     ESTIMATED.of_part(shape, part, formats)                     # (loss of each layer of the part, ...)
+    ESTIMATED.of_experts(shape, part, formats, uses)            # ((loss of each expert, ...) of each layer, ...)
     measured = MeasuredLosses.read(Path("sensitivity.jsonl"))   # what `build --bits-per-weight` measured
 
 The estimate knows no weights: a format of b bits (scales included) is taken to err like the best code of b bits for a
 Gaussian source, 4^-b of the square of the values, and the error of a product costs what it does on average in this part
 of a model (`passes.quantize.loss_prior`). Only ratios of estimates mean something. Measured losses are nats per
-token. Losses add up over parts and layers. Refuses tables that lack a layer or a format that is asked for.
+token. Losses add up over parts and layers. What experts lose together is divided among them by how often each is picked
+and, where that was measured, by the error of one of its rows (`passes.quantize.expert_uses`). Refuses tables that lack
+a layer or a format that is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from ir.diagnostics import DiagnosticError
 from ir.formats import PlainFormat
 from passes.place.formats import Formats
 from passes.place.parts import Part, tensors_of
+from passes.quantize.expert_uses import divided_losses, use_shares
 from passes.quantize.loss_prior import PRIOR
 
 MAX_BYTES = 64 << 20  # of a file of measured losses
@@ -45,15 +50,35 @@ class Losses:
         loss = sum(PRIOR[role] * sum(e for e, _ in found) / sum(n for _, n in found) for role, found in seen.items())
         return (loss,) * part.count
 
+    def of_experts(
+        self, shape: ModelShape, part: Part, formats: Formats, uses: Mapping[int, Sequence[float]]
+    ) -> tuple[tuple[float, ...], ...]:
+        """The loss of each expert of each layer of the part; `uses` has how often each is picked, by layer."""
+        losses = self.of_part(shape, part, formats)
+        return tuple(
+            tuple(loss * share for share in use_shares(uses.get(layer, (0.0,) * part.experts)))
+            for layer, loss in zip(part.layers, losses, strict=True)
+        )
+
 
 ESTIMATED = Losses()
 
 
 @dataclass(frozen=True)
-class MeasuredLosses(Losses):
-    """Losses by (group of a part, layer, whether it is the last product of the part), then by format of weights."""
+class Entry:
+    """What one product loses in a format, as it was measured; of stacked experts also the squared error of a row of
+    each and how many rows it had."""
 
-    table: dict[tuple[str, int, bool], dict[str, float]] = field(default_factory=dict, hash=False)
+    loss: float
+    experts: tuple[float, ...] = ()
+    uses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasuredLosses(Losses):
+    """Entries by (group of a part, layer, whether it is the last product of the part), then by format of weights."""
+
+    table: dict[tuple[str, int, bool], dict[str, Entry]] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def read(path: Path) -> MeasuredLosses:
@@ -65,12 +90,12 @@ class MeasuredLosses(Losses):
             raise DiagnosticError(f"the sensitivities cannot be read: {error.strerror}", where=str(path)) from None
         if len(data) > MAX_BYTES:
             raise DiagnosticError("the sensitivities are too large", where=str(path), expected="64 MiB or less")
-        table: dict[tuple[str, int, bool], dict[str, float]] = {}
+        table: dict[tuple[str, int, bool], dict[str, Entry]] = {}
         for line in data.decode(errors="replace").splitlines():
-            entry = _entry(line)
-            if entry is not None:
-                name, candidate, loss = entry
-                table.setdefault(_place(name), {})[candidate] = loss
+            found = _entry(line)
+            if found is not None:
+                name, candidate, entry = found
+                table.setdefault(_place(name), {})[candidate] = entry
         if not table:
             raise DiagnosticError(
                 "the file has no measured losses",
@@ -80,15 +105,43 @@ class MeasuredLosses(Losses):
         return MeasuredLosses(f"measured, {path.name}", table)
 
     def of_part(self, shape: ModelShape, part: Part, formats: Formats) -> tuple[float, ...]:
-        return tuple(self._of_layer(shape, part, formats, layer) for layer in part.layers or (-1,))
+        return tuple(
+            sum((entry.loss for entry in self._of_layer(shape, part, formats, layer)), 0.0)
+            for layer in part.layers or (-1,)
+        )
 
-    def _of_layer(self, shape: ModelShape, part: Part, formats: Formats, layer: int) -> float:
+    def of_experts(
+        self, shape: ModelShape, part: Part, formats: Formats, uses: Mapping[int, Sequence[float]]
+    ) -> tuple[tuple[float, ...], ...]:
+        found = []
+        for layer in part.layers:
+            lost = [0.0] * part.experts
+            for entry in self._of_layer(shape, part, formats, layer):
+                if len(entry.experts) == part.experts:
+                    each = divided_losses(entry.loss, entry.experts, entry.uses, uses.get(layer))
+                else:
+                    each = [entry.loss * share for share in use_shares(uses.get(layer, lost))]
+                lost = [a + b for a, b in zip(lost, each, strict=True)]
+            found.append(tuple(lost))
+        return tuple(found)
+
+    def uses(self) -> dict[int, tuple[float, ...]]:
+        """How often the text of the calibration asked for each expert, by layer, where that was counted."""
+        found: dict[int, tuple[float, ...]] = {}
+        for (group, layer, _), entries in self.table.items():
+            counted = next((e.uses for e in entries.values() if e.uses), ())
+            if group == "experts" and counted:
+                found.setdefault(layer, counted)
+        return found
+
+    def _of_layer(self, shape: ModelShape, part: Part, formats: Formats, layer: int) -> list[Entry]:
+        """What was measured of each product of a layer."""
         wanted: dict[bool, TensorShape] = {}
         for tensor in _products(shape, part):  # the largest tensor of a joint product stands for it
             last = joint_role(tensor.role).endswith((".o", ".down"))
             if last not in wanted or tensor.elements > wanted[last].elements:
                 wanted[last] = tensor
-        loss = 0.0
+        entries = []
         for last, tensor in wanted.items():
             format = formats.weight(tensor)
             known = self.table.get((part.group, layer, last), {})
@@ -100,8 +153,9 @@ class MeasuredLosses(Losses):
                     expected="a file of sensitivities of this model and of the listed formats",
                     hint="'compile-model build MODEL --bits-per-weight N --recipe FORMATS' measures them",
                 )
-            loss += min(found, default=0.0)
-        return loss
+            if found:
+                entries.append(min(found, key=lambda entry: entry.loss))
+        return entries
 
 
 def joint_role(role: str) -> str:
@@ -134,11 +188,14 @@ def _place(name: str) -> tuple[str, int, bool]:
     return ("attention" if "attn" in rest or "attention" in rest else "mlp"), layer, last
 
 
-def _entry(line: str) -> tuple[str, str, float] | None:
+def _entry(line: str) -> tuple[str, str, Entry] | None:
+    """(group, candidate, what was measured) of a line; None for lines of other kinds."""
     try:
         found: Any = json.loads(line)
         name, candidate, loss = found["group"], found["candidate"], float(found["loss"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+        experts, uses = (tuple(float(n) for n in found.get(key, ())) for key in ("experts", "uses"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    valid = isinstance(name, str) and isinstance(candidate, str) and math.isfinite(loss) and loss >= 0
-    return (name, candidate, loss) if valid else None
+    valid = isinstance(name, str) and isinstance(candidate, str) and len(experts) == len(uses)
+    valid = valid and all(math.isfinite(n) and n >= 0 for n in (loss, *experts, *uses))
+    return (name, candidate, Entry(loss, experts, uses)) if valid else None

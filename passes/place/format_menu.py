@@ -5,7 +5,8 @@
     for ways in menu.variants(shape): ...                                      # of each part one `Part` a format
 
 Each listed recipe is one way for attention, MLP, experts and head of any layer; embeddings, routers and the KV cache
-are as the recipe asked for has them. All experts of a layer are multiplied in one product, so they share a format.
+are as the recipe asked for has them. The experts of a layer share a format, unless `uses` says how often each is picked
+(by layer): then they may have two (`passes.place.expert_splits`).
 What a format loses is measured (`passes.place.format_loss`) or estimated. Refuses formats that are no recipes, recipes
 that choose by the names of tensors, and budgets that no listed format keeps.
 """
@@ -14,44 +15,48 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from frontends.model_shape import ModelShape
 from ir.diagnostics import DiagnosticError
+from passes.place.expert_splits import ExpertTable
 from passes.place.format_loss import ESTIMATED, Losses
 from passes.place.formats import Formats, formats_of
 from passes.place.parts import Part, parts_of
 
 FIXED = ("embedding",)  # groups that keep the format asked for
 MOST_FORMATS = 8
+Cuts = tuple[tuple[int, int], ...]
+Shares = tuple[tuple[str, float], ...]  # of a layer's experts in a recipe
 
 
 @dataclass(frozen=True)
 class Menu:
     """`choices` are the formats, the one asked for first. `most_loss` and `least_bits` (of the weights of products, on
-    average) bound what is chosen; None: no bound."""
+    average) bound what is chosen; None: no bound. `uses`: ((layer, (how often each expert is picked, ...)), ...), known
+    from `uses_source`; where it is empty the experts of a layer share a format."""
 
     choices: tuple[Formats, ...]
     losses: Losses = ESTIMATED
     most_loss: float | None = None
     least_bits: float | None = None
+    uses: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    uses_source: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(f.name for f in self.choices)
 
-    def variants(self, shape: ModelShape, cuts: tuple[tuple[int, int], ...] = ()) -> tuple[tuple[Part, ...], ...]:
-        """Of each part of the model one for every format that differs; `Part.recipes` are those that agree."""
-        by_recipe = [self._parts(shape, formats, cuts) for formats in self.choices]
-        return tuple(_different(ways) for ways in zip(*by_recipe, strict=True))
+    def variants(self, shape: ModelShape, cuts: Cuts = (), shares: Shares = ()) -> tuple[tuple[Part, ...], ...]:
+        """Of each part of the model one for every format that differs; `Part.recipes` are those that agree. Then those
+        in two formats, with each of `shares` (that are pinned) besides the usual ones."""
+        return _variants(self.choices, self.losses, self.uses, shape, cuts, shares)
 
-    def _parts(self, shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
-        found = []
-        for part in parts_of(shape, formats, cuts):
-            losses = self.losses.of_part(shape, part, formats) if part.group not in FIXED else ()
-            found.append(dataclasses.replace(part, recipes=(formats.name,), losses=losses))
-        return tuple(found)
+    def table(self, shape: ModelShape, ways: Sequence[Part]) -> ExpertTable:
+        """The experts of the layers of a part rank by rank; `ways` are its variants."""
+        return _table(shape, tuple(p for p in ways if p.mix is None), self.choices, self.losses, self.uses)
 
     def allowed(self, shape: ModelShape) -> tuple[str, ...]:
         """The listed formats that keep the bounds throughout."""
@@ -106,8 +111,11 @@ def menu_of(
     *,
     most_loss: float | None = None,
     least_bits: float | None = None,
+    uses: Mapping[int, Sequence[float]] | None = None,
+    uses_source: str = "",
 ) -> Menu:
-    """The menu of listed recipes. Without a bound a plan loses no more than the format asked for throughout."""
+    """The menu of listed recipes. Without a bound a plan loses no more than the format asked for throughout. `uses`: by
+    layer how often each expert is picked, from `uses_source`; None: experts of a layer share a format."""
     _check(asked)
     found = [asked]
     for name in dict.fromkeys(n.strip() for n in names):
@@ -117,7 +125,8 @@ def menu_of(
             found.append(dataclasses.replace(listed, recipe=dataclasses.replace(listed.recipe, kv=asked.recipe.kv)))
     if len(found) > MOST_FORMATS:
         raise DiagnosticError(f"{len(found)} formats to choose among", expected=f"at most {MOST_FORMATS}")
-    menu = Menu(tuple(found), losses)
+    by_layer = tuple((layer, tuple(counts)) for layer, counts in sorted((uses or {}).items()))
+    menu = Menu(tuple(found), losses, uses=by_layer, uses_source=uses_source if by_layer else "")
     reached = {name: uniform_quality(menu, shape, name) for name in menu.names}
     if most_loss is None and least_bits is None:
         most_loss = reached[asked.name].loss
@@ -168,3 +177,43 @@ def _different(ways: tuple[Part, ...]) -> tuple[Part, ...]:
 
 def _stored(part: Part) -> tuple[object, ...]:
     return part.nbytes, part.format, part.element, part.weight_bytes, part.losses
+
+
+Uses = tuple[tuple[int, tuple[float, ...]], ...]
+
+
+@lru_cache(maxsize=32)
+def _variants(
+    choices: tuple[Formats, ...], losses: Losses, uses: Uses, shape: ModelShape, cuts: Cuts, shares: Shares
+) -> tuple[tuple[Part, ...], ...]:
+    by_recipe = [_parts(shape, formats, cuts, losses) for formats in choices]
+    found = []
+    for ways in (_different(ways) for ways in zip(*by_recipe, strict=True)):
+        if not uses or not ways[0].experts:
+            found.append(ways)
+            continue
+        table = _table(shape, ways, choices, losses, uses)
+        whole = tuple(dataclasses.replace(p, losses=x) for p, x in zip(ways, table.losses, strict=True))
+        pinned = [
+            table.split(name, other.recipe, round(share * other.experts))
+            for name, share in shares
+            for other in ways
+            if name not in other.recipes and 0 < round(share * other.experts) < other.experts
+        ]
+        found.append((*whole, *table.splits(), *pinned))
+    return tuple(found)
+
+
+def _parts(shape: ModelShape, formats: Formats, cuts: Cuts, losses: Losses) -> tuple[Part, ...]:
+    found = []
+    for part in parts_of(shape, formats, cuts):
+        lost = losses.of_part(shape, part, formats) if part.group not in FIXED else ()
+        found.append(dataclasses.replace(part, recipes=(formats.name,), losses=lost))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def _table(
+    shape: ModelShape, plain: tuple[Part, ...], choices: tuple[Formats, ...], losses: Losses, uses: Uses
+) -> ExpertTable:
+    return ExpertTable.of(shape, plain, choices, losses, dict(uses))

@@ -15,6 +15,7 @@ import dataclasses
 from frontends.model_shape import ModelShape
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
+from passes.place.expert_entries import said_of, stored_as
 from passes.place.parallel import degrees_of, device_unit
 from passes.place.parts import GROUPS
 from passes.place.placement import Placed, PlacedKV, Placement, layer_numbers
@@ -99,14 +100,14 @@ def restated(problem: Problem, placement: Placement) -> tuple[tuple[Placed, ...]
     if any(entry.pieces for entry in placement.groups):
         return placement.groups, placement.kv
     groups: list[Placed] = []
-    variants = problem.variants()
+    variants, said = problem.variants(), said_of(problem, placement.expert_formats)
     for entry in placement.groups:
         layers, nbytes, formats = set(layer_numbers(entry.layers)), 0, ""
         for ways in variants:
-            part = next((w for w in ways if entry.recipe and entry.recipe in w.recipes), ways[0])
-            count = len(layers & set(part.layers)) if part.layers else 1
-            if part.group == entry.group and count:
-                nbytes, formats = nbytes + part.nbytes * count, formats or part.format
+            mine = tuple(layer for layer in ways[0].layers if layer in layers)
+            if ways[0].group == entry.group and (mine or not ways[0].layers):
+                for part, numbers in stored_as(problem, ways, entry, mine, said):
+                    nbytes, formats = nbytes + part.nbytes * (len(numbers) or 1), formats or part.format
         groups.append(dataclasses.replace(entry, nbytes=nbytes, format=formats))
     kv: list[PlacedKV] = []
     session, per_token = problem.session, {}

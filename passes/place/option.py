@@ -94,7 +94,7 @@ def keep_weights(option: Option, unit: ComputeUnit, nbytes: int, problem: Proble
         for u in dict.fromkeys((unit.name, option.prefill_unit))
         for _, goal in problem.machine.way(option.home, problem.machine.unit(u).tier) or ()
     )
-    piece = nbytes if not part.experts else min(nbytes, part.expert_bytes * max(1, part.top_k))
+    piece = nbytes if not part.experts else min(nbytes, part.slot_bytes(max(1, part.top_k)))
     option.buffer = tuple((goal, piece) for goal in goals)
 
 

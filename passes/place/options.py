@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from hw_targets.cost_model import Work, price, transfer_time
 from hw_targets.target import ComputeUnit
-from passes.place.expert_options import expert_ways
+from passes.place.expert_options import expert_ways, kernels_for
 from passes.place.kv_division import KVPart, attended_pairs, kv_parts, with_share
 from passes.place.machine import Machine
 from passes.place.option import RESIDENT, STREAMED, Option, PhaseCost, compute_part, cross, keep_weights, move_part
@@ -38,8 +38,18 @@ def options_of(problem: Problem, part: Part) -> list[Option]:
     for pin in pins:
         if pin.share is not None and part.group == "attention":
             found = with_share(problem, found, pin.where, pin.share)
+        elif pin.share is not None and part.group == "experts":
+            found = found if _has_share(part, pin.where, pin.share) else []
     plain = [pin for pin in pins if pin.share is None]
     return [option for option in found if all(_allowed(pin.group, pin.where, option, machine) for pin in plain)]
+
+
+def _has_share(part: Part, recipe: str, share: float) -> bool:
+    """Whether that share of a layer's experts has the recipe, those that lose most of it."""
+    count = round(share * part.experts)
+    if part.mix is None:
+        return count == (part.experts if recipe in part.recipes else 0)
+    return part.mix.recipes[0] == recipe and part.mix.counts[0] == count
 
 
 def _allowed(group: str, where: str, option: Option, machine: Machine) -> bool:
@@ -79,7 +89,9 @@ def _homes(problem: Problem) -> Iterator[tuple[ComputeUnit, str, str]]:
 
 def _dense(problem: Problem, part: Part) -> Iterator[Option]:
     for unit, home, mode in _homes(problem):
-        for at_prefill in _prefill_units(problem, unit, mode):
+        if not kernels_for(part, [unit]):
+            continue
+        for at_prefill in kernels_for(part, _prefill_units(problem, unit, mode)):
             option = Option(part, unit.name, home, mode, prefill_unit=at_prefill.name)
             keep_weights(option, unit, part.nbytes, problem)
             _whole_part(problem, option, option.decode, unit, _tokens(problem))
@@ -156,7 +168,7 @@ def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: Compute
     touched = part.nbytes
     if part.experts:
         each = distinct_experts(part.experts, part.top_k, rows / reads)
-        touched = math.ceil(part.expert_bytes * min(each, part.top_k * rows))
+        touched = math.ceil(part.asked_bytes(rows / reads) * min(each, part.top_k * rows))
     compute_part(problem, cost, unit, part, touched * reads, rows, passes)
     moved = touched if part.experts and tokens is not None else part.nbytes
     move_part(problem, cost, option.home, unit.tier, moved * passes, part)

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frontends.model_shape import LayerShape, ModelShape, TensorShape
+from passes.place.expert_mix import ExpertMix
 from passes.place.formats import Formats
 from passes.place.placement import span
 
 GROUPS = ("embedding", "attention", "mlp", "experts", "head")
 # Kernels that a token passes in each, after fusion: what dispatch is paid for.
 _LAUNCHES = {"embedding": 1, "attention": 4, "mlp": 2, "experts": 3, "head": 2}
+_OF_EACH_FORMAT = 2  # of experts: gate and up, and down
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Part:
     Bytes and FLOP are of one layer. Of `experts`, `nbytes` is of all experts of the layer and `flops_per_token` of
     those that one token uses. Of the bytes `weight_bytes` are those of the `weights` of products. Where a plan chooses
     among formats (`passes.place.format_menu`), a part is one way to store it: that of `recipes`, of which each of the
-    layers loses `losses`.
+    layers loses `losses`. With a `mix` the experts of a layer have several formats.
     """
 
     group: str
@@ -43,6 +45,7 @@ class Part:
     tied: bool = False  # a head whose bytes are those of the embedding table
     recipes: tuple[str, ...] = ()
     losses: tuple[float, ...] = ()
+    mix: ExpertMix | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -51,7 +54,9 @@ class Part:
 
     @property
     def recipe(self) -> str:
-        """The first of `recipes`; "" where nothing is chosen."""
+        """The first of `recipes`, of a mix that of the experts that are not named; "" where nothing is chosen."""
+        if self.mix is not None:
+            return self.mix.recipes[-1]
         return self.recipes[0] if self.recipes else ""
 
     @property
@@ -69,7 +74,8 @@ class Part:
 
     @property
     def launches(self) -> int:
-        return _LAUNCHES[self.group]
+        more = len(self.mix.recipes) - 1 if self.mix is not None else 0
+        return _LAUNCHES[self.group] + _OF_EACH_FORMAT * more
 
     @property
     def experts(self) -> int:
@@ -81,8 +87,22 @@ class Part:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert: its matrices lie beside each other."""
+        """Bytes of one expert, on average: its matrices lie beside each other."""
         return self.nbytes // self.experts if self.experts else 0
+
+    def asked_bytes(self, tokens: float) -> float:
+        """Bytes of an expert, on average over those that a pass over so many tokens asks for."""
+        return self.mix.asked(tokens) if self.mix is not None else self.expert_bytes
+
+    def slot_bytes(self, slots: int) -> int:
+        """Bytes of a cache that has room for any `slots` experts of the layer."""
+        return self.mix.largest(slots) if self.mix is not None else slots * self.expert_bytes
+
+    def rest_bytes(self, slots: int) -> float:
+        """Bytes of an expert, on average over those that such a cache has no room for."""
+        if self.mix is None or slots >= self.experts:
+            return self.expert_bytes
+        return (self.nbytes - self.mix.largest(slots)) / (self.experts - slots)
 
 
 def parts_of(shape: ModelShape, formats: Formats, cuts: tuple[tuple[int, int], ...] = ()) -> tuple[Part, ...]:

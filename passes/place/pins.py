@@ -6,8 +6,9 @@ Left of `=`: `weights` (every group), a group (`embedding`, `attention`, `mlp`, 
 `layers.A-B.` in front. Right of it: a tier or storage (where it lies), a unit (who computes it), a mode (`resident`,
 `streamed`, `cached`, `split`), or a recipe where a plan chooses among `formats`. `disk` is the first storage, `gpu` and
 `cpu` the first unit of that kind. `kv=near` leaves open where keys and values lie, but a unit beside them attends;
-`kv=dram:0.5` is a place with the share of each layer's that lies there, the rest being elsewhere. All else is refused
-with what would work.
+`kv=dram:0.5` is a place with the share of each layer's that lies there, the rest being elsewhere. Where experts of a
+layer may differ, `experts=w8a8:0.25` gives a quarter of each layer's that recipe, those that would lose most in fewer
+bits. All else is refused with what would work.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ MODES = (RESIDENT, STREAMED, CACHED, SPLIT)
 _PIN = re.compile(r"(?:layers\.(\d{1,6})(?:-(\d{1,6}))?\.)?([a-z_]+)=([A-Za-z0-9._,-]+)(?::([0-9.]{1,8})(%?))?")
 
 
-def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[str] = ()) -> Pin:
-    """The pin that a text means on this machine."""
+def parse_pin(
+    text: str, shape: ModelShape, machine: Machine, formats: Sequence[str] = (), *, by_expert: bool = False
+) -> Pin:
+    """The pin that a text means on this machine. `by_expert`: whether experts of a layer may have several formats."""
     match = _PIN.fullmatch(text.strip())
     if match is None:
         raise DiagnosticError(
@@ -51,8 +54,10 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
         if group in ("embedding", "head"):
             raise DiagnosticError(f"pin {text!r}: {group} belongs to no layer")
     known = places(machine) | {name: name for name in formats if name} | ({NEAR: NEAR} if group == "kv" else {})
-    share = _share(text, group, amount, bool(percent)) if amount is not None else None
-    if share is not None:  # of a memory or a drive
+    share = _share(text, group, amount, bool(percent), by_expert) if amount is not None else None
+    if share is not None and group == "experts":
+        known = {name: name for name in formats if name}
+    elif share is not None:  # of a memory or a drive
         known = {name: place for name, place in known.items() if place in dict(machine.room)}
     if where not in known:
         raise DiagnosticError(
@@ -63,14 +68,17 @@ def parse_pin(text: str, shape: ModelShape, machine: Machine, formats: Sequence[
     return Pin(text.strip(), group, known[where], layers, share if share is not None and share < 1 else None)
 
 
-def _share(text: str, group: str, amount: str, percent: bool) -> float:
-    """The part of the keys and values of every layer that a pin speaks of, above 0 and at most 1."""
+def _share(text: str, group: str, amount: str, percent: bool, by_expert: bool) -> float:
+    """The part of the keys and values, or of the experts, of a layer that a pin speaks of, above 0 and at most 1."""
     try:
         share = float(amount) / (100 if percent else 1)
     except ValueError:
         share = 0.0
-    if group != "kv" or not 0 < share <= 1:
-        what = "only keys and values are divided" if group != "kv" else f"{amount!r} is no share"
+    divided = group in (("kv", "experts") if by_expert else ("kv",))
+    if not divided or not 0 < share <= 1:
+        what = f"{amount!r} is no share" if divided else "only keys and values are divided"
+        if group == "experts" and not divided:
+            what += ": without --by-expert the experts of a layer share a format"
         raise DiagnosticError(f"pin {text!r}: {what}", expected="such as kv=dram:0.5 or kv=dram:50%")
     return share
 

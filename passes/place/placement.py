@@ -3,8 +3,9 @@
     text = placement.to_json()               # schema "stratum.plan/1", stable: keys in order, exact numbers
     Placement.from_json(text, "plan.json")   # equal to `placement`; faults name the field
 
-What a user may edit are the entries (`groups`, `kv`) and the session; the rest is computed from them anew when the file
-is given back (`passes.place.replay`). Refuses other schemas, unknown and missing fields, and wrong types.
+What a user may edit are the entries (`groups`, `kv`, `expert_formats`) and the session; the rest is computed from them
+anew when the file is given back (`passes.place.replay`). Refuses other schemas, unknown and missing fields, and wrong
+types.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Placed:
     `group`: embedding, attention, mlp, experts or head; `layers`: `0-3,8`, "" for embedding and head. `slots` is the
     cache of one layer (cached) or its experts on `unit` (split, where `rest_unit` computes the others). Of what a cache
     lacks `rest_unit` computes all (`missed` is `there`), or what it has done before it could be brought (`sooner`).
-    `recipe` is the one of `quality.formats` that `format` comes from, "" for that of the plan. `pieces` of a built
+    `recipe` is the one of `quality.formats` that `format` comes from, "" for that of the plan; of experts that of all
+    that no entry of `expert_formats` names. `pieces` of a built
     model: of each layer these pieces of its weights file only, by commas (`mlp.down_proj`); "" is all that no other
     entry names.
     """
@@ -65,6 +67,15 @@ class PlacedKV:
     format: str
     nbytes: int
     positions: Amount = 0
+
+
+@dataclass(frozen=True)
+class PlacedExperts:
+    """Experts (`0-3,8`) of some layers whose recipe is not that of their group's entry."""
+
+    layers: str
+    experts: str
+    recipe: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,8 @@ class TierPlan:
 @dataclass(frozen=True)
 class QualityPlan:
     """The recipes that formats were chosen among, what the choice loses (beside the first recipe throughout: `asked`)
-    and the average bits of a weight; `source` says how losses are known, the last two bounded the choice."""
+    and the average bits of a weight; `source` says how losses are known, the bounds what bounded the choice, `uses` how
+    it is known which experts are picked how often ("": experts of a layer share a format)."""
 
     formats: tuple[str, ...]
     loss: float
@@ -158,6 +170,7 @@ class QualityPlan:
     source: str
     most_loss: float | None = None
     least_bits: float | None = None
+    uses: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,6 +224,7 @@ class Placement:
     prefill_threshold_bound: int | None = None  # in closed form; `prefill_threshold` is simulated where it can be
     stand_ins: StandInPlan | None = None
     schedules: tuple[TriedSchedule, ...] = ()  # that were simulated, of which the session has the fastest
+    expert_formats: tuple[PlacedExperts, ...] = ()
     schema: str = SCHEMA
 
     @property
@@ -277,6 +291,7 @@ _PARTS: dict[str, type] = {
     "quality": QualityPlan,
     "stand_ins": StandInPlan,
     "schedules": TriedSchedule,
+    "expert_formats": PlacedExperts,
 }
 
 

@@ -4,17 +4,20 @@
     Path("plan.toml").write_text(recipe.to_toml())
 
 For each recipe that the plan uses and each group of layers that uses it, its rules for that group become rules for the
-tensors of these layers by name. What the recipe asked for says of embeddings, routers and the KV cache is kept. Layers
-are told apart by the number behind `layers.`, `h.` or `blocks.` in the names of tensors.
+tensors of these layers by name; those of single experts follow, with their numbers. What the recipe asked for says of
+embeddings, routers and the KV cache is kept. Layers are told apart by the number behind `layers.`, `h.` or `blocks.` in
+the names of tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ir.diagnostics import DiagnosticError
-from passes.place.placement import Placement, layer_numbers
-from passes.quantize.recipe import HELD_BACK, Choice, Recipe, Rule, load_recipe
+from passes.place.placement import PlacedExperts, Placement, layer_numbers
+from passes.quantize.expert_ranges import read_ranges
+from passes.quantize.recipe import FLOAT, HELD_BACK, Choice, Recipe, Rule, load_recipe
 
 _GROUPS = ("attention", "mlp", "experts", "head")
 
@@ -38,8 +41,10 @@ def recipe_of_plan(placement: Placement) -> Recipe:
         for name, layers in by_recipe.items():
             where = _pattern(layers) if len(by_recipe) > 1 else ""
             rules += _rules(load_recipe(name), group, where) if name else []
+    for entry in placement.expert_formats:
+        rules += _of_experts(entry)
     bits = f"{placement.quality.bits:.4g}"
-    used = ", ".join(dict.fromkeys(e.recipe for e in placement.groups if e.recipe))
+    used = ", ".join(dict.fromkeys(e.recipe for e in (*placement.groups, *placement.expert_formats) if e.recipe))
     return Recipe(
         f"plan-{bits}-bits", f"{used} as chosen for {placement.target}, {bits} bits a weight", rules=tuple(rules),
         kv=base.kv,
@@ -53,6 +58,14 @@ def _rules(recipe: Recipe, group: str, where: str) -> Iterator[Rule]:
     for rule in recipe.rules:
         if rule.role == group or rule.role.startswith(f"{group}."):
             yield Rule(rule.choice, rule.role, where)
+
+
+def _of_experts(entry: PlacedExperts) -> Iterator[Rule]:
+    """The rules for some experts of some layers."""
+    experts, where = read_ranges(entry.experts), _pattern(layer_numbers(entry.layers))
+    recipe = load_recipe(entry.recipe) if entry.recipe else Recipe("", weights=Choice(format=FLOAT))
+    for rule in _rules(recipe, "experts", where):
+        yield replace(rule, experts=experts or ())
 
 
 def _pattern(layers: list[int]) -> str:

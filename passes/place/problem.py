@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from frontends.model_shape import LayerShape, ModelShape
+from passes.place.expert_mix import misses_by_rank
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
 from passes.place.machine import Machine
@@ -20,6 +21,8 @@ from passes.place.routing_model import fixed_share, hit_rate
 
 NEAR = "near"  # a pin of keys and values: in whatever memory they lie, a unit of that memory attends
 HitRate = Callable[[int, int, int, int], float]  # experts, top_k, slots a layer, batch -> share found
+# layers, their experts by rank, slots a layer -> misses by rank, in any unit
+MissesByRank = Callable[[tuple[int, ...], tuple[tuple[int, ...], ...], int], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Session:
 class Pin:
     """A decision taken beforehand: `[layers.A-B.]group=where`. `text` is what the user wrote.
 
-    `share`: of keys and values, how much of every layer's lies there; None: all.
+    `share`: of keys and values, how much of every layer's lies there; of experts, how many of every layer's have that
+    recipe; None: all.
     """
 
     text: str
@@ -106,6 +110,7 @@ class Problem:
     together_prefill: tuple[tuple[str, float], ...] = ()
     cached: HitRate = field(default=hit_rate, compare=False)
     popular: HitRate = field(default=fixed_share, compare=False)
+    missing: MissesByRank | None = field(default=None, compare=False)  # None: by how often experts are asked for
     move_for_prompts: bool = True  # whether weights by a slow unit may be moved to another one for prompts
     compute_missed: bool = True  # whether experts that a cache lacks may be computed where they lie
     divide_kv: bool = True  # whether the cache of a layer may be divided between two places
@@ -119,7 +124,16 @@ class Problem:
         """Of each part the ways to store it: one, or one for each format that may be chosen."""
         if self.menu is None:
             return tuple((part,) for part in self.parts())
-        return self.menu.variants(self.shape, self._cuts())
+        shares = {(pin.where, pin.share): None for pin in self.pins if pin.group == "experts" and pin.share is not None}
+        return self.menu.variants(self.shape, self._cuts(), tuple(shares))
+
+    def missed_bytes(self, part: Part, slots: int, hit: float) -> float:
+        """Bytes of an expert that a cache of so many slots lacks, on average; `hit` is the share that it has."""
+        if part.mix is None:
+            return part.expert_bytes
+        if self.missing is not None and self.session.batch == 1:
+            return part.mix.missed(self.missing(part.layers, part.mix.orders, slots))
+        return part.mix.missed(misses_by_rank(part.mix.chances, hit))
 
     def _cuts(self) -> tuple[tuple[int, int], ...]:
         return tuple(dict.fromkeys(pin.layers for pin in self.pins if pin.layers is not None))

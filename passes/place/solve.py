@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
-from passes.place.build_plan import from_placement, groups_of, quality_plan, to_placement
+from passes.place.build_plan import experts_of, from_placement, groups_of, quality_plan, to_placement
 from passes.place.given_plan import restated
 from passes.place.greedy import greedy
 from passes.place.kv_division import is_near
@@ -118,7 +118,7 @@ def replay(problem: Problem, placement: Placement) -> Solution:
     groups, kv = restated(problem, placement)
     made = dataclasses.replace(
         to_placement(problem, choice, outcome), groups=groups, kv=kv, degrees=placement.degrees,
-        quality=quality_plan(problem, groups),
+        quality=quality_plan(problem, groups, placement.expert_formats), expert_formats=placement.expert_formats,
     )  # fmt: skip
     return Solution(problem, choice, outcome, made, 0.0, None)
 
@@ -176,7 +176,7 @@ def able(problem: Problem) -> Problem:
 def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     problem = able(problem)
     options = choices_of(problem)
-    found = _best_counts(problem, options, nodes)
+    found = _best_of_formats(problem, options, nodes)
     base = _baseline(problem, options)
     if found is None and base is not None:
         found = Found(base[0], 1.0)
@@ -191,11 +191,24 @@ def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
 
 
+def _best_of_formats(problem: Problem, options: list[list[Option]], nodes: int) -> Found | None:
+    """The best counts, never worse than those in which the experts of a layer share a format."""
+    found = _best_counts(problem, options, nodes)
+    alike = [[option for option in ways if option.part.mix is None] for ways in options]
+    if not all(alike) or sum(map(len, alike)) == sum(map(len, options)):
+        return found
+    plain = _best_counts(problem, alike, nodes)
+    if found is None or plain is None:
+        return found or plain
+    return min(plain, found, key=lambda each: evaluate(problem, each.choice).objective)
+
+
 def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int, *, divide: bool = False) -> Found | None:
     """The best counts. Where losses differ by layer the program only knows their mean, and layers that lose most get
     the widest formats afterwards: it is asked again with another bound until what is lost is just what may be."""
     limit = problem.menu.most_loss if problem.menu is not None else None
-    differ = any(len(set(o.part.losses)) > 1 for found in options for o in found[:1])
+    parts = [part for ways in problem.variants() for part in ways if part.losses]
+    differ = any(max(part.losses) > min(part.losses) * (1 + 1e-9) for part in parts)
     if problem.menu is None or limit is None or not differ:
         return solve_counts(problem, options, nodes=nodes, divide=divide)
     best: Found | None = None
@@ -203,9 +216,10 @@ def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int, *, 
     for _ in range(_TRIES):
         asked = dataclasses.replace(problem, menu=dataclasses.replace(problem.menu, most_loss=bound))
         found = solve_counts(asked, options, nodes=nodes, divide=divide)
-        made = quality_plan(problem, groups_of(problem, found.choice)) if found is not None else None
-        if found is None or made is None:
+        if found is None:
             break
+        made = quality_plan(problem, groups_of(problem, found.choice), experts_of(problem, found.choice))
+        assert made is not None
         value = evaluate(problem, found.choice).objective
         if made.loss <= limit * (1 + 1e-6) and value < lowest:
             best, lowest = found, value

@@ -35,7 +35,8 @@ def by_expert(
         parts = [_expert(group, expert) for expert in range(group.shape[0])]
         made += parts
         for entry in known:
-            losses = divided_losses(entry, uses.get(group.layer if group.layer is not None else -1))
+            picked = uses.get(group.layer if group.layer is not None else -1)
+            losses = divided_losses(entry.loss, entry.experts, entry.uses, picked)
             entries.add([replace(entry, group=p.name, loss=loss) for p, loss in zip(parts, losses, strict=True)])
     return made, entries
 

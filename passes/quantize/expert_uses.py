@@ -1,7 +1,7 @@
 """How often each expert of a layer is asked for, and what it loses by that: shared by builds and plans.
 
     uses = uses_of_trace(read_trace(path), {layer: experts, ...}, path)    # by layer: how often each is picked
-    divided_losses(entry, uses[3])                                         # of a stack, by expert
+    divided_losses(entry.loss, entry.experts, entry.uses, uses[3])         # of a stack, by expert
 
 What a stack loses is divided by the squared error that each expert adds to the product: that of one of its rows times
 how often the router picks it, as W. Huang et al. weigh experts by how often they are used when bits are given out
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ir.diagnostics import DiagnosticError
-from passes.quantize.sensitivity_table import Entry
 
 if TYPE_CHECKING:
     from hw_targets.routing.trace import RoutingTrace
@@ -48,16 +47,18 @@ def use_shares(uses: Sequence[float]) -> list[float]:
     return [(u + 1) / whole for u in uses]
 
 
-def divided_losses(entry: Entry, uses: Sequence[float] | None) -> list[float]:
-    """What each expert of a stack loses; in all what the stack loses, where experts are met as they were measured.
+def divided_losses(
+    loss: float, errors: Sequence[float], measured: Sequence[float], uses: Sequence[float] | None = None
+) -> list[float]:
+    """What each expert of a stack loses; in all `loss`, where experts are met as they were measured.
 
-    `uses`: how often each is picked, None for those of the entry. An expert that the calibration never met has the mean
-    error of the others.
+    `errors`: squared error of a row of each, found from so many rows (`measured`); an expert that the calibration never
+    met has the mean error of the others. `uses`: how often each is picked, None for as often as was measured.
     """
-    met = [r for r, u in zip(entry.experts, entry.uses, strict=True) if u]
+    met = [r for r, u in zip(errors, measured, strict=True) if u]
     mean = sum(met) / len(met) if met else 1.0
-    rows = [r if u else mean for r, u in zip(entry.experts, entry.uses, strict=True)]
-    measured = use_shares(entry.uses)
-    wanted = use_shares(uses) if uses is not None and len(uses) == len(rows) else measured
-    whole = sum(r * u for r, u in zip(rows, measured, strict=True))
-    return [entry.loss * r * u / whole if whole else 0.0 for r, u in zip(rows, wanted, strict=True)]
+    rows = [r if u else mean for r, u in zip(errors, measured, strict=True)]
+    before = use_shares(measured)
+    wanted = use_shares(uses) if uses is not None and len(uses) == len(rows) else before
+    whole = sum(r * u for r, u in zip(rows, before, strict=True))
+    return [loss * r * u / whole if whole else 0.0 for r, u in zip(rows, wanted, strict=True)]

@@ -80,7 +80,7 @@ class _PromptReader(StageReader):
 
     def streamed(self, name: str, part: Part, option: Option, unit: str, work: Work, moved: int) -> Stage:
         """Work on a part of which `moved` bytes are brought in pieces as the placement's buffers are made for."""
-        piece = max(1, part.expert_bytes * max(1, part.top_k) if part.experts else part.nbytes)
+        piece = max(1, part.slot_bytes(max(1, part.top_k)) if part.experts else part.nbytes)
         count = max(1, -(-moved // piece))
         bounds = [moved * i // count for i in range(count + 1)]
         block = part.expert_bytes or part.nbytes
@@ -157,8 +157,9 @@ class _PromptReader(StageReader):
         nbytes = math.ceil(self.touched(part) * (1.0 - share))
         work = self.work(part, option.unit, nbytes, self.rows * (1.0 - share), part.launches)
         work = dataclasses.replace(work, rows=self.rows * part.top_k / part.experts)
-        stage = self.streamed(name, part, option, option.unit, work, math.ceil((lacking - away) * part.expert_bytes))
-        slots = Kept(f"{name}.cache", tier, option.slots * part.expert_bytes)
+        moved = math.ceil((lacking - away) * part.rest_bytes(option.slots))
+        stage = self.streamed(name, part, option, option.unit, work, moved)
+        slots = Kept(f"{name}.cache", tier, part.slot_bytes(option.slots))
         return dataclasses.replace(stage, kept=(*stage.kept, slots), beside=far)
 
     def share_here(self, part: Part, option: Option) -> float:

@@ -132,7 +132,7 @@ class StageReader:
         chunks: tuple[Kept, ...] = ()
         if option.mode == STREAMED:
             moved = min(part.nbytes, touched)
-            piece = max(1, part.expert_bytes * max(1, part.top_k) if part.experts else part.nbytes)
+            piece = max(1, part.slot_bytes(max(1, part.top_k)) if part.experts else part.nbytes)
             count = max(1, -(-moved // piece))
             bounds = [moved * i // count for i in range(count + 1)]
             block = part.expert_bytes or part.nbytes
@@ -187,14 +187,15 @@ class StageReader:
         tier = self.problem.machine.unit(option.unit).tier
         needed = self.needed(part, self.rows)
         fetches = max(1, math.ceil(needed - 1e-9))
-        missing = tuple(Kept(f"{name}.missing.{i}", option.home, part.expert_bytes) for i in range(fetches))
-        rest = part.nbytes - fetches * part.expert_bytes
+        each = min(math.ceil(self.problem.missed_bytes(part, option.slots, option.hit)), part.nbytes // fetches)
+        missing = tuple(Kept(f"{name}.missing.{i}", option.home, each) for i in range(fetches))
+        rest = part.nbytes - fetches * each
         kept = (
             *missing,
             *((Kept(f"{name}.rest", option.home, rest),) if rest > 0 else ()),
-            Kept(f"{name}.cache", tier, option.slots * part.expert_bytes),
+            Kept(f"{name}.cache", tier, part.slot_bytes(option.slots)),
         )
-        work = self.work(part, option.unit, math.ceil(needed * part.expert_bytes), self.rows, part.launches)
+        work = self.work(part, option.unit, math.ceil(needed * part.asked_bytes(self.rows)), self.rows, part.launches)
         there: tuple[bool, ...] = ()
         later, far = 0, None
         if option.helper:
@@ -203,7 +204,7 @@ class StageReader:
             far = self.far(name, part, option, 1.0 / needed, part.expert_bytes, ()) if any(there) else None
         return Stage(
             name, option.unit, work, self.hidden_bytes, kept, option.home,
-            fetches=fetches, expert_bytes=part.expert_bytes, hit=option.hit, there=there, later=later, beside=far,
+            fetches=fetches, expert_bytes=each, hit=option.hit, there=there, later=later, beside=far,
         )  # fmt: skip
 
     def far(self, name: str, part: Part, option: Option, share: float, nbytes: float, kept: tuple[Kept, ...]) -> Stage:
@@ -238,7 +239,7 @@ class StageReader:
         return min(distinct_experts(part.experts, part.top_k, rows), part.top_k * rows)
 
     def touched(self, part: Part) -> int:
-        return math.ceil(part.expert_bytes * self.needed(part, self.rows)) if part.experts else part.nbytes
+        return math.ceil(part.asked_bytes(self.rows) * self.needed(part, self.rows)) if part.experts else part.nbytes
 
 
 def _spread(found: list[tuple[Option, int]]) -> list[tuple[Option, tuple[int, ...]]]:

@@ -40,6 +40,7 @@ EXIT_NO_FIT = 3
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="A recorded routing of experts.")
 @click.option("--recipe", "--format", "recipe", metavar="NAME[,NAME...]|FILE", help="Number formats, as for build.")
 @click.option("--formats", metavar="NAME[,NAME...]", help="Recipes to choose among, for each part of each layer.")
+@click.option("--by-expert", is_flag=True, help="With --formats: experts of a layer may differ, by --trace.")
 @click.option("--max-loss", type=click.FloatRange(min=0.0), help="What chosen formats may lose. Default: as --recipe.")
 @click.option("--bits-per-weight", type=click.FloatRange(min=0.1), help="Bits that weights keep on average, at least.")
 @click.option(
@@ -80,6 +81,7 @@ def plan(
     trace: Path | None,
     recipe: str | None,
     formats: str | None,
+    by_expert: bool,
     max_loss: float | None,
     bits_per_weight: float | None,
     sensitivity: Path | None,
@@ -105,7 +107,7 @@ def plan(
         model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
         tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file,
         tuple(formats.split(",")) if formats else (), max_loss, bits_per_weight, sensitivity, not quick,
-        stand_ins=stand_ins,
+        by_expert=by_expert, stand_ins=stand_ins,
     )  # fmt: skip
     try:
         planned = make_plan(request, tell=lambda text: click.echo(text, err=True))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from frontends.model_shape import ModelShape
 from hw_targets.quantities import enough_bytes
 from hw_targets.target import Target
+from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import from_placement, joules
 from passes.place.cache_choice import TraceRates, check_trace, judge, session_trace
 from passes.place.chunk_choice import best_chunk
@@ -99,6 +100,12 @@ def plan_tiers(
         together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
         menu=menu,
     )  # fmt: skip
+    for pin in pins:
+        if pin.text in request.pins and not any(pin.concerns(part) for part in problem.parts()):
+            raise DiagnosticError(
+                f"pin {pin.text!r}: {shape.name} has no such part",
+                expected=", ".join(dict.fromkeys((*(part.group for part in problem.parts()), "kv", "weights"))),
+            )
     trace = None
     if request.trace is not None:
         from hw_targets.routing.trace_file import read_trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,8 +107,8 @@ def plan(
     request = PlanRequest(
         model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
         tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file,
-        tuple(formats.split(",")) if formats else (), max_loss, bits_per_weight, sensitivity, not quick,
-        by_expert=by_expert, stand_ins=stand_ins,
+        _names(formats), _number(max_loss, "--max-loss"), _number(bits_per_weight, "--bits-per-weight"),
+        sensitivity, not quick, by_expert=by_expert, stand_ins=stand_ins,
     )  # fmt: skip
     try:
         planned = make_plan(request, tell=lambda text: click.echo(text, err=True))
@@ -159,6 +160,20 @@ def _tell_device_run(request: PlanRequest, planned: Planned) -> None:
         return
     if found is not None:
         click.echo(f"run --device cuda, {found.line()}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """Recipes by commas."""
+    names = tuple(text.split(",")) if text is not None else ()
+    if not all(name.strip() for name in names):
+        raise click.BadParameter(f"expected names of recipes by commas, got {text!r}", param_hint="--formats")
+    return names
+
+
+def _number(value: float | None, option: str) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a number, got {value}", param_hint=option)
+    return value
 
 
 def _batch(text: str) -> int:

@@ -157,6 +157,11 @@ def test_bounds_of_time_are_kept_as_simulated(tmp_path: Path, capsys: pytest.Cap
         (["Llama-3.1-8B", "--target", "rtx-4090", "--memory", "much"], "not a number with a unit"),
         (["Llama-3.1-8B", "--target", "rtx-4090", "--budget", "vram"], "expected TIER=SIZE"),
         (["Llama-3.1-8B", "--target", "rtx-4090", "--plan", "/no/such"], "the plan cannot be read"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--plan", "/dev/zero"], "the plan is too large"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--pin", "experts=disk"], "has no such part"),
+        (["DeepSeek-V3", "--target", "8xh100", "--pin", "layers.0-2.experts=disk"], "has no such part"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--formats", "w3,"], "names of recipes by commas"),
+        (["Llama-3.1-8B", "--target", "rtx-4090", "--formats", "w3", "--max-loss", "nan"], "expected a number"),
     ],
 )
 def test_faults_are_one_diagnostic(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from runtime import weight_reader
+from runtime import open_artifact, weight_reader
 from runtime.errors import RuntimeDiagnostic
 from runtime.memory import PAGE_BYTES
 from runtime.weight_reader import WeightReader
@@ -136,6 +136,28 @@ def test_faults_that_stay_end_the_step_and_no_more(
         assert_same(logits(session, steps[2:]), expected[name, 2][2:])
 
 
+def test_experts_that_could_not_be_read_are_read_again(streamed: dict[str, Path], expected: dict) -> None:
+    """Whatever else arrived, and although the cache counts them as there."""
+    path, steps = streamed["qwen3_moe"], batches(2)
+    experts = [piece for piece in open_artifact(path).manifest.weights.pieces if piece.kind == "experts"]
+    ill = threading.Event()
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if ill.is_set() and any(piece.offset <= offset < piece.offset + piece.bytes for piece in experts):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(descriptor, buffers, offset)
+
+    plan = least_plan(path, expert_bytes=sum(piece.bytes for piece in experts))
+    with patch("runtime.weight_reader._PAUSES_S", (0, 0, 0)), opened(path, plan, preadv=preadv) as session:
+        for step, wanted in zip(steps, expected["qwen3_moe", 2], strict=True):
+            if step is steps[0]:
+                ill.set()
+                with pytest.raises(RuntimeDiagnostic, match="cannot be read at byte"):
+                    session.step(*step)
+                ill.clear()
+            np.testing.assert_array_equal(session.step(*step), wanted)
+
+
 def test_a_file_cut_while_it_is_read(streamed: dict[str, Path], tmp_path: Path) -> None:
     import shutil
 
@@ -217,6 +239,7 @@ def test_urgent_reads_go_before_what_waits(tmp_path: Path) -> None:
         free.wait()
         return os.preadv(descriptor, buffers, offset)
 
+    started_s = time.perf_counter()
     reader = opened_reader(tmp_path, 8, preadv)
     try:
         jobs = [reader.submit([(0, 3 * PAGE_BYTES)], "later")]
@@ -228,6 +251,7 @@ def test_urgent_reads_go_before_what_waits(tmp_path: Path) -> None:
         free.set()
         for job in jobs:
             job.wait(meanwhile=patience(120))
+        assert 0 < reader.counters.busy_s <= time.perf_counter() - started_s
     finally:
         free.set()
         reader.close()

@@ -95,6 +95,11 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
 
     here = built if target.name == "host" else None
     planned = plan_tiers(request, shape, target, formats, session, slo, given, menu, here)
+    if target.nodes > 1:
+        note = (
+            f"this plan is for one of the {target.nodes} nodes: over all of them everything lies in the GPUs' memories"
+        )
+        planned = dataclasses.replace(planned, warnings=(*planned.warnings, note))
     if request.stand_ins is not None and (here is None or here.budget is None):
         raise DiagnosticError(
             "stand-ins are used by a built model of which not all is in memory", where="--stand-ins",

@@ -200,6 +200,9 @@ def test_layers_and_devices_are_told_shortly() -> None:
     text = plan_text(make_plan(PlanRequest("DeepSeek-V3", "8xh100", "w4a8-g32")))
     assert "8 devices: products cut 8 ways, 1 stage, 1 copy, experts on 8, vocabulary cut 8 ways" in text
     assert [line.split()[:2] for line in text.splitlines() if line.startswith("attention")] == [["attention", "0-60"]]
+    tiers = (("dram", "40GiB"),)
+    some = PlanRequest("Llama-3.1-8B", "64xh100", budgets=tiers, what_if=False, simulate=False)
+    assert "warning: this plan is for one of the 8 nodes" in plan_text(make_plan(some))
 
 
 def test_a_plan_loads_what_it_needs() -> None:

@@ -183,3 +183,13 @@ def test_budget_and_entries_in_use(
             assert cache.used_bytes <= max(capacity, own) or scope == "layer"
             mine = sum(sizes[entry[0]] for entry in model if scope == "global" or entry[0] == layer)
             assert mine <= max(share, own)
+
+
+def test_room_ahead_is_what_neither_this_batch_nor_reads_ahead_take() -> None:
+    cache = ExpertCache([10, 10, 20], 100, pinned=[(2, 7)])
+    cache.admit(0, cache.lookup(0, [0, 1])[1])
+    assert cache.room_ahead(1) == 100 - 20 - 20
+    cache.admit(1, [3, 4])
+    assert cache.room_ahead(1) == 100 - 20 - 20 - 20
+    cache.admit(1, cache.lookup(1, [3])[1])
+    assert cache.room_ahead(2) == 100 - 20 - 10  # in vain: it may go

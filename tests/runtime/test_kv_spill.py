@@ -166,6 +166,23 @@ def test_what_cannot_be_written_stays_in_memory(
         assert spill.is_away(0)
 
 
+def test_what_is_written_through_the_page_cache_does_not_stay_there(
+    artifact_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system refuses direct writes: it would count against the budget a second time."""
+    written: list[int] = []
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.fdatasync", written.append)
+    monkeypatch.setattr("os.posix_fadvise", lambda file, at, size, advice: dropped.append((file, size)))
+    disk = IllDisk([errno.EINVAL])
+    session, _ = opened(artifact_path, pwritev=disk.of(os.pwritev))
+    with session:
+        extend(session, 0, sequences(1)[0], 100)
+        nbytes = session.spill(0)
+        assert sum(size for _, size in dropped) == nbytes > 0
+        assert written == [file for file, _ in dropped]
+
+
 def test_an_interrupt_while_writing_loses_nothing(artifact_path: Path) -> None:
     calls = []
 

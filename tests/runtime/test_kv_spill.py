@@ -166,6 +166,18 @@ def test_what_cannot_be_written_stays_in_memory(
         assert spill.is_away(0)
 
 
+def test_short_writes_go_on_where_they_stopped(artifact_path: Path) -> None:
+    """All of a sequence is read again: nothing of it is found damaged and computed anew."""
+    disk = IllDisk(["short"] * 3)
+    session, spill = opened(artifact_path, pwritev=disk.of(os.pwritev))
+    text = sequences(1)[0]
+    with session:
+        extend(session, 0, text, MAX_CONTEXT - 20)
+        assert session.spill(0) > 4096
+        extend(session, 0, text, 10)
+        assert not spill.report().faults and not spill.report().recomputed and len(disk.faults) < 3
+
+
 def test_what_is_written_through_the_page_cache_does_not_stay_there(
     artifact_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

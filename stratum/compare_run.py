@@ -20,6 +20,7 @@ from typing import Any
 
 from ir.diagnostics import DiagnosticError
 from passes.place.machine import main_tier
+from passes.place.placement import RIGHT_GUESSES
 from runtime.artifact import is_artifact, open_artifact
 from runtime.stream_plan import StreamPlan
 from stratum.built_planning import expected_hits
@@ -28,7 +29,7 @@ from stratum.plan_report import seconds_text, table
 from stratum.plan_request import PlanRequest
 from stratum.planned import Planned
 from stratum.process_room import PROCESS_BYTES
-from stratum.run_prediction import RIGHT_GUESSES, PhaseTimes, predict, problem_for
+from stratum.run_prediction import PhaseTimes, predict, problem_for
 
 SCHEMA = "stratum.compare/1"
 _NAMES = {"while reading": "drive while it reads", "read": "weights read", "kv read": "keys and values read"}

@@ -133,8 +133,10 @@ def plan_tiers(
     tried: tuple[tuple[int, float, float], ...] = ()
     schedules: tuple[TriedSchedule, ...] = ()
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
-    if made is not None:
-        pass  # played as the runtime does, see `BuiltModel.as_run`
+    if made is not None:  # played as the runtime does, see `BuiltModel.as_run`
+        plan = solution.placement
+        session = dataclasses.replace(plan.session, ahead=made.stream.guesses)
+        solution = dataclasses.replace(solution, placement=dataclasses.replace(plan, session=session))
     elif request.simulate and given is not None:
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:

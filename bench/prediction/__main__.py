@@ -28,11 +28,12 @@ from bench.prediction.machine import LEAST_HUGE, Machine, Moment, between, host_
 from bench.prediction.report import InTurns, Row, figures, put
 from hw_targets.calibrate import calibrate
 from hw_targets.quantities import parse_quantity
+from passes.place.placement import RIGHT_GUESSES
 from runtime.artifact import open_artifact
 from runtime.stream_plan import StreamPlan
 from stratum.built_planning import expected_hits
 from stratum.planning import PlanRequest, make_plan
-from stratum.run_prediction import RIGHT_GUESSES, predict, problem_for
+from stratum.run_prediction import predict, problem_for
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def spread_placement(problem: Problem, spread: Spread, target: Target, unit_name
 def session_plan(session: Session) -> SessionPlan:
     return SessionPlan(
         session.context, session.batch, session.prompt, session.generate, session.chunk, session.micro_batches,
-        session.depth,
+        session.depth, session.ahead,
     )  # fmt: skip
 
 

@@ -108,12 +108,15 @@ def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: i
     option.holds = (*option.holds, (unit.tier, "cache", part.slot_bytes(slots)))
     option.hit = problem.cached(part.experts, part.top_k, slots, session.batch)
     needed = min(distinct_experts(part.experts, part.top_k, session.batch), part.top_k * session.batch)
-    missed = needed * (1.0 - option.hit) * problem.missed_bytes(part, slots, option.hit)
+    each = problem.missed_bytes(part, slots, option.hit)
+    missed = needed * (1.0 - option.hit) * each
     compute_part(problem, option.decode, unit, part, needed * part.asked_bytes(session.batch), session.batch, 1)
     moves = PhaseCost()
     move_part(problem, moves, home, unit.tier, missed, part)
     slowest = max(moves.streams, key=lambda name: moves.streams[name], default="")
-    waiting = max(0.0, moves.streams.get(slowest, 0.0) - option.decode.waited * option.hit)
+    # Those that are guessed may come while the layer before computes, if every guess is right.
+    late = max(0.0, 1.0 - session.ahead * each / missed) if missed else 0.0
+    waiting = max(0.0, moves.streams.get(slowest, 0.0) * late - option.decode.waited * option.hit)
     for resource, seconds in moves.streams.items():
         option.decode.beside(resource, seconds - waiting if resource == slowest else seconds)
     option.decode.wait(unit.name, slowest, waiting)

@@ -32,6 +32,7 @@ class Session:
     `chunk` tokens of a prompt pass at once, `micro_batches` groups of sequences take turns, so that units work at the
     same time, and `depth` buffers of every stream are filled ahead. `prompts` of equal length pass together, so that
     what is moved for a pass is moved once for all of them (1: each by itself, the first token as early as can be).
+    Of the experts that a cache lacks up to `ahead` of a layer are guessed and brought while the layer before computes.
     """
 
     context: int = 4096
@@ -42,6 +43,7 @@ class Session:
     micro_batches: int = 1
     depth: int = 2
     prompts: int = 1
+    ahead: int = 0
 
     @property
     def prompt_rows(self) -> int:

@@ -1,12 +1,14 @@
-"""How far ahead weights are streamed and how many micro-batches take turns: what the simulator finds fastest.
+"""How far ahead weights and experts are brought, and how many micro-batches take turns: as the simulator finds best.
 
     chosen = best_schedule(solution, prompt, step)      # ScheduleChoice(solution, prompt, step, tried)
 
 Depth d keeps d pieces of every stream in memory, one in use and d - 1 on their way. A piece is brought once for all
 micro-batches of a step, which take their turns with it before it goes (FlexGen's block schedule, arXiv:2303.06865), so
 that m micro-batches bring weights no more often than one, read them from memory m times, and let units that share a
-layer work at the same time. Both are tried with the placement as it is: depth 2 and one micro-batch, then one step of
-their ladders up or down, as long as the session gets shorter. Where there is no room for the next larger depth, weights
+layer work at the same time. Of the experts that a cache lacks up to `ahead` are guessed and asked for a layer early
+(`passes.schedule.placed_guesses`): a wrong guess is read all the same, and in the way of what is needed sooner. All
+three are tried with the placement as it is: depth 2 and one micro-batch, then one step of their ladders up or down, as
+long as the session gets shorter. Where there is no room for the next larger depth, weights
 that are streamed make some: the placement is solved anew (without caches of experts, whose plans take long to solve).
 What has no room, what the closed form already says is no faster, and what breaks a bound of time, is not taken.
 """
@@ -31,8 +33,9 @@ from passes.place.solve import Solution, solve
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
 
-DEPTHS = (1, 2, 3, 4, 8)
+DEPTHS = (2, 3, 4, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+AHEAD = (0, 1, 2, 4, 8)
 _LESS = 1 - 1e-4  # of the session: what counts as faster
 
 
@@ -54,16 +57,16 @@ def best_schedule(solution: Solution, prompt: PromptTime | None, step_seconds: f
     if prompt is None or step_seconds is None or not _streams(solution):
         return best
     first = solution.problem.session
-    tried = [TriedSchedule(first.depth, first.micro_batches, step_seconds, prompt.seconds)]
-    seen = {(first.depth, first.micro_batches)}
+    tried = [TriedSchedule(first.depth, first.micro_batches, first.ahead, step_seconds, prompt.seconds)]
+    seen = {first}
     lowest = objective(solution.problem, step_seconds, prompt.seconds)
     waiting = deque((solution, session) for session in _plain(solution))
     waiting.extend((solution, session) for session in _beside(solution))
     while waiting:
         like, session = waiting.popleft()
-        if (session.depth, session.micro_batches) in seen:
+        if session in seen:
             continue
-        seen.add((session.depth, session.micro_batches))
+        seen.add(session)
         found = _simulated(_with(like, session), lowest)
         if found is None:
             continue
@@ -97,6 +100,9 @@ def _beside(solution: Solution) -> list[Session]:
     if solution.problem.machine.target.name != "host":
         turns = [n for n in _next(MICRO_BATCHES, session.micro_batches) if n <= session.batch]
         found += [dataclasses.replace(session, micro_batches=n) for n in turns]
+    if session.micro_batches == 1 and any(o.mode == CACHED and not o.helper for o, count in solution.choice if count):
+        asked = max(option.part.top_k for option, _ in solution.choice) * session.batch
+        found += [dataclasses.replace(session, ahead=n) for n in _next(AHEAD, session.ahead) if n <= asked]
     return found
 
 
@@ -134,5 +140,6 @@ def _simulated(found: Solution | None, lowest: float) -> ScheduleChoice | None:
     prompt = None if late else simulated_prompt(found)
     if prompt is not None and not problem.slo.kept(prompt.seconds, step):
         return None
-    tried = TriedSchedule(session.depth, session.micro_batches, step, None if prompt is None else prompt.seconds)
+    seconds = None if prompt is None else prompt.seconds
+    tried = TriedSchedule(session.depth, session.micro_batches, session.ahead, step, seconds)
     return ScheduleChoice(found, prompt, step, (tried,))

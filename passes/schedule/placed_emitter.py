@@ -16,18 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hw_targets.cost_model import Work
-from hw_targets.expert_outcomes import LATE
+from hw_targets.expert_outcomes import EARLY, LATE
 from ir.core import Value
 from ir.diagnostics import DiagnosticError
 from ir.ops.builtin import FuncOp
 from passes.place.problem import Problem
+from passes.schedule.placed_guesses import Guesses
 from passes.schedule.placed_stages import KV_BLOCK_BYTES, Kept, Stage
-from passes.schedule.placed_streams import Hops, Item, Streams, Unit, storable
+from passes.schedule.placed_streams import Hops, Item, Unit, storable
 from passes.schedule.stream_problem import Piece
 from passes.schedule.stream_writer import StreamWriter
 
 
-class Emitter(Streams):
+class Emitter(Guesses):
     """One plan in the making."""
 
     def __init__(
@@ -48,6 +49,8 @@ class Emitter(Streams):
         self.where: list[str] = [passes[0][0].unit] * batches
         self.last: list[Value | None] = [None] * batches
         self.messages = 0
+        self.ahead = problem.session.ahead
+        self.plan_guesses(passes)
         self.plan_items()
         self.share_rooms(buffers)
 
@@ -92,6 +95,8 @@ class Emitter(Streams):
                         expected=f"{mine + others}: {' and '.join(by_unit)} stream through it at once",
                     )
                 self.units[name].room[tier] = room if len(by_unit) == 1 else mine
+                early = self.units[name].room[tier] - mine - self.units[name].spare.get(tier, 0)
+                self.early_room[name] = max(0, min(early, self.early_room.get(name, early)))
 
     def run(self) -> FuncOp:
         self.declare()
@@ -258,6 +263,8 @@ class Emitter(Streams):
         answer = self.ask_helper(stage, unit, cache, k)
         there = {rank for rank in range(1, stage.fetches + 1) if answer and stage.there[rank - 1]}
         most = self.most.get(cache, stage.fetches)
+        early = self.guessed(unit, stage)
+        first = stage.fetches - len(early)  # ranks above this one take what was brought early
         held_ones = 0  # experts above `most` that are still to be computed, all at once
         coming: deque[Item] = deque()
         waiting = deque(rank for rank in range(stage.fetches, 0, -1) if rank not in there)
@@ -272,20 +279,29 @@ class Emitter(Streams):
                 if stage.later <= most:
                     held_ones = self.compute_held(stage, unit, k, rank, held_ones)
                 unit.later = self.fetch_missing(stage, unit, stage.later, cache, hops), cache, stage.later
-            if rank > most:
+            if not waiting and self.may_guess(unit, stage):
+                held_ones = self.compute_held(stage, unit, k, rank, held_ones)
+                self.start_guessed(unit, stage)
+            sooner = early[stage.fetches - rank] if rank > first else None
+            if rank > most and sooner is None:
                 held_ones += 1
             else:
                 held_ones = self.compute_held(stage, unit, k, rank, held_ones)
             item = coming.popleft() if rank not in there else None
             if item is not None:
                 self.arrive(unit, item, cache, rank)
-            if rank <= most:
+            if sooner is not None:
+                self.arrive(unit, sooner, f"{stage.name}.{EARLY}", stage.fetches - rank + 1)
+            if rank <= most or sooner is not None:
                 work = one_of(stage.work, stage.fetches, first=rank == stage.fetches)
                 slots, unless = (item.slots, ("", 0)) if item is not None else ([], (cache, rank))
+                slots = [*slots, *(sooner.slots if sooner is not None else ())]
                 self.compute(unit, stage.name, work, [held, *slots], k, unless=unless)
-            if item is not None:
-                self.leave(unit, item)
+            for done in (item, sooner):
+                if done is not None:
+                    self.leave(unit, done)
         self.compute_held(stage, unit, k, 0, held_ones)
+        self.start_guessed(unit, stage)
         if answer:
             self.writer.wait(unit.name, *answer)
             self.compute(unit, f"{stage.name}.sum", Work(), [unit.answer[k]], k)

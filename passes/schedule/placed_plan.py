@@ -20,11 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hw_targets.expert_outcomes import LATE, from_hit_rates, from_misses, simulate_steps
+from hw_targets.expert_guesses import with_guesses
+from hw_targets.expert_outcomes import LATE, from_hit_rates, simulate_steps
 from hw_targets.simulator import Simulator, simulate
 from hw_targets.timeline import Timeline
 from ir.ops.builtin import FuncOp
 from passes.place.outcome import Choice, tier_use
+from passes.place.placement import RIGHT_GUESSES
 from passes.place.problem import Problem
 from passes.schedule.placed_emitter import Emitter
 from passes.schedule.placed_prompt import prompt_stages
@@ -36,10 +38,12 @@ RUN = 3  # chunks after which one takes as long as at any time at its depth
 
 @dataclass(frozen=True)
 class PlacedPlan:
-    """The plan of `steps` steps, and the expert caches that it asks: (name, most missing, hit rate)."""
+    """The plan of `steps` steps, the expert caches that it asks: (name, most missing, hit rate), and by stage how many
+    missing experts it brings on a guess at most."""
 
     program: FuncOp
     caches: tuple[tuple[str, int, float], ...]
+    early: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def placed_plan(
     stages = decode_stages(problem, choice, order)
     batches = min(problem.session.micro_batches, problem.session.batch)
     emitter = Emitter(problem, [stages] * steps, _buffers(problem, choice), "decode", batches, most)
-    return PlacedPlan(emitter.run(), tuple((f"{s.name}.{LATE}", s.fetches, s.hit) for s in stages if s.fetches))
+    caches = tuple((f"{s.name}.{LATE}", s.fetches, s.hit) for s in stages if s.fetches)
+    return PlacedPlan(emitter.run(), caches, emitter.early)
 
 
 def prompt_plan(
@@ -120,14 +125,15 @@ def _weights(depths: Sequence[int]) -> list[float]:
 def step_seconds(problem: Problem, choice: Choice, *, samples: int = 32, seed: int = 0, order: str = "units") -> float:
     """Simulated seconds of a decode step that follows another; expert misses are drawn by the expected hit rates."""
     asked = [s for s in decode_stages(problem, choice, order) if s.fetches]
-    outcomes, most = [{}], None
+    misses, most = np.zeros((1, 0), np.int64), None
     if asked:
         drawn = [from_hit_rates([s.hit], s.fetches, samples, seed + i) for i, s in enumerate(asked)]
-        outcomes = from_misses(np.concatenate(drawn, axis=1), [s.name for s in asked])
-        most = {f"{s.name}.{LATE}": int(misses.max()) for s, misses in zip(asked, drawn, strict=True)}
+        misses = np.concatenate(drawn, axis=1)
+        most = {f"{s.name}.{LATE}": int(mine.max()) for s, mine in zip(asked, drawn, strict=True)}
     times = []
     for steps in (1, 2):
         plan = placed_plan(problem, choice, steps, order=order, most=most)
+        outcomes = with_guesses(misses, np.ones(len(misses)), [s.name for s in asked], plan.early, RIGHT_GUESSES)
         times.append(simulate_steps(Simulator(plan.program, problem.machine.target), outcomes).mean)
     return times[1] - times[0]
 

@@ -49,6 +49,7 @@ class Unit:
     stored: set[str] = field(default_factory=set)  # what has gone home: `Kept.made` of each
     workspace: Value | None = None
     later: tuple[Item, str, int] | None = None  # a missing expert that is fetched for later steps, its cache and rank
+    guessed: dict[str, list[Item]] = field(default_factory=dict)  # experts on their way for a later stage
     asked: list[Value] = field(default_factory=list)  # what a helper is sent of each micro-batch
     answer: list[Value] = field(default_factory=list)  # and what it sends back
 

@@ -123,12 +123,13 @@ def _of_the_file(request: PlanRequest, given: Placement) -> None:
         ("--recipe", request.recipe, given.recipe),
         ("--pin", " ".join(request.pins) or None, None),
         ("--formats", ",".join(request.formats) or None, None),
+        ("--by-expert", "" if request.by_expert else None, None),
     )
     for option, value, there in asked:
         if value is not None and value != there:
             kept = f"says {there}" if there is not None else "has decided that"
             raise DiagnosticError(
-                f"{option} {value}: the plan {kept}", where=str(request.plan),
+                f"{option} {value}".rstrip() + f": the plan {kept}", where=str(request.plan),
                 expected=f"the plan without {option}, or a plan that is edited",
             )  # fmt: skip
 

@@ -20,7 +20,7 @@ from passes.place.build_plan import from_placement, to_placement
 from passes.place.milp import FEW_NODES
 from passes.place.outcome import evaluate, objective
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, solve
+from passes.place.solve import Solution, keeps_quality, solve
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -77,4 +77,6 @@ def _with_chunk(solution: Solution, chunk: int) -> Solution | None:
     except DiagnosticError:  # nothing fits
         return None
     made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
+    if not keeps_quality(problem, made):
+        return None
     return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)

@@ -23,7 +23,7 @@ from passes.place.build_plan import to_placement
 from passes.place.milp import FEW_NODES
 from passes.place.outcome import evaluate, objective
 from passes.place.problem import Pin, Problem
-from passes.place.solve import Solution, choices_of, solve
+from passes.place.solve import Solution, choices_of, keeps_quality, solve
 from passes.place.tidy import experts_whole
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def _candidates(solution: Solution) -> Iterator[Solution]:
     if choice != solution.choice:
         outcome = evaluate(problem, choice)
         made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
-        yield dataclasses.replace(solution, choice=choice, outcome=outcome, placement=made)
+        if keeps_quality(problem, made):
+            yield dataclasses.replace(solution, choice=choice, outcome=outcome, placement=made)
     yield solution
     variants = [dataclasses.replace(problem, pins=(*problem.pins, *pins)) for pins in _of_one_kind(solution)]
     if any(option.mode == "streamed" for option, _ in solution.choice):
@@ -155,6 +156,9 @@ def _candidates(solution: Solution) -> Iterator[Solution]:
         variants.append(dataclasses.replace(problem, compute_missed=False))
     if any(option.prefill_unit != option.unit for option, _ in solution.choice):
         variants.append(dataclasses.replace(problem, move_for_prompts=False))
+    if problem.menu is not None and any(option.part.mix is not None for option, _ in solution.choice):
+        alike = dataclasses.replace(problem.menu, uses=(), uses_source="")
+        variants.append(dataclasses.replace(problem, menu=alike))
     for variant in variants:
         found = _solved(variant)
         if found is not None:

@@ -28,7 +28,7 @@ from passes.place.outcome import evaluate, objective
 from passes.place.placement import TriedSchedule
 from passes.place.problem import Session
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, solve
+from passes.place.solve import Solution, keeps_quality, solve
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -125,6 +125,8 @@ def _with(solution: Solution, session: Session) -> Solution | None:
     except DiagnosticError:
         return None
     made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
+    if not keeps_quality(problem, made):
+        return None
     return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
 from passes.place.build_plan import experts_of, from_placement, groups_of, quality_plan, to_placement
+from passes.place.format_menu import Quality
 from passes.place.given_plan import restated
 from passes.place.greedy import greedy
 from passes.place.kv_division import is_near
@@ -123,6 +124,13 @@ def replay(problem: Problem, placement: Placement) -> Solution:
     return Solution(problem, choice, outcome, made, 0.0, None)
 
 
+def keeps_quality(problem: Problem, placement: Placement) -> bool:
+    """Whether the formats of a plan keep the bounds: of layers that lose more or less than others it matters which ones
+    have which format."""
+    quality = placement.quality
+    return problem.menu is None or quality is None or problem.menu.keeps(Quality(quality.loss, quality.bits))
+
+
 def choices_of(problem: Problem) -> list[list[Option]]:
     """The options of every part; a pin that leaves a part none is named."""
     found = []
@@ -185,9 +193,13 @@ def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     choice, outcome = found.choice, evaluate(problem, found.choice)
     if base is not None and base[1].objective < outcome.objective:
         choice, outcome = base
-    choice = tidied(problem, options, choice)
-    outcome = evaluate(problem, choice)
-    placement = dataclasses.replace(to_placement(problem, choice, outcome), gap=found.gap)
+    tidy = tidied(problem, options, choice)
+    placement = to_placement(problem, tidy, evaluate(problem, tidy))
+    if keeps_quality(problem, placement):
+        choice, outcome = tidy, evaluate(problem, tidy)
+    else:  # other layers would have the wider formats
+        placement = to_placement(problem, choice, outcome)
+    placement = dataclasses.replace(placement, gap=found.gap)
     return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
 
 

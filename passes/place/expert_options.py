@@ -101,7 +101,8 @@ def option_with(
 
 
 def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: int) -> Option:
-    """Experts in slots; a miss is waited for as far as the experts that are there do not take as long."""
+    """Experts in slots; misses are waited for as far as the other experts, and all misses but the last to arrive, do
+    not take as long."""
     session = problem.session
     option = Option(part, unit.name, home, CACHED, slots=slots, prefill_unit=unit.name)
     keep_weights(option, unit, part.nbytes, problem)
@@ -114,9 +115,11 @@ def _cached(problem: Problem, part: Part, unit: ComputeUnit, home: str, slots: i
     moves = PhaseCost()
     move_part(problem, moves, home, unit.tier, missed, part)
     slowest = max(moves.streams, key=lambda name: moves.streams[name], default="")
+    started = option.decode.path.get("dispatch", 0.0)
+    meanwhile = option.decode.waited - (option.decode.waited - started) / most_missing(needed)
     # Those that are guessed may come while the layer before computes, if every guess is right.
     late = max(0.0, 1.0 - session.ahead * each / missed) if missed else 0.0
-    waiting = max(0.0, moves.streams.get(slowest, 0.0) * late - option.decode.waited * option.hit)
+    waiting = max(0.0, moves.streams.get(slowest, 0.0) * late - meanwhile)
     for resource, seconds in moves.streams.items():
         option.decode.beside(resource, seconds - waiting if resource == slowest else seconds)
     option.decode.wait(unit.name, slowest, waiting)
@@ -176,9 +179,14 @@ def _expert_seconds(problem: Problem, part: Part, unit: ComputeUnit, rows: float
     return price(work, unit, problem.machine.target).seconds
 
 
+def most_missing(needed: float) -> int:
+    """How many experts are missing at most where a step needs so many on average."""
+    return max(1, math.ceil(needed - 1e-9))
+
+
 def missing_chances(needed: float, hit: float) -> tuple[float, ...]:
     """The chance that r or more of the experts that a step needs are missing, r = 1 .. the most there can be."""
-    count = max(1, math.ceil(needed - 1e-9))
+    count = most_missing(needed)
     return tuple(chance * needed / count for chance in expected_misses(count, 1.0 - hit))
 
 

@@ -16,9 +16,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from passes.place.crossings import crossings, one_way
 from passes.place.kv_division import kv_alike, rounded
 from passes.place.option import Option
-from passes.place.outcome import Choice, crossing, objective, tier_use, workspaces
+from passes.place.outcome import Choice, objective, tier_use, workspaces
 from passes.place.problem import Problem
 
 MANY_NODES = 300  # of the search: for a small verified gap
@@ -145,8 +146,8 @@ def _program(
         count = float(found[0].part.count)
         rows.row(count, count, [(at, 1.0) for at in mine])
     for decode, length in ((True, t_decode), (False, t_prefill)):
-        crossings = _crossings(rows, columns, at_prefill=not decode)
-        _lengths(rows, problem, columns, crossings, length, decode, scale)
+        crossed = _crossings(rows, problem, columns, at_prefill=not decode)
+        _lengths(rows, problem, columns, crossed, length, decode, scale)
     _capacities(rows, problem, columns, least_bytes, shrink)
     _quality(rows, problem, columns)
     return rows, columns, alike
@@ -158,21 +159,14 @@ def _time_scale(options: Sequence[Sequence[Option]]) -> float:
     return max(total, 1e-9)
 
 
-def _crossings(rows: _Rows, columns: list[tuple[Option, int]], at_prefill: bool) -> list[int]:
-    """Columns that count layers whose MLP or experts are computed elsewhere than their attention."""
+def _crossings(rows: _Rows, problem: Problem, columns: list[tuple[Option, int]], at_prefill: bool) -> list[int]:
+    """Columns that count how often activations go to another memory."""
     found = []
-    groups = dict.fromkeys((o.part.kind, o.part.group) for o, _ in columns if o.part.kind >= 0)
-    for kind, group in groups:
-        if group == "attention":
-            continue
-        mine = [(o, at) for o, at in columns if o.part.kind == kind]
-        for unit in dict.fromkeys(o.unit_at(at_prefill) for o, _ in mine if o.part.group == "attention"):
-            at = rows.column()
-            here = [(o, c) for o, c in mine if o.unit_at(at_prefill) == unit]
-            entries = [(c, -1.0) for o, c in here if o.part.group == "attention"]
-            entries += [(c, 1.0) for o, c in here if o.part.group == group]
-            rows.row(0.0, math.inf, [(at, 1.0), *entries])
-            found.append(at)
+    for crossing in crossings(problem, [option for option, _ in columns], at_prefill):
+        at = rows.column()
+        entries = [(columns[i][1], -1.0) for i in crossing.left] + [(columns[i][1], 1.0) for i in crossing.taken]
+        rows.row(-float(crossing.free), math.inf, [(at, 1.0), *entries])
+        found.append(at)
     return found
 
 
@@ -180,7 +174,7 @@ def _lengths(
     rows: _Rows,
     problem: Problem,
     columns: list[tuple[Option, int]],
-    crossings: list[int],
+    crossed: list[int],
     length: int,
     decode: bool,
     scale: float,
@@ -189,8 +183,8 @@ def _lengths(
     cost = [(o.decode if decode else o.prefill, at) for o, at in columns]
     extra = problem.together_decode if decode else problem.together_prefill
     fixed = sum(seconds for _, seconds in extra) / scale
-    away = crossing(problem, decode=decode)
-    over = [(at, away[1] / scale) for at in crossings] if away else []
+    away = one_way(problem, decode=decode)
+    over = [(at, away[1] / scale) for at in crossed] if away else []
     turns = problem.session.micro_batches if decode else 1
     units = dict.fromkeys(u for c, _ in cost for u in c.unit_seconds) if turns > 1 else {"": None}
     for unit in units:

@@ -127,13 +127,13 @@ def move_part(problem: Problem, cost: PhaseCost, home: str, tier: str, nbytes: f
         cost.beside(resource, seconds)
 
 
-def cross(problem: Problem, cost: PhaseCost, unit: str, first: str, second: str, nbytes: float) -> None:
-    """Activations of `nbytes` together go from one memory to another and come back: waited for."""
+def cross(problem: Problem, cost: PhaseCost, unit: str, first: str, second: str, nbytes: float, ways: int = 2) -> None:
+    """Activations of `nbytes` together go from one memory to another, and with 2 ways come back: waited for."""
     target = problem.machine.target
     for source, goal in problem.machine.way(first, second) or ():
         link = target.link_between(source, goal)
         resource, seconds = transfer_time(target, source, goal, nbytes)
-        cost.wait(unit, resource, seconds + 2 * ((link.latency_seconds if link else None) or 0.0))
+        cost.wait(unit, resource, seconds + ways * ((link.latency_seconds if link else None) or 0.0))
 
 
 def blended(ways: Sequence[tuple[Option, float]]) -> Option:

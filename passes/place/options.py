@@ -202,9 +202,9 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> 
         row = (layer.attention.heads * (layer.attention.head_dim + layer.attention.value_dim)) * 2
         row += layer.attention.kv_elements * 2
         if kv.seen:
-            cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row)
+            cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row, ways=1)
         if pairs:
-            cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row)
+            cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row, ways=1)
 
 
 def _write_back(problem: Problem, option: Option, kv: KVPart, tier: str) -> None:

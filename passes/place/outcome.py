@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from passes.place.option import Option, PhaseCost, cross
+from passes.place.crossings import crossings, one_way
+from passes.place.option import Option, PhaseCost
 from passes.place.problem import Problem
 
 Choice = tuple[tuple[Option, int], ...]
@@ -79,11 +80,11 @@ def evaluate(problem: Problem, choice: Choice) -> Outcome:
     for cost, extra in ((decode, problem.together_decode), (prefill, problem.together_prefill)):
         for resource, seconds in extra:
             cost.wait(problem.machine.units[0].name, resource, seconds)
+    options, layers = [option for option, _ in choice], [count for _, count in choice]
     for cost, at_prefill in ((decode, False), (prefill, True)):
-        seconds = crossing(problem, decode=not at_prefill)
-        for kind, count in mismatches(choice, at_prefill).items():
-            if count and seconds:
-                cost.wait(f"crossing {kind}", seconds[0], seconds[1] * count)
+        way = one_way(problem, decode=not at_prefill)
+        for crossing in crossings(problem, options, at_prefill) if way else ():
+            cost.wait(f"crossing {crossing.place}", way[0], way[1] * crossing.count(layers))
     found = phase(decode, problem.session.micro_batches), phase(prefill, 1)
     value = objective(problem, found[0].seconds, found[1].seconds)
     return Outcome(*found, tier_use(problem, choice), value)
@@ -103,38 +104,6 @@ def phase(cost: PhaseCost, micro_batches: int) -> PhaseOutcome:
         return PhaseOutcome(busy.get(slowest, 0.0), slowest, ordered)
     bound = max(cost.path, key=lambda name: cost.path[name], default="nothing")
     return PhaseOutcome(path, bound, ordered)
-
-
-def mismatches(choice: Choice, at_prefill: bool = False) -> dict[int, int]:
-    """Layers of each kind whose MLP or experts are computed elsewhere than their attention, at best."""
-    units: dict[tuple[int, str], dict[str, int]] = {}
-    for option, count in choice:
-        if option.part.kind >= 0:
-            here = units.setdefault((option.part.kind, option.part.group), {})
-            unit = option.unit_at(at_prefill)
-            here[unit] = here.get(unit, 0) + count
-    found: dict[int, int] = {}
-    for (kind, group), here in units.items():
-        if group != "attention":
-            base = units.get((kind, "attention"), {})
-            found[kind] = found.get(kind, 0) + sum(max(0, base.get(u, 0) - here.get(u, 0)) for u in base)
-    return found
-
-
-def crossing(problem: Problem, *, decode: bool) -> tuple[str, float] | None:
-    """(resource, seconds) of a layer's activations going to another unit and back, the slowest such way."""
-    rows = problem.session.batch if decode else problem.session.prompt_rows
-    nbytes = 2 * rows * problem.shape.hidden * 2
-    worst: tuple[str, float] | None = None
-    for first in problem.machine.units:
-        for second in problem.machine.units:
-            if first.tier != second.tier:
-                cost = PhaseCost()
-                cross(problem, cost, first.name, first.tier, second.tier, nbytes)
-                for resource, seconds in cost.path.items():
-                    if worst is None or seconds > worst[1]:
-                        worst = (resource, seconds)
-    return worst
 
 
 def workspaces(problem: Problem) -> dict[str, int]:

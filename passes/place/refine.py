@@ -29,7 +29,7 @@ from passes.place.tidy import experts_whole
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
 
-_SAMPLES = 8  # draws of expert misses
+_SAMPLES = 4  # steps in which expert misses are drawn
 _BATCHES = 3
 
 
@@ -104,21 +104,21 @@ def most_tokens(solutions: Sequence[Solution]) -> tuple[Solution, Refined]:
 
 
 def simulated(solution: Solution) -> float | None:
-    """Seconds of a decode step, simulated; never below the closed form. None for devices that work as one, and where
-    the streams of two units need one tier's buffers at once."""
+    """Seconds of a decode step, simulated; by construction of both never below the closed form. None for devices that
+    work as one, and where the streams of two units need one tier's buffers at once."""
     from passes.schedule.placed_plan import step_seconds
 
     if solution.problem.together_decode:
         return None
     try:
-        found = step_seconds(solution.problem, solution.choice, samples=_SAMPLES)
+        return step_seconds(solution.problem, solution.choice, samples=_SAMPLES)
     except DiagnosticError:
         return None
-    return max(found, solution.outcome.decode.seconds)
 
 
 def simulated_prompt(solution: Solution) -> PromptTime | None:
-    """A prompt, simulated chunk by chunk; never below the closed form. None where `simulated` gives none."""
+    """A prompt, simulated chunk by chunk, or the closed form where that is longer: it adds up what chunks do one after
+    another, and counts keys of the last chunk that go to a drive. None where `simulated` gives none."""
     from passes.schedule.placed_plan import PromptTime, prompt_time
 
     if solution.problem.together_prefill:

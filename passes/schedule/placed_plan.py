@@ -15,13 +15,14 @@ Activations that pass two links are charged the second; new keys and values go h
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hw_targets.expert_guesses import with_guesses
-from hw_targets.expert_outcomes import LATE, from_hit_rates, simulate_steps
+from hw_targets.expert_outcomes import LATE, Lacking, even_misses, simulate_steps
 from hw_targets.simulator import Simulator, simulate
 from hw_targets.timeline import Timeline
 from ir.ops.builtin import FuncOp
@@ -30,7 +31,7 @@ from passes.place.placement import RIGHT_GUESSES
 from passes.place.problem import Problem
 from passes.schedule.placed_emitter import Emitter
 from passes.schedule.placed_prompt import prompt_stages
-from passes.schedule.placed_stages import decode_stages
+from passes.schedule.placed_stages import Stage, decode_stages
 
 MOST_CHUNKS = 8  # of a prompt that are simulated one by one; of longer ones some, and the rest is read off between
 RUN = 3  # chunks after which one takes as long as at any time at its depth
@@ -38,11 +39,11 @@ RUN = 3  # chunks after which one takes as long as at any time at its depth
 
 @dataclass(frozen=True)
 class PlacedPlan:
-    """The plan of `steps` steps, the expert caches that it asks: (name, most missing, hit rate), and by stage how many
-    missing experts it brings on a guess at most."""
+    """The plan of `steps` steps, the expert caches that it asks: (name, most missing), and by stage how many missing
+    experts it brings on a guess at most."""
 
     program: FuncOp
-    caches: tuple[tuple[str, int, float], ...]
+    caches: tuple[tuple[str, int], ...]
     early: Mapping[str, int]
 
 
@@ -66,7 +67,7 @@ def placed_plan(
     stages = decode_stages(problem, choice, order)
     batches = min(problem.session.micro_batches, problem.session.batch)
     emitter = Emitter(problem, [stages] * steps, _buffers(problem, choice), "decode", batches, most)
-    caches = tuple((f"{s.name}.{LATE}", s.fetches, s.hit) for s in stages if s.fetches)
+    caches = tuple((f"{s.name}.{LATE}", s.fetches) for s in stages if s.fetches)
     return PlacedPlan(emitter.run(), caches, emitter.early)
 
 
@@ -123,19 +124,37 @@ def _weights(depths: Sequence[int]) -> list[float]:
 
 
 def step_seconds(problem: Problem, choice: Choice, *, samples: int = 32, seed: int = 0, order: str = "units") -> float:
-    """Simulated seconds of a decode step that follows another; expert misses are drawn by the expected hit rates."""
+    """Simulated seconds of a decode step that follows another one, on average.
+
+    Which experts are missing is drawn, in `samples` steps and a few more; as many as are expected, so that the mean is
+    not below what the same plan takes with the expected misses."""
     asked = [s for s in decode_stages(problem, choice, order) if s.fetches]
-    misses, most = np.zeros((1, 0), np.int64), None
+    names: list[str] = []
+    drawn, shares, most = np.zeros((1, 0), np.int64), np.ones(1), None
     if asked:
-        drawn = [from_hit_rates([s.hit], s.fetches, samples, seed + i) for i, s in enumerate(asked)]
-        misses = np.concatenate(drawn, axis=1)
-        most = {f"{s.name}.{LATE}": int(mine.max()) for s, mine in zip(asked, drawn, strict=True)}
+        alike: dict[Lacking, list[Stage]] = {}
+        for stage in asked:
+            alike.setdefault(Lacking(0, stage.chances, _kinds(stage)), []).append(stage)
+        drawn, shares = even_misses([replace(g, caches=len(of)) for g, of in alike.items()], samples, seed)
+        names = [stage.name for of in alike.values() for stage in of]
+        most = {f"{name}.{LATE}": int(misses.max()) for name, misses in zip(names, drawn.T, strict=True)}
     times = []
     for steps in (1, 2):
         plan = placed_plan(problem, choice, steps, order=order, most=most)
-        outcomes = with_guesses(misses, np.ones(len(misses)), [s.name for s in asked], plan.early, RIGHT_GUESSES)
-        times.append(simulate_steps(Simulator(plan.program, problem.machine.target), outcomes).mean)
+        outcomes = with_guesses(drawn, shares, names, plan.early, RIGHT_GUESSES)
+        seconds = simulate_steps(Simulator(plan.program, problem.machine.target), outcomes).seconds
+        times.append(math.fsum(weight * time for weight, time in zip(shares.tolist(), seconds, strict=True)))
     return times[1] - times[0]
+
+
+def _kinds(stage: Stage) -> tuple[int, ...]:
+    """By rank of a missing expert: brought, computed by the helper, asked for first, brought for later as well."""
+    if not any(stage.there):
+        return ()
+    first = stage.there.index(True) + 1
+    return tuple(
+        3 if rank == stage.later else 2 if rank == first else int(there) for rank, there in enumerate(stage.there, 1)
+    )
 
 
 def _buffers(problem: Problem, choice: Choice) -> dict[str, int]:

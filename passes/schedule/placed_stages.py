@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from hw_targets.cost_model import Work
 from passes.place.build_plan import numbered, sensitive_first
-from passes.place.expert_options import missed_experts, missing_chances
+from passes.place.expert_options import missed_experts, missing_chances, most_missing
 from passes.place.kv_division import KVPart, kv_parts
 from passes.place.option import CACHED, SPLIT, STREAMED, Option
 from passes.place.outcome import Choice, by_part
@@ -49,10 +49,10 @@ class Stage:
 
     `chunks` are pieces that are brought from `chunk_home` one after another for all micro-batches, `cache_piece` those
     of keys and values for each of them (from `cache_home`, with `new_bytes` that go back). `new` is what a chunk of a
-    prompt adds to a cache elsewhere. Of an expert cache at most
-    `fetches` experts of `expert_bytes` are missing, each with the probability `1 - hit`. `beside`: a stage that another
-    unit computes at the same time; of missing experts those that `there` says so of, by rank, `work` being that of
-    one. The one of rank `later` is then fetched as well, for later steps.
+    prompt adds to a cache elsewhere. Of an expert cache at most `fetches` experts of `expert_bytes` are missing, r or
+    more with the chance `chances[r - 1]`. `beside`: a stage that another unit computes at the same time; of missing
+    experts those that `there` says so of, by rank, `work` being that of one. The one of rank `later` is then fetched as
+    well, for later steps.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Stage:
     new_bytes: int = 0
     fetches: int = 0
     expert_bytes: int = 0
-    hit: float = 1.0
+    chances: tuple[float, ...] = ()
     there: tuple[bool, ...] = ()
     later: int = 0
     beside: Stage | None = None
@@ -186,7 +186,7 @@ class StageReader:
         """Experts in slots of the unit's tier; those that are missing come one by one."""
         tier = self.problem.machine.unit(option.unit).tier
         needed = self.needed(part, self.rows)
-        fetches = max(1, math.ceil(needed - 1e-9))
+        fetches = most_missing(needed)
         each = min(math.ceil(self.problem.missed_bytes(part, option.slots, option.hit)), part.nbytes // fetches)
         missing = tuple(Kept(f"{name}.missing.{i}", option.home, each) for i in range(fetches))
         rest = part.nbytes - fetches * each
@@ -197,14 +197,14 @@ class StageReader:
         )
         work = self.work(part, option.unit, math.ceil(needed * part.asked_bytes(self.rows)), self.rows, part.launches)
         there: tuple[bool, ...] = ()
-        later, far = 0, None
+        later, far, chances = 0, None, missing_chances(needed, option.hit)
         if option.helper:
-            divided = missed_experts(self.problem, option, self.rows, missing_chances(needed, option.hit))
+            divided = missed_experts(self.problem, option, self.rows, chances)
             there, later = divided.there, divided.later
             far = self.far(name, part, option, 1.0 / needed, part.expert_bytes, ()) if any(there) else None
         return Stage(
             name, option.unit, work, self.hidden_bytes, kept, option.home,
-            fetches=fetches, expert_bytes=each, hit=option.hit, there=there, later=later, beside=far,
+            fetches=fetches, expert_bytes=each, chances=chances, there=there, later=later, beside=far,
         )  # fmt: skip
 
     def far(self, name: str, part: Part, option: Option, share: float, nbytes: float, kept: tuple[Kept, ...]) -> Stage:

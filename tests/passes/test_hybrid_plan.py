@@ -120,8 +120,8 @@ def test_divided_caches_are_sound(vram: float, link: float, cpu: float, batch: i
     sound(prompt_plan(found.problem, found.choice), found)
     simulator = Simulator(plan.program, found.problem.machine.target)
     worst = simulator.run().seconds
-    some = simulator.run({name: min(missing, most) for name, most, _ in plan.caches}).seconds
-    none = simulator.run({name: 0 for name, _, _ in plan.caches}).seconds
+    some = simulator.run({name: min(missing, most) for name, most in plan.caches}).seconds
+    none = simulator.run({name: 0 for name, _ in plan.caches}).seconds
     assert none <= some * (1 + 1e-9) and none <= worst * (1 + 1e-9)
 
 
@@ -141,7 +141,7 @@ def test_plans_of_few_misses_take_as_long(
     base = problem(vram, link, cpu, batch, layers=2)
     found = cached_by_both(dataclasses.replace(base, session=dataclasses.replace(base.session, micro_batches=micro)))
     whole = placed_plan(found.problem, found.choice, 2)
-    most = {name: data.draw(st.integers(0, asked)) for name, asked, _ in whole.caches}
+    most = {name: data.draw(st.integers(0, asked)) for name, asked in whole.caches}
     short = placed_plan(found.problem, found.choice, 2, most=most)
     missing = {name: data.draw(st.integers(0, m)) for name, m in most.items()}
     ir.verify(ModuleOp.create(short.program))

@@ -103,7 +103,8 @@ def test_pinned_shares(share: str, old: int) -> None:
     for plan in (placed_plan(found.problem, found.choice, 2).program, prompt_plan(found.problem, found.choice)):
         assert [d.message for d in check_stream(plan, base.machine.target, dict(base.machine.room))] == []
     seconds = step_seconds(found.problem, found.choice)
-    assert 1 - 1e-9 <= seconds / found.outcome.decode.seconds < 1.1
+    # Some layers' keys are brought, others attended to by the cores, while the link rests for want of buffers.
+    assert 1 - 1e-9 <= seconds / found.outcome.decode.seconds < 1.25
 
 
 def test_what_is_old_is_read_only_by_longer_texts() -> None:

@@ -174,6 +174,8 @@ def step_together(
     rows: list[int] = []
     served: list[RunningSequence] = []
     pieces: list[tuple[RunningSequence, int]] = []
+    for sequence in active:
+        sequence.check_slot()
     for sequence in sorted(active, key=lambda s: len(s.unwritten) > 1):
         piece = sequence.unwritten[: max(0, most_tokens - len(ids))]
         if not piece:
@@ -203,6 +205,7 @@ class RunningSequence:
         self._params = request.params
         self._stop_ids = frozenset(request.stop_ids)
         self._max_context = session.max_context
+        self._sequence_in = session.sequence_in
         self._generated = 0
         self._started_s = self._first_s = 0.0
         _check_prompt(self.unwritten, session)
@@ -216,7 +219,17 @@ class RunningSequence:
     def admit(self, slot: int) -> None:
         """Starts the clock, in this slot."""
         self.slot = slot
+        self._sequence_in[slot] = self
         self._started_s = time.perf_counter()
+
+    def check_slot(self) -> None:
+        """Raises RuntimeDiagnostic where another generation was given this one's slot since."""
+        if self._sequence_in.get(self.slot) is not self:
+            raise RuntimeDiagnostic(
+                "another generation began in the same slot, so that this one cannot go on",
+                expected="one generation of a session at a time, up to its end",
+                hint="finish (or drop) one before the next, give several prompts together, or load the model twice",
+            )
 
     def advance(self, tokens: int) -> None:
         """The next `tokens` unwritten tokens are in the cache."""

@@ -47,6 +47,7 @@ class SessionBase(ABC):
         self.vocab_size = self.manifest.vocab_size
         self._filled = np.zeros(self.num_slots, dtype=np.int64)  # positions written, by slot
         self._newest = np.full(self.num_slots, -1, dtype=np.int64)  # the last position ever written, by slot
+        self.sequence_in: dict[int, object] = {}  # by slot, the generation that it was last given to
 
     def step(
         self,

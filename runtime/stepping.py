@@ -11,12 +11,16 @@ from runtime.manifest import Manifest
 
 
 class Stepper(Protocol):
-    """A model with `num_slots` sequences of up to `max_context` positions; `runtime.session.Session` says more."""
+    """A model with `num_slots` sequences of up to `max_context` positions; `runtime.session.Session` says more.
+
+    `sequence_in` says by slot whom generation last gave it to: what is suspended meanwhile must not go on there.
+    """
 
     manifest: Manifest
     num_slots: int
     max_context: int
     vocab_size: int
+    sequence_in: dict[int, object]
 
     def step(
         self,

@@ -39,6 +39,20 @@ def test_greedy(session: Session, length: int) -> None:
     assert [event.statistics for event in events[:-1]] == [None] * 11
 
 
+def test_a_generation_does_not_go_on_where_another_began(session: Session) -> None:
+    """It would read the other one's keys and values."""
+    params = GenerationParams(max_tokens=6)
+    first, other = generate(session, [1, 2], params), generate(session, [3, 4], params, slot=1)
+    next(first)
+    assert tokens([next(other), *other]) == greedy_tokens([3, 4], 6)  # in a slot of its own
+    second = generate(session, [5, 6], params)
+    next(second)
+    with pytest.raises(RuntimeDiagnostic, match="another generation began in the same slot"):
+        next(first)
+    assert len(list(second)) == 5
+    assert tokens(list(generate(session, [1, 2], params))) == greedy_tokens([1, 2], 6)
+
+
 def test_events_come_as_they_are_made(session: Session) -> None:
     seen: list[TokenEvent] = []
     events = generate(session, [1, 2], GenerationParams(max_tokens=5), on_token=seen.append)

@@ -94,10 +94,13 @@ def _plain(solution: Solution) -> list[Session]:
 
 
 def _beside(solution: Solution) -> list[Session]:
-    """The next ones on both ladders. Programs of this machine take no turns."""
+    """The next ones on the ladders; once experts are guessed, more of them or fewer. Programs of this machine take no
+    turns."""
     session = solution.problem.session
-    found = [dataclasses.replace(session, depth=depth) for depth in _next(DEPTHS, session.depth)]
-    if solution.problem.machine.target.name != "host":
+    found: list[Session] = []
+    if not session.ahead:
+        found = [dataclasses.replace(session, depth=depth) for depth in _next(DEPTHS, session.depth)]
+    if not session.ahead and solution.problem.machine.target.name != "host":
         turns = [n for n in _next(MICRO_BATCHES, session.micro_batches) if n <= session.batch]
         found += [dataclasses.replace(session, micro_batches=n) for n in turns]
     if session.micro_batches == 1 and any(o.mode == CACHED and not o.helper for o, count in solution.choice if count):

@@ -19,14 +19,14 @@ from ir.stream_interpreter import interpret_stream
 from passes.place.build_plan import from_placement
 from passes.place.formats import formats_of
 from passes.place.machine import machine_of
-from passes.place.outcome import Choice
+from passes.place.outcome import Choice, evaluate
 from passes.place.pins import parse_pin
 from passes.place.problem import Problem, Session
 from passes.place.refine import simulated, simulated_prompt
 from passes.place.schedule_choice import best_schedule
 from passes.place.solve import NoFit, Solution, solve
 from passes.schedule.check_stream import check_stream
-from passes.schedule.placed_plan import placed_plan
+from passes.schedule.placed_plan import placed_plan, step_seconds
 from tests.passes.place.machines import MIB, sparse, target
 
 
@@ -73,6 +73,8 @@ def test_plans_that_guess_are_sound(
     some = {entry[0]: data.draw(st.integers(0, entry[1])) for entry in plan.caches}
     some |= {f"{name}.early": data.draw(st.integers(0, most)) for name, most in plan.early.items()}
     assert simulator.run(some).seconds <= whole.seconds * (1 + 1e-9)
+    bound = evaluate(problem, choice).decode.seconds
+    assert step_seconds(problem, choice, samples=2) >= bound * (1 - 1e-9)
 
 
 def test_guesses_are_chosen_where_they_pay_and_told() -> None:

@@ -20,7 +20,7 @@ from passes.place.build_plan import from_placement, to_placement
 from passes.place.milp import FEW_NODES
 from passes.place.outcome import evaluate, objective
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, keeps_quality, solve
+from passes.place.solve import Solution, solve
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -76,7 +76,9 @@ def _with_chunk(solution: Solution, chunk: int) -> Solution | None:
             return found if found.problem.session.chunk == chunk else None
     except DiagnosticError:  # nothing fits
         return None
-    made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
-    if not keeps_quality(problem, made):
-        return None
+    same = solution.placement  # the same layers as before: pins and losses may tell them apart
+    made = dataclasses.replace(
+        to_placement(problem, choice, outcome), gap=solution.gap, groups=same.groups, kv=same.kv, quality=same.quality,
+        expert_formats=same.expert_formats,
+    )  # fmt: skip
     return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)

@@ -28,7 +28,7 @@ from passes.place.outcome import evaluate, objective
 from passes.place.placement import TriedSchedule
 from passes.place.problem import Session
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, keeps_quality, solve
+from passes.place.solve import Solution, solve
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -127,9 +127,11 @@ def _with(solution: Solution, session: Session) -> Solution | None:
             return anew if anew is not None and anew.problem.session == session else None
     except DiagnosticError:
         return None
-    made = dataclasses.replace(to_placement(problem, choice, outcome), gap=solution.gap)
-    if not keeps_quality(problem, made):
-        return None
+    same = solution.placement  # the same layers as before: pins and losses may tell them apart
+    made = dataclasses.replace(
+        to_placement(problem, choice, outcome), gap=solution.gap, groups=same.groups, kv=same.kv, quality=same.quality,
+        expert_formats=same.expert_formats,
+    )  # fmt: skip
     return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)
 
 

@@ -135,8 +135,8 @@ def plan_tiers(
     step, prompt, bound = None, None, solution  # what would help is judged by bounds: that of the plan with the lowest
     if made is not None:  # played as the runtime does, see `BuiltModel.as_run`
         plan = solution.placement
-        session = dataclasses.replace(plan.session, ahead=made.stream.guesses)
-        solution = dataclasses.replace(solution, placement=dataclasses.replace(plan, session=session))
+        plan = dataclasses.replace(plan, session=dataclasses.replace(plan.session, ahead=made.stream.guesses))
+        solution = dataclasses.replace(solution, placement=plan)
     elif request.simulate and given is not None:
         step, prompt = simulated(solution), simulated_prompt(solution)
     elif request.simulate:

@@ -72,7 +72,8 @@ def by_part(choice: Choice) -> dict[tuple[str, int], list[tuple[Option, int]]]:
 
 
 def evaluate(problem: Problem, choice: Choice) -> Outcome:
-    """The outcome of a choice."""
+    """The outcome of a choice, to the last digit the same in whatever order its options come."""
+    choice = tuple(sorted(choice, key=lambda entry: (entry[0].part.key, entry[0].label)))
     decode, prefill = PhaseCost(), PhaseCost()
     for option, count in choice:
         _add(decode, option.decode, count)
@@ -82,9 +83,11 @@ def evaluate(problem: Problem, choice: Choice) -> Outcome:
             cost.wait(problem.machine.units[0].name, resource, seconds)
     options, layers = [option for option, _ in choice], [count for _, count in choice]
     for cost, at_prefill in ((decode, False), (prefill, True)):
-        way = one_way(problem, decode=not at_prefill)
-        for crossing in crossings(problem, options, at_prefill) if way else ():
-            cost.wait(f"crossing {crossing.place}", way[0], way[1] * crossing.count(layers))
+        way, moved = one_way(problem, decode=not at_prefill), dict[str, int]()
+        for crossing in crossings(problem, options, at_prefill):
+            moved[crossing.place] = moved.get(crossing.place, 0) + crossing.count(layers)
+        for place in sorted(moved) if way is not None else ():  # whatever the order of the options
+            cost.wait(f"crossing {place}", way[0], way[1] * moved[place])
     found = phase(decode, problem.session.micro_batches), phase(prefill, 1)
     value = objective(problem, found[0].seconds, found[1].seconds)
     return Outcome(*found, tier_use(problem, choice), value)

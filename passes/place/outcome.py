@@ -86,8 +86,9 @@ def evaluate(problem: Problem, choice: Choice) -> Outcome:
         way, moved = one_way(problem, decode=not at_prefill), dict[str, int]()
         for crossing in crossings(problem, options, at_prefill):
             moved[crossing.place] = moved.get(crossing.place, 0) + crossing.count(layers)
-        for place in sorted(moved) if way is not None else ():  # whatever the order of the options
-            cost.wait(f"crossing {place}", way[0], way[1] * moved[place])
+        resource, seconds = way or ("", 0.0)
+        for place in sorted(moved):  # whatever the order of the options
+            cost.wait(f"crossing {place}", resource, seconds * moved[place])
     found = phase(decode, problem.session.micro_batches), phase(prefill, 1)
     value = objective(problem, found[0].seconds, found[1].seconds)
     return Outcome(*found, tier_use(problem, choice), value)

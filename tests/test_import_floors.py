@@ -1,4 +1,5 @@
-"""The floors of the house: a package imports only from the floors below it, and heavy libraries stay where they belong.
+"""The floors of the house: a package imports only from the floors below it, no two files import each other, and heavy
+libraries stay where they belong.
 
 `ir` <- `hw_targets`, `frontends` <- `passes` <- `codegen` <- `stratum`, and `runtime` <- `stratum`. The walk is by
 syntax tree, so imports inside functions count too.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,55 @@ def test_a_forbidden_import_is_found(package: str, source: str) -> None:
 def test_allowed_imports_pass() -> None:
     source = "import os, numpy\nfrom ir.core import Op\nfrom . import sibling\nfrom frontends import registry"
     assert violations("passes", source, "example.py") == []
+
+
+def module_of(path: Path) -> str:
+    """`passes.place.milp` of passes/place/milp.py; a folder's `__init__` is the folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(source: str, known: Container[str]) -> set[str]:
+    """Which of the `known` modules a source names in imports, wherever they stand: in functions and for types too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in named if name in known} or {node.module}
+    return {name for name in found if name in known}
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, the first again at the end; empty where there are none."""
+    finished: set[str] = set()
+
+    def walk(path: list[str]) -> list[str]:
+        for name in sorted(imports[path[-1]] - finished - {path[-1]}):
+            found = [*path[path.index(name) :], name] if name in path else walk([*path, name])
+            if found:
+                return found
+        finished.add(path[-1])
+        return []
+
+    for start in sorted(imports):
+        found = walk([start]) if start not in finished else []
+        if found:
+            return found
+    return []
+
+
+def test_no_files_import_each_other() -> None:
+    """Not in a circle of any length: each file can be read with nothing in mind but what it imports."""
+    files = [path for folder in (*FLOORS, "bench", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+    modules = {module_of(path): path for path in files}
+    imports = {name: imported_modules(path.read_text(encoding="utf-8"), modules) for name, path in modules.items()}
+    found = circle(imports)
+    assert not found, "imports in a circle: " + " -> ".join(found)
+
+
+def test_a_circle_is_found() -> None:
+    source = "from a import b\nimport c.d\ndef f():\n    from e import g\n"
+    assert imported_modules(source, {"a", "c.d", "e.g", "e"}) == {"a", "c.d", "e.g"}
+    assert circle({"a": {"b", "c"}, "b": set(), "c": {"b"}}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d", "b"]

@@ -20,7 +20,8 @@ from ir.diagnostics import DiagnosticError
 from passes.place.expert_entries import expert_entries, said_of, stored_as
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
-from passes.place.kv_division import divided, is_near, kv_parts
+from passes.place.kv_division import divided, is_near
+from passes.place.kv_parts import kv_parts
 from passes.place.machine import machine_of
 from passes.place.option import CACHED, RESIDENT, SPLIT, THERE, Option, blended
 from passes.place.options import options_of

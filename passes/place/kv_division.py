@@ -1,6 +1,5 @@
 """The cache of a layer divided between two memories: the newest positions where attention is, the older ones elsewhere.
 
-    kv_parts(problem, option)              # where the cache of an option lies: what each part holds and reads
     divided(problem, near, away, old=512)  # `near`, the oldest 512 positions of each layer's cache lying as by `away`
     for option in recent(problem, near, ways): ...  # of what a step of this session reads nothing is elsewhere
 
@@ -13,62 +12,16 @@ both parts of attention then join by the sums of their weights. Divisions are wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
+from passes.place.attention_option import attention_option
 from passes.place.option import Option
 from passes.place.problem import Problem
 
 BLOCK = 64  # positions that runtimes keep together
 
 
-@dataclass(frozen=True)
-class KVPart:
-    """Of a layer's cache the part at `home`, attended to by `unit`: `positions` of each sequence, `newer` others being
-    newer than all of them. Of `seen` a decode step reads."""
-
-    home: str
-    unit: str
-    newer: int
-    positions: int
-    seen: int
-
-    def pairs(self, window: int, prompt: int) -> float:
-        """Pairs of a causal prompt's tokens and what they attend to in this part."""
-        return _nearer_pairs(window, self.newer + self.positions, prompt) - _nearer_pairs(window, self.newer, prompt)
-
-    def fresh(self, tokens: int) -> int:
-        """Positions that come to it when a sequence of `tokens` is there."""
-        return max(0, tokens - self.newer)
-
-
-def attended_pairs(window: int, prompt: int) -> float:
-    """Pairs of a token and one it attends to in a causal prompt."""
-    if not window or window >= prompt:
-        return prompt * (prompt + 1) / 2
-    return window * (window + 1) / 2 + (prompt - window) * window
-
-
-def _nearer_pairs(window: int, positions: int, prompt: int) -> float:
-    """Of those pairs the ones that are less than so many positions apart."""
-    return attended_pairs(min(window or positions, positions), prompt) if positions else 0.0
-
-
-def kv_parts(problem: Problem, option: Option) -> tuple[KVPart, ...]:
-    """Where the cache of one layer lies: the older part first, as attention comes to it."""
-    layer, session = option.part.layer, problem.session
-    assert layer is not None
-    whole, seen = layer.kv_tokens(session.context), layer.kv_tokens(session.decode_context)
-    near = whole - option.kv_old
-    newest = KVPart(option.kv_home, option.kv_unit, 0, near, min(seen, near))
-    if not option.kv_old:
-        return (newest,)
-    return KVPart(option.old_home, option.old_unit, near, option.kv_old, seen - newest.seen), newest
-
-
 def divided(problem: Problem, near: Option, away: Option, old: int) -> Option:
     """`near` with the oldest `old` positions where `away` has its cache, by the unit that attends to it there."""
-    from passes.place.options import attention_option
-
     return attention_option(problem, near, (near.kv_home, near.kv_unit), (away.kv_home, away.kv_unit), old)
 
 

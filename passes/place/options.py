@@ -9,18 +9,17 @@ itself, or the unit beside the cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from hw_targets.cost_model import Work, price, transfer_time
 from hw_targets.target import ComputeUnit
+from passes.place.attention_option import attention_option
 from passes.place.expert_options import expert_ways, kernels_for
-from passes.place.kv_division import KVPart, attended_pairs, kv_parts, with_share
+from passes.place.kv_division import with_share
 from passes.place.machine import Machine
-from passes.place.option import RESIDENT, STREAMED, Option, PhaseCost, compute_part, cross, keep_weights, move_part
+from passes.place.option import RESIDENT, STREAMED, Option, keep_weights
 from passes.place.parts import Part
 from passes.place.problem import NEAR, Problem
-from passes.place.routing_model import distinct_experts
+from passes.place.whole_part import whole_part
 
 
 def options_of(problem: Problem, part: Part) -> list[Option]:
@@ -94,8 +93,8 @@ def _dense(problem: Problem, part: Part) -> Iterator[Option]:
         for at_prefill in kernels_for(part, _prefill_units(problem, unit, mode)):
             option = Option(part, unit.name, home, mode, prefill_unit=at_prefill.name)
             keep_weights(option, unit, part.nbytes, problem)
-            _whole_part(problem, option, option.decode, unit, _tokens(problem))
-            _whole_part(problem, option, option.prefill, at_prefill, None)
+            whole_part(problem, option, option.decode, unit, problem.session.batch)
+            whole_part(problem, option, option.prefill, at_prefill, None)
             yield option
 
 
@@ -116,34 +115,6 @@ def _attention(problem: Problem, part: Part) -> Iterator[Option]:
             yield attention_option(problem, like, (kv_home, kv_unit.name))
 
 
-def attention_option(
-    problem: Problem, like: Option, kv: tuple[str, str], older: tuple[str, str] = ("", ""), old: int = 0
-) -> Option:
-    """Weights as `like` has them, the cache at a place, attended to by a unit; the oldest `old` positions of it at
-    another place."""
-    part, unit = like.part, problem.machine.unit(like.unit)
-    assert part.layer is not None
-    option = Option(
-        part, unit.name, like.home, like.mode, kv_home=kv[0], kv_unit=kv[1], kv_old=old, old_home=older[0],
-        old_unit=older[1], prefill_unit=unit.name,
-    )  # fmt: skip
-    keep_weights(option, unit, part.nbytes, problem)
-    _whole_part(problem, option, option.decode, unit, _tokens(problem))
-    _whole_part(problem, option, option.prefill, unit, None)
-    for kv_part in kv_parts(problem, option):
-        held = problem.session.batch * kv_part.positions * part.kv_bytes_per_token
-        option.holds = (*option.holds, (kv_part.home, "kv", held))
-        _attend(problem, option, unit, kv_part)
-    return option
-
-
-# -- what they cost ----------------------------------------------------------------------------------------------------
-
-
-def _tokens(problem: Problem) -> int:
-    return problem.session.batch
-
-
 def _prefill_units(problem: Problem, unit: ComputeUnit, mode: str) -> list[ComputeUnit]:
     """Who computes a prompt: the unit itself; of what lies by a slow one also a faster one, to which it is moved."""
     if mode != RESIDENT or not problem.move_for_prompts:
@@ -154,70 +125,3 @@ def _prefill_units(problem: Problem, unit: ComputeUnit, mode: str) -> list[Compu
         if other.kind == "gpu" and other.tier != unit.tier and problem.machine.way(unit.tier, other.tier) is not None
     ]
     return [unit, *others]
-
-
-def _whole_part(problem: Problem, option: Option, cost: PhaseCost, unit: ComputeUnit, tokens: int | None) -> None:
-    """All of a part passes on `unit`: once for a decode step of `tokens`, once for every chunk when that is None."""
-    session, part = problem.session, option.part
-    if tokens is None and part.group == "head":
-        passes, rows, reads = 1, float(session.prompts), 1  # of a prompt only the last token needs logits
-    elif tokens is None:
-        passes, rows, reads = session.passes, session.prompt_rows / session.passes, 1
-    else:
-        passes, rows, reads = 1, float(tokens), min(session.micro_batches, tokens)
-    touched = part.nbytes
-    if part.experts:
-        each = distinct_experts(part.experts, part.top_k, rows / reads)
-        touched = math.ceil(part.asked_bytes(rows / reads) * min(each, part.top_k * rows))
-    compute_part(problem, cost, unit, part, touched * reads, rows, passes)
-    moved = touched if part.experts and tokens is not None else part.nbytes
-    move_part(problem, cost, option.home, unit.tier, moved * passes, part)
-
-
-def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> None:
-    """Scores and values of a part of the cache: read by its unit, moved to it first when it lies elsewhere."""
-    session, layer, target = problem.session, option.part.layer, problem.machine.target
-    assert layer is not None
-    kv_unit = problem.machine.unit(kv.unit)
-    read = session.batch * kv.seen * option.part.kv_bytes_per_token
-    flops = session.batch * kv.seen * layer.attention.flops_per_pair(absorbed=True)
-    element = problem.formats.float_format
-    paid = price(Work(flops, element, ((kv_unit.tier, read),)), kv_unit, target)
-    option.decode.wait(kv_unit.name, paid.bound, paid.seconds)
-    window, prompt = layer.attention.window, session.prompt
-    pairs = session.prompts * kv.pairs(window, prompt)
-    share = kv.pairs(window, prompt) / attended_pairs(window, prompt)
-    prompt_read = share * session.prompt_rows * session.passes / 2 * option.part.kv_bytes_per_token
-    flops = pairs * layer.attention.flops_per_pair(absorbed=False)
-    paid = price(Work(flops, element, ((kv_unit.tier, prompt_read),)), kv_unit, target)
-    option.prefill.wait(kv_unit.name, paid.bound, paid.seconds)
-    if kv.home != kv_unit.tier:
-        for source, goal in problem.machine.way(kv.home, kv_unit.tier) or ():
-            resource, seconds = transfer_time(target, source, goal, read)
-            option.decode.beside(resource, seconds)
-            full = session.batch * kv.positions * option.part.kv_bytes_per_token  # room for the whole context
-            option.buffer = (*option.buffer, (goal, math.ceil(full / max(1, session.micro_batches))))
-        _write_back(problem, option, kv, kv_unit.tier)
-    elif kv_unit.name != unit.name:
-        row = (layer.attention.heads * (layer.attention.head_dim + layer.attention.value_dim)) * 2
-        row += layer.attention.kv_elements * 2
-        if kv.seen:
-            cross(problem, option.decode, unit.name, unit.tier, kv_unit.tier, session.batch * row, ways=1)
-        if pairs:
-            cross(problem, option.prefill, unit.name, unit.tier, kv_unit.tier, session.prompt_rows * row, ways=1)
-
-
-def _write_back(problem: Problem, option: Option, kv: KVPart, tier: str) -> None:
-    """Keys and values go to their place."""
-    session = problem.session
-    one = 1 if kv.seen or not kv.newer else 0  # what leaves the newer part, at each step
-    fresh = (option.decode, session.batch * one), (option.prefill, session.prompts * kv.fresh(session.prompt))
-    for cost, tokens in fresh:
-        hops = problem.machine.way(kv.home, tier) or ()
-        for goal, source in reversed(hops):
-            try_bytes = tokens * option.part.kv_bytes_per_token
-            store = problem.machine.target.store(goal) if problem.machine.target.tier(goal) is None else None
-            if store is not None and store.write_rate() is None:
-                continue
-            resource, seconds = transfer_time(problem.machine.target, source, goal, try_bytes)
-            cost.beside(resource, seconds)

@@ -19,7 +19,7 @@ from frontends.model_shape import ModelShape
 from hw_targets.cost_model import Work, price
 from hw_targets.target import ComputeUnit, Fabric, Target
 from passes.place.formats import Formats
-from passes.place.kv_division import attended_pairs
+from passes.place.kv_parts import attended_pairs
 from passes.place.outcome import PhaseOutcome
 from passes.place.parts import Part, parts_of
 from passes.place.placement import Degrees

@@ -16,10 +16,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from ir.diagnostics import DiagnosticError
+from passes.place.attention_option import attention_option
 from passes.place.build_plan import prefill_threshold, prompt_ways
 from passes.place.expert_options import option_with
 from passes.place.option import CACHED, Option
-from passes.place.options import attention_option, options_of
+from passes.place.options import options_of
 from passes.place.outcome import Choice
 from passes.place.problem import Problem
 

@@ -17,7 +17,7 @@ import math
 
 from hw_targets.cost_model import Work
 from passes.place.expert_options import missed_experts
-from passes.place.kv_division import KVPart
+from passes.place.kv_parts import KVPart
 from passes.place.option import CACHED, RESIDENT, SPLIT, Option
 from passes.place.outcome import Choice
 from passes.place.parts import Part

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hw_targets.cost_model import Work
 from passes.place.build_plan import numbered, sensitive_first
 from passes.place.expert_options import missed_experts, missing_chances, most_missing
-from passes.place.kv_division import KVPart, kv_parts
+from passes.place.kv_parts import KVPart, kv_parts
 from passes.place.option import CACHED, SPLIT, STREAMED, Option
 from passes.place.outcome import Choice, by_part
 from passes.place.parts import Part

@@ -15,7 +15,8 @@ from hw_targets import load
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.formats import formats_of
-from passes.place.kv_division import BLOCK, attended_pairs, kv_parts
+from passes.place.kv_division import BLOCK
+from passes.place.kv_parts import attended_pairs, kv_parts
 from passes.place.machine import machine_of
 from passes.place.option import Option
 from passes.place.pins import parse_pin

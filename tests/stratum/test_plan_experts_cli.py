@@ -54,6 +54,7 @@ def test_a_plan_by_expert_is_printed_saved_and_built(
     plan, recipe = tmp_path / "plan.json", tmp_path / "chosen.toml"
     short = [str(TINY), *ASKED, "--trace", trace]
     bound = ["--by-expert", "--max-loss", "0.06", "--pin", "layers.0-2.experts=w4a8-g32:25%", "--pin", "kv=dram"]
+    bound += ["--pin", "attention=dram", "--pin", "head=dram"]
     code, text, err = run(capsys, *short, *bound, "-o", str(plan), "--save-recipe", str(recipe))
     assert code == 0, err
     assert "experts by how often they are picked (routing.csv): 2 " in text and " of a layer in w4a8-g32, in " in text

@@ -104,8 +104,8 @@ def most_tokens(solutions: Sequence[Solution]) -> tuple[Solution, Refined]:
 
 
 def simulated(solution: Solution) -> float | None:
-    """Seconds of a decode step, simulated; by construction of both never below the closed form. None for devices that
-    work as one, and where the streams of two units need one tier's buffers at once."""
+    """Seconds of a decode step, simulated: as many experts are missing as the closed form expects. None for devices
+    that work as one, and where the streams of two units need one tier's buffers at once."""
     from passes.schedule.placed_plan import step_seconds
 
     if solution.problem.together_decode:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -160,6 +161,10 @@ class ModelShape:
 
     def kinds(self) -> tuple[tuple[LayerShape, int], ...]:
         """Different layers in order of first use, each with how many there are."""
+        return self._counted
+
+    @cached_property
+    def _counted(self) -> tuple[tuple[LayerShape, int], ...]:
         counts: dict[LayerShape, int] = {}
         for layer in self.layers:
             counts[layer] = counts.get(layer, 0) + 1

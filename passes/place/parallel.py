@@ -12,11 +12,11 @@ a connection between nodes which the target does not state are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from frontends.model_shape import ModelShape
-from hw_targets.cost_model import Work, price
+from hw_targets.cost_model import Price, Work, price
 from hw_targets.target import ComputeUnit, Fabric, Target
 from passes.place.formats import Formats
 from passes.place.kv_parts import attended_pairs
@@ -28,6 +28,8 @@ from passes.place.routing_model import distinct_experts
 
 _DEFAULT_LATENCY = 5e-6
 NO_SLO = Slo()
+# What work takes on one device, by what it is: ways that differ in one degree have most of their work in common.
+Known = dict[tuple[object, ...], tuple[str, float, float]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,13 @@ def search(
     any_batch: bool = False,
 ) -> Spread | None:
     """The best way, or None when none fits. `fixed` leaves one way; `any_batch` chooses the sequences at once too."""
+    return best_of(spreads(shape, target, formats, session, fixed=fixed, any_batch=any_batch), slo, any_batch)
+
+
+def best_of(ways: Iterable[Spread], slo: Slo = NO_SLO, any_batch: bool = False) -> Spread | None:
+    """The best of those that fit and keep the bounds, the first of equal ones; None where there is none."""
     best: Spread | None = None
-    for spread in spreads(shape, target, formats, session, fixed=fixed, any_batch=any_batch):
+    for spread in ways:
         if spread.total > spread.room or not slo.kept(spread.prefill.seconds, spread.decode.seconds):
             continue
         if best is None or spread.better(best, any_batch):
@@ -98,9 +105,10 @@ def spreads(
         return
     one = _one_device(target)
     parts = parts_of(shape, formats)
+    known: Known = {}
     for degrees in [fixed] if fixed else degrees_of(shape, target):
         for batch in _batches(session.batch, degrees.data, any_batch):
-            found = _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch).spread()
+            found = _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch, known).spread()
             if found is not None:
                 yield found
 
@@ -159,9 +167,11 @@ class _Pricing:
         session: Session,
         degrees: Degrees,
         batch: int,
+        known: Known,
     ) -> None:
         self.shape, self.target, self.one, self.formats = shape, target, one, formats
         self.parts, self.session, self.degrees, self.batch = parts, session, degrees, batch
+        self.known = known
         found = next(u for u in one.units if u.name == unit.name)
         self.unit = found
         self.per_node = unit.count
@@ -271,11 +281,12 @@ class _Pricing:
         return self._paid(work)
 
     def _paid(self, work: Work) -> float:
-        paid = price(work, self.unit, self.one)
-        dispatch = dict(paid.parts).get("dispatch", 0.0)
-        rest = {name: seconds for name, seconds in paid.parts if name != "dispatch"}
-        slowest = max(rest, key=lambda name: rest[name], default="dispatch")
-        return self._count(slowest, paid.seconds - dispatch) + self._count("dispatch", dispatch)
+        asked = work.flops, work.element, work.traffic, work.launches
+        paid = self.known.get(asked)
+        if paid is None:
+            paid = self.known[asked] = _slowest(price(work, self.unit, self.one))
+        slowest, seconds, dispatch = paid
+        return self._count(slowest, seconds) + self._count("dispatch", dispatch)
 
     def _count(self, resource: str, seconds: float) -> float:
         """Notes what a resource does `times` times, and gives the seconds of all of them."""
@@ -308,6 +319,13 @@ class _Pricing:
         if self.target.fabric(self.unit.tier, "cluster") is None:
             self.stated = False
         return fabric_of(self.target, self.unit, "cluster")
+
+
+def _slowest(paid: Price) -> tuple[str, float, float]:
+    """The resource that decides, its seconds, and those of dispatch."""
+    dispatch = dict(paid.parts).get("dispatch", 0.0)
+    rest = {name: seconds for name, seconds in paid.parts if name != "dispatch"}
+    return max(rest, key=lambda name: rest[name], default="dispatch"), paid.seconds - dispatch, dispatch
 
 
 def fabric_of(target: Target, unit: ComputeUnit, scope: str = "node") -> Fabric | None:

@@ -78,10 +78,11 @@ class BuiltModel:
         assert self.budget is not None
         return host_planning.context_of_run(self.manifest, self.budget, batch)
 
-    def placement_for(self, session: Session, target: Target) -> Placement:
-        """What `run` keeps under the budget. Raises NoFit."""
+    def placement_for(self, session: Session, target: Target, trace: RoutingTrace | None = None) -> Placement:
+        """What `run` keeps under the budget; with a trace, by the policy that does best on it. Raises NoFit."""
         assert self.budget is not None
-        return host_planning.placement_for(self.manifest, self.budget, session, self._drive(target))
+        found = host_planning.placement_for(self.manifest, self.budget, session, self._drive(target))
+        return found if trace is None else host_planning.with_best_policy(self.manifest, found, trace)
 
     def executed(self, given: Placement) -> MemoryPlan | None:
         """The executable part of a plan, None where this machine has none or does not do it."""

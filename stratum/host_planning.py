@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hw_targets.expert_cache import choose_policy
 from hw_targets.expert_cache import replay as replay_trace
 from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
@@ -22,7 +23,7 @@ from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
 from passes.place.what_if import Gain, gains
 from runtime.manifest import Manifest
-from runtime.stream_plan import StreamPlan
+from runtime.stream_plan import StreamPlan, least_expert_bytes
 from stratum.host_placement import DRIVE, default_context, place_on_host
 from stratum.process_account import DoesNotFit, ProcessAccount, foreseen_bytes
 from stratum.process_room import ROWS_BYTES, budget_of_room, room_of
@@ -39,6 +40,24 @@ def placement_for(manifest: Manifest, budget: int, session: Session, drive: str)
         )  # fmt: skip
     except DoesNotFit as fault:
         raise no_fit(fault) from None
+
+
+def with_best_policy(manifest: Manifest, given: Placement, trace: RoutingTrace) -> Placement:
+    """The plan with the policy that does best on a trace in the cache that it has; experts are pinned where that is
+    best, the trace has all layers, and one token's experts fit beside them."""
+    cache = given.expert_cache
+    if cache is None:
+        return given
+    units = tuple(piece.unit for piece in manifest.weights.pieces if piece.kind == "experts")
+    if len(units) == trace.layer_count:
+        trace = dataclasses.replace(trace, expert_bytes=units)  # of this build, whatever ran when it was recorded
+    found = choose_policy(trace, cache.nbytes, scopes=("global",))
+    room = cache.nbytes - sum(trace.expert_bytes[layer] for layer, _ in found.pinned)
+    if found.pinned and (len(units) != trace.layer_count or room < least_expert_bytes(manifest)):
+        policy = next(result.policy for name, result in found.candidates if name == result.policy)
+        return dataclasses.replace(given, expert_cache=dataclasses.replace(cache, policy=policy))
+    chosen = dataclasses.replace(cache, policy=found.best.policy, pinned=found.pinned)
+    return dataclasses.replace(given, expert_cache=chosen)
 
 
 def no_fit(fault: DoesNotFit) -> NoFit:
@@ -85,8 +104,10 @@ def judged(
         quality=quality_plan(problem, given.groups, given.expert_formats),
     )  # fmt: skip
     if placement.expert_cache is not None and given.expert_cache is not None:
-        kept = {"slots": given.expert_cache.slots, "nbytes": given.expert_cache.nbytes}
-        placement = dataclasses.replace(placement, expert_cache=dataclasses.replace(placement.expert_cache, **kept))
+        cache = placement.expert_cache
+        hits = cache.hit_rate if trace is None else hits_of(cache, made.stream, trace)
+        kept = dataclasses.replace(given.expert_cache, hit_rate=hits, belady=cache.belady, source=cache.source)
+        placement = dataclasses.replace(placement, expert_cache=kept)
     return Solution(problem, choice, outcome, placement, given.gap, None)
 
 

@@ -299,6 +299,8 @@ def _cache(planned: Planned) -> list[str]:
         f"expert cache: {cache.slots} slots of all layers, {format_bytes(cache.nbytes)} in {cache.tier}, "
         f"policy {cache.policy}; {cache.hit_rate:.1%} of look-ups hit ({cache.source})"
     ]
+    if cache.pinned:
+        lines.append(f"  {len(cache.pinned)} experts are pinned: read before the first token, they never leave")
     if judged is not None:
         rates = ", ".join(f"{policy} {rate:.1%}" for policy, rate in judged.rates)
         lines.append(f"  replayed in these slots: {rates}; no policy can pass {judged.belady:.1%} (Belady)")

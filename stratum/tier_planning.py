@@ -87,8 +87,13 @@ def plan_tiers(
     machine = machine_of(target, budgets=sizes)
     asked_more = request.pins or request.slo is not None or request.batch == 0 or len(sizes) > 1
     by_run = built is not None and built.budget is not None and given is None and not asked_more
+    trace = None
+    if request.trace is not None:
+        from hw_targets.routing.trace_file import read_trace
+
+        trace = check_trace(read_trace(request.trace), shape)
     if by_run and built is not None:
-        given = built.placement_for(session, target)
+        given = built.placement_for(session, target, trace)
     here = target.name == "host"
     names = menu.names if menu is not None else ()
     apart = menu is not None and bool(menu.uses)
@@ -106,11 +111,7 @@ def plan_tiers(
                 f"pin {pin.text!r}: {shape.name} has no such part",
                 expected=", ".join(dict.fromkeys((*(part.group for part in problem.parts()), "kv", "weights"))),
             )
-    trace = None
-    if request.trace is not None:
-        from hw_targets.routing.trace_file import read_trace
-
-        trace = check_trace(read_trace(request.trace), shape)
+    if trace is not None:
         rates = TraceRates(trace, DEFAULT_POLICY, "global") if here else TraceRates(trace)
         problem = dataclasses.replace(problem, cached=rates, missing=rates.by_rank)
     elif here:  # of the policy of `run`
@@ -175,7 +176,7 @@ def plan_tiers(
         rate, policy = placement.expert_cache.hit_rate, DEFAULT_POLICY if here and trace is None else cliffs.policy
         if given is not None and given.expert_cache is not None:
             scope, policy = given.expert_cache.scope, given.expert_cache.policy
-        if trace is not None:  # of the policy that is chosen, in the slots that the plan has
+        if trace is not None and made is None:  # of the policy that is chosen, in the slots that the plan has
             rate = dict(cliffs.rates).get(policy, rate)
         cache = dataclasses.replace(
             placement.expert_cache, scope=scope, policy=policy, hit_rate=rate, belady=max(rate, cliffs.belady),

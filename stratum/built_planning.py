@@ -20,10 +20,10 @@ from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import joules, phase_plan
 from passes.place.formats import Formats, formats_of
+from passes.place.gain import Gain
 from passes.place.placement import Placement, StandInPlan
 from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution
-from passes.place.what_if import Gain
 from passes.quantize.recipe import load_recipe
 from runtime.artifact import open_artifact
 from runtime.errors import RuntimeDiagnostic

@@ -16,12 +16,13 @@ from hw_targets.routing.trace import RoutingTrace
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.build_plan import expert_cache_of, from_placement, quality_plan, to_placement
+from passes.place.gain import Gain
 from passes.place.milp import FEW_NODES
 from passes.place.outcome import Choice, Outcome, TierUse
 from passes.place.placement import ExpertCache, Placement
 from passes.place.problem import Problem, Session
 from passes.place.solve import NoFit, Solution, solve
-from passes.place.what_if import Gain, gains
+from passes.place.what_if import gains
 from runtime.manifest import Manifest
 from runtime.stream_plan import StreamPlan, least_expert_bytes
 from stratum.host_placement import DRIVE, default_context, place_on_host

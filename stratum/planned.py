@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from hw_targets.routing.trace import RoutingTrace
     from hw_targets.target import Target
     from passes.place.cache_choice import Judged
+    from passes.place.gain import Gain
     from passes.place.placement import Placement
     from passes.place.solve import Solution
-    from passes.place.what_if import Gain
 
 
 @dataclass(frozen=True)

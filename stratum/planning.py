@@ -25,7 +25,8 @@ from passes.place.format_menu import Menu, menu_of
 from passes.place.formats import Formats, formats_of
 from passes.place.given_plan import check_given
 from passes.place.machine import machine_of
-from passes.place.parallel import device_unit, search
+from passes.place.parallel import best_of, device_unit, spreads
+from passes.place.parallel_what_if import Devices, device_gains
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Session, Slo
 from passes.place.solve import too_slow
@@ -37,6 +38,7 @@ from stratum.planned import Planned
 if TYPE_CHECKING:
     from frontends.model_shape import ModelShape
     from hw_targets.target import Target
+    from passes.place.gain import Gain
 
 
 def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -> Planned:
@@ -71,17 +73,21 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     slo = parse_slo(request.slo)
     check_experts(request, shape, target, formats, given)
     menu = _menu(request, shape, formats, given)
-    spread = None
+    spread, ways = None, ()
     if device_unit(target) is not None and not (request.pins or request.budgets):
         if given is None or given.degrees.devices > 1:
             fixed = given.degrees if given is not None else None
             any_batch = request.batch == 0
             every = [formats] if menu is None else menu.uniform(shape)
+            tried = [
+                (uniform, tuple(spreads(shape, target, uniform, session, fixed=fixed, any_batch=any_batch)))
+                for uniform in every
+            ]
             for bounds in dict.fromkeys((slo, Slo())):
-                for uniform in every if spread is None else ():
-                    found = search(shape, target, uniform, session, bounds, fixed=fixed, any_batch=any_batch)
+                for uniform, those in tried if spread is None else ():
+                    found = best_of(those, bounds, any_batch)
                     if found is not None and (spread is None or found.better(spread, any_batch)):
-                        spread, formats = found, uniform
+                        spread, formats, ways = found, uniform, those
     unit = device_unit(target)
     if spread is not None and unit is not None:
         reached = spread.prefill.seconds, spread.decode.seconds
@@ -90,7 +96,11 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         machine = machine_of(target)
         problem = Problem(shape, machine, formats, session)
         placement = spread_placement(problem, spread, target, unit.name, unit.tier)
-        return Planned(shape, target, placement, warnings=shape.warnings)
+        gains: tuple[Gain, ...] = ()
+        if request.what_if and given is None:
+            gains = device_gains(Devices(shape, target, formats, session, ways, spread, slo, request.batch == 0))
+        closed = (spread.decode.seconds, spread.prefill.seconds) if gains else None
+        return Planned(shape, target, placement, gains=gains, gains_from=closed, warnings=shape.warnings)
     from stratum.tier_planning import plan_tiers
 
     here = built if target.name == "host" else None

@@ -23,6 +23,7 @@ from passes.place.cache_choice import TraceRates, check_trace, judge, session_tr
 from passes.place.chunk_choice import best_chunk
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
+from passes.place.gain import Gain
 from passes.place.machine import machine_of, main_tier
 from passes.place.outcome import evaluate
 from passes.place.parallel import together
@@ -34,7 +35,7 @@ from passes.place.refine import most_tokens, simulated, simulated_prompt
 from passes.place.routing_model import fading_hit_rate
 from passes.place.schedule_choice import best_schedule
 from passes.place.solve import NoFit, Solution, replay, solve
-from passes.place.what_if import Gain, gains
+from passes.place.what_if import gains
 from runtime.eviction import DEFAULT_POLICY
 from stratum.plan_experts import nothing_said
 from stratum.plan_request import PlanRequest, budgets_of

@@ -100,17 +100,29 @@ def spreads(
     any_batch: bool = False,
 ) -> Iterator[Spread]:
     """Every way to use all devices, also those that do not fit, in a fixed order."""
+    every = [fixed] if fixed else degrees_of(shape, target)
+    tried = ((degrees, batch) for degrees in every for batch in _batches(session.batch, degrees.data, any_batch))
+    return priced(shape, target, formats, session, tried)
+
+
+def priced(
+    shape: ModelShape,
+    target: Target,
+    formats: Formats,
+    session: Session,
+    tried: Iterable[tuple[Degrees, int]],
+) -> Iterator[Spread]:
+    """Ways and batches, one after the other as they are asked for, without those that a target does not connect."""
     unit = device_unit(target)
     if unit is None:
         return
     one = _one_device(target)
     parts = parts_of(shape, formats)
     known: Known = {}
-    for degrees in [fixed] if fixed else degrees_of(shape, target):
-        for batch in _batches(session.batch, degrees.data, any_batch):
-            found = _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch, known).spread()
-            if found is not None:
-                yield found
+    for degrees, batch in tried:
+        found = _Pricing(shape, target, one, unit, formats, parts, session, degrees, batch, known).spread()
+        if found is not None:
+            yield found
 
 
 def degrees_of(shape: ModelShape, target: Target) -> list[Degrees]:

@@ -47,8 +47,10 @@ from passes.place.placement import (
 from passes.place.problem import Problem, Session
 
 
-def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees: Degrees | None = None) -> Placement:
-    """The plan of a choice."""
+def to_placement(
+    problem: Problem, choice: Choice, outcome: Outcome, *, degrees: Degrees | None = None, threshold: bool = True
+) -> Placement:
+    """The plan of a choice; without its `threshold` of prompts where it is one of many and may not be taken."""
     groups, experts = groups_of(problem, choice), experts_of(problem, choice)
     kv: list[PlacedKV] = []
     for found in by_part(choice).values():
@@ -70,7 +72,7 @@ def to_placement(problem: Problem, choice: Choice, outcome: Outcome, *, degrees:
         prefill=phase_plan(outcome.prefill),
         tiers=tuple(TierPlan(t.name, t.room, **dict(t.used)) for t in outcome.tiers),
         expert_cache=expert_cache_of(choice),
-        prefill_threshold=prefill_threshold(problem, choice),
+        prefill_threshold=prefill_threshold(problem, choice) if threshold else None,
         joules_per_token=joules(problem, choice, outcome.decode),
         quality=quality_plan(problem, groups, experts),
         expert_formats=experts,

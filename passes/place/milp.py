@@ -6,8 +6,9 @@
 Equal layers are one integer instead of a binary each, so that the program does not grow with depth. Where a cache may
 be divided, ways of attention that differ in its place alone are whole only together. Variables: counts, the length of
 both phases, layers whose parts are on different units, and pieces of streams that need buffers. The goals are time
-(`best`), the fewest bytes in one tier (`least_bytes`) and any fit at all. Deterministic: bounded by nodes, never by
-time. Gives None when nothing fits.
+(`best`), the fewest bytes in one tier (`least_bytes`) and any fit at all. Deterministic: bounded by nodes, and by
+how often HiGHS checks its limits (at every round of cuts, every node and dive), never by time. Gives None when nothing
+fits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MANY_NODES = 300  # of the search: for a small verified gap
 FEW_NODES = 30  # enough for what is most often the same choice, when many are looked for
 _REL_GAP = 2e-3
 _NUDGE = 1e-6  # among equals the choice with less work altogether
+_CHECKS = 1000, 30  # of limits by HiGHS, in a search and for each of its nodes: several times what searches take
+_PATIENCE = 10  # times as many while no choice is found
 
 
 Columns = list[tuple[Option, int]]
@@ -276,10 +279,22 @@ def _run(rows: _Rows, nodes: int, within: float) -> tuple[list[float] | None, fl
     ):
         model.setOptionValue(option, value)
     model.passModel(lp)
+    asked, most = 0, _CHECKS[0] + _CHECKS[1] * nodes
+
+    def go_on(event: highspy.HighsCallbackEvent) -> None:
+        """Counts how often HiGHS checks its limits: time must not decide, and nodes count no cuts and no heuristics."""
+        nonlocal asked
+        asked += 1
+        found = math.isfinite(event.data_out.mip_primal_bound)
+        if asked > most * (1 if found else _PATIENCE):
+            event.interrupt()
+
+    model.cbMipInterrupt += go_on
     model.run()
     info = model.getInfo()
     values = list(model.getSolution().col_value)
     if len(values) != len(rows.cost) or info.primal_solution_status != 2:
         return None, math.inf
-    gap = info.mip_gap if math.isfinite(info.mip_gap) else 0.0
-    return values, max(0.0, gap)
+    if model.getModelStatus() != highspy.HighsModelStatus.kOptimal:  # no cost is below 0, nor is the best
+        return values, min(1.0, max(0.0, info.mip_gap))
+    return values, max(0.0, info.mip_gap) if math.isfinite(info.mip_gap) else 0.0

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 
 from hw_targets.quantities import enough_bytes, format_bytes
 from ir.diagnostics import Diagnostic, DiagnosticError
-from passes.place.build_plan import experts_of, from_placement, groups_of, quality_plan, to_placement
+from passes.place.build_plan import (
+    experts_of,
+    from_placement,
+    groups_of,
+    prefill_threshold,
+    quality_plan,
+    to_placement,
+)
 from passes.place.format_menu import Quality
 from passes.place.given_plan import restated
 from passes.place.greedy import greedy
@@ -101,7 +108,8 @@ def solve(problem: Problem, nodes: int = MANY_NODES) -> Solution:
             break  # smaller chunks leave no room that anything wants
     if best is None:
         raise _no_fit(problem)
-    return best
+    threshold = prefill_threshold(best.problem, best.choice)
+    return dataclasses.replace(best, placement=dataclasses.replace(best.placement, prefill_threshold=threshold))
 
 
 def replay(problem: Problem, placement: Placement) -> Solution:
@@ -194,11 +202,11 @@ def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     if base is not None and base[1].objective < outcome.objective:
         choice, outcome = base
     tidy = tidied(problem, options, choice)
-    placement = to_placement(problem, tidy, evaluate(problem, tidy))
+    placement = to_placement(problem, tidy, evaluate(problem, tidy), threshold=False)
     if keeps_quality(problem, placement):
         choice, outcome = tidy, evaluate(problem, tidy)
     else:  # other layers would have the wider formats
-        placement = to_placement(problem, choice, outcome)
+        placement = to_placement(problem, choice, outcome, threshold=False)
     placement = dataclasses.replace(placement, gap=found.gap)
     return Solution(problem, choice, outcome, placement, found.gap, base[1].objective if base is not None else None)
 

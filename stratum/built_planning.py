@@ -148,8 +148,9 @@ class BuiltModel:
 
 def opened(request: PlanRequest) -> BuiltModel:
     """The built model that a request is about. Raises DiagnosticError where it asks for other formats."""
-    if request.recipe is not None or request.formats:
-        option = "--recipe" if request.recipe is not None else "--formats"
+    if request.recipe is not None or request.formats or request.kv_formats:
+        option = "--formats" if request.formats else "--kv-formats"
+        option = "--recipe" if request.recipe is not None else option
         raise DiagnosticError(
             f"{option} cannot change a model that is built already", where=request.model, expected="its directory"
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from passes.place.outcome import CATEGORIES
 from passes.place.placement import RIGHT_GUESSES, PhasePlan, Placed, PlacedKV, Placement, layer_numbers, span
 from passes.quantize.expert_ranges import read_ranges
+from stratum.plan_kv import kv_lines
 from stratum.planned import Planned
 from stratum.progress import format_bytes, format_count
 
@@ -20,8 +21,8 @@ _SHOWN_GAINS = 6
 def plan_text(planned: Planned) -> str:
     """The report of a plan."""
     plan = planned.placement
-    lines = [*_head(planned), *_quality(plan), "", *_phases(plan), "", *_tiers(plan), "", *_groups(plan)]
-    lines += [*_schedule(plan), *_chunks(planned), *_threshold(plan)]
+    lines = [*_head(planned), *_quality(plan), *kv_lines(plan), "", *_phases(plan), "", *_tiers(plan), ""]
+    lines += [*_groups(plan), *_schedule(plan), *_chunks(planned), *_threshold(plan)]
     if plan.expert_cache is not None:
         lines += ["", *_cache(planned)]
     lines += _stand_ins(plan)

@@ -46,6 +46,7 @@ class PlanRequest:
     what_if: bool = True
     simulate: bool = True
     by_expert: bool = False  # whether the experts of a layer may have several of `formats`
+    kv_formats: tuple[str, ...] = ()  # that the cache may have, by where its parts lie
     stand_ins: float | None = None  # of a built model with copies: experts of less of a token's weight
 
 

@@ -32,6 +32,7 @@ from passes.place.problem import Problem, Session, Slo
 from passes.place.solve import too_slow
 from runtime.artifact_path import is_artifact
 from stratum.plan_experts import check_experts, expert_uses
+from stratum.plan_kv import kv_base, kv_menu_for
 from stratum.plan_request import PlanRequest, parse_slo, read_placement, session_of
 from stratum.planned import Planned
 
@@ -72,9 +73,11 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
         session = Session(**dataclasses.asdict(given.session))
     slo = parse_slo(request.slo)
     check_experts(request, shape, target, formats, given)
+    formats = kv_base(request, formats, given) if built is None else formats
     menu = _menu(request, shape, formats, given)
+    kv_menu = kv_menu_for(request, shape, formats, given, menu) if built is None else None
     spread, ways = None, ()
-    if device_unit(target) is not None and not (request.pins or request.budgets):
+    if device_unit(target) is not None and not (request.pins or request.budgets or kv_menu):
         if given is None or given.degrees.devices > 1:
             fixed = given.degrees if given is not None else None
             any_batch = request.batch == 0
@@ -104,7 +107,7 @@ def make_plan(request: PlanRequest, tell: Callable[[str], None] | None = None) -
     from stratum.tier_planning import plan_tiers
 
     here = built if target.name == "host" else None
-    planned = plan_tiers(request, shape, target, formats, session, slo, given, menu, here)
+    planned = plan_tiers(request, shape, target, formats, session, slo, given, menu, here, kv_menu)
     if target.nodes > 1:
         note = (
             f"this plan is for one of the {target.nodes} nodes: over all of them everything lies in the GPUs' memories"
@@ -133,6 +136,7 @@ def _of_the_file(request: PlanRequest, given: Placement) -> None:
         ("--recipe", request.recipe, given.recipe),
         ("--pin", " ".join(request.pins) or None, None),
         ("--formats", ",".join(request.formats) or None, None),
+        ("--kv-formats", ",".join(request.kv_formats) or None, None),
         ("--by-expert", "" if request.by_expert else None, None),
     )
     for option, value, there in asked:
@@ -154,7 +158,7 @@ def _menu(request: PlanRequest, shape: ModelShape, formats: Formats, given: Plac
         names = given.quality.formats[1:]
         return menu_of(names, formats, shape, losses, uses=uses, uses_source=source).unbounded()
     if not request.formats:
-        bounds = (request.max_loss, request.bits_per_weight, request.sensitivity)
+        bounds = (None if request.kv_formats else request.max_loss, request.bits_per_weight, request.sensitivity)
         if request.by_expert or any(bound is not None for bound in bounds):
             what = "experts of several formats" if request.by_expert else "a bound of quality"
             raise DiagnosticError(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ir.diagnostics import DiagnosticError
+from passes.place.kv_formats import kv_mixed
 from passes.place.piece_choice import AHEAD_BYTES
 from passes.place.placement import Placed, Placement, layer_numbers
 from runtime.eviction import DEFAULT_POLICY, POLICIES
@@ -207,6 +208,10 @@ def check_placement(manifest: Manifest, placement: Placement, where: str) -> Non
     if placement.target != "host":
         raise DiagnosticError(
             f"the plan is for {placement.target}, not for this machine", where=where, expected="--target host"
+        )
+    if kv_mixed(placement):
+        raise DiagnosticError(
+            "the plan keeps caches in several formats", where=where, expected="one format: a model is built with one"
         )
     recipe = recipe_of(manifest)
     if (placement.recipe, placement.dtype) != (recipe, manifest.dtype):

@@ -24,6 +24,7 @@ from passes.place.chunk_choice import best_chunk
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
 from passes.place.gain import Gain
+from passes.place.kv_formats import KVMenu
 from passes.place.machine import machine_of, main_tier
 from passes.place.outcome import evaluate
 from passes.place.parallel import together
@@ -38,6 +39,7 @@ from passes.place.solve import NoFit, Solution, replay, solve
 from passes.place.what_if import gains
 from runtime.eviction import DEFAULT_POLICY
 from stratum.plan_experts import nothing_said
+from stratum.plan_kv import kv_warnings, named_as_built
 from stratum.plan_request import PlanRequest, budgets_of
 from stratum.planned import Planned
 from stratum.process_room import budget_of_room, room_of
@@ -79,6 +81,7 @@ def plan_tiers(
     given: Placement | None,
     menu: Menu | None,
     built: BuiltModel | None,
+    kv_menu: KVMenu | None = None,
 ) -> Planned:
     """A plan over the tiers of one machine; of a built model on this one what `run` does, where nothing is pinned.
     Raises NoFit."""
@@ -104,7 +107,7 @@ def plan_tiers(
     problem = Problem(
         shape, machine, formats, session, pins, slo,
         together(shape, target, session.batch), together(shape, target, session.prompt, session.passes),
-        menu=menu,
+        menu=menu, kv_menu=kv_menu,
     )  # fmt: skip
     for pin in pins:
         if pin.text in request.pins and not any(pin.concerns(part) for part in problem.parts()):
@@ -186,6 +189,7 @@ def plan_tiers(
         placement = dataclasses.replace(placement, expert_cache=cache)
     if any(entry.positions for entry in placement.kv):
         placement = dataclasses.replace(placement, decode_at_context=_at_context(solution))
+    placement, warnings = named_as_built(placement, formats), [*warnings, *kv_warnings(placement)]
     found: tuple[Gain, ...] = ()
     if request.what_if and by_run and built is not None:
         found = built.gains(bound, target, trace)

@@ -16,21 +16,22 @@ from passes.place.whole_part import whole_part
 
 
 def attention_option(
-    problem: Problem, like: Option, kv: tuple[str, str], older: tuple[str, str] = ("", ""), old: int = 0
-) -> Option:
+    problem: Problem, like: Option, kv: tuple[str, str], older: tuple[str, str] = ("", ""), old: int = 0,
+    formats: tuple[str, str] = ("", ""),
+) -> Option:  # fmt: skip
     """Weights as `like` has them, the cache at a place, attended to by a unit; the oldest `old` positions of it at
-    another place."""
+    another place. `formats`: of the newer and of the older positions, where plans choose them."""
     part, unit = like.part, problem.machine.unit(like.unit)
     assert part.layer is not None
     option = Option(
         part, unit.name, like.home, like.mode, kv_home=kv[0], kv_unit=kv[1], kv_old=old, old_home=older[0],
-        old_unit=older[1], prefill_unit=unit.name,
+        old_unit=older[1], kv_format=formats[0], old_format=formats[1] if old else "", prefill_unit=unit.name,
     )  # fmt: skip
     keep_weights(option, unit, part.nbytes, problem)
     whole_part(problem, option, option.decode, unit, problem.session.batch)
     whole_part(problem, option, option.prefill, unit, None)
     for kv_part in kv_parts(problem, option):
-        held = problem.session.batch * kv_part.positions * part.kv_bytes_per_token
+        held = problem.session.batch * kv_part.positions * kv_part.row_bytes
         option.holds = (*option.holds, (kv_part.home, "kv", held))
         _attend(problem, option, unit, kv_part)
     return option
@@ -41,7 +42,7 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> 
     session, layer, target = problem.session, option.part.layer, problem.machine.target
     assert layer is not None
     kv_unit = problem.machine.unit(kv.unit)
-    read = session.batch * kv.seen * option.part.kv_bytes_per_token
+    read = session.batch * kv.seen * kv.row_bytes
     flops = session.batch * kv.seen * layer.attention.flops_per_pair(absorbed=True)
     element = problem.formats.float_format
     paid = price(Work(flops, element, ((kv_unit.tier, read),)), kv_unit, target)
@@ -49,7 +50,7 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> 
     window, prompt = layer.attention.window, session.prompt
     pairs = session.prompts * kv.pairs(window, prompt)
     share = kv.pairs(window, prompt) / attended_pairs(window, prompt)
-    prompt_read = share * session.prompt_rows * session.passes / 2 * option.part.kv_bytes_per_token
+    prompt_read = share * session.prompt_rows * session.passes / 2 * kv.row_bytes
     flops = pairs * layer.attention.flops_per_pair(absorbed=False)
     paid = price(Work(flops, element, ((kv_unit.tier, prompt_read),)), kv_unit, target)
     option.prefill.wait(kv_unit.name, paid.bound, paid.seconds)
@@ -57,7 +58,7 @@ def _attend(problem: Problem, option: Option, unit: ComputeUnit, kv: KVPart) -> 
         for source, goal in problem.machine.way(kv.home, kv_unit.tier) or ():
             resource, seconds = transfer_time(target, source, goal, read)
             option.decode.beside(resource, seconds)
-            full = session.batch * kv.positions * option.part.kv_bytes_per_token  # room for the whole context
+            full = session.batch * kv.positions * kv.row_bytes  # room for the whole context
             option.buffer = (*option.buffer, (goal, math.ceil(full / max(1, session.micro_batches))))
         _write_back(problem, option, kv, kv_unit.tier)
     elif kv_unit.name != unit.name:
@@ -77,7 +78,7 @@ def _write_back(problem: Problem, option: Option, kv: KVPart, tier: str) -> None
     for cost, tokens in fresh:
         hops = problem.machine.way(kv.home, tier) or ()
         for goal, source in reversed(hops):
-            try_bytes = tokens * option.part.kv_bytes_per_token
+            try_bytes = tokens * kv.row_bytes
             store = problem.machine.target.store(goal) if problem.machine.target.tier(goal) is None else None
             if store is not None and store.write_rate() is None:
                 continue

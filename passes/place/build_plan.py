@@ -21,6 +21,7 @@ from passes.place.expert_entries import expert_entries, said_of, stored_as
 from passes.place.expert_options import option_with
 from passes.place.format_menu import quality_of, uniform_quality
 from passes.place.kv_division import divided, is_near
+from passes.place.kv_losses import kv_quality, kv_text
 from passes.place.kv_parts import kv_parts
 from passes.place.machine import machine_of
 from passes.place.option import CACHED, RESIDENT, SPLIT, THERE, Option, blended
@@ -56,9 +57,9 @@ def to_placement(
     for found in by_part(choice).values():
         for option, layers in numbered(problem, found):
             for part in reversed(kv_parts(problem, option)) if option.kv_home else ():
-                held = problem.session.batch * part.positions * option.part.kv_bytes_per_token * len(layers)
+                held = problem.session.batch * part.positions * part.row_bytes * len(layers)
                 at = part.positions if option.kv_old else 0
-                kv.append(PlacedKV(span(layers), part.home, part.unit, problem.formats.kv_name, held, at))
+                kv.append(PlacedKV(span(layers), part.home, part.unit, part.format, held, at))
     return Placement(
         model=problem.shape.name,
         target=problem.machine.target.name,
@@ -76,6 +77,7 @@ def to_placement(
         joules_per_token=joules(problem, choice, outcome.decode),
         quality=quality_plan(problem, groups, experts),
         expert_formats=experts,
+        kv_quality=kv_quality(problem, choice),
     )
 
 
@@ -188,7 +190,8 @@ def from_placement(problem: Problem, placement: Placement) -> Choice:
         named = _entries(placement, part)
         runs: dict[tuple[tuple[int, ...], tuple[_KVPlace, ...]], list[int]] = {}
         for layer in (*part.layers,) or (-1,):
-            kv = tuple((e.tier, e.unit, e.positions) for e in places.get(layer, ()) if part.group == "attention")
+            mine = places.get(layer, ()) if part.group == "attention" else ()
+            kv = tuple((e.tier, e.unit, e.positions, kv_text(problem, e.format)) for e in mine)
             if layer in named:
                 alike = tuple(id(entry) for entry, _ in named[layer])
                 runs.setdefault((alike, kv), []).append(layer)
@@ -228,7 +231,7 @@ def _entries(placement: Placement, part: Part) -> dict[int, list[tuple[Placed, f
     return {layer: mine for layer, mine in found.items() if mine}
 
 
-_KVPlace = tuple[str, str, int]  # tier, unit, positions (0: all)
+_KVPlace = tuple[str, str, int, str]  # tier, unit, positions (0: all), format ("": that of the recipe)
 
 
 def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...]) -> Option:
@@ -239,7 +242,7 @@ def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...
         if option is not None:
             return option
     ways = options_of(problem, part)
-    wanted = [place[:2] for place in kv] or [("", "")]
+    wanted = [(tier, at, format) for tier, at, _, format in kv] or [("", "", "")]
     found: list[Option] = []
     for option in ways:
         same = (option.home, option.mode, option.unit) == (entry.tier, entry.mode, entry.unit)
@@ -247,15 +250,15 @@ def _option(problem: Problem, part: Part, entry: Placed, kv: tuple[_KVPlace, ...
             same = option.home == entry.tier
         else:
             same = same and option.prefill_unit == (entry.prefill_unit or entry.unit)
-        if same and (option.kv_home, option.kv_unit) in wanted and not option.slots:
+        if same and option.cache in wanted and not option.slots:
             found.append(option)
-    if len(kv) > 1 and any(positions for _, _, positions in kv):
+    if len(kv) > 1 and any(positions for _, _, positions, _ in kv):
         option = _divided(problem, part, entry, kv, found)
         if option is not None:
             return option
     elif found:
-        return found[-1] if len(found) == 1 else next(o for o in found if (o.kv_home, o.kv_unit) == wanted[-1])
-    tail = "".join(f", its cache at {tier} attended to by {unit}" for tier, unit, _ in kv)
+        return found[-1] if len(found) == 1 else next(o for o in found if o.cache == wanted[-1])
+    tail = "".join(f", its cache at {tier} attended to by {unit}" for tier, unit, *_ in kv)
     raise DiagnosticError(
         f"the plan puts {entry.group} {entry.layers} at {entry.tier}, {entry.mode}, computed by {entry.unit}{tail}: "
         f"target {problem.machine.target.name} has no such way",
@@ -271,9 +274,10 @@ def _divided(
     assert part.layer is not None
     context = problem.session.context
     whole, said = part.layer.kv_tokens(context), {place[:2]: place[2] for place in kv}
+    positions = " and ".join(str(place[2]) for place in kv)
     if len(kv) != 2 or len(said) != 2 or sum(said.values()) not in (whole, context) or min(said.values()) <= 0:
         raise DiagnosticError(
-            f"the plan divides the cache of layers {entry.layers}: {' and '.join(str(p) for _, _, p in kv)} positions",
+            f"the plan divides the cache of layers {entry.layers}: {positions} positions",
             expected=f"two places with {whole} positions together, what the context of the plan takes",
         )
     near = next((o for o in found if is_near(problem, o)), None)

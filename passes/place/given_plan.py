@@ -16,6 +16,7 @@ from frontends.model_shape import ModelShape
 from hw_targets.target import Target
 from ir.diagnostics import DiagnosticError
 from passes.place.expert_entries import said_of, stored_as
+from passes.place.kv_losses import kv_row_bytes, kv_text
 from passes.place.parallel import degrees_of, device_unit
 from passes.place.parts import GROUPS
 from passes.place.placement import Placed, PlacedKV, Placement, layer_numbers
@@ -110,13 +111,12 @@ def restated(problem: Problem, placement: Placement) -> tuple[tuple[Placed, ...]
                     nbytes, formats = nbytes + part.nbytes * (len(numbers) or 1), formats or part.format
         groups.append(dataclasses.replace(entry, nbytes=nbytes, format=formats))
     kv: list[PlacedKV] = []
-    session, per_token = problem.session, {}
-    for ways in variants:
-        per_token |= dict.fromkeys(ways[0].layers, ways[0].kv_bytes_per_token) if ways[0].group == "attention" else {}
+    session = problem.session
     for place in placement.kv:
-        held = 0
-        for layer in layer_numbers(place.layers):
-            whole = problem.shape.layers[layer].kv_tokens(session.context)
-            held += session.batch * (place.positions or whole) * per_token[layer]
-        kv.append(dataclasses.replace(place, nbytes=held, format=problem.formats.kv_name))
+        held, text = 0, kv_text(problem, place.format)
+        for number in layer_numbers(place.layers):
+            layer = problem.shape.layers[number]
+            rows = session.batch * (place.positions or layer.kv_tokens(session.context))
+            held += rows * kv_row_bytes(problem, layer, text)
+        kv.append(dataclasses.replace(place, nbytes=held, format=text or problem.formats.kv_name))
     return tuple(groups), tuple(kv)

@@ -22,7 +22,8 @@ BLOCK = 64  # positions that runtimes keep together
 
 def divided(problem: Problem, near: Option, away: Option, old: int) -> Option:
     """`near` with the oldest `old` positions where `away` has its cache, by the unit that attends to it there."""
-    return attention_option(problem, near, (near.kv_home, near.kv_unit), (away.kv_home, away.kv_unit), old)
+    places = (near.kv_home, near.kv_unit), (away.kv_home, away.kv_unit)
+    return attention_option(problem, near, *places, old, (near.kv_format, away.kv_format))
 
 
 def is_near(problem: Problem, option: Option) -> bool:
@@ -58,16 +59,17 @@ def recent(problem: Problem, near: Option, ways: Iterable[Option]) -> Iterator[O
 
 
 def kv_alike(problem: Problem, found: Sequence[Option]) -> list[list[Option]]:
-    """The ways of a part, those together whose shares of a layer's cache may be mixed: the near one, those elsewhere,
-    and of each a division that a step reads nothing elsewhere of. Every other way is alone, and all where the place of
-    the cache is pinned."""
+    """The ways of a part, those together whose shares of a layer's cache may be mixed: the near one, those elsewhere in
+    one format, and of each a division that a step reads nothing elsewhere of. Every other way is alone, and all where
+    the place of the cache is pinned. Where formats are chosen, a way may be in several of the groups."""
     pinned = any(pin.group == "kv" and pin.concerns(option.part) for pin in problem.pins for option in found[:1])
     if not found or found[0].part.group != "attention" or pinned:
         return [[option] for option in found]
     groups = []
     for near, ways in siblings(problem, found):
-        if ways:
-            groups.append([near, *ways, *recent(problem, near, ways)])
+        for format in dict.fromkeys(option.kv_format for option in ways):
+            mine = [option for option in ways if option.kv_format == format]
+            groups.append([near, *mine, *recent(problem, near, mine)])
     taken = {id(option) for group in groups for option in group}
     return [*groups, *([option] for option in found if id(option) not in taken)]
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from passes.place.crossings import crossings, one_way
 from passes.place.kv_division import kv_alike, rounded
+from passes.place.kv_losses import kv_loss, loses_too_much
 from passes.place.option import Option
 from passes.place.outcome import Choice, objective, tier_use, workspaces
 from passes.place.problem import Problem
@@ -96,7 +97,7 @@ def solve_counts(
             return None
         choice = _whole(problem, columns, alike, values)
         over = [t for t in tier_use(problem, choice) if t.total > t.room and t.name != least_bytes]
-        if not over:
+        if not over and not loses_too_much(problem, choice):
             return Found(choice, gap, objective(problem, values[0], values[1]) * _time_scale(options))
         shrink *= 1 - 4e-6
     if divide:  # in whole blocks it does not fit
@@ -114,7 +115,12 @@ def _whole(problem: Problem, columns: Columns, alike: Sequence[Columns], values:
             choice += rounded(problem, [(o, values[n]) for o, n in together[at]])
         elif at not in inside and round(values[at]):
             choice.append((option, round(values[at])))
-    return tuple(choice)
+    if problem.kv_menu is None:
+        return tuple(choice)
+    once: dict[int, tuple[Option, int]] = {}  # a way may have a part in the caches of several formats
+    for option, count in choice:
+        once[id(option)] = (option, once.get(id(option), (option, 0))[1] + count)
+    return tuple(once.values())
 
 
 def _program(
@@ -240,6 +246,10 @@ def _capacities(
 def _quality(rows: _Rows, problem: Problem, columns: list[tuple[Option, int]]) -> None:
     """What formats may lose together, and the bits that weights keep on average."""
     menu = problem.menu
+    if problem.kv_menu is not None and problem.kv_menu.most_loss is not None:
+        most = problem.kv_menu.most_loss
+        scale = most or 1e-3
+        rows.row(-math.inf, most / scale, [(at, (kv_loss(problem, o) + o.part.loss) / scale) for o, at in columns])
     if menu is not None and menu.most_loss is not None:
         scale = menu.most_loss or 1.0
         rows.row(-math.inf, menu.most_loss / scale, [(at, o.part.loss / scale) for o, at in columns])

@@ -60,6 +60,8 @@ class Option:
     kv_old: int = 0  # positions of the cache, the oldest ones, that lie elsewhere (`passes.place.kv_division`)
     old_home: str = ""
     old_unit: str = ""
+    kv_format: str = ""  # of the newest positions, where plans choose it (`passes.place.kv_formats`)
+    old_format: str = ""
     helper: str = ""  # the unit that computes the rest of a split, or experts that a cache lacks
     missed: Missed = ""  # of a cache with a helper
     prefill_unit: str = ""
@@ -68,6 +70,11 @@ class Option:
     decode: PhaseCost = field(default_factory=PhaseCost)
     prefill: PhaseCost = field(default_factory=PhaseCost)
     hit: float = 1.0
+
+    @property
+    def cache(self) -> tuple[str, str, str]:
+        """Where the newest positions are, who attends to them, and their format."""
+        return self.kv_home, self.kv_unit, self.kv_format
 
     def unit_at(self, prefill: bool) -> str:
         """Who computes it: decode steps or prompts."""
@@ -78,6 +85,8 @@ class Option:
         """All that tells it from the others of its part."""
         kv = f" kv={self.kv_home}@{self.kv_unit}" if self.kv_home else ""
         kv += f" old={self.kv_old}:{self.old_home}@{self.old_unit}" if self.kv_old else ""
+        kv += f" in {self.kv_format}" if self.kv_format else ""
+        kv += f" old in {self.old_format}" if self.old_format else ""
         slots = f" slots={self.slots}" if self.slots else ""
         rest = f" rest@{self.helper}" if self.helper else ""
         rest += f" {self.missed}" if self.missed else ""

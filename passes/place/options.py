@@ -112,7 +112,8 @@ def _attention(problem: Problem, part: Part) -> Iterator[Option]:
                 places.append((kv_home, unit))
         like = Option(part, unit.name, home, mode, prefill_unit=unit.name)
         for kv_home, kv_unit in places:
-            yield attention_option(problem, like, (kv_home, kv_unit.name))
+            for text in problem.kv_menu.texts if problem.kv_menu is not None else ("",):
+                yield attention_option(problem, like, (kv_home, kv_unit.name), formats=(text, ""))
 
 
 def _prefill_units(problem: Problem, unit: ComputeUnit, mode: str) -> list[ComputeUnit]:

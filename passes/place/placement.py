@@ -176,6 +176,17 @@ class QualityPlan:
 
 
 @dataclass(frozen=True)
+class KVQuality:
+    """The formats that those of the cache were chosen among, what the choice loses by `source`, and what it may lose
+    together with formats of weights."""
+
+    formats: tuple[str, ...]
+    loss: float
+    source: str
+    most_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class StandInPlan:
     """What it would do to compute missing experts of less than `share` of a token's weight from copies in fewer bits:
     the share `used` of the experts asked for, and seconds and bytes read of a decode step, beside those without."""
@@ -228,6 +239,7 @@ class Placement:
     stand_ins: StandInPlan | None = None
     schedules: tuple[TriedSchedule, ...] = ()  # that were simulated, of which the session has the fastest
     expert_formats: tuple[PlacedExperts, ...] = ()
+    kv_quality: KVQuality | None = None  # where formats of the cache were chosen
     schema: str = SCHEMA
 
     @property
@@ -295,6 +307,7 @@ _PARTS: dict[str, type] = {
     "stand_ins": StandInPlan,
     "schedules": TriedSchedule,
     "expert_formats": PlacedExperts,
+    "kv_quality": KVQuality,
 }
 
 

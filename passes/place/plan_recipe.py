@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ir.diagnostics import DiagnosticError
+from passes.place.kv_formats import kv_mixed
 from passes.place.placement import PlacedExperts, Placement, layer_numbers
 from passes.quantize.expert_ranges import read_ranges
 from passes.quantize.recipe import FLOAT, HELD_BACK, Choice, Recipe, Rule, load_recipe
@@ -24,13 +25,22 @@ _GROUPS = ("attention", "mlp", "experts", "head")
 
 def recipe_of_plan(placement: Placement) -> Recipe:
     """The recipe that stores every tensor as the plan has it; that of the plan itself where nothing was chosen."""
+    if kv_mixed(placement):
+        raise DiagnosticError(
+            "the plan keeps caches in several formats, and a model is built with one", where="--save-recipe",
+            expected="a plan with one format of --kv-formats, or --recipe NAME,kv8",
+        )  # fmt: skip
+    kv = _kv_of(placement)
+    if placement.quality is None and kv and not placement.recipe:
+        return Recipe("plan-kv", f"floats and a cache as chosen for {placement.target}", kv=kv)
     if placement.quality is None:
         if not placement.recipe:
             raise DiagnosticError(
                 f"the plan keeps all weights in {placement.dtype}: there is no recipe to write",
                 expected="a plan made with --recipe or --formats",
             )
-        return load_recipe(placement.recipe)
+        recipe = load_recipe(placement.recipe)
+        return replace(recipe, kv=kv) if kv else recipe
     base = load_recipe(placement.recipe) if placement.recipe else Recipe("")
     rules = [rule for rule in base.rules if rule.role in HELD_BACK]
     for group in _GROUPS:
@@ -47,8 +57,15 @@ def recipe_of_plan(placement: Placement) -> Recipe:
     used = ", ".join(dict.fromkeys(e.recipe for e in (*placement.groups, *placement.expert_formats) if e.recipe))
     return Recipe(
         f"plan-{bits}-bits", f"{used} as chosen for {placement.target}, {bits} bits a weight", rules=tuple(rules),
-        kv=base.kv,
+        kv=kv or base.kv,
     )  # fmt: skip
+
+
+def _kv_of(placement: Placement) -> str:
+    """The chosen format of the cache; "" for floats, and where none was chosen."""
+    if placement.kv_quality is None or not placement.kv or placement.kv[0].format == placement.dtype:
+        return ""
+    return placement.kv[0].format
 
 
 def _rules(recipe: Recipe, group: str, where: str) -> Iterator[Rule]:

@@ -75,7 +75,7 @@ def for_prompt(problem: Problem, choice: Choice, moved: bool) -> Choice | None:
         same = [o for o in options_of(problem, option.part) if _placed(o) == _placed(option)]
         if option.kv_old:
             kv = (option.kv_home, option.kv_unit), (option.old_home, option.old_unit)
-            same = [attention_option(problem, option, *kv, option.kv_old)]
+            same = [attention_option(problem, option, *kv, option.kv_old, (option.kv_format, option.old_format))]
         here = [o for o in same if o.prefill_unit in ("", o.unit)]
         away = [o for o in same if o.prefill_unit not in ("", o.unit)]
         ways = away or here if moved else here
@@ -89,5 +89,5 @@ def _placed(option: Option) -> tuple[object, ...]:
     """What tells an option from others of its part, but for who computes prompts."""
     return (
         option.home, option.unit, option.mode, option.slots, option.kv_home, option.kv_unit, option.helper,
-        option.missed,
+        option.missed, option.kv_format,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from frontends.model_shape import LayerShape, ModelShape
 from passes.place.expert_mix import misses_by_rank
 from passes.place.format_menu import Menu
 from passes.place.formats import Formats
+from passes.place.kv_formats import KVMenu
 from passes.place.machine import Machine
 from passes.place.parts import Part, parts_of
 from passes.place.routing_model import fixed_share, hit_rate
@@ -117,6 +118,7 @@ class Problem:
     compute_missed: bool = True  # whether experts that a cache lacks may be computed where they lie
     divide_kv: bool = True  # whether the cache of a layer may be divided between two places
     menu: Menu | None = None  # formats to choose among; None: `formats` throughout
+    kv_menu: KVMenu | None = None  # formats of the cache to choose among; None: that of `formats`
 
     def parts(self) -> tuple[Part, ...]:
         """The parts to place; pins of single layers cut runs of equal ones."""

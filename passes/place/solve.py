@@ -12,6 +12,7 @@ would do, of a drive as well, and the largest context and batch that fit the mem
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from passes.place.format_menu import Quality
 from passes.place.given_plan import restated
 from passes.place.greedy import greedy
 from passes.place.kv_division import is_near
+from passes.place.kv_losses import kv_loss, loses_too_much
 from passes.place.machine import UNLIMITED, Machine
 from passes.place.milp import FEW_NODES, MANY_NODES, Found, solve_counts
 from passes.place.option import RESIDENT, Option
@@ -37,7 +39,7 @@ from passes.place.options import options_of
 from passes.place.outcome import Choice, Outcome, evaluate, tier_use
 from passes.place.placement import Placement
 from passes.place.problem import Problem, Slo
-from passes.place.tidy import tidied
+from passes.place.tidy import caches_alike, tidied
 
 _CHUNKS = (512, 128, 32, 8)
 _MICRO_BATCHES = (1, 2, 4, 8)
@@ -135,7 +137,10 @@ def replay(problem: Problem, placement: Placement) -> Solution:
 def keeps_quality(problem: Problem, placement: Placement) -> bool:
     """Whether the formats of a plan keep the bounds: of layers that lose more or less than others it matters which ones
     have which format."""
-    quality = placement.quality
+    quality, kv = placement.quality, placement.kv_quality
+    lost = (quality.loss if quality is not None else 0.0) + (kv.loss if kv is not None else 0.0)
+    if kv is not None and kv.most_loss is not None and lost > kv.most_loss * (1 + 1e-6):
+        return False
     return problem.menu is None or quality is None or problem.menu.keeps(Quality(quality.loss, quality.bits))
 
 
@@ -201,6 +206,8 @@ def _solve_one(problem: Problem, nodes: int = MANY_NODES) -> Solution | None:
     choice, outcome = found.choice, evaluate(problem, found.choice)
     if base is not None and base[1].objective < outcome.objective:
         choice, outcome = base
+    choice = caches_alike(problem, choice)
+    outcome = evaluate(problem, choice) if problem.kv_menu is not None else outcome
     tidy = tidied(problem, options, choice)
     placement = to_placement(problem, tidy, evaluate(problem, tidy), threshold=False)
     if keeps_quality(problem, placement):
@@ -235,17 +242,20 @@ def _solve_counts(problem: Problem, options: list[list[Option]], nodes: int, *, 
     lowest, bound = math.inf, limit
     for _ in range(_TRIES):
         asked = dataclasses.replace(problem, menu=dataclasses.replace(problem.menu, most_loss=bound))
+        if problem.kv_menu is not None:
+            asked = dataclasses.replace(asked, kv_menu=dataclasses.replace(problem.kv_menu, most_loss=bound))
         found = solve_counts(asked, options, nodes=nodes, divide=divide)
         if found is None:
             break
         made = quality_plan(problem, groups_of(problem, found.choice), experts_of(problem, found.choice))
         assert made is not None
         value = evaluate(problem, found.choice).objective
-        if made.loss <= limit * (1 + 1e-6) and value < lowest:
+        lost = made.loss + math.fsum(kv_loss(problem, option) * count for option, count in found.choice)
+        if lost <= limit * (1 + 1e-6) and value < lowest:
             best, lowest = found, value
-        if 0.99 * limit <= made.loss <= limit * (1 + 1e-6):
+        if 0.99 * limit <= lost <= limit * (1 + 1e-6):
             break
-        bound *= 0.999 * limit / made.loss
+        bound *= 0.999 * limit / lost
     return best
 
 
@@ -265,13 +275,22 @@ def _best_counts(problem: Problem, options: list[list[Option]], nodes: int) -> F
 
 
 def _baseline(problem: Problem, options: list[list[Option]]) -> tuple[Choice, Outcome] | None:
-    """The best greedy choice that keeps the bounds, with one format throughout."""
+    """The best greedy choice that keeps the bounds, with one format throughout, and one of the cache."""
     best: tuple[Choice, Outcome] | None = None
-    for name in (None,) if problem.menu is None else problem.menu.allowed(problem.shape):
-        mine = [[o for o in found if name is None or name in o.part.recipes] for found in options]
+    names = (None,) if problem.menu is None else problem.menu.allowed(problem.shape)
+    caches = ("",) if problem.kv_menu is None else problem.kv_menu.texts
+    for name, cache in itertools.product(names, caches):
+        mine = [
+            [
+                o
+                for o in found
+                if (name is None or name in o.part.recipes) and {o.kv_format, o.old_format} <= {"", cache}
+            ]
+            for found in options
+        ]
         choice = greedy(problem, mine) if all(mine) else None
         outcome = evaluate(problem, choice) if choice is not None else None
-        if choice is None or outcome is None or not _in_time(problem, outcome):
+        if choice is None or outcome is None or not _in_time(problem, outcome) or loses_too_much(problem, choice):
             continue
         if best is None or outcome.objective < best[1].objective:
             best = (choice, outcome)

@@ -1,6 +1,7 @@
 """A choice without needless moves: caches go to the memory of the unit that attends, where that costs nothing.
 
     choice = tidied(problem, options, choice)
+    choice = caches_alike(problem, choice)               # formats of the cache chosen, one of them is enough
     choice = experts_whole(problem, options, choice)     # of a cache of nearly all experts: all of them
 
 A plan is as good as its slowest resource, so the program of `passes.place.milp` may leave keys and values on a drive
@@ -13,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from passes.place.attention_option import attention_option
 from passes.place.kv_division import divided, siblings
+from passes.place.kv_losses import kv_loss, loses_too_much
 from passes.place.option import CACHED, RESIDENT, Option
 from passes.place.outcome import Choice, evaluate
 from passes.place.problem import Problem
+
+MORE_FOR_ONE_FORMAT = 2e-3  # of the session, for caches in one format
 
 
 def tidied(problem: Problem, options: Sequence[Sequence[Option]], choice: Choice) -> Choice:
@@ -30,6 +35,34 @@ def experts_whole(problem: Problem, options: Sequence[Sequence[Option]], choice:
     what a plan expects of a helper with hardly anything to do is no reason for a cache."""
     better = {id(o): _resident(options, o) for o, _ in choice if o.mode == CACHED}
     return _with(problem, choice, better, 5e-4)
+
+
+def caches_alike(problem: Problem, choice: Choice) -> Choice:
+    """All caches in one format, which a model can be built with, where formats were chosen and that costs hardly more
+    time than the solver leaves open; of several the one that loses least. Else the choice itself."""
+    if problem.kv_menu is None:
+        return choice
+    now = evaluate(problem, choice)
+    for cache in sorted(problem.kv_menu.choices, key=lambda c: c.loss):
+        made = _in_format(problem, choice, cache.text)
+        found = evaluate(problem, made)
+        same = found.fits and found.objective <= now.objective * (1 + MORE_FOR_ONE_FORMAT)
+        in_time = problem.slo.kept(found.prefill.seconds, found.decode.seconds)
+        if same and in_time and not loses_too_much(problem, made):
+            return made
+    return choice
+
+
+def _in_format(problem: Problem, choice: Choice, text: str) -> Choice:
+    """The same places with all caches in a format; ways that become alike together."""
+    found: dict[tuple[int, str], tuple[Option, int]] = {}
+    for option, count in choice:
+        if option.kv_home:
+            places = (option.kv_home, option.kv_unit), (option.old_home, option.old_unit)
+            option = attention_option(problem, option, *places, option.kv_old, (text, text))
+        key = (id(option.part), option.label)
+        found[key] = (option, found.get(key, (option, 0))[1] + count)
+    return tuple(found.values())
 
 
 def _with(problem: Problem, choice: Choice, better_of: Mapping[int, Option | None], slack: float) -> Choice:
@@ -65,7 +98,8 @@ def _nearer(problem: Problem, options: Sequence[Sequence[Option]], option: Optio
             if (
                 not other.kv_old
                 and (other.part, other.unit, other.home, other.mode, other.prefill_unit) == same
-                and ((other.kv_home, other.kv_unit) == (near, option.unit))
+                and (other.kv_home, other.kv_unit, other.kv_format) == (near, option.unit, option.kv_format)
+                and kv_loss(problem, other) <= kv_loss(problem, option)
             ):
                 return other
     return None
@@ -78,7 +112,10 @@ def _older_nearer(problem: Problem, options: Sequence[Sequence[Option]], option:
     for near, ways in (pair for found in options for pair in siblings(problem, found)):
         if (near.part, near.unit, near.home, near.mode) == (option.part, option.unit, option.home, option.mode):
             for away in ways:
-                if away.kv_home not in problem.machine.stores and away.kv_unit == option.old_unit:
+                same = (near.kv_format, away.kv_format, away.kv_unit)
+                if away.kv_home not in problem.machine.stores and same == (
+                    option.kv_format, option.old_format, option.old_unit,
+                ):  # fmt: skip
                     return divided(problem, near, away, option.kv_old)
     return None
 

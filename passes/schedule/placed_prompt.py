@@ -109,15 +109,15 @@ class _PromptReader(StageReader):
         attention, unit = layer.attention, problem.machine.unit(kv.unit)
         pairs = self.pairs(part, kv)
         every = self.pairs(part, KVPart("", "", 0, layer.kv_tokens(session.context), 0))
-        read = (self.chunk + 0.5) * self.rows * part.kv_bytes_per_token * pairs / every
+        read = (self.chunk + 0.5) * self.rows * kv.row_bytes * pairs / every
         flops = pairs * attention.flops_per_pair(absorbed=False)
         work = Work(flops, problem.formats.float_format, ((unit.tier, read),))
         entry = math.ceil(self.rows) * 2
         entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
-        held = session.batch * kv.positions * part.kv_bytes_per_token
+        held = session.batch * kv.positions * kv.row_bytes
         if kv.home == unit.tier:
             return Stage(name, unit.name, work, entry, (Kept(name, kv.home, held),))
-        piece = min(held, math.ceil(self.rows * part.kv_bytes_per_token))
+        piece = min(held, math.ceil(self.rows * kv.row_bytes))
         places, newer, coming = max(1, held // max(1, piece)), int(kv.newer // self.rows), self.places_of(kv)
         before = min(self.chunk, places, math.ceil(attention.window / self.rows) if attention.window else self.chunk)
         stored = storable(problem.machine, kv.home, unit.tier)

@@ -153,7 +153,7 @@ class StageReader:
             if self.reads(part, kv, option.unit):
                 made.append(self.attend_part(f"{name}.kv", part, kv))
             else:
-                held = self.problem.session.batch * kv.positions * part.kv_bytes_per_token
+                held = self.problem.session.batch * kv.positions * kv.row_bytes
                 unread = (Kept(f"{name}.kv.{kv.home}", kv.home, held),)
         made[-1] = dataclasses.replace(made[-1], kept=(*made[-1].kept, *unread))
         return made
@@ -166,8 +166,8 @@ class StageReader:
         session, layer, target = self.problem.session, part.layer, self.problem.machine
         assert layer is not None
         name = f"{name}.{kv.home}" if kv.newer else name
-        read = math.ceil(self.rows * kv.seen * part.kv_bytes_per_token)
-        held = session.batch * kv.positions * part.kv_bytes_per_token
+        read = math.ceil(self.rows * kv.seen * kv.row_bytes)
+        held = session.batch * kv.positions * kv.row_bytes
         unit = target.unit(kv.unit)
         flops = self.rows * kv.seen * layer.attention.flops_per_pair(absorbed=True)
         work = Work(flops, self.problem.formats.float_format, ((unit.tier, float(read)),))
@@ -176,7 +176,7 @@ class StageReader:
         entry *= attention.heads * (attention.head_dim + attention.value_dim) + attention.kv_elements
         if kv.home == unit.tier:
             return Stage(name, unit.name, work, entry, (Kept(name, kv.home, held),))
-        new = math.ceil(self.rows * part.kv_bytes_per_token)
+        new = math.ceil(self.rows * kv.row_bytes)
         piece = max(0, min(read, held // self.batches - new))
         rest = held - self.batches * (piece + new)
         kept = (Kept(f"{name}.rest", kv.home, max(0, rest)),)

@@ -41,6 +41,9 @@ EXIT_NO_FIT = 3
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="A recorded routing of experts.")
 @click.option("--recipe", "--format", "recipe", metavar="NAME[,NAME...]|FILE", help="Number formats, as for build.")
 @click.option("--formats", metavar="NAME[,NAME...]", help="Recipes to choose among, for each part of each layer.")
+@click.option(
+    "--kv-formats", metavar="NAME[,NAME...]", help="Formats that parts of the cache may have: several need --max-loss."
+)
 @click.option("--by-expert", is_flag=True, help="With --formats: experts of a layer may differ, by --trace.")
 @click.option("--max-loss", type=click.FloatRange(min=0.0), help="What chosen formats may lose. Default: as --recipe.")
 @click.option("--bits-per-weight", type=click.FloatRange(min=0.1), help="Bits that weights keep on average, at least.")
@@ -82,6 +85,7 @@ def plan(
     trace: Path | None,
     recipe: str | None,
     formats: str | None,
+    kv_formats: str | None,
     by_expert: bool,
     max_loss: float | None,
     bits_per_weight: float | None,
@@ -107,8 +111,8 @@ def plan(
     request = PlanRequest(
         model, target, recipe, dtype, context, _batch(batch), prompt_tokens, generate,
         tuple((name, size) for name, size in sizes if size is not None), pins, slo, trace, plan_file,
-        _names(formats), _number(max_loss, "--max-loss"), _number(bits_per_weight, "--bits-per-weight"),
-        sensitivity, not quick, by_expert=by_expert, stand_ins=stand_ins,
+        _names(formats, "--formats"), _number(max_loss, "--max-loss"), _number(bits_per_weight, "--bits-per-weight"),
+        sensitivity, not quick, by_expert=by_expert, kv_formats=_names(kv_formats, "--kv-formats"), stand_ins=stand_ins,
     )  # fmt: skip
     try:
         planned = make_plan(request, tell=lambda text: click.echo(text, err=True))
@@ -162,11 +166,11 @@ def _tell_device_run(request: PlanRequest, planned: Planned) -> None:
         click.echo(f"run --device cuda, {found.line()}")
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def _names(text: str | None, option: str) -> tuple[str, ...]:
     """Recipes by commas."""
     names = tuple(text.split(",")) if text is not None else ()
     if not all(name.strip() for name in names):
-        raise click.BadParameter(f"expected names of recipes by commas, got {text!r}", param_hint="--formats")
+        raise click.BadParameter(f"expected names of recipes by commas, got {text!r}", param_hint=option)
     return names
 
 

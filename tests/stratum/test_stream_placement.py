@@ -157,6 +157,8 @@ REFUSED: list[tuple[str, Callable[[Placement], Placement]]] = [
         groups=(*changed(p, "experts", layers="0", mode="cached", slots=2).groups,
                 Placed("experts", "1", "ssd", "cached", "cores", "bf16", 0, 3)))),
     ("the plan is for rtx-4090", lambda p: dataclasses.replace(p, target="rtx-4090")),
+    ("caches in several formats", lambda p: dataclasses.replace(p, kv=(
+        *p.kv, dataclasses.replace(p.kv[0], tier="ssd", format="q8_sym<group=row, scale=f16>")))),
     ("the plan is for other", lambda p: dataclasses.replace(p, model="other")),
     ("the plan is for w8a8", lambda p: dataclasses.replace(p, recipe="w8a8")),
 ]  # fmt: skip

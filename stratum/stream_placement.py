@@ -171,6 +171,7 @@ def stream_of_placement(
         kv_bytes=account.lent_kv_bytes(context) if experts < account.expert_bytes else 0, pinned=stays.pinned,
     )  # fmt: skip
     plan.check(manifest)
+    placement = replace(placement, session=replace(placement.session, ahead=plan.guesses))
     return MemoryPlan(plan, context, on_disk.kv_limit if on_disk is not None else None, placement)
 
 

@@ -5,26 +5,32 @@
 
 An expert is light where it has less than `share` of the weight of every token that chose it. How often that is so is a
 matter of the router: of a trace that has weights it is counted, else the router's logits are taken as normal with
-`SPREAD`, which fits what a trained model was measured to do (docs/streaming.md). Missing and light are taken as
-independent, and copies as being in memory as often as experts. A run begins with an empty cache: also where all experts
-have room in the end, those that were not asked for yet are missing.
+`SPREAD`, which fits what a trained model was measured to do (docs/streaming.md). For a step, missing and light are
+taken as independent, and copies as being in memory as often as experts. Of a whole run neither is so: an expert that
+counts little for one token does for the next, and is then never read; so conversations are drawn and replayed, from an
+empty cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import fmean
 
 import numpy as np
 
+from hw_targets.expert_cache import replay
+from hw_targets.expert_cache.replay import StandIns
+from hw_targets.routing.synthetic import SESSION, synthetic_trace
 from hw_targets.routing.trace import RoutingTrace
-from passes.place.routing_model import distinct_experts, fading_hit_rate, inclusion
+from passes.place.routing_model import distinct_experts
 from runtime.manifest import Manifest
 from runtime.stand_ins import stand_in_pieces
 from runtime.stream_plan import StreamPlan
 
 SPREAD = 3.0  # standard deviation of a router's logits
 _DRAWS = 4096
+_SESSIONS, _LAYERS, _STEPS = 4, 8, 256  # that are drawn for a run, at most
 
 
 @dataclass(frozen=True)
@@ -105,43 +111,38 @@ def light_share(experts: int, top_k: int, share: float) -> float:
 
 
 def foretold(manifest: Manifest, stream: StreamPlan, prompt: int, steps: int) -> Counts | None:
-    """The same with the hits of a drawn conversation, as plans foretell them."""
-    pieces = [piece for piece in manifest.weights.pieces if piece.kind == "experts"]
-    if not pieces:
+    """Of a prompt and `steps` single tokens behind it, from an empty cache: drawn conversations, replayed by the rules
+    of the cache. Long runs of many layers are counted on a part of both. None without copies."""
+    pieces = manifest.weights.pieces
+    copies = stand_in_pieces(manifest)
+    if not stream.stand_ins or not copies:
         return None
-    piece = pieces[0]
-    slots = stream.expert_bytes_in(1, stream.kv_bytes // 2) // len(pieces) // (piece.bytes // piece.count)
-    hit = fading_hit_rate(piece.count, manifest.experts_per_token, min(slots, piece.count))
-    return expected_counts(manifest, stream, hit, prompt, steps)
+    layers, drawn = len(copies), min(len(copies), _LAYERS)
+    experts, top_k = max(pieces[n].count for n in copies), manifest.experts_per_token
+    sizes = [(pieces[n].bytes // pieces[n].count, pieces[m].bytes // pieces[m].count) for n, m in copies.items()]
+    whole, low = (round(fmean(size[i] for size in sizes)) for i in (0, 1))
+    capacity = stream.expert_bytes_in(1, stream.kv_bytes // 2) * drawn // layers
+    rule = StandIns(stream.stand_ins, (low,) * drawn)
+    played, lookups, used = min(steps, _STEPS), 0.0, 0.0
+    for seed in range(_SESSIONS):
+        trace = conversation(experts, top_k, drawn, prompt, played, whole, seed)
+        found = replay(trace, capacity, policy=stream.policy, scope=stream.scope, stand_ins=rule)
+        lookups += found.lookups
+        used += found.stand_ins
+    asked = distinct_experts(experts, top_k, prompt) + steps * distinct_experts(experts, top_k, 1)
+    return Counts(round(layers * asked), round(layers * asked * used / max(1.0, lookups)))
 
 
-def expected_counts(manifest: Manifest, stream: StreamPlan, hit: float, prompt: int, steps: int) -> Counts | None:
-    """Of a prompt and `steps` single tokens behind it, from an empty cache; None without copies.
-
-    `hit` is the share that would be found once the cache is full. Before, an expert is there only if it was read: when
-    a token asked for it to which it was not light.
-    """
-    lookups = used = 0.0
-    layers = sum(piece.kind == "experts" for piece in manifest.weights.pieces)
-    experts = max((piece.count for piece in manifest.weights.pieces if piece.kind == "experts"), default=0)
-    top_k = manifest.experts_per_token
-    most = min(stream.tokens_at_once(manifest), max(program.max_tokens for program in manifest.programs))
-    calls = [(first, min(most, prompt - first), 1) for first in range(0, prompt, most)]
-    for before, tokens, times in [*calls, *([(prompt, 1, steps)] if steps else [])]:
-        there = hit * read_before(experts, top_k, light_share(experts, top_k, stream.stand_ins), before, tokens, times)
-        use = stand_in_use(manifest, stream.stand_ins, there, tokens)
-        if use is None:
-            return None
-        asked = times * layers * distinct_experts(experts, top_k, tokens)
-        lookups, used = lookups + asked, used + asked * use.used
-    return Counts(round(lookups), round(used))
-
-
-def read_before(experts: int, top_k: int, light: float, before: int, tokens: int, times: int) -> float:
-    """Of the experts that `times` steps of `tokens` tokens ask for behind `before` others, the share that any of those
-    before asked for as more than a light one; in a drawn conversation."""
-    chances = np.array(inclusion(experts, top_k))
-    asked = 1.0 - (1.0 - chances) ** tokens
-    unread = 1.0 - chances * (1.0 - light)
-    behind = before + tokens * np.arange(times)
-    return float(np.mean((1.0 - unread ** behind[:, None]) @ asked) / asked.sum())
+def conversation(
+    experts: int, top_k: int, layers: int, prompt: int, steps: int, expert_bytes: int, seed: int
+) -> RoutingTrace:
+    """A drawn one, whose weights are those of a router with logits of `SPREAD`: an expert that is popular in it counts
+    much, one that is not counts little whenever it is chosen."""
+    drawn = synthetic_trace(
+        SESSION, experts=experts, top_k=top_k, layers=layers, tokens=steps, prompt=prompt, expert_bytes=expert_bytes,
+        seed=seed,
+    )  # fmt: skip
+    popularity = SESSION.exponent * np.log(np.arange(1, experts + 1))
+    spread = float(np.hypot(np.std(popularity), np.pi / np.sqrt(6.0)))  # and that of Gumbel noise
+    weights = np.maximum(drawn.weights.astype(np.float64), np.finfo(np.float64).tiny) ** (SPREAD / spread)
+    return replace(drawn, weights=(weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32))

@@ -15,12 +15,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ir.diagnostics import DiagnosticError
-from passes.place.build_plan import from_placement, to_placement
-from passes.place.milp import FEW_NODES
-from passes.place.outcome import evaluate, objective
+from passes.place.another_session import in_session
+from passes.place.outcome import objective
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, solve
+from passes.place.solve import Solution
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -67,18 +65,5 @@ def best_chunk(solution: Solution, prompt: PromptTime | None, step_seconds: floa
 def _with_chunk(solution: Solution, chunk: int) -> Solution | None:
     """The same placement with another chunk, or one with less in the memory that activations take; None where nothing
     fits."""
-    problem = dataclasses.replace(solution.problem, session=dataclasses.replace(solution.problem.session, chunk=chunk))
-    try:  # what is pinned stands in the plan
-        choice = from_placement(dataclasses.replace(problem, pins=()), solution.placement)
-        outcome = evaluate(problem, choice)
-        if not outcome.fits:
-            found = solve(problem, FEW_NODES)
-            return found if found.problem.session.chunk == chunk else None
-    except DiagnosticError:  # nothing fits
-        return None
-    same = solution.placement  # the same layers as before: pins and losses may tell them apart
-    made = dataclasses.replace(
-        to_placement(problem, choice, outcome), gap=solution.gap, groups=same.groups, kv=same.kv, quality=same.quality,
-        expert_formats=same.expert_formats,
-    )  # fmt: skip
-    return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)
+    found = in_session(solution, dataclasses.replace(solution.problem.session, chunk=chunk))
+    return found if found is not None and found.problem.session.chunk == chunk else None

@@ -20,15 +20,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ir.diagnostics import DiagnosticError
-from passes.place.build_plan import from_placement, to_placement
-from passes.place.milp import FEW_NODES
+from passes.place.another_session import in_session
 from passes.place.option import CACHED, STREAMED
-from passes.place.outcome import evaluate, objective
+from passes.place.outcome import objective
 from passes.place.placement import TriedSchedule
 from passes.place.problem import Session
 from passes.place.refine import simulated, simulated_prompt
-from passes.place.solve import Solution, solve
+from passes.place.solve import Solution
 
 if TYPE_CHECKING:
     from passes.schedule.placed_plan import PromptTime
@@ -116,23 +114,10 @@ def _next(ladder: tuple[int, ...], value: int) -> list[int]:
 
 def _with(solution: Solution, session: Session) -> Solution | None:
     """The same placement in another session, or with a larger depth one that has room for it; None where none has."""
-    problem = dataclasses.replace(solution.problem, session=session)
     deeper = session.depth > solution.problem.session.depth
     modes = {option.mode for option, count in solution.choice if count}
-    try:  # what is pinned stands in the plan
-        choice = from_placement(dataclasses.replace(problem, pins=()), solution.placement)
-        outcome = evaluate(problem, choice)
-        if not outcome.fits:
-            anew = solve(problem, FEW_NODES) if deeper and STREAMED in modes and CACHED not in modes else None
-            return anew if anew is not None and anew.problem.session == session else None
-    except DiagnosticError:
-        return None
-    same = solution.placement  # the same layers as before: pins and losses may tell them apart
-    made = dataclasses.replace(
-        to_placement(problem, choice, outcome), gap=solution.gap, groups=same.groups, kv=same.kv, quality=same.quality,
-        expert_formats=same.expert_formats,
-    )  # fmt: skip
-    return dataclasses.replace(solution, problem=problem, choice=choice, outcome=outcome, placement=made)
+    found = in_session(solution, session, anew=deeper and STREAMED in modes and CACHED not in modes)
+    return found if found is not None and found.problem.session == session else None
 
 
 def _simulated(found: Solution | None, lowest: float) -> ScheduleChoice | None:
